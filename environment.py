@@ -1,0 +1,47 @@
+"""The device and the random generators of a run: both are chosen here and nowhere else."""
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a run; "auto" takes CUDA where there is one. Raises ValueError if "cuda" is asked for in vain."""
+    if name not in DEVICES:
+        raise ValueError(f"device: got {name!r}, allowed are {', '.join(DEVICES)}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda', but torch sees no CUDA device; allowed here are auto, cpu")
+    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
+
+
+def derive_seed(seed: int, *purpose: object) -> int:
+    """A 63-bit seed for one purpose, such as ("round", 3, "loader", task), from the seed of the run."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(seed: int, *purpose: object) -> torch.Generator:
+    """A CPU generator of its own for one purpose."""
+    return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+
+@contextlib.contextmanager
+def seeded(seed: int, *purpose: object) -> Iterator[None]:
+    """Seeds the global generators (torch, random, numpy), which dropout and transforms draw from, and restores them."""
+    value = derive_seed(seed, *purpose)
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(value)
+        random.seed(value)
+        np.random.seed(value % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

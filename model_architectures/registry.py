@@ -1,0 +1,164 @@
+"""Every model that can be built here, by name; and the small dictionary from which a built model can be built again.
+
+A builder makes a model without pretrained weights and never downloads. Pretrained weights are a second step: their
+tensors are copied into the model that the builder made, wherever the shapes agree. So a model with pretrained weights
+and the model rebuilt from its architecture come from the same lines of code, and cannot drift apart.
+"""
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+ARCHITECTURE_KEYS = ("name", "num_classes", "kwargs")
+# Arguments that would make torchvision download, or that cannot be written to a file.
+NOT_RECORDED = ("weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress")
+
+
+class Pretrained(NamedTuple):
+    """Pretrained weights, ready to be copied into a model."""
+
+    tensors: dict[str, torch.Tensor]  # by the names that they have in the model
+    kwargs: dict[str, Any]  # arguments that give the builder's model the structure these weights were trained in
+
+
+class Builder(NamedTuple):
+    """One entry of the registry."""
+
+    make: Callable[..., nn.Module]  # (num_classes, **kwargs) -> model
+    pretrained: Callable[..., Pretrained] | None  # (weights, weights_backbone, **kwargs); None: there are no weights
+
+
+_BUILDERS: dict[str, Builder] = {}
+
+
+def register(name: str, pretrained: Callable[..., Pretrained] | None = None) -> Callable:
+    """Decorator: enters a builder `(num_classes, **kwargs) -> nn.Module` under `name`.
+
+    Raises ValueError when the name is taken.
+    """
+
+    def enter(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        if name in _BUILDERS:
+            raise ValueError(f"a builder is already registered under the name {name!r}")
+        _BUILDERS[name] = Builder(make, pretrained)
+        return make
+
+    return enter
+
+
+def names() -> list[str]:
+    """The names of all builders, sorted."""
+    return sorted(_BUILDERS)
+
+
+def build(name: str, num_classes: int, weights: Any = None, weights_backbone: Any = None, **kwargs: Any) -> nn.Module:
+    """Builds the model `name` with `num_classes` outputs; `model.architecture` says how to build it again.
+
+    num_classes: for classifiers the number of classes; for detectors torchvision's count, where class 0 is the
+    background (a detector of cars and people has 3).
+    weights: a member of torchvision's weights enum for this model, its name ("DEFAULT", "IMAGENET1K_V1", ...), or None.
+    Where the pretrained model has another number of classes, the layers whose shape follows it are fresh; all others
+    have the pretrained weights. Nothing is downloaded unless this, or `weights_backbone`, is given.
+    weights_backbone: for detectors, the same for the backbone alone; ignored where `weights` is given.
+    kwargs: arguments of the builder, plain JSON values.
+    Raises ValueError on an unknown name, weights that do not exist, or arguments that are no JSON values.
+    """
+    builder = _find(name)
+    kwargs = _checked(name, num_classes, kwargs)
+    pretrained = None
+    if weights is not None or weights_backbone is not None:
+        if builder.pretrained is None:
+            raise ValueError(f"{name}: weights: got {weights or weights_backbone!r}; there are none for this model")
+        pretrained = builder.pretrained(weights, weights_backbone, **kwargs)
+        kwargs = {**kwargs, **pretrained.kwargs}
+    model = builder.make(num_classes, **kwargs)
+    if pretrained is not None:
+        _copy_matching(pretrained.tensors, model)
+    model.architecture = {"name": name, "num_classes": num_classes, "kwargs": kwargs}
+    return model
+
+
+def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
+    """Builds a model from the `architecture` of another one; its weights are random until a state dict is loaded.
+
+    The dictionary may come from a file that nobody checked: whatever is wrong with it raises ValueError, and nothing is
+    ever downloaded. Whether parameters require gradients is not part of an architecture.
+    """
+    if not isinstance(architecture, Mapping) or set(architecture) != set(ARCHITECTURE_KEYS):
+        raise ValueError(f"architecture: got {_short(architecture)}; allowed is {{name, num_classes, kwargs}}")
+    name, num_classes, kwargs = (architecture[key] for key in ARCHITECTURE_KEYS)
+    _find(name)
+    kwargs = _checked(name, num_classes, kwargs)
+    try:
+        return build(name, num_classes, **kwargs)
+    except Exception as error:  # whatever arguments from a file make a builder raise is the fault of the file
+        raise ValueError(f"{name}: kwargs: got {_short(kwargs)}; cannot build with them: {error}") from error
+
+
+def architecture_of(model: nn.Module) -> dict[str, Any] | None:
+    """`model.architecture` if it still describes the model; None if it was built elsewhere or a layer was replaced."""
+    architecture = getattr(model, "architecture", None)
+    if not isinstance(architecture, dict):
+        return None
+    try:
+        with torch.device("meta"):
+            fresh = rebuild(architecture)
+    except ValueError:
+        return None
+    shapes, expected = ({key: value.shape for key, value in m.state_dict().items()} for m in (model, fresh))
+    return architecture if shapes == expected else None
+
+
+def _find(name: Any) -> Builder:
+    if not isinstance(name, str) or name not in _BUILDERS:
+        near = difflib.get_close_matches(str(name), _BUILDERS, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        raise ValueError(f"unknown model {_short(name)}{hint} There are: {', '.join(names())}")
+    return _BUILDERS[name]
+
+
+def _checked(name: str, num_classes: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments as they come back from JSON: tuples become lists here, not only after a file was read."""
+    problems = []
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
+        problems.append(f"{name}: num_classes: got {_short(num_classes)}; allowed: an integer from 1 on")
+    if not isinstance(kwargs, Mapping):
+        raise ValueError("\n".join([*problems, f"{name}: kwargs: got {_short(kwargs)}; allowed: a dictionary"]))
+    plain = {}
+    for key, value in kwargs.items():
+        if not isinstance(key, str) or key in NOT_RECORDED:
+            problems.append(
+                f"{name}: kwargs: got {_short(key)}; allowed: a builder's arguments (no {', '.join(NOT_RECORDED)})"
+            )
+            continue
+        try:
+            plain[key] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError, RecursionError):
+            problems.append(f"{name}: {key}: got {_short(value)}; allowed: plain JSON values")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return plain
+
+
+def _copy_matching(tensors: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Copies every tensor of the same name and shape, and whether a parameter is to be trained; skips a head's."""
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    unknown = sorted(set(tensors) - set(own))
+    assert not unknown, f"the pretrained model has tensors that the built one lacks: {unknown[:5]}"
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            differing = sum(a != b for a, b in zip(own[name].shape, tensor.shape, strict=True))
+            assert differing <= 1, f"{name}: {tensor.shape} became {own[name].shape}: more than a number of classes"
+            if not differing:
+                own[name].copy_(tensor)
+                if isinstance(own[name], nn.Parameter):
+                    own[name].requires_grad_(tensor.requires_grad)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

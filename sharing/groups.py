@@ -1,0 +1,145 @@
+"""Which layers can share one set of parameters: signatures, groups and configurations.
+
+Planned on module structure and tensor shapes alone; nothing here reads or changes a weight, so models on the meta
+device can be planned for as well. Everything returned is frozen data.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+NORMALISATION_TYPES = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+NORMALISATION_NAME = re.compile(r"(norm|bn)(_?\d+d?)?$", re.IGNORECASE)  # a user's own MyLayerNorm2d
+
+
+class Occurrence(NamedTuple):
+    """One layer of one task."""
+
+    task: str
+    layer: str  # name of the module in the task's model, "" for the model itself
+
+
+class Layer(NamedTuple):
+    """A module that owns parameters and may share them."""
+
+    name: str
+    signature: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Occurrences, at most one per task, that can share one set of parameters of `bytes` bytes."""
+
+    signature: str
+    bytes: int
+    occurrences: tuple[Occurrence, ...]
+
+    @property
+    def saved_bytes(self) -> int:
+        return self.bytes * (len(self.occurrences) - 1)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(occurrence.task for occurrence in self.occurrences)
+
+    def restricted_to(self, tasks: Collection[str]) -> "Group":
+        """The group without the occurrences of other tasks; with fewer than two left it shares nothing."""
+        return Group(self.signature, self.bytes, tuple(o for o in self.occurrences if o.task in tasks))
+
+
+Configuration = tuple[Group, ...]  # the groups that are tied
+
+
+def is_normalisation(module: nn.Module) -> bool:
+    """Whether a module normalises: its few bytes stay private to each task, because its statistics matter."""
+    return isinstance(module, NORMALISATION_TYPES) or bool(NORMALISATION_NAME.search(type(module).__name__))
+
+
+def signature_of(module: nn.Module) -> str:
+    """What must be equal for the parameters of two layers to be interchangeable.
+
+    The module's class, its settings as it prints them itself (for a convolution: channels, kernel, stride, padding,
+    groups ...), and name, dtype and shape of each parameter that it owns directly.
+    """
+    kind = type(module)
+    origin = "" if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}."
+    parameters = ", ".join(
+        f"{name} {str(p.dtype).removeprefix('torch.')}{list(p.shape)}"
+        for name, p in module.named_parameters(recurse=False)
+    )
+    return f"{origin}{kind.__qualname__}({module.extra_repr()}): {parameters}"
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """The shareable layers of a model, in the order in which it registers them (input to output, as a rule).
+
+    Left out: normalisation, parameters that are not floating point, and a layer that repeats a parameter of an earlier
+    layer of the same model (it follows that layer wherever it goes).
+    """
+    layers, seen = [], set()
+    for name, module in model.named_modules():
+        parameters = list(module.parameters(recurse=False))
+        repeated = any(id(p) in seen for p in parameters)
+        seen.update(map(id, parameters))
+        if not parameters or repeated or is_normalisation(module):
+            continue
+        if all(p.is_floating_point() for p in parameters):
+            layers.append(Layer(name, signature_of(module), sum(p.nbytes for p in parameters)))
+    return layers
+
+
+def find_groups(models: Mapping[str, nn.Module]) -> Configuration:
+    """Every group of a workload, largest saving first: the k-th layer of a signature pairs with the k-th elsewhere."""
+    members: dict[tuple[str, int], list[Occurrence]] = defaultdict(list)
+    layer_bytes: dict[str, int] = {}
+    for task, model in models.items():
+        count: dict[str, int] = defaultdict(int)
+        for layer in find_layers(model):
+            members[layer.signature, count[layer.signature]].append(Occurrence(task, layer.name))
+            layer_bytes[layer.signature] = layer.bytes
+            count[layer.signature] += 1
+    groups = (Group(signature, layer_bytes[signature], tuple(found)) for (signature, _), found in members.items())
+    return ordered(group for group in groups if len(group.occurrences) > 1)
+
+
+def find_stem(models: Mapping[str, nn.Module], depth: int) -> Configuration:
+    """Groups over the first `depth` layers only: tasks share layer i if all their layers up to i are alike.
+
+    Source: Jiang et al., "Mainstream: Dynamic Stem-Sharing for Multi-Tenant Video Processing", ATC 2018.
+    """
+    prefixes: dict[tuple[str, ...], list[Occurrence]] = defaultdict(list)
+    layer_bytes: dict[str, int] = {}
+    for task, model in models.items():
+        layers = find_layers(model)[:depth]
+        for end, layer in enumerate(layers, 1):
+            prefixes[tuple(other.signature for other in layers[:end])].append(Occurrence(task, layer.name))
+            layer_bytes[layer.signature] = layer.bytes
+    groups = (Group(prefix[-1], layer_bytes[prefix[-1]], tuple(found)) for prefix, found in prefixes.items())
+    return ordered(group for group in groups if len(group.occurrences) > 1)
+
+
+def ordered(groups) -> Configuration:
+    """A configuration in its one order: largest saving first, then by signature and occurrences."""
+    return tuple(sorted(groups, key=lambda g: (-g.saved_bytes, g.signature, g.occurrences)))
+
+
+def saved_bytes(configuration: Configuration) -> int:
+    """Bytes that a configuration saves."""
+    return sum(group.saved_bytes for group in configuration)
+
+
+def affected_tasks(before: Configuration, after: Configuration) -> list[str]:
+    """Tasks whose weights change when ties go from `before` to `after`, directly or through other ties."""
+    touched = {task for group in set(before) ^ set(after) for task in group.tasks}
+    grown = True
+    while grown:
+        reached = {task for group in after if touched & set(group.tasks) for task in group.tasks}
+        grown = not reached <= touched
+        touched |= reached
+    return sorted(touched)

@@ -1,0 +1,168 @@
+"""Strategies: which configuration to try next.
+
+A strategy sees groups and outcomes, never weights or data. `propose()` names the next configuration to try, a superset
+of what it has kept, or None when it is done; `record(kept, met)` tells it how the last proposal went. `state()` and
+`load_state()` carry it through JSON, so that an interrupted run goes on where it was.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+from torch import nn
+
+from sharing.groups import Configuration, Group, find_groups, find_layers, find_stem, ordered, saved_bytes
+
+
+class Strategy(Protocol):
+    """What the merger asks of a strategy."""
+
+    kept: Configuration
+
+    def propose(self) -> Configuration | None: ...
+
+    def record(self, kept: bool, met: Collection[str]) -> None:
+        """kept: the whole proposal met its targets. met: the tasks that met their target in the trial."""
+
+    def state(self) -> dict: ...
+
+    def load_state(self, state: dict) -> None: ...
+
+
+class All:
+    """Everything at once; if tasks fail, everything once more among the tasks that met their targets."""
+
+    def __init__(self, models: Mapping[str, nn.Module]):
+        self.groups = find_groups(models)
+        self.kept: Configuration = ()
+        self.tasks = tuple(models)
+        self.done = False
+
+    def propose(self) -> Configuration | None:
+        trial = restrict(self.groups, self.tasks)
+        return trial if trial and not self.done else None
+
+    def record(self, kept: bool, met: Collection[str]) -> None:
+        left = tuple(task for task in self.tasks if task in met)
+        if kept:
+            self.kept = restrict(self.groups, self.tasks)
+        self.done = kept or left == self.tasks
+        self.tasks = self.tasks if self.done else left
+
+    def state(self) -> dict:
+        return {"kept": bool(self.kept), "tasks": list(self.tasks), "done": self.done}
+
+    def load_state(self, state: dict) -> None:
+        self.tasks, self.done = tuple(state["tasks"]), state["done"]
+        self.kept = restrict(self.groups, self.tasks) if state["kept"] else ()
+
+
+class Gemel:
+    """The published heuristic: one unit of groups at a time, the largest first, never taking back what was kept.
+
+    A unit holds the groups with one signature and one set of tasks. When a trial fails, the tasks that met their target
+    stay, the rest is halved, until the next unit is worth more than what is left of this one.
+    Source: Padmanabhan et al., "Gemel", NSDI 2023, section 5.3.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module]):
+        self.units = gemel_units(find_groups(models))
+        self.trimmed: dict[int, tuple[str, ...]] = {}  # kept unit -> the tasks that share it
+        self.index = 0
+        self.tasks = self._tasks_of(0)
+
+    @property
+    def kept(self) -> Configuration:
+        return ordered(group for i, tasks in self.trimmed.items() for group in restrict(self.units[i], tasks))
+
+    def propose(self) -> Configuration | None:
+        while self.index < len(self.units):
+            trial = restrict(self.units[self.index], self.tasks)
+            if trial and (len(self.tasks) == len(self._tasks_of(self.index)) or self._worth_trying(trial)):
+                return ordered((*self.kept, *trial))
+            self._advance()
+        return None
+
+    def record(self, kept: bool, met: Collection[str]) -> None:
+        if kept:
+            self.trimmed[self.index] = self.tasks
+            self._advance()
+            return
+        stay = [task for task in self.tasks if task in met]
+        rest = [task for task in self.tasks if task not in met]
+        if not rest:  # a task outside this unit failed: nobody here is to blame, so halve all
+            stay, rest = [], stay
+        self.tasks = (*stay, *rest[: len(rest) // 2])
+
+    def state(self) -> dict:
+        trimmed = [[index, list(tasks)] for index, tasks in self.trimmed.items()]
+        return {"trimmed": trimmed, "index": self.index, "tasks": list(self.tasks)}
+
+    def load_state(self, state: dict) -> None:
+        self.trimmed = {index: tuple(tasks) for index, tasks in state["trimmed"]}
+        self.index, self.tasks = state["index"], tuple(state["tasks"])
+
+    def _worth_trying(self, trial: Configuration) -> bool:
+        following = self.units[self.index + 1] if self.index + 1 < len(self.units) else ()
+        return saved_bytes(trial) >= saved_bytes(following)
+
+    def _advance(self) -> None:
+        self.index += 1
+        self.tasks = self._tasks_of(self.index)
+
+    def _tasks_of(self, index: int) -> tuple[str, ...]:
+        return self.units[index][0].tasks if index < len(self.units) else ()
+
+
+class Stem:
+    """Shares only a prefix of layers counted from the input; bisects for the longest that meets the targets.
+
+    Source: Jiang et al., "Mainstream", ATC 2018 (there the prefix is frozen, here it is retrained like any other tie).
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module]):
+        depth = max((len(find_layers(model)) for model in models.values()), default=0)
+        stems = dict.fromkeys(find_stem(models, d) for d in range(depth + 1))  # in order, without repeats
+        self.stems = tuple(stems)  # stems[0] is empty
+        self.longest_kept = 0
+        self.shortest_failed = len(self.stems)
+
+    @property
+    def kept(self) -> Configuration:
+        return self.stems[self.longest_kept]
+
+    def propose(self) -> Configuration | None:
+        return self.stems[self._next()] if self._next() > self.longest_kept else None
+
+    def record(self, kept: bool, met: Collection[str]) -> None:
+        if kept:
+            self.longest_kept = self._next()
+        else:
+            self.shortest_failed = self._next()
+
+    def state(self) -> dict:
+        return {"longest_kept": self.longest_kept, "shortest_failed": self.shortest_failed}
+
+    def load_state(self, state: dict) -> None:
+        self.longest_kept, self.shortest_failed = state["longest_kept"], state["shortest_failed"]
+
+    def _next(self) -> int:
+        untried = self.shortest_failed == len(self.stems)
+        return len(self.stems) - 1 if untried else (self.longest_kept + self.shortest_failed) // 2
+
+
+STRATEGIES: dict[str, type[Strategy]] = {"gemel": Gemel, "all": All, "stem": Stem}
+
+
+def restrict(groups: Configuration, tasks: Collection[str]) -> Configuration:
+    """The groups among these tasks only, without those that then share nothing."""
+    trimmed = (group.restricted_to(tasks) for group in groups)
+    return ordered(group for group in trimmed if len(group.occurrences) > 1)
+
+
+def gemel_units(groups: Configuration) -> list[Configuration]:
+    """Groups gathered by signature and set of tasks, by their total saving, largest first."""
+    units: dict[tuple[str, tuple[str, ...]], list[Group]] = defaultdict(list)
+    for group in groups:
+        units[group.signature, group.tasks].append(group)
+    return sorted(map(ordered, units.values()), key=lambda unit: (-saved_bytes(unit), unit[0].signature, unit[0].tasks))

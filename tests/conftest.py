@@ -1,0 +1,73 @@
+"""Pico workloads that all tests share: datasets on disk, models trained on them once."""
+
+import copy
+
+import pytest
+import torch
+from pico import (
+    PicoDetector,
+    PicoNet,
+    classification_entry,
+    detection_entry,
+    fit,
+    write_classification,
+    write_detection,
+)
+
+from dataset_manager import open_task
+from environment import derive_seed
+from trainer import evaluate
+from workload import read_workload
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def datasets(tmp_path_factory):
+    """A datasets root with two classification sets (one with a test split) and one detection set."""
+    root = tmp_path_factory.mktemp("datasets")
+    write_classification(root, "north_CL", 3, seed=1, splits=("train", "val", "test"))
+    write_classification(root, "south_CL", 4, seed=2)
+    write_detection(root, "east_OD", 2, seed=3)
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained_entries(datasets):
+    """Three trained tasks: classifiers of different depth and a detector; unmerged_acc as measured."""
+    torch.manual_seed(0)
+    entries = {
+        "north_pico": classification_entry(PicoNet(3), batch_size=6),
+        "south_pico": classification_entry(PicoNet(4, extra=1), batch_size=6),
+        "east_pico": detection_entry(PicoDetector(), batch_size=6),
+    }
+    tasks, problems = read_workload(entries)
+    assert not problems
+    for name, task in tasks.items():
+        data = open_task(task, [datasets], device=CPU, seed=0, batch_size=6)
+        torch.manual_seed(derive_seed(0, name))
+        fit(task.model, data.train, 120)
+        entries[name]["unmerged_acc"] = evaluate(task, data.val)
+        assert entries[name]["unmerged_acc"] > 0.5, f"{name} did not learn"
+    return entries
+
+
+@pytest.fixture
+def entries(trained_entries):
+    """A fresh copy of the trained workload."""
+    return {name: {**entry, "model": copy.deepcopy(entry["model"])} for name, entry in trained_entries.items()}
+
+
+@pytest.fixture
+def tasks(entries):
+    return read_workload(entries)[0]
+
+
+@pytest.fixture
+def data(tasks, datasets):
+    return {name: open_task(task, [datasets], device=CPU, seed=0, batch_size=6) for name, task in tasks.items()}

@@ -1,0 +1,238 @@
+"""classification_eval and frcnn_eval against plain counting and a plain pycocotools run."""
+
+import contextlib
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pico import PicoNet
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+
+from eval_methods import classification_eval, evaluation_mode, frcnn_eval
+
+SIZE = 200  # pixels of the synthetic scenes
+
+
+class Fixed(nn.Module):
+    """Returns prepared outputs, one per image in the order of the loader, and records how it was called."""
+
+    def __init__(self, outputs, batched=False):
+        super().__init__()
+        self.outputs, self.batched, self.position, self.calls = outputs, batched, 0, []
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        self.calls.append((self.training, torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+        part = self.outputs[self.position : self.position + len(images)]
+        self.position += len(images)
+        return torch.stack(part) if self.batched else part
+
+
+def detector_loader(targets, batch_size=4):
+    images = [torch.zeros(3, SIZE, SIZE)] * len(targets)
+    return [(images[i : i + batch_size], targets[i : i + batch_size]) for i in range(0, len(targets), batch_size)]
+
+
+def target(boxes=(), labels=(), **more):
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    return {"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64), "image_id": 7, **more}
+
+
+def output(boxes=(), labels=(), scores=()):
+    return {**target(boxes, labels), "scores": torch.tensor(scores, dtype=torch.float32)}
+
+
+def random_boxes(generator, count):
+    corner = torch.rand(count, 2, generator=generator) * 150
+    return torch.cat([corner, corner + 3 + torch.rand(count, 2, generator=generator) * 47], 1)
+
+
+def scenes(num_images=60, seed=3):
+    """Targets and outputs: images without objects or detections, classes 1-5 of which 5 is never annotated,
+
+    class 4 annotated only as crowd, detections of the wrong class, duplicates, noise, equal scores.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    targets, outputs = [], []
+    for i in range(num_images):
+        count = 0 if i % 7 == 0 else int(torch.randint(1, 6, (1,), generator=generator))
+        boxes = random_boxes(generator, count)
+        labels = torch.randint(1, 5, (count,), generator=generator)
+        crowd = ((labels == 4) | (torch.rand(count, generator=generator) < 0.15)).long()
+        size = boxes[:, 2:] - boxes[:, :2]
+        targets.append({"boxes": boxes, "labels": labels, "iscrowd": crowd, "area": size.prod(1), "image_id": 0})
+        jitter = torch.randn(count, 4, generator=generator)
+        wrong = torch.rand(count, generator=generator) < 0.2
+        noise = random_boxes(generator, 3)
+        found = torch.cat([boxes + jitter, boxes[:1] + 1, noise]) if i % 5 else torch.zeros(0, 4)
+        names = torch.cat([torch.where(wrong, 5, labels), labels[:1], torch.tensor([1, 5, 2])])[: len(found)]
+        scores = (torch.rand(len(found), generator=generator) * 20).round() / 20
+        outputs.append({"boxes": found, "labels": names, "scores": scores})
+    return targets, outputs
+
+
+def plain_coco_map(targets, outputs):
+    """The textbook run: lists of dictionaries, all area ranges, summarize."""
+    truth, found = [], []
+    for image_id, (target, output) in enumerate(zip(targets, outputs, strict=True), start=1):
+        for i, (x0, y0, x1, y1) in enumerate(target["boxes"].tolist()):
+            truth.append(
+                {
+                    "id": len(truth) + 1,
+                    "image_id": image_id,
+                    "category_id": int(target["labels"][i]),
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": float(target["area"][i]),
+                    "iscrowd": int(target["iscrowd"][i]),
+                }
+            )
+        for i, (x0, y0, x1, y1) in enumerate(output["boxes"].tolist()):
+            label, score = int(output["labels"][i]), float(output["scores"][i])
+            box = [x0, y0, x1 - x0, y1 - y0]
+            found.append({"image_id": image_id, "category_id": label, "bbox": box, "score": score})
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": i + 1} for i in range(len(targets))],
+        "annotations": truth,
+        "categories": [{"id": i} for i in sorted({t["category_id"] for t in truth})],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(found), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return float(evaluation.stats[0])
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_map_is_that_of_plain_pycocotools(seed, capsys):
+    targets, outputs = scenes(seed=seed)
+    expected = plain_coco_map(targets, outputs)
+    assert 0.2 < expected < 0.9  # a reference that could be hit by accident proves nothing
+    assert frcnn_eval(Fixed(outputs), detector_loader(targets)) == pytest.approx(expected, abs=1e-9)
+    assert capsys.readouterr().out == ""
+
+
+def test_map_does_not_depend_on_batches_or_image_ids():
+    targets, outputs = scenes(20)
+    whole = frcnn_eval(Fixed(outputs), detector_loader(targets, batch_size=20))
+    assert whole == frcnn_eval(Fixed(outputs), detector_loader(targets, batch_size=3))
+    renamed = [{**t, "image_id": i} for i, t in enumerate(targets)]  # above, all images had the same id
+    assert whole == frcnn_eval(Fixed(outputs), detector_loader(renamed))
+
+
+def test_map_is_class_aware():
+    box = [[10, 10, 50, 60]]
+    targets = [target(box, [1]), target(box, [2])]
+    assert frcnn_eval(Fixed([output(box, [1], [0.9]), output(box, [2], [0.9])]), detector_loader(targets)) > 1 - 1e-9
+    assert frcnn_eval(Fixed([output(box, [2], [0.9]), output(box, [1], [0.9])]), detector_loader(targets)) == 0.0
+
+
+def test_detections_of_a_class_without_ground_truth_do_not_count():
+    box = [[10, 10, 50, 60]]
+    found = output(box * 2, [3, 1], [0.99, 0.5])
+    assert frcnn_eval(Fixed([found]), detector_loader([target(box, [1])])) > 1 - 1e-9
+
+
+def test_nothing_detected_is_zero():
+    assert frcnn_eval(Fixed([output(), output()]), detector_loader([target([[1, 1, 9, 9]], [1]), target()])) == 0.0
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        [target(), target()],
+        [target([[1, 1, 9, 9]], [1], iscrowd=torch.tensor([1]))],
+    ],
+    ids=["no boxes", "crowds only"],
+)
+def test_map_without_ground_truth_raises(targets):
+    found = [output([[1, 1, 9, 9]], [1], [0.9])] * len(targets)
+    with pytest.raises(ValueError, match="no object in any image; allowed: at least one"):
+        frcnn_eval(Fixed(found), detector_loader(targets))
+
+
+@pytest.mark.parametrize("method", [classification_eval, frcnn_eval])
+def test_an_empty_loader_raises(method):
+    with pytest.raises(ValueError, match="without images"):
+        method(Fixed([]), [])
+
+
+def test_values_that_are_not_finite_are_false_alarms():
+    nan, box = float("nan"), [10.0, 10.0, 50.0, 60.0]
+    targets = [target([box], [1])]
+    broken = output([[nan] * 4, box], [1, 1], [0.9, 0.5])  # the false alarm comes first: precision 1/2
+    assert frcnn_eval(Fixed([broken]), detector_loader(targets)) == pytest.approx(0.5)
+    no_score = output([box, [100.0, 100.0, 120.0, 120.0]], [1, 1], [nan, 0.5])  # the hit comes last
+    assert frcnn_eval(Fixed([no_score]), detector_loader(targets)) == pytest.approx(0.5)
+
+
+def classifier_loader(labels, batch_size):
+    labels = torch.tensor(labels)
+    return [(torch.zeros(len(part), 3, 4, 4), part) for part in labels.split(batch_size)]
+
+
+def test_top1_counts_images_not_batches():
+    logits = [torch.nn.functional.one_hot(torch.tensor(c), 3).float() for c in (0, 1, 2, 1, 0)]
+    loader = classifier_loader([0, 1, 2, 2, 2], batch_size=3)  # 3 of 3 and 0 of 2: the mean of batches would be 0.5
+    assert classification_eval(Fixed(logits, batched=True), loader) == pytest.approx(0.6)
+
+
+def test_top1_takes_logits_and_counts_nan_as_wrong():
+    logits = torch.tensor([[5.0, 1.0], [float("nan"), 1.0]])
+
+    class Wrapped(nn.Module):
+        def forward(self, images):
+            return SimpleNamespace(logits=logits)
+
+    assert classification_eval(Wrapped(), classifier_loader([0, 0], 2)) == 0.5
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_are_restored_one_by_one(training):
+    model = PicoNet().train(training)
+    model.bn1.train(not training)
+    before = [module.training for module in model.modules()]
+    classification_eval(model, classifier_loader([0, 1], 2))
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(RuntimeError), evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("kind", ["classification", "detection"])
+def test_evaluation_is_in_eval_and_inference_mode(kind):
+    if kind == "classification":
+        model = Fixed([torch.tensor([1.0, 0.0])] * 2, batched=True).train()
+        classification_eval(model, classifier_loader([0, 1], 1))
+    else:
+        model = Fixed([output()] * 2).train()
+        frcnn_eval(model, detector_loader([target([[1, 1, 9, 9]], [1])] * 2, 1))
+    assert model.calls == [(False, True, False)] * 2
+    assert model.weight.grad is None and model.training
+
+
+def test_a_detector_trains_after_it_was_evaluated(tiny_fcos):
+    loader = detector_loader([target([[20, 20, 120, 120]], [1])] * 2, 2)
+    frcnn_eval(tiny_fcos, loader)
+    losses = tiny_fcos.train()(*loader[0])
+    sum(losses.values()).backward()  # nothing that inference mode made is kept inside the model
+    assert all(parameter.grad is not None for parameter in tiny_fcos.parameters())
+
+
+@pytest.fixture
+def tiny_fcos():
+    from torchvision.models.detection import FCOS
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 8, stride=8), nn.ReLU())
+    backbone.out_channels = 32
+    backbone.append(nn.Conv2d(8, 32, 1))
+    anchors = AnchorGenerator(sizes=((8,),), aspect_ratios=((1.0,),))
+    return FCOS(backbone, 3, anchor_generator=anchors, min_size=64, max_size=64)

@@ -1,0 +1,115 @@
+"""The script: flags, exit codes, the workload file, and bad input that leaves nothing behind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import merge_workloads
+from merge_workloads import main, merge_workload, parse_duration
+from workload import WorkloadError
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKLOAD = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from pico import PicoNet, classification_entry
+
+def create_model_dict():
+    torch.manual_seed(0)
+    return {{
+        "north_pico": classification_entry(PicoNet(3), {acc}, batch_size=8),
+        "south_pico": classification_entry(PicoNet(4), 0.01, batch_size=8),
+    }}
+"""
+
+
+@pytest.fixture
+def workload_file(tmp_path):
+    def write(acc: float) -> str:
+        path = tmp_path / "mine.py"
+        path.write_text(WORKLOAD.format(tests=str(ROOT / "tests"), acc=acc))
+        return str(path)
+
+    return write
+
+
+def test_a_workload_file_merges_from_the_shell(workload_file, datasets, tmp_path):
+    results = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "merge_workloads.py"), "--workload", workload_file(0.01)]
+    command += ["--datasets", str(datasets), "--results", str(results), "--strategy", "all", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "of optimal" in done.stdout and (results / "merged.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.py", "out"]
+
+
+def test_exit_code_2_lists_every_problem_and_leaves_no_results_folder(workload_file, tmp_path, capsys):
+    results = tmp_path / "out"
+    code = main(["--workload", workload_file(1.7), "--datasets", str(tmp_path), "--results", str(results)])
+    printed = capsys.readouterr()
+    assert code == 2 and not results.exists()
+    assert "north_pico: unmerged_acc: got 1.7; allowed: a number in (0, 1]" in printed.err
+    assert "south_pico: dataset: got" in printed.err and "2 problems in the workload" in printed.err
+
+
+@pytest.mark.parametrize("content, message", [(None, "which is no file"), ("x = 1", "without it")])
+def test_a_workload_file_that_is_none(tmp_path, capsys, content, message):
+    file = tmp_path / "mine.py"
+    if content:
+        file.write_text(content)
+    assert main(["--workload", str(file)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plan_trains_nothing_and_writes_nothing(workload_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--workload", workload_file(0.9), "--plan"]) == 0
+    assert "could save" in capsys.readouterr().out and not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"strategy": "best"}, "options: strategy: got 'best'; allowed: gemel, all, stem"),
+        ({"initial_weights": "last"}, "options: initial_weights: got 'last'; allowed: first, mean"),
+        ({"learning_rate": -1}, "options: learning_rate: got -1; allowed: a number greater than 0"),
+        ({"lr": 0.1}, "options: lr: got 0.1; allowed: one of learning_rate"),
+        ({"device": "tpu"}, "options: device: got 'tpu'; allowed: auto, cpu, cuda"),
+        ({"time_budget": 0}, "options: time_budget: got 0; allowed: seconds, more than 0"),
+        ({"seed": "x"}, "options: seed: got 'x'; allowed: a whole number from 0 on"),
+        ({"tolerance": 1.5}, "workload: tolerance: got 1.5; allowed: a number in (0, 1]"),
+    ],
+)
+def test_options_that_are_wrong(entries, datasets, tmp_path, options, message):
+    with pytest.raises(WorkloadError) as error:
+        merge_workload(entries, tmp_path / "out", datasets=datasets, **options)
+    assert message in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none(entries, datasets, tmp_path):
+    with pytest.raises(WorkloadError, match="device: got 'cuda'; allowed: auto or cpu: torch sees no CUDA device"):
+        merge_workload(entries, tmp_path / "out", datasets=datasets, device="cuda")
+
+
+@pytest.mark.parametrize("text, seconds", [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("45", 45)])
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "0m", "-3m", "3 days"])
+def test_durations_that_are_none(text):
+    with pytest.raises(merge_workloads.argparse.ArgumentTypeError, match="allowed: a duration such as"):
+        parse_duration(text)
+
+
+def test_any_other_failure_is_exit_code_1(workload_file, datasets, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    command = [sys.executable, str(ROOT / "merge_workloads.py"), "--workload", workload_file(0.01)]
+    command += ["--datasets", str(datasets), "--results", str(blocked / "results"), "--device", "cpu"]
+    assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 1

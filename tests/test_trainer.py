@@ -1,0 +1,260 @@
+import copy
+import math
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pico import PicoNet
+from torch import nn
+from torch.nn import functional as F
+
+import trainer
+from environment import seeded
+from losses import task_losses
+from sharing.groups import find_groups
+from sharing.statistics import reestimate_statistics
+from sharing.tying import tie
+from trainer import GIVEN_UP, MET, NOT_FINITE, TIME_OVER, TrainingOptions, evaluate, loss_weight, recover
+
+CPU = torch.device("cpu")
+QUICK = TrainingOptions(learning_rate=0.01, max_epochs=60)
+
+
+@pytest.fixture
+def models(tasks):
+    return nn.ModuleDict({name: task.model for name, task in tasks.items()})
+
+
+def run(models, tasks, data, options=QUICK, **more):
+    return recover(models, tasks, data, options, device=CPU, seed=0, **more)
+
+
+def hard(task, **changes):
+    """The task with another target."""
+    return replace(task, unmerged_acc=1.0, tolerance=1.0, **changes)
+
+
+def test_recovers_a_tied_workload_of_classifiers_and_a_detector(models, tasks, data):
+    tie(models, find_groups(models))
+    outcome = run(models, tasks, data)
+    assert outcome.reason == MET and outcome.success
+    for name, task in tasks.items():
+        assert evaluate(task, data[name].val) == outcome.accuracies[name] >= task.target_acc
+    assert not any(model.training for model in models.values())
+
+
+def test_same_seed_same_weights(entries, tasks, models, data):
+    tie(models, find_groups(models))
+    start = {key: value.clone() for key, value in models.state_dict().items()}
+    results = []
+    for _ in range(2):
+        models.load_state_dict(start)
+        outcome = run(models, tasks, data, replace(QUICK, max_epochs=2), purpose=("round", 3))
+        results.append((outcome, {key: value.clone() for key, value in models.state_dict().items()}))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(value, results[1][1][key]) for key, value in results[0][1].items())
+    assert results[0][0].steps > 0
+
+
+def test_a_step_with_nothing_tied_is_a_plain_step_of_each_model(models, tasks, data):
+    """Invariant 6, bit for bit, for the classifiers and the detector."""
+    plain = {name: copy.deepcopy(task.model).train() for name, task in tasks.items()}
+    batches = {name: next(iter(data[name].train)) for name in tasks}
+    session = trainer._Round(models, tasks, data, QUICK, CPU, math.inf)
+    for name, progress in session.progress.items():
+        progress.batches = iter([batches[name]])
+        progress.accuracy = progress.task.target_acc  # at its target a task's loss has weight 1
+        progress.task.model.train()
+    assert session.train_step()
+    for name, model in plain.items():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=QUICK.learning_rate / QUICK.warmup_steps)
+        images, targets = batches[name]
+        output = model(images) if torch.is_tensor(images) else model(images, targets)
+        loss = F.cross_entropy(output, targets) if torch.is_tensor(output) else sum(output.values())
+        loss.backward()
+        optimizer.step()
+        ours = models[name].state_dict()
+        assert all(torch.equal(value, ours[key]) for key, value in model.state_dict().items()), name
+
+
+def test_a_tied_parameter_is_stepped_once_with_the_sum_of_gradients(models, tasks, data):
+    """Published fault: a tied layer is stepped once per model."""
+    tie(models, find_groups(models))
+    session = trainer._Round(models, tasks, data, QUICK, CPU, math.inf)
+    held = [id(p) for group in session.optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(set(held))
+    shared = models["north_pico"].conv1.weight
+    batches = {name: next(iter(data[name].train)) for name in tasks}
+    gradients = []
+    for name, task in tasks.items():
+        task.model.train()
+        loss = sum(task_losses(task, batches[name], CPU).values())
+        gradients.append(torch.autograd.grad(loss, shared)[0])
+    for name, progress in session.progress.items():
+        progress.batches = iter([batches[name]])
+        progress.accuracy = progress.task.target_acc
+    session.train_step()
+    assert session.optimizer.state[shared]["step"] == 1
+    assert torch.allclose(shared.grad, sum(gradients), rtol=1e-4, atol=1e-6)
+
+
+def test_other_models_of_the_workload_are_not_touched(models, tasks, data):
+    before = {key: value.clone() for key, value in models["east_pico"].state_dict().items()}
+    some = {name: hard(tasks[name]) for name in ("north_pico", "south_pico")}
+    run(models, some, data, replace(QUICK, max_epochs=1))
+    assert all(torch.equal(value, before[key]) for key, value in models["east_pico"].state_dict().items())
+
+
+def test_a_stalled_task_is_given_up_and_that_is_never_done(models, tasks, data, monkeypatch):
+    """Published fault: a stalled model can make training "done" with nobody at target."""
+    fixed = {"north_pico": 0.3, "south_pico": 0.3, "east_pico": 0.3}
+    monkeypatch.setattr(trainer, "evaluate", lambda task, loader: fixed[task.name])
+    outcome = run(models, {name: hard(task) for name, task in tasks.items()}, data)
+    assert outcome.reason == GIVEN_UP and not outcome.success and outcome.met == ()
+    assert outcome.steps < QUICK.max_epochs * max(len(d.train) for d in data.values())
+
+
+def test_a_task_is_given_up_once_and_the_others_are_told_apart(models, tasks, data, monkeypatch):
+    given_up = []
+    give_up = trainer._Round.give_up_if_stalled
+
+    def counted(self, p):
+        gone = give_up(self, p)
+        given_up.extend([p.task.name] * gone)
+        return gone
+
+    monkeypatch.setattr(trainer._Round, "give_up_if_stalled", counted)
+    monkeypatch.setattr(trainer, "evaluate", lambda task, loader: 0.2 if task.name == "south_pico" else 0.99)
+    outcome = run(models, tasks, data)
+    assert given_up == ["south_pico"] and outcome.reason == GIVEN_UP and not outcome.success
+    assert set(outcome.met) == {"north_pico", "east_pico"}
+
+
+def test_a_first_stall_lowers_the_learning_rate_only(models, tasks, data, monkeypatch):
+    monkeypatch.setattr(trainer, "evaluate", lambda task, loader: 0.3)
+    session = trainer._Round(models, {n: hard(t) for n, t in tasks.items()}, data, QUICK, CPU, math.inf)
+    p = next(iter(session.progress.values()))
+    for step in (0, 100, 200, 300):
+        session.step = step
+        p.note(step, 0.3)
+    assert not session.give_up_if_stalled(p) and session.learning_rate == QUICK.learning_rate / 5
+    assert not session.give_up_if_stalled(p), "patience starts again"
+    for step in (400, 500, 600):
+        session.step = step
+        p.note(step, 0.3)
+    assert session.give_up_if_stalled(p) and p.given_up
+
+
+def test_validation_takes_the_likeliest_to_fail_first_and_stops_when_it_is_decided(models, tasks, data, monkeypatch):
+    asked = []
+    accuracy = {"north_pico": 0.9, "south_pico": 0.2, "east_pico": 0.5}
+    monkeypatch.setattr(trainer, "evaluate", lambda task, loader: asked.append(task.name) or accuracy[task.name])
+    session = trainer._Round(models, {n: hard(t) for n, t in tasks.items()}, data, QUICK, CPU, math.inf)
+    session.validate(everything=True)
+    assert set(asked) == set(tasks)
+    asked.clear()
+    session.validate()
+    assert asked == ["south_pico"]
+    accuracy["south_pico"] = 1.0
+    asked.clear()
+    session.validate()
+    assert asked == ["south_pico", "east_pico"] and session.reason is None
+    accuracy.update(north_pico=1.0, east_pico=1.0)
+    session.validate()
+    assert session.reason == MET
+
+
+def test_a_loss_that_is_not_finite_ends_the_round(models, tasks, data, monkeypatch):
+    def not_finite(task, batch, device):
+        return {"loss": next(task.model.parameters()).sum() * math.nan}
+
+    before = {key: value.clone() for key, value in models.named_parameters()}
+    monkeypatch.setattr(trainer, "task_losses", not_finite)
+    monkeypatch.setattr(trainer, "evaluate", lambda task, loader: 0.3)
+    outcome = run(models, tasks, data)
+    assert outcome.reason == NOT_FINITE and not outcome.success and outcome.steps == 0
+    assert all(torch.equal(value, before[key]) for key, value in models.named_parameters())
+
+
+def test_the_deadline_ends_the_round(models, tasks, data, monkeypatch):
+    monkeypatch.setattr(trainer, "evaluate", lambda task, loader: 0.3)
+    outcome = run(models, tasks, data, deadline=time.monotonic() - 1)
+    assert outcome.reason == TIME_OVER and not outcome.success and outcome.steps == 0
+
+
+@pytest.mark.parametrize("value", [-1, 1.01, math.nan, "high", None, [0.5, 0.5]])
+def test_an_eval_method_that_returns_no_accuracy_is_refused(tasks, data, value):
+    """Published fault: -1 (no ground truth) flows on as an accuracy."""
+    task = replace(tasks["north_pico"], eval_method=lambda model, loader: value)
+    with pytest.raises(ValueError, match="north_pico: eval_method: got .*allowed: a number in"):
+        evaluate(task, data["north_pico"].val)
+
+
+def test_loss_weight_is_the_published_one_from_one_to_ten():
+    assert loss_weight(0.4, 0.8) == pytest.approx(2**0.75)
+    assert loss_weight(0.9, 0.8) == 1.0 and loss_weight(0.0, 0.8) == 10.0 and loss_weight(1e-9, 0.8) == 10.0
+
+
+def test_validation_comes_sooner_near_the_target_and_costs_a_bounded_share(models, tasks, data):
+    session = trainer._Round(models, tasks, data, QUICK, CPU, math.inf)
+    for p in session.progress.values():
+        p.accuracy = 1.0
+    worst = session.progress["south_pico"]
+    worst.accuracy, session.steps_per_epoch = 0.1, 1000
+    shortest = session.interval.__func__  # the method, to call it under other counts
+    worst.data = SimpleNamespace(val=SimpleNamespace(dataset=range(2400)), train=data["south_pico"].train)
+    far = shortest(session)
+    images_per_step = sum(task.batch_size for task in tasks.values())
+    assert far == 4 * math.ceil(2400 / 3 / images_per_step / QUICK.validation_share)
+    worst.note(0, 0.1)
+    worst.note(100, worst.task.target_acc - 0.01)
+    assert shortest(session) == far / 4
+
+
+def test_inception_like_outputs_get_auxiliary_losses(tasks):
+    class Auxiliary(PicoNet):
+        def forward(self, images):
+            logits = super().forward(images)
+            return SimpleNamespace(logits=logits, aux_logits=logits)
+
+    task = replace(tasks["north_pico"], model=Auxiliary())
+    losses = task_losses(task, (torch.rand(2, 3, 16, 16), torch.tensor([0, 1])), CPU)
+    assert losses["aux_logits"].item() == pytest.approx(0.4 * losses["cross_entropy"].item())
+
+
+@pytest.mark.parametrize("name, got", [("north_pico", "a classifier"), ("east_pico", "a detector")])
+def test_a_model_that_returns_something_else_is_named(tasks, data, name, got):
+    class Wrong(nn.Module):
+        def forward(self, *inputs):
+            return [1]
+
+    task = replace(tasks[name], model=Wrong())
+    with pytest.raises(ValueError, match=f"{name}: model: got list from {got} in training; allowed"):
+        task_losses(task, next(iter(data[name].train)), CPU)
+
+
+def test_statistics_are_reestimated_and_modes_restored(tasks, data):
+    model = tasks["north_pico"].model.eval()
+    batches = list(data["north_pico"].train)
+    model.bn1.running_mean.fill_(7.0)
+    model.bn1.momentum = 0.25
+    reestimate_statistics(model, batches, CPU)
+    with torch.no_grad():
+        expected = torch.stack([model.conv1(images).mean((0, 2, 3)) for images, _ in batches]).mean(0)
+    assert torch.allclose(model.bn1.running_mean, expected, atol=1e-5)
+    assert model.bn1.momentum == 0.25 and not any(m.training for m in model.modules())
+
+
+def test_a_round_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with seeded(1, "x"):
+        first = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected)
+    with seeded(1, "x"):
+        assert torch.equal(torch.rand(3), first)
+    with seeded(1, "y"):
+        assert not torch.equal(torch.rand(3), first)
