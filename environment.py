@@ -36,7 +36,8 @@ def seeded(seed: int, *purpose: object) -> Iterator[None]:
     """Seeds the global generators (torch, random, numpy), which dropout and transforms draw from, and restores them."""
     value = derive_seed(seed, *purpose)
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # asking must not start CUDA
+    with torch.random.fork_rng(devices):
         torch.manual_seed(value)
         random.seed(value)
         np.random.seed(value % 2**32)

@@ -86,12 +86,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def _detections(output: dict[str, Tensor]) -> Tensor:
     """Rows x, y, width, height, score, label of one image, in float64: pycocotools subtracts in Python floats.
 
-    A value that is not finite makes an empty box or the lowest score, so a false alarm, and never a NaN in the mAP.
+    A box that is not finite becomes an empty one, so a false alarm; a score that is NaN sorts behind all others.
     """
     boxes = output["boxes"].double()
     boxes = torch.where(boxes.isfinite().all(1, keepdim=True), boxes, 0.0)
-    scores = output["scores"].double().nan_to_num(nan=0.0)
-    return torch.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores, output["labels"].double()])
+    labels, scores = output["labels"].double(), output["scores"].double()
+    return torch.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores, labels])
 
 
 def _ground_truth(targets: list[dict]) -> list[dict]:

@@ -10,6 +10,7 @@ Put your own tasks into create_sample_model_dict(), or into a file of your own.
 import argparse
 import importlib.util
 import math
+import os
 import re
 import sys
 import time
@@ -103,7 +104,8 @@ def merge_workload(
     tolerance: a task's target is tolerance x unmerged_acc (default 0.95; a task's own entry wins).
     strategy: "gemel", "all" or "stem". device: "auto", "cpu" or "cuda". time_budget: seconds after which no new round
     begins and the one in flight is undone. fresh: start anew although the folder holds a result, which is kept aside.
-    initial_weights: of a tied layer, "mean" or "first". num_workers: loader processes per task (default: none on CPU).
+    initial_weights: of a tied layer, "mean" or "first". num_workers: loader processes per task (default: none on a CPU,
+    with CUDA eight or the number of cores among all tasks).
     training: any field of trainer.TrainingOptions, such as learning_rate or max_epochs.
     Raises WorkloadError, before anything is written or trained, with every problem of the input.
     """
@@ -119,6 +121,8 @@ def merge_workload(
     decisive = {"strategy": strategy, "seed": seed, "initial_weights": initial_weights, **asdict(options)}
     folders = {name: dataset_manager.find_dataset(task, roots) for name, task in tasks.items()}
     mark = fingerprint(tasks, folders, decisive)
+    if num_workers is None and target_device.type == "cuda":
+        num_workers = max(1, min(8, os.cpu_count() or 1) // len(tasks))
     previous = None if fresh else _previous_manifest(results_path, mark)
     data = {
         name: dataset_manager.open_task(
@@ -269,9 +273,14 @@ def load_model_dict(workload_file: str | None) -> dict:
     allowed = "a Python file that defines create_model_dict()"
     if not file.is_file():
         raise WorkloadError([Problem("workload", "--workload", f"{workload_file}, which is no file", allowed)])
+    loaded = sys.modules.get(file.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) != str(file):
+        got = f"{workload_file}, whose name is that of a module in use here"
+        raise WorkloadError([Problem("workload", "--workload", got, "another file name")])
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module  # so that loader processes can find what the file defines
+    sys.modules[file.stem] = module  # loader processes import what the file defines by this name, from this folder
+    sys.path.append(str(file.parent.resolve()))
     spec.loader.exec_module(module)
     if not callable(getattr(module, "create_model_dict", None)):
         raise WorkloadError([Problem("workload", "--workload", f"{workload_file} without it", allowed)])

@@ -1,14 +1,14 @@
 """The embedded default workload: street scenes drawn here, small models trained here, a ready task dictionary.
 
-Two fixed cameras, one by day and one at nightfall; for each a classifier of what was cut out and a detector of traffic.
+Two fixed cameras, one by day and one at nightfall; for each a classifier of objects cut out and a detector of traffic.
 `prepare()` draws and trains what is missing (about two minutes on two cores, once) below sample_data/:
 
-    datasets/<name>_CL, datasets/<name>_OD      as described for users' own datasets
+    datasets/<name>_CL, datasets/<name>_OD      as users' own datasets (README, "Datasets")
     weights/<task>.pt, weights/<task>.json      the trained model, and its accuracy on val
 
-All backbones descend from one ancestor, as in practice they do from ImageNet: a classifier of both cameras' crops, and,
-grown from it, a detector of both cameras' frames. Each task starts there and is then trained on its own camera alone, so
-their weights differ but are related, which is what makes merging worth trying.
+All backbones descend from one ancestor, as in practice they do from ImageNet: a classifier of both cameras' crops, and
+a detector of both cameras' frames grown from it. Each task starts there and is then trained on its own camera alone, so
+their weights differ but are related, as those of fine-tuned models are.
 """
 
 import contextlib
@@ -67,36 +67,33 @@ class Plan(NamedTuple):
     epochs: float = 1.0  # times those of the task
 
 
-def _fcos(layers: tuple[int, ...]) -> dict[str, Any]:
-    return {"backbone": "slim_resnet", "layers": layers, "width": WIDTH, "out_channels": 64, "min_size": FRAME_SIZE}
+PLAN = Plan()
 
 
-BOTH, VEHICLES = ("main_2nd", "elm_1st"), ("car", "motorcycle", "truck")
+def _classifier(cameras: tuple, classes: tuple, layers: tuple, rate: float, parent: str | None) -> SampleTask:
+    kwargs = {"layers": layers, "width": WIDTH}
+    return SampleTask(cameras, CLASSIFICATION, classes, "slim_resnet", len(classes), kwargs, 8, rate, parent)
+
+
+def _detector(cameras: tuple, classes: tuple, epochs: int, parent: str) -> SampleTask:
+    kwargs = {"backbone": "slim_resnet", "layers": SHALLOW, "width": WIDTH, "out_channels": 64, "min_size": FRAME_SIZE}
+    return SampleTask(cameras, DETECTION, classes, "fcos_model", len(classes) + 1, kwargs, epochs, 2e-3, parent)
+
+
+MAIN, ELM, VEHICLES = ("main_2nd",), ("elm_1st",), ("car", "motorcycle", "truck")
 ANCESTORS = {
-    "ancestor_resnet18": SampleTask(
-        BOTH, CLASSIFICATION, KINDS, "slim_resnet", 4, {"layers": DEEP, "width": WIDTH}, 8, 2e-3, None
-    ),
-    "ancestor_fcos": SampleTask(BOTH, DETECTION, KINDS, "fcos_model", 5, _fcos(SHALLOW), 5, 2e-3, "ancestor_resnet18"),
+    "ancestor_resnet18": _classifier(MAIN + ELM, KINDS, DEEP, 2e-3, None),
+    "ancestor_fcos": _detector(MAIN + ELM, KINDS, 6, "ancestor_resnet18"),
 }
 TASKS = {
-    "main_2nd_vehicles_resnet10": SampleTask(
-        *(("main_2nd",), CLASSIFICATION, VEHICLES, "slim_resnet", 3, {"layers": SHALLOW, "width": WIDTH}),
-        *(8, 1e-3, "ancestor_resnet18"),
-    ),
-    "elm_1st_street_resnet18": SampleTask(
-        *(("elm_1st",), CLASSIFICATION, KINDS, "slim_resnet", 4, {"layers": DEEP, "width": WIDTH}),
-        *(8, 1e-3, "ancestor_resnet18"),
-    ),
-    "main_2nd_traffic_fcos": SampleTask(
-        ("main_2nd",), DETECTION, KINDS, "fcos_model", 5, _fcos(SHALLOW), 6, 1e-3, "ancestor_fcos"
-    ),
-    "elm_1st_traffic_fcos": SampleTask(
-        ("elm_1st",), DETECTION, KINDS, "fcos_model", 5, _fcos(SHALLOW), 6, 1e-3, "ancestor_fcos"
-    ),
+    "main_2nd_vehicles_resnet10": _classifier(MAIN, VEHICLES, SHALLOW, 1e-3, "ancestor_resnet18"),
+    "elm_1st_street_resnet18": _classifier(ELM, KINDS, DEEP, 1e-3, "ancestor_resnet18"),
+    "main_2nd_traffic_fcos": _detector(MAIN, KINDS, 8, "ancestor_fcos"),
+    "elm_1st_traffic_fcos": _detector(ELM, KINDS, 8, "ancestor_fcos"),
 }
 
 
-def prepare(root: Path = SAMPLE_ROOT, plan: Plan = Plan()) -> None:  # noqa: B008
+def prepare(root: Path = SAMPLE_ROOT, plan: Plan = PLAN) -> None:
     """Draws the datasets and trains the models that are missing below `root`, or were made by another recipe.
 
     May be interrupted at any time: what is half done has another name and is done again.
@@ -107,7 +104,7 @@ def prepare(root: Path = SAMPLE_ROOT, plan: Plan = Plan()) -> None:  # noqa: B00
         _train(Path(root), name, plan)
 
 
-def create_model_dict(root: Path = SAMPLE_ROOT, plan: Plan = Plan()) -> dict[str, dict]:  # noqa: B008
+def create_model_dict(root: Path = SAMPLE_ROOT, plan: Plan = PLAN) -> dict[str, dict]:
     """The complete task dictionary, prepared first if need be."""
     prepare(root, plan)
     return {
@@ -188,24 +185,23 @@ def _draw_camera(root: Path, camera: str, plan: Plan) -> None:
             (folder / ".recipe").write_text(_recipe(plan))
 
 
-def _write_frame(split: Path, stem: str, scene, camera, task: SampleTask, left: dict, rng) -> None:
+def _write_frame(split: Path, stem: str, scene: Scene, task: SampleTask, left: dict, rng: np.random.Generator) -> None:
     """One frame and its annotation file, which is empty where there is nothing to see."""
     lines = []
     for thing in scene.things:
-        left_edge, top, right, bottom = (edge / street_scenes.CANVAS for edge in thing.box)
-        values = ((left_edge + right) / 2, (top + bottom) / 2, right - left_edge, bottom - top)
+        x1, y1, x2, y2 = (edge / CANVAS for edge in thing.box)
+        values = ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)
         lines.append(f"{task.classes.index(thing.kind)} " + " ".join(f"{value:.6f}" for value in values))
-    _write(split / "images" / f"{stem}.jpg", street_scenes.frame(scene, camera, FRAME_SIZE, rng))
+    _write(split / "images" / f"{stem}.jpg", frame(scene, FRAME_SIZE, rng))
     _write(split / "annotations" / f"{stem}.txt", "".join(f"{line}\n" for line in lines).encode())
 
 
-def _write_crops(split: Path, stem: str, scene, camera, task: SampleTask, left: dict[str, int], rng) -> None:
-    """The objects of a scene that are still wanted (`left`: how many per class), one file each."""
+def _write_crops(split: Path, stem: str, scene: Scene, task: SampleTask, left: dict, rng: np.random.Generator) -> None:
+    """The objects of a scene that are still wanted, one file each. left: how many more per class; counted down."""
     for number, thing in enumerate(scene.things):
         if left.get(thing.kind, 0) > 0:
             left[thing.kind] -= 1
-            picture = street_scenes.crop(scene, thing, camera, CROP_SIZE, rng)
-            _write(split / thing.kind / f"{stem}_{number}.jpg", picture)
+            _write(split / thing.kind / f"{stem}_{number}.jpg", crop(scene, thing, CROP_SIZE, rng))
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -216,15 +212,23 @@ def _write(path: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
     """An empty folder with another name, which takes the place of `folder` when the block has ended well."""
-    partial = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder.parent)
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
+    partial.chmod(0o755)  # mkdtemp's 0700 would stay
     try:
         yield partial
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file under another name, which it then exchanges for its own."""
+    with _replaced(path.with_name(f"{path.name}.folder")) as partial:
+        write(partial / path.name)
+        (partial / path.name).replace(path)
 
 
 def _recipe(plan: Plan) -> str:
@@ -338,7 +342,7 @@ def _fit(model: nn.Module, name: str, samples: Samples, epochs: int) -> None:
     """A plain short training: AdamW with one cycle of the learning rate."""
     task = _task(name)
     step_loss = _classifier_loss if task.kind == CLASSIFICATION else _detector_loss
-    batch_size = 32 if task.kind == CLASSIFICATION else 8
+    batch_size = 32 if task.kind == CLASSIFICATION else 4
     batches = len(samples[0]) // batch_size
     optimizer = torch.optim.AdamW(model.parameters(), task.learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, total_steps=epochs * batches)

@@ -38,7 +38,7 @@ class TrainingOptions:
     detection_batch_size: int = 8
     max_epochs: float = 12.0  # an epoch is one pass over the largest train split among the tasks that are trained
     patience_epochs: float = 1.5  # without a better accuracy: first a lower learning rate, then the task is given up
-    statistics_images: int = 256  # per task, to re-estimate batch normalisation statistics before a trial is judged
+    statistics_batches: int = 8  # per task, to re-estimate batch normalisation before a trial is judged
     validation_share: float = 0.25  # of the time of training that validation may take, as far as can be planned
 
     def batch_size(self, task: Task) -> int:
@@ -174,8 +174,8 @@ class _Round:
     def run(self) -> Outcome:
         with tqdm(total=self.max_steps, desc="retraining", unit="step", leave=False, disable=None) as bar:
             for p in self.progress.values():
-                images = max(1, self.options.statistics_images // self.options.batch_size(p.task))
-                reestimate_statistics(p.task.model, list(itertools.islice(p.data.train, images)), self.device)
+                batches = itertools.islice(p.data.train, self.options.statistics_batches)
+                reestimate_statistics(p.task.model, list(batches), self.device)
             self.validate(everything=True)
             while self.reason is None:
                 self.train(self.interval(), bar)

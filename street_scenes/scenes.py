@@ -27,7 +27,7 @@ from street_scenes.camera import (
 )
 from street_scenes.objects import BUILD, KINDS, Face, Limb, Part, street_lamp, tree
 
-MIN_SIDES = (9, 20)  # canvas pixels, shorter and longer side: what is smaller is not labelled
+MIN_SIDES = (12, 24)  # canvas pixels, shorter and longer side: what is smaller is not labelled
 EMPTY = 0.08  # share of scenes without traffic
 MIN_VISIBLE = 0.35  # share of an object that must not be hidden for it to be labelled
 

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 from pico import (
-    CLASSIFICATION_TRANSFORM,
-    DETECTION_TRANSFORM,
     PicoDetector,
     PicoNet,
     classification_entry,
@@ -19,6 +17,7 @@ from pico import (
 )
 from PIL import Image
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 import dataset_manager
 from dataset_folders import open_split, read_annotation
@@ -26,6 +25,7 @@ from dataset_manager import find_dataset, open_task, reseed
 from workload import read_workload
 
 CPU = torch.device("cpu")
+TO_FLOAT = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 
 
 def task_of(name, entry, **transforms):
@@ -175,7 +175,7 @@ def test_boxes_that_a_transform_empties_go_with_their_labels(tmp_path):
     def crop_left_half(image, target):
         left = target["boxes"].clamp(torch.zeros(4), torch.tensor([10.0, 10, 10, 10]))
         target["boxes"] = tv_tensors.wrap(left, like=target["boxes"])
-        return DETECTION_TRANSFORM(image.crop((0, 0, 10, 10)), {**target, "iscrowd": torch.tensor([0, 1, 0])})
+        return TO_FLOAT(image.crop((0, 0, 10, 10)), {**target, "iscrowd": torch.tensor([0, 1, 0])})
 
     text = "0 0.25 0.5 0.1 0.1\n1 0.75 0.5 0.1 0.1\n2 0.5 0.5 0.2 0.2\n"
     write_detection_split(tmp_path / "cars_OD" / "train", {"a": text})
@@ -314,7 +314,7 @@ def test_workers_change_nothing_and_stay(tmp_path):
 
 def test_transforms_that_cannot_be_pickled_load_in_the_main_process(tmp_path, caplog):
     write_classification(tmp_path, "cars_CL", images=2)
-    task = classifier_task(train=lambda image: CLASSIFICATION_TRANSFORM(image))
+    task = classifier_task(train=lambda image: TO_FLOAT(image))
     with caplog.at_level(logging.WARNING):
         data = opened(task, tmp_path, num_workers=1)
     assert data.train.num_workers == 0 and data.val.num_workers == 1

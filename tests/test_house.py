@@ -30,6 +30,7 @@ FLOORS = {
     "trainer": 3,
     "results_store": 3,
     "tables": 3,
+    "fingerprint": 3,
     "merger": 4,
     "merge_workloads": 5,
 }
@@ -41,7 +42,9 @@ FLAGS = {
 
 
 def room_of(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+    """A room is a folder, a file, or the files that one prefix marks as the parts of one room."""
+    name = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    return "dataset_manager" if name.startswith("dataset_") else name
 
 
 def imports_of(path: Path) -> set[str]:
@@ -77,14 +80,9 @@ def test_files_stay_readable(path):
 def test_no_device_is_hard_coded(path):
     """Published fault: CUDA is hard-coded. The device is picked in environment.py and handed on."""
     source = path.read_text()
-    assert (
-        ".cuda(" not in source
-        and "torch.load(" not in source.replace("weights_only=True", "").replace("torch.load(path, map_location", "")
-        or "weights_only=True" in source
-    )
-    if room_of(path) not in ("environment", "merge_workloads"):
-        assert not re.search(r"""torch\.device\(["']cuda""", source)
-        assert not re.search(r"""\.to\(["']cuda""", source)
+    assert ".cuda(" not in source
+    if path.name not in ("environment.py", "merge_workloads.py"):
+        assert not re.search(r"""["']cuda(:\d+)?["']""", source.replace('device.type == "cuda"', ""))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -100,8 +98,8 @@ def test_what_is_never_written(path):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
             assert safe, f"{path}:{node.lineno}: torch.load without weights_only=True"
-        if isinstance(node, ast.Import):
-            assert "pickle" not in {alias.name for alias in node.names} or room_of(path) == "dataset_manager"
+        if isinstance(node, ast.Call):
+            assert not ast.unparse(node.func).startswith("pickle.load"), f"{path}:{node.lineno}: unpickles"
 
 
 def test_the_flags_are_the_contract():

@@ -27,6 +27,14 @@ def create_model_dict():
 """
 
 
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    yield
+    sys.modules.pop("mine", None)
+
+
 @pytest.fixture
 def workload_file(tmp_path):
     def write(acc: float) -> str:
@@ -63,6 +71,13 @@ def test_a_workload_file_that_is_none(tmp_path, capsys, content, message):
         file.write_text(content)
     assert main(["--workload", str(file)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_workload_file_must_not_take_the_name_of_a_module(tmp_path, capsys):
+    file = tmp_path / "trainer.py"
+    file.write_text("def create_model_dict(): return {}")
+    assert main(["--workload", str(file)]) == 2
+    assert "whose name is that of a module in use here; allowed: another file name" in capsys.readouterr().err
 
 
 def test_plan_trains_nothing_and_writes_nothing(workload_file, tmp_path, monkeypatch, capsys):
