@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from dataset_manager import TaskData
 from torch import nn
+from tqdm import tqdm
 
 import tables
+from dataset_manager import TaskData
 from model_architectures import architecture_of
 from results_store import load_merged, update_run, write_results
 from sharing.groups import Configuration, affected_tasks, find_groups, saved_bytes
@@ -81,7 +82,7 @@ def start(tasks: Mapping[str, Task], data: Mapping[str, TaskData], results_path:
 def preflight(run: Run) -> None:
     """Measures every model before anything is merged. Raises WorkloadError if one is below its own target already."""
     problems = []
-    for name, task in run.tasks.items():
+    for name, task in _with_bar(run, "evaluating the unmerged models"):
         measured = evaluate(task, run.data[name].val)
         run.accuracy[name] = Accuracy(measured, measured)
         if run.data[name].test is not None:
@@ -172,7 +173,7 @@ def confirm(run: Run) -> dict:
     reloaded = load_merged(
         run.results_path, {name: copy.deepcopy(model) for name, model in run.models.items()}, run.device
     )
-    for name, task in run.tasks.items():
+    for name, task in _with_bar(run, "evaluating what was written"):
         accuracy = run.accuracy[name]
         accuracy.merged = evaluate(task, run.data[name].val, reloaded[name])
         if run.data[name].test is not None:
@@ -183,6 +184,10 @@ def confirm(run: Run) -> dict:
                 f"{task.target_acc:.4f}, though it met the target before it was written"
             )
     return store(run)
+
+
+def _with_bar(run: Run, title: str) -> tqdm:
+    return tqdm(run.tasks.items(), desc=title, unit="task", leave=False, disable=None)
 
 
 # ---- what is written ------------------------------------------------------------------------------------

@@ -13,10 +13,18 @@ their weights differ but are related, as those of fine-tuned models are.
 
 import contextlib
 import hashlib
+import itertools
 import json
+import logging
+import multiprocessing
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +35,10 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from tqdm import tqdm
 
-import street_scenes
 from environment import derive_seed, seeded
 from eval_methods import classification_eval, frcnn_eval
 from model_architectures import build, load_weights
-from street_scenes import CAMERAS, KINDS
+from street_scenes import CAMERAS, KINDS, Crops, Frames, write_scenes
 from transforms import IMAGENET_MEAN, IMAGENET_STD, classification_transforms, detection_transforms
 from workload import CLASSIFICATION, DATASET_SUFFIX, DETECTION
 
@@ -42,7 +49,13 @@ DATASETS_ROOT = SAMPLE_ROOT / "datasets"
 CROP_SIZE, FRAME_SIZE = 48, 128  # pixels a side
 WIDTH = 32  # channels of the first stage, the same in all models
 SHALLOW, DEEP = (1, 1, 1, 1), (2, 2, 2, 2)
+BATCH_SIZES = {CLASSIFICATION: 32, DETECTION: 4}
+MAX_GRADIENT = 5.0  # norm
+RECIPE_FILE = ".recipe"  # in a dataset folder; hidden, so no split
 SPLITS = ("train", "val", "test")
+PARTIAL, PARTIAL_SECONDS = ".partial-", 24 * 3600.0  # names of what is being written; when nobody can be writing it
+
+log = logging.getLogger(__name__)
 
 
 class SampleTask(NamedTuple):
@@ -83,25 +96,40 @@ def _detector(cameras: tuple, classes: tuple, epochs: int, parent: str) -> Sampl
 MAIN, ELM, VEHICLES = ("main_2nd",), ("elm_1st",), ("car", "motorcycle", "truck")
 ANCESTORS = {
     "ancestor_resnet18": _classifier(MAIN + ELM, KINDS, DEEP, 2e-3, None),
-    "ancestor_fcos": _detector(MAIN + ELM, KINDS, 6, "ancestor_resnet18"),
+    "ancestor_fcos": _detector(MAIN + ELM, KINDS, 5, "ancestor_resnet18"),
 }
 TASKS = {
     "main_2nd_vehicles_resnet10": _classifier(MAIN, VEHICLES, SHALLOW, 1e-3, "ancestor_resnet18"),
     "elm_1st_street_resnet18": _classifier(ELM, KINDS, DEEP, 1e-3, "ancestor_resnet18"),
-    "main_2nd_traffic_fcos": _detector(MAIN, KINDS, 8, "ancestor_fcos"),
-    "elm_1st_traffic_fcos": _detector(ELM, KINDS, 8, "ancestor_fcos"),
+    "main_2nd_traffic_fcos": _detector(MAIN, KINDS, 9, "ancestor_fcos"),
+    "elm_1st_traffic_fcos": _detector(ELM, KINDS, 9, "ancestor_fcos"),
 }
 
 
-def prepare(root: Path = SAMPLE_ROOT, plan: Plan = PLAN) -> None:
+def prepare(root: Path = SAMPLE_ROOT, plan: Plan = PLAN, processes: int = 2) -> None:
     """Draws the datasets and trains the models that are missing below `root`, or were made by another recipe.
 
-    May be interrupted at any time: what is half done has another name and is done again.
+    May be interrupted at any time: what is half done has another name and is done again. Each of the processes computes
+    with one thread: the results do not depend on their number, and threads that wait for one another are many times
+    slower on a machine that has other things to do.
     """
-    for camera in CAMERAS:
-        _draw_camera(Path(root), camera, plan)
-    for name in TASKS:
-        _train(Path(root), name, plan)
+    stages = _stages(Path(root), plan)
+    if not stages:
+        return
+    _remove_leftovers(Path(root))
+    if processes > 1:
+        try:
+            _work_in_processes(stages, processes)
+            return
+        except BrokenProcessPool:  # a script without `if __name__ == "__main__"` cannot start any
+            log.warning("the sample workload is prepared in this process alone, which takes longer")
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for job in itertools.chain(*stages):
+            job()
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def create_model_dict(root: Path = SAMPLE_ROOT, plan: Plan = PLAN) -> dict[str, dict]:
@@ -130,8 +158,8 @@ def weights_path(name: str, root: Path = SAMPLE_ROOT) -> Path:
 
 
 def unmerged_acc(name: str, root: Path = SAMPLE_ROOT) -> float:
-    """The accuracy of a task on val, measured by its eval method when it was trained."""
-    return json.loads(weights_path(name, root).with_suffix(".json").read_text())["unmerged_acc"]
+    """The accuracy of a task on val, measured by its eval method when it was trained. Prepare it first."""
+    return json.loads(_stamp(name, root).read_text())["unmerged_acc"]
 
 
 def transforms(name: str) -> dict[str, Callable]:
@@ -146,12 +174,61 @@ def eval_method(name: str) -> Callable[[nn.Module, Any], float]:
 
 
 def _task(name: str) -> SampleTask:
-    return {**ANCESTORS, **TASKS}[name]
+    known = {**ANCESTORS, **TASKS}
+    if name not in known:
+        raise ValueError(f"sample workload: got the task {name!r}; allowed: {', '.join(TASKS)}")
+    return known[name]
 
 
 def _new_model(name: str) -> nn.Module:
     task = _task(name)
     return build(task.builder, task.num_classes, **task.kwargs)
+
+
+# ---- who does what, and when --------------------------------------------------------------------------------------
+
+
+def _stages(root: Path, plan: Plan) -> list[list[Callable[..., None]]]:
+    """What is missing, as jobs; those of one stage do not wait for one another, the longest comes first."""
+    cameras = [camera for camera in CAMERAS if not _is_drawn(root, camera, plan)]
+    missing = set()
+    for name in TASKS:
+        while name and not _is_trained(root, name, plan):
+            missing.add(name)
+            name = _task(name).parent
+    generations: dict[int, list[str]] = {}
+    for name in filter(missing.__contains__, [*ANCESTORS, *TASKS]):
+        generations.setdefault(_generation(name), []).append(name)
+    stages = [[partial(_draw_camera, root, camera, plan) for camera in cameras]]
+    stages += [[partial(_train, root, name, plan) for name in generations[age]] for age in sorted(generations)]
+    return [stage for stage in stages if stage]
+
+
+def _generation(name: str) -> int:
+    parent = _task(name).parent
+    return 1 + _generation(parent) if parent else 0
+
+
+def _work_in_processes(stages: list[list[Callable[..., None]]], processes: int) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork may inherit locks that nobody will release
+    lock = context.RLock()
+    with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(lock,)) as pool:
+        for stage in stages:
+            futures = [pool.submit(job, position=number % processes) for number, job in enumerate(stage)]
+            for future in futures:
+                future.result()
+
+
+def _start_worker(lock: Any) -> None:
+    tqdm.set_lock(lock)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for jobs for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 # ---- drawing ------------------------------------------------------------------------------------------------------
@@ -166,69 +243,59 @@ def _dataset_folders(root: Path, camera: str) -> dict[str, SampleTask]:
     }
 
 
-def _draw_camera(root: Path, camera: str, plan: Plan) -> None:
+def _is_drawn(root: Path, camera: str, plan: Plan) -> bool:
+    return all(_is_made(folder / RECIPE_FILE, plan) for folder in _dataset_folders(root, camera))
+
+
+def _draw_camera(root: Path, camera: str, plan: Plan, position: int = 0) -> None:
     """Draws the scenes of one camera, and writes the datasets of its tasks from them."""
-    folders = _dataset_folders(root, camera)
-    if all(_is_made(folder / ".recipe", plan) for folder in folders):
-        return
     with contextlib.ExitStack() as stack:
-        partial = {stack.enter_context(_replaced(folder)): task for folder, task in folders.items()}
+        folders = {stack.enter_context(_replaced(f)): task for f, task in _dataset_folders(root, camera).items()}
         for split, scenes, crops in zip(SPLITS, plan.scenes, plan.crops, strict=True):
             rng = np.random.default_rng(derive_seed(SEED, "draw", camera, split))
-            left = {folder: dict.fromkeys(task.classes, crops) for folder, task in partial.items()}
-            for number in tqdm(range(scenes), f"drawing {camera} {split}", leave=False, mininterval=1):
-                scene = street_scenes.draw_scene(CAMERAS[camera], rng)
-                for folder, task in partial.items():
-                    write = _write_crops if task.kind == CLASSIFICATION else _write_frame
-                    write(folder / split, f"{number:04}", scene, CAMERAS[camera], task, left[folder], rng)
-        for folder in partial:
-            (folder / ".recipe").write_text(_recipe(plan))
+            outputs = [_output(folder / split, task, crops) for folder, task in folders.items()]
+            numbers = tqdm(range(scenes), f"drawing {camera} {split}", leave=False, position=position)
+            write_scenes(CAMERAS[camera], numbers, outputs, rng)
+        for folder in folders:
+            (folder / RECIPE_FILE).write_text(_recipe(plan))
 
 
-def _write_frame(split: Path, stem: str, scene: Scene, task: SampleTask, left: dict, rng: np.random.Generator) -> None:
-    """One frame and its annotation file, which is empty where there is nothing to see."""
-    lines = []
-    for thing in scene.things:
-        x1, y1, x2, y2 = (edge / CANVAS for edge in thing.box)
-        values = ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)
-        lines.append(f"{task.classes.index(thing.kind)} " + " ".join(f"{value:.6f}" for value in values))
-    _write(split / "images" / f"{stem}.jpg", frame(scene, FRAME_SIZE, rng))
-    _write(split / "annotations" / f"{stem}.txt", "".join(f"{line}\n" for line in lines).encode())
-
-
-def _write_crops(split: Path, stem: str, scene: Scene, task: SampleTask, left: dict, rng: np.random.Generator) -> None:
-    """The objects of a scene that are still wanted, one file each. left: how many more per class; counted down."""
-    for number, thing in enumerate(scene.things):
-        if left.get(thing.kind, 0) > 0:
-            left[thing.kind] -= 1
-            _write(split / thing.kind / f"{stem}_{number}.jpg", crop(scene, thing, CROP_SIZE, rng))
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+def _output(folder: Path, task: SampleTask, crops: int) -> Frames | Crops:
+    if task.kind == CLASSIFICATION:
+        return Crops(folder, task.classes, CROP_SIZE, crops)
+    return Frames(folder, task.classes, FRAME_SIZE)
 
 
 @contextlib.contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """An empty folder with another name, which takes the place of `folder` when the block has ended well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder.parent)
-    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
-    partial.chmod(0o755)  # mkdtemp's 0700 would stay
+def _replaced(path: Path) -> Iterator[Path]:
+    """Another path beside `path`, for a folder or a file, which takes its place when the block has ended well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    _remove(unfinished)
     try:
-        yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        yield unfinished
+        if path.is_dir():  # a folder cannot be exchanged at once; a missing one is drawn again
+            _remove(path)
+        unfinished.replace(path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(unfinished)
 
 
-def _replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file under another name, which it then exchanges for its own."""
-    with _replaced(path.with_name(f"{path.name}.folder")) as partial:
-        write(partial / path.name)
-        (partial / path.name).replace(path)
+def _remove_leftovers(root: Path) -> None:
+    """What killed processes have left unfinished; of a younger one the process may be alive."""
+    for path in root.glob(f"*/{PARTIAL}*"):
+        with contextlib.suppress(FileNotFoundError):  # alive, and has just finished
+            if time.time() - path.stat().st_mtime > PARTIAL_SECONDS:
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _stamp(name: str, root: Path) -> Path:
+    """Written after the weights: without it they are not finished."""
+    return weights_path(name, root).with_suffix(".json")
 
 
 def _recipe(plan: Plan) -> str:
@@ -245,30 +312,24 @@ def _is_made(stamp: Path, plan: Plan) -> bool:
 Samples = tuple[Tensor, list[Tensor], list[Tensor]]  # uint8 images [N, 3, H, W], labels and boxes of each
 
 
-def _train(root: Path, name: str, plan: Plan) -> None:
-    """Trains a task (its ancestors first), measures it on val, and writes weights and accuracy, in this order."""
-    weights, stamp = weights_path(name, root), weights_path(name, root).with_suffix(".json")
-    if _is_made(stamp, plan) and weights.is_file():
-        return
+def _is_trained(root: Path, name: str, plan: Plan) -> bool:
+    return weights_path(name, root).is_file() and _is_made(_stamp(name, root), plan)
+
+
+def _train(root: Path, name: str, plan: Plan, position: int = 0) -> None:
+    """Trains a task, whose ancestor is trained, measures it on val, and writes weights and accuracy, in this order."""
     task = _task(name)
-    if task.parent:
-        _train(root, task.parent, plan)
     with seeded(SEED, "train", name):
         model = _new_model(name)
         if task.parent:
             _inherit(model, torch.load(weights_path(task.parent, root), weights_only=True))
-        _fit(model, name, _samples(root, task, "train"), max(1, round(task.epochs * plan.epochs)))
+        epochs = max(1, round(task.epochs * plan.epochs))
+        _fit(model, name, _samples(root, task, "train"), epochs, position)
     accuracy = eval_method(name)(model, _val_loader(name, _samples(root, task, "val")))
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    _replace_file(weights, lambda partial: torch.save(model.state_dict(), partial))
-    record = json.dumps({"recipe": _recipe(plan), "unmerged_acc": accuracy}, indent=1)
-    _replace_file(stamp, lambda partial: partial.write_text(record))
-
-
-def _replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    write(partial)
-    partial.replace(path)
+    with _replaced(weights_path(name, root)) as unfinished, unfinished.open("wb") as file:
+        torch.save(model.state_dict(), file)  # given a path, it would store the path's name in the file
+    with _replaced(_stamp(name, root)) as unfinished:
+        unfinished.write_text(json.dumps({"recipe": _recipe(plan), "unmerged_acc": accuracy}, indent=1))
 
 
 def _inherit(model: nn.Module, ancestor: dict[str, Tensor]) -> None:
@@ -282,15 +343,12 @@ def _inherit(model: nn.Module, ancestor: dict[str, Tensor]) -> None:
 
 def _samples(root: Path, task: SampleTask, split: str) -> Samples:
     """All files of one split, of all the cameras that the task looks at, decoded."""
-    images, labels, boxes = [], [], []
-    for camera in task.cameras:
-        for folder, other in _dataset_folders(root, camera).items():
-            if other.kind == task.kind:
-                read = _read_crops if task.kind == CLASSIFICATION else _read_frames
-                for sample in read(folder / split, task.classes):
-                    for column, value in zip((images, labels, boxes), sample, strict=True):
-                        column.append(value)
-    return torch.stack(images), labels, boxes
+    read = _read_crops if task.kind == CLASSIFICATION else _read_frames
+    cameras = [_dataset_folders(root, camera) for camera in task.cameras]
+    folders = [folder for camera in cameras for folder, other in camera.items() if other.kind == task.kind]
+    samples = [sample for folder in folders for sample in read(folder / split, task.classes)]
+    images, labels, boxes = zip(*samples, strict=True)
+    return torch.stack(images), list(labels), list(boxes)
 
 
 def _read_crops(split: Path, classes: tuple[str, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -338,26 +396,23 @@ def _batches(samples: Samples, order: Tensor, batch_size: int) -> Iterator[Sampl
         yield images[indices], [labels[i] for i in indices], [boxes[i] for i in indices]
 
 
-def _fit(model: nn.Module, name: str, samples: Samples, epochs: int) -> None:
-    """A plain short training: AdamW with one cycle of the learning rate."""
+def _fit(model: nn.Module, name: str, samples: Samples, epochs: int, position: int) -> None:
+    """A plain short training: AdamW with one cycle of the learning rate; a trailing smaller batch is left out."""
     task = _task(name)
-    step_loss = _classifier_loss if task.kind == CLASSIFICATION else _detector_loss
-    batch_size = 32 if task.kind == CLASSIFICATION else 4
-    batches = len(samples[0]) // batch_size
+    loss_of = _classifier_loss if task.kind == CLASSIFICATION else _detector_loss
+    num_samples, batch_size = len(samples[0]), BATCH_SIZES[task.kind]
+    num_batches = max(1, num_samples // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), task.learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, total_steps=epochs * batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, total_steps=epochs * num_batches)
     model.train()
-    with tqdm(total=epochs * batches, desc=f"training {name}", leave=False, mininterval=1) as progress:
-        for _ in range(epochs):
-            order = torch.randperm(len(samples[0]))[: batches * batch_size]
-            for images, labels, boxes in _batches(samples, order, batch_size):
-                loss = step_loss(model, _augmented(images), labels, boxes)
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-                optimizer.step()
-                schedule.step()
-                progress.update()
+    for _ in tqdm(range(epochs), f"training {name}", leave=False, position=position):
+        order = torch.randperm(num_samples)[: num_batches * batch_size]
+        for images, labels, boxes in _batches(samples, order, batch_size):
+            optimizer.zero_grad()
+            loss_of(model, _augmented(images), labels, boxes).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT)
+            optimizer.step()
+            schedule.step()
 
 
 def _augmented(images: Tensor) -> Tensor:

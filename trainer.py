@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from dataset_manager import TaskData, reseed
@@ -22,6 +23,8 @@ from environment import seeded
 from losses import task_losses
 from sharing.statistics import reestimate_statistics
 from workload import CLASSIFICATION, Task
+
+NEARLY_THERE = 0.98  # share of the target from which validation is as frequent as it may be
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +35,14 @@ MET, GIVEN_UP, EPOCHS_SPENT, NOT_FINITE, TIME_OVER = "met", "given up", "epochs 
 class TrainingOptions:
     """How a round is trained. The defaults were chosen by trying (README, "Choosing the training options")."""
 
-    learning_rate: float = 1e-3  # of AdamW, reached after `warmup_steps`, a fifth of it after the first stall
+    learning_rate: float = 3e-4  # of AdamW, reached after `warmup_steps`, a fifth of it after the first stall
     warmup_steps: int = 10
-    classification_batch_size: int = 32
-    detection_batch_size: int = 8
-    max_epochs: float = 12.0  # an epoch is one pass over the largest train split among the tasks that are trained
-    patience_epochs: float = 1.5  # without a better accuracy: first a lower learning rate, then the task is given up
+    classification_batch_size: int = 16
+    detection_batch_size: int = 4
+    max_epochs: float = 4.0  # an epoch is one pass over the largest train split among the tasks that are trained
+    patience_epochs: float = 0.75  # a stall as long as this first lowers the learning rate, then gives the task up
     statistics_batches: int = 8  # per task, to re-estimate batch normalisation before a trial is judged
+    average_decay: float = 0.95  # of the moving average of weights that is validated and kept
     validation_share: float = 0.25  # of the time of training that validation may take, as far as can be planned
 
     def batch_size(self, task: Task) -> int:
@@ -97,9 +101,8 @@ class _Progress:
     data: TaskData
     batches: object  # endless iterator over the train loader
     accuracy: float = 0.0
-    best: float = -1.0
-    best_step: int = 0
-    evaluations_since_best: int = 0
+    patient_since: int = 0  # step
+    accuracy_then: float = 0.0
     given_up: bool = False
     validated: list[tuple[int, float]] = field(default_factory=list)  # (step, accuracy)
 
@@ -113,13 +116,23 @@ class _Progress:
 
     def note(self, step: int, accuracy: float) -> None:
         self.accuracy = accuracy
+        if not self.validated:
+            self.restart_patience(step)
         self.validated.append((step, accuracy))
-        self.evaluations_since_best += 1
-        if accuracy > self.best:
-            self.best, self.best_step, self.evaluations_since_best = accuracy, step, 0
 
     def restart_patience(self, step: int) -> None:
-        self.best_step, self.evaluations_since_best = step, 0
+        self.patient_since, self.accuracy_then = step, self.accuracy
+
+    def stalled(self, step: int, patience: float, max_steps: int) -> bool:
+        """Whether the gain since patience began, carried on, would miss the target in the steps that are left."""
+        waited = step - self.patient_since
+        if waited < patience:
+            return False
+        pace = (self.accuracy - self.accuracy_then) / waited
+        hopeless = self.accuracy + pace * (max_steps - step) < self.task.target_acc
+        if not hopeless:
+            self.restart_patience(step)
+        return hopeless
 
     def steps_to_target(self) -> float:
         """Steps still needed if the last two evaluations lie on a line; infinite without progress."""
@@ -161,6 +174,7 @@ class _Round:
         container = nn.ModuleDict({name: models[name] for name in tasks})  # yields a tied parameter once
         parameters = [p for p in container.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate)
+        self.container, self.averaged = container, AveragedModel(container, multi_avg_fn=self.average, use_buffers=True)
         self.learning_rate = options.learning_rate
         self.steps_per_epoch = max(len(p.data.train) for p in self.progress.values())
         self.max_steps = math.ceil(options.max_epochs * self.steps_per_epoch)
@@ -182,8 +196,9 @@ class _Round:
                 if self.reason is None:
                     self.validate(everything=self.step >= self.max_steps)
                 bar.set_postfix_str(self.summary())
-        for p in self.progress.values():
-            p.task.model.eval()
+        if self.step:
+            self.container.load_state_dict(self.averaged.module.state_dict())
+        self.container.eval()
         return self.outcome()
 
     def outcome(self) -> Outcome:
@@ -224,8 +239,22 @@ class _Round:
         if not torch.isfinite(total):
             return False
         self.optimizer.step()
+        self.averaged.update_parameters(self.container)
         self.step += 1
         return True
+
+    def average(self, averages: list[Tensor], values: list[Tensor], num_averaged: int) -> None:
+        """Moves the averages towards the values; at first quickly, so that where the trial began is soon forgotten.
+
+        What is validated, and kept, is this average: it is as good as what a lowered learning rate would come to, at
+        any time. Source: Izmailov et al., "Averaging Weights Leads to Wider Optima", UAI 2018.
+        """
+        decay = min(self.options.average_decay, (1 + int(num_averaged)) / (10 + int(num_averaged)))
+        for average, value in zip(averages, values, strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, 1 - decay)
+            else:
+                average.copy_(value)
 
     # ---- validation -------------------------------------------------------------------------------------
 
@@ -239,12 +268,15 @@ class _Round:
         images_per_step = sum(self.options.batch_size(p.task) for p in self.active)
         cost_in_steps = len(worst.data.val.dataset) / 3 / images_per_step
         shortest = min(max(5, math.ceil(cost_in_steps / self.options.validation_share)), self.steps_per_epoch)
+        if worst.ratio > NEARLY_THERE:
+            return shortest
         return int(min(max(shortest, worst.steps_to_target() / 2), 4 * shortest))
 
     def validate(self, everything: bool = False) -> None:
         """Evaluates the tasks most likely to fail first and stops at the first that does, unless all are asked for."""
         for p in sorted(self.active, key=lambda p: p.ratio):
-            p.note(self.step, evaluate(p.task, p.data.val))
+            model = self.averaged.module[p.task.name] if self.step else p.task.model
+            p.note(self.step, evaluate(p.task, p.data.val, model))
             log.debug("step %d: %s %.4f of %.4f", self.step, p.task.name, p.accuracy, p.task.target_acc)
             if not p.met and not self.give_up_if_stalled(p) and not everything:
                 return
@@ -252,8 +284,7 @@ class _Round:
 
     def give_up_if_stalled(self, p: _Progress) -> bool:
         """A first stall lowers the learning rate for all; a task that then stalls again is given up for good."""
-        patience = self.options.patience_epochs * self.steps_per_epoch
-        if self.step - p.best_step < patience or p.evaluations_since_best < 3:
+        if not p.stalled(self.step, self.options.patience_epochs * self.steps_per_epoch, self.max_steps):
             return False
         if self.learning_rate == self.options.learning_rate:
             self.learning_rate /= 5

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 Colour = tuple[int, int, int]
-
 TYRE, GLASS, STEEL, SKIN = (24, 24, 27), (52, 66, 80), (125, 128, 132), (201, 152, 122)
 PAINTS = [(188, 38, 36), (36, 70, 150), (226, 226, 222), (58, 60, 64), (150, 154, 158), (20, 21, 24), (214, 172, 52)]
 PAINTS += [(44, 104, 74), (112, 60, 40), (120, 150, 182)]
+HEADLIGHT, TAIL_LIGHT = (255, 244, 214), (205, 24, 20)
+LEAVES = [(62, 92, 44), (80, 110, 54), (46, 74, 38)]
 CLOTHES = [*PAINTS, (92, 70, 120), (210, 120, 150), (70, 84, 60), (40, 46, 70)]
 
 
@@ -21,7 +22,7 @@ class Face(NamedTuple):
     """A flat piece of surface. points: [n, 3] in metres, x forward, y left, z up."""
 
     points: np.ndarray
-    colour: tuple[int, int, int]
+    colour: Colour
     lamp: bool = False
 
 
@@ -31,17 +32,17 @@ class Limb(NamedTuple):
     start: tuple[float, float, float]
     end: tuple[float, float, float]
     radius: float
-    colour: tuple[int, int, int]
+    colour: Colour
 
 
 class Part(NamedTuple):
     """Convex piece of an object: shapes in the order in which they are drawn; higher layers cover lower ones."""
 
-    shapes: list
+    shapes: list[Face | Limb]
     layer: int = 0
 
 
-def _prism(profile: list, width: float, top_width: float, colour: tuple, colours: dict | None = None) -> list[Face]:
+def _prism(profile: list, width: float, top_width: float, colour: Colour, colours: dict | None = None) -> list[Face]:
     """The outline `profile` ((x, z) from the rear bottom over the top to the front bottom) given a width.
 
     colours: index of a profile edge -> colour of the face over it, where it is not the body's.
@@ -57,13 +58,13 @@ def _prism(profile: list, width: float, top_width: float, colour: tuple, colours
     return [Face(left, colour), Face(right, colour), *strips]
 
 
-def _inset(face: Face, colour: tuple, share: float) -> Face:
+def _inset(face: Face, colour: Colour, share: float) -> Face:
     """The same face, smaller around its middle: a window."""
     middle = face.points.mean(0)
     return Face(middle + (face.points - middle) * share, colour)
 
 
-def _on_sides(points: np.ndarray, half_width: float, colour: tuple) -> list[Face]:
+def _on_sides(points: np.ndarray, half_width: float, colour: Colour) -> list[Face]:
     """The outline points [n, 2] (x, z) painted on both sides."""
     return [Face(np.insert(points, 1, side * half_width, axis=1), colour) for side in (1.01, -1.01)]
 
@@ -76,13 +77,10 @@ def _wheel(x: float, radius: float, half_width: float) -> list[Face]:
     return tyre + _on_sides(middle + rim * radius * 0.55, half_width * 1.005, STEEL)
 
 
-def _lamps(x: float, z: float, y: float, size: float, colour: tuple) -> list[Face]:
+def _lamps(x: float, z: float, y: float, size: float, colour: Colour) -> list[Face]:
     """A pair of lamps on the front or the back."""
     corners = np.array([(0, -1, -0.6), (0, 1, -0.6), (0, 1, 0.6), (0, -1, 0.6)]) * size
     return [Face(corners + (x * 1.005, side * y, z), colour, lamp=True) for side in (1, -1)]
-
-
-HEADLIGHT, TAIL_LIGHT = (255, 244, 214), (205, 24, 20)
 
 
 def _car(rng: np.random.Generator) -> list[Part]:
@@ -111,13 +109,8 @@ def _truck(rng: np.random.Generator) -> list[Part]:
     nose = half - rng.choice([0.1, 0.25, 0.8])
     cab = [(cab_end, 0.45), (cab_end, cab_top), (nose - 0.35, cab_top), (nose, 1.25), (half, 1.1), (half, 0.4)]
     front = _prism(cab, width * 0.96, width * 0.9, paint, {2: GLASS})
-    front += _on_sides(
-        np.array(
-            [(cab_end + 0.4, 1.3), (cab_end + 0.4, cab_top - 0.15), (nose - 0.4, cab_top - 0.15), (nose - 0.1, 1.3)]
-        ),
-        width * 0.47,
-        GLASS,
-    )
+    window = [(cab_end + 0.4, 1.3), (cab_end + 0.4, cab_top - 0.15), (nose - 0.4, cab_top - 0.15), (nose - 0.1, 1.3)]
+    front += _on_sides(np.array(window), width * 0.47, GLASS)
     front += _lamps(half, 0.7, width * 0.36, 0.17, HEADLIGHT) + _wheel(half - 0.85, 0.42, width / 2)
     floor, top = 0.75, (rng.uniform(1.1, 1.35) if rng.random() < 0.25 else rng.uniform(2.0, 3.3))  # flat bed or box
     box = [(-half, floor), (-half, top), (cab_end - 0.12, top), (cab_end - 0.12, floor)]
@@ -167,12 +160,11 @@ def _person(rng: np.random.Generator) -> list[Part]:
 
 def _motorcycle(rng: np.random.Generator) -> list[Part]:
     paint, lean = _vary(rng, PAINTS), rng.uniform(-0.1, 0.25)
-    wheels = [Part([*_wheel(x, 0.32, 0.06)]) for x in (-0.68, 0.7)]
+    wheels = [Part([*_wheel(x, 0.33, 0.08)]) for x in (-0.68, 0.7)]
     frame = [(-0.75, 0.62), (-0.6, 0.86), (0.05, 0.8), (0.4, 0.98), (0.5, 0.6), (0.1, 0.35), (-0.3, 0.38)]
-    shapes = _prism(frame, 0.3, 0.24, paint) + _lamps(-0.76, 0.7, 0.0, 0.1, TAIL_LIGHT)[:1]
-    fork = Part(
-        [Limb((0.7, 0, 0.32), (0.45, 0, 1.0), 0.05, STEEL), Limb((0.42, 0.3, 1.05), (0.42, -0.3, 1.05), 0.04, TYRE)]
-    )
+    shapes = _prism(frame, 0.36, 0.28, paint) + _lamps(-0.76, 0.7, 0.0, 0.1, TAIL_LIGHT)[:1]
+    handlebar = Limb((0.42, 0.3, 1.05), (0.42, -0.3, 1.05), 0.04, TYRE)
+    fork = Part([Limb((0.7, 0, 0.32), (0.45, 0, 1.0), 0.05, STEEL), handlebar])
     lamp = Part(_lamps(0.56, 0.86, 0.0, 0.12, HEADLIGHT)[:1], 1)
     joints = {"hip": (-0.25, 0, 0.9), "shoulder": (lean - 0.05, 0, 1.38), "head": (lean + 0.06, 0, 1.6)}
     for side, y in (("left", 0.2), ("right", -0.2)):
@@ -181,34 +173,31 @@ def _motorcycle(rng: np.random.Generator) -> list[Part]:
     rider = _body(rng, joints)
     head = rider[-1].shapes[1]
     helmet = Part([Limb(head.start, head.end, 0.15, _vary(rng, PAINTS))], 1)
-    return (
-        [*wheels, Part(shapes), fork, lamp, *rider, helmet]
-        if rng.random() < 0.93
-        else [*wheels, Part(shapes), fork, lamp]
-    )
+    machine = [*wheels, Part(shapes), fork, lamp]
+    return [*machine, *rider, helmet] if rng.random() < 0.93 else machine
 
 
 BUILD = {"car": _car, "motorcycle": _motorcycle, "person": _person, "truck": _truck}
 KINDS = tuple(BUILD)
 
 
-def _vary(rng: np.random.Generator, colours: list) -> tuple[int, int, int]:
+def _vary(rng: np.random.Generator, colours: list) -> Colour:
     """One of the colours, a little off."""
     return tuple(int(c) for c in np.clip(np.array(colours[rng.integers(len(colours))]) + rng.normal(0, 12, 3), 8, 250))
 
 
 def street_lamp(side: int) -> list[Part]:
+    """A lamp on the left (1) or right (-1) of the road, with its arm over the road."""
     arm = [Limb((0, 0, 6.0), (0, -side * 1.3, 6.3), 0.06, STEEL), Limb((0, 0, 0), (0, 0, 6.0), 0.08, STEEL)]
     bulb = np.array([(-0.2, 0, 6.2), (0.2, 0, 6.2), (0.2, 0, 6.35), (-0.2, 0, 6.35)]) - (0, side * 1.3, 0)
     return [Part(arm), Part([Face(bulb, (255, 236, 190), lamp=True)], 1)]
 
 
 def tree(seed: int) -> list[Part]:
+    """A young tree, always the same one for a seed."""
     rng = np.random.default_rng(seed)
-    leaves = []
+    crown = []
     for _ in range(16):
-        point = rng.normal(0, 0.55, 3) + (0, 0, 3.9)
-        leaves.append(
-            Limb(point, point + 0.1, rng.uniform(0.3, 0.55), _vary(rng, [(62, 92, 44), (80, 110, 54), (46, 74, 38)]))
-        )
-    return [Part([Limb((0, 0, 0), (0, 0, 3.4), 0.11, (84, 66, 50))]), *[Part([leaf], 1) for leaf in leaves]]
+        point, radius = rng.normal(0, 0.55, 3) + (0, 0, 3.9), rng.uniform(0.3, 0.55)
+        crown.append(Part([Limb(point, point + 0.1, radius, _vary(rng, LEAVES))], 1))
+    return [Part([Limb((0, 0, 0), (0, 0, 3.4), 0.11, (84, 66, 50))]), *crown]

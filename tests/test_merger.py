@@ -19,7 +19,7 @@ from sharing.memory import distinct_bytes
 from trainer import Outcome, evaluate
 from workload import WorkloadError, read_workload
 
-QUICK = {"learning_rate": 0.02, "max_epochs": 60, "tolerance": 0.85}
+QUICK = {"learning_rate": 0.02, "max_epochs": 60, "patience_epochs": 10, "tolerance": 0.85}
 
 
 def merge(entries, results, datasets, **options) -> dict:

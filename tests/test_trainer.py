@@ -19,7 +19,7 @@ from sharing.tying import tie
 from trainer import GIVEN_UP, MET, NOT_FINITE, TIME_OVER, TrainingOptions, evaluate, loss_weight, recover
 
 CPU = torch.device("cpu")
-QUICK = TrainingOptions(learning_rate=0.01, max_epochs=60)
+QUICK = TrainingOptions(learning_rate=0.01, max_epochs=60, patience_epochs=10)
 
 
 @pytest.fixture
@@ -100,6 +100,27 @@ def test_a_tied_parameter_is_stepped_once_with_the_sum_of_gradients(models, task
     assert torch.allclose(shared.grad, sum(gradients), rtol=1e-4, atol=1e-6)
 
 
+def test_what_is_validated_and_kept_is_the_average_of_the_weights(models, tasks, data, monkeypatch):
+    session = trainer._Round(models, tasks, data, QUICK, CPU, math.inf)
+    start = models["north_pico"].conv1.weight.detach().clone()
+    seen = []
+    step = session.train_step
+    monkeypatch.setattr(session, "train_step", lambda: step() and (seen.append(value_of(models)) or True))
+    session.train(3, SimpleNamespace(update=lambda: None))
+    average = session.averaged.module["north_pico"].conv1.weight
+    expected = seen[0]
+    for n, value in enumerate(seen[1:], 1):
+        expected = torch.lerp(expected, value, 1 - (1 + n) / (10 + n))
+    assert torch.allclose(average, expected, atol=1e-6) and not torch.equal(seen[0], start)
+    monkeypatch.setattr(trainer, "evaluate", lambda task, loader, model: 1.0 if model is not task.model else 0.0)
+    session.validate()
+    assert session.reason == MET
+
+
+def value_of(models) -> torch.Tensor:
+    return models["north_pico"].conv1.weight.detach().clone()
+
+
 def test_other_models_of_the_workload_are_not_touched(models, tasks, data):
     before = {key: value.clone() for key, value in models["east_pico"].state_dict().items()}
     some = {name: hard(tasks[name]) for name in ("north_pico", "south_pico")}
@@ -110,7 +131,7 @@ def test_other_models_of_the_workload_are_not_touched(models, tasks, data):
 def test_a_stalled_task_is_given_up_and_that_is_never_done(models, tasks, data, monkeypatch):
     """Published fault: a stalled model can make training "done" with nobody at target."""
     fixed = {"north_pico": 0.3, "south_pico": 0.3, "east_pico": 0.3}
-    monkeypatch.setattr(trainer, "evaluate", lambda task, loader: fixed[task.name])
+    monkeypatch.setattr(trainer, "evaluate", lambda task, loader, model=None: fixed[task.name])
     outcome = run(models, {name: hard(task) for name, task in tasks.items()}, data)
     assert outcome.reason == GIVEN_UP and not outcome.success and outcome.met == ()
     assert outcome.steps < QUICK.max_epochs * max(len(d.train) for d in data.values())
@@ -126,31 +147,43 @@ def test_a_task_is_given_up_once_and_the_others_are_told_apart(models, tasks, da
         return gone
 
     monkeypatch.setattr(trainer._Round, "give_up_if_stalled", counted)
-    monkeypatch.setattr(trainer, "evaluate", lambda task, loader: 0.2 if task.name == "south_pico" else 0.99)
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda task, loader, model=None: 0.2 if task.name == "south_pico" else 0.99
+    )
     outcome = run(models, tasks, data)
     assert given_up == ["south_pico"] and outcome.reason == GIVEN_UP and not outcome.success
     assert set(outcome.met) == {"north_pico", "east_pico"}
 
 
 def test_a_first_stall_lowers_the_learning_rate_only(models, tasks, data, monkeypatch):
-    monkeypatch.setattr(trainer, "evaluate", lambda task, loader: 0.3)
     session = trainer._Round(models, {n: hard(t) for n, t in tasks.items()}, data, QUICK, CPU, math.inf)
+    patience = math.ceil(QUICK.patience_epochs * session.steps_per_epoch)
     p = next(iter(session.progress.values()))
-    for step in (0, 100, 200, 300):
+    verdicts = []
+    for step in (0, patience - 1, patience, patience + 1, 2 * patience):
         session.step = step
-        p.note(step, 0.3)
-    assert not session.give_up_if_stalled(p) and session.learning_rate == QUICK.learning_rate / 5
-    assert not session.give_up_if_stalled(p), "patience starts again"
-    for step in (400, 500, 600):
-        session.step = step
-        p.note(step, 0.3)
-    assert session.give_up_if_stalled(p) and p.given_up
+        p.note(step, 0.3 if step else 0.5)
+        verdicts.append((session.give_up_if_stalled(p), session.learning_rate == QUICK.learning_rate))
+    assert verdicts == [(False, True), (False, True), (False, False), (False, False), (True, False)]
+    assert p.given_up
+
+
+def test_a_task_is_stalled_when_its_pace_will_not_do(tasks, data):
+    p = trainer._Progress(hard(tasks["north_pico"]), data["north_pico"], iter(()))
+    p.note(0, 0.2)
+    p.note(100, 0.3)  # 0.1 in 100 steps: 0.7 more take 700
+    assert not p.stalled(100, patience=101, max_steps=200)
+    assert p.stalled(100, patience=100, max_steps=799)
+    assert not p.stalled(100, patience=100, max_steps=801)
+    assert p.patient_since == 100 and p.accuracy_then == 0.3, "while there is hope, the next stretch is judged anew"
 
 
 def test_validation_takes_the_likeliest_to_fail_first_and_stops_when_it_is_decided(models, tasks, data, monkeypatch):
     asked = []
     accuracy = {"north_pico": 0.9, "south_pico": 0.2, "east_pico": 0.5}
-    monkeypatch.setattr(trainer, "evaluate", lambda task, loader: asked.append(task.name) or accuracy[task.name])
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda task, loader, model=None: asked.append(task.name) or accuracy[task.name]
+    )
     session = trainer._Round(models, {n: hard(t) for n, t in tasks.items()}, data, QUICK, CPU, math.inf)
     session.validate(everything=True)
     assert set(asked) == set(tasks)
@@ -172,14 +205,14 @@ def test_a_loss_that_is_not_finite_ends_the_round(models, tasks, data, monkeypat
 
     before = {key: value.clone() for key, value in models.named_parameters()}
     monkeypatch.setattr(trainer, "task_losses", not_finite)
-    monkeypatch.setattr(trainer, "evaluate", lambda task, loader: 0.3)
+    monkeypatch.setattr(trainer, "evaluate", lambda task, loader, model=None: 0.3)
     outcome = run(models, tasks, data)
     assert outcome.reason == NOT_FINITE and not outcome.success and outcome.steps == 0
     assert all(torch.equal(value, before[key]) for key, value in models.named_parameters())
 
 
 def test_the_deadline_ends_the_round(models, tasks, data, monkeypatch):
-    monkeypatch.setattr(trainer, "evaluate", lambda task, loader: 0.3)
+    monkeypatch.setattr(trainer, "evaluate", lambda task, loader, model=None: 0.3)
     outcome = run(models, tasks, data, deadline=time.monotonic() - 1)
     assert outcome.reason == TIME_OVER and not outcome.success and outcome.steps == 0
 
