@@ -1,10 +1,12 @@
 # make merge  merge the workload of merge_workloads.py (the first time it installs, draws and trains the embedded default)
+#             for three minutes; the next time it goes on from there
+# make merge ARGS="--workload mine.py --datasets DIR"   with other arguments; ARGS= without a limit of time
 # make test   the tests; make check: format and lint
-# make merge ARGS="--workload mine.py --datasets DIR" passes arguments on
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+merge: ARGS ?= --time-budget 3m
 
 .PHONY: merge test check clean
 

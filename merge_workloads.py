@@ -1,6 +1,6 @@
 """Merges the models of a workload so that identical layers share one set of weights: the script to run and edit.
 
-    python merge_workloads.py                                   # the embedded default, about two minutes on two cores
+    python merge_workloads.py                                   # the embedded default, ten minutes on two cores
     python merge_workloads.py --workload mine.py --datasets DIR # mine.py defines create_model_dict()
     python merge_workloads.py --workload mine.py --plan         # what could be saved; trains nothing
 
@@ -147,6 +147,8 @@ def merge_workload(
     print(tables.workload_table(tasks, run.models, run.groups), end="\n\n", flush=True)
     manifest = _run(run, previous, fresh)
     print("\n" + tables.closing_table(manifest), flush=True)
+    if not manifest["run"]["finished"]:
+        print("the time is over before everything was tried: the same command goes on from here", flush=True)
     return manifest
 
 
