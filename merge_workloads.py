@@ -38,7 +38,7 @@ from trainer import TrainingOptions
 from transforms import classification_transforms, detection_transforms
 from workload import Problem, WorkloadError, read_workload
 
-EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT = 0, 1, 2
+EXIT_DONE, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 2, 130  # anything else ends in a traceback, which is 1
 
 
 def create_sample_model_dict() -> dict:
@@ -218,6 +218,8 @@ def _option_problems(strategy, device, time_budget, seed, initial_weights, train
     for key, value in training.items():
         if key not in fields:
             check(False, key, value, f"one of {', '.join(fields)}")
+        elif isinstance(fields[key].default, int):
+            check(isinstance(value, int) and value >= 2, key, value, "a whole number of at least 2")
         else:
             check(isinstance(value, (int, float)) and value > 0, key, value, "a number greater than 0")
     return problems
@@ -310,6 +312,9 @@ def main(arguments: list[str] | None = None) -> int:
     except WorkloadError as error:
         print(error, file=sys.stderr)
         return EXIT_WRONG_INPUT
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was kept is stored, and the same command goes on from there", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return EXIT_DONE
 
 

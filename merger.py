@@ -116,7 +116,7 @@ def merge(run: Run) -> dict:
     """
     if not run.rounds:
         store(run)
-        run.say(tables.round_header())
+    run.say(tables.round_header())
     while time.monotonic() < run.deadline:
         proposal = run.strategy.propose()
         if proposal is None:

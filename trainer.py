@@ -33,7 +33,12 @@ MET, GIVEN_UP, EPOCHS_SPENT, NOT_FINITE, TIME_OVER = "met", "given up", "epochs 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How a round is trained. The defaults were chosen by trying (README, "Choosing the training options")."""
+    """How a round is trained. The defaults were chosen by trying, on models fine-tuned on photographs.
+
+    All 52 layers of three MobileNetV2 tied: 9984 images until all targets were met with batches of 32 and without the
+    average of weights, 3648 with these. Tied heads of three FCOS detectors after 40 steps: mAP 0.36 of 0.43 at this
+    learning rate, 0.23 at 1e-3.
+    """
 
     learning_rate: float = 3e-4  # of AdamW, reached after `warmup_steps`, a fifth of it after the first stall
     warmup_steps: int = 10

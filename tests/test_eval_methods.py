@@ -12,6 +12,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from eval_methods import classification_eval, evaluation_mode, frcnn_eval
+from model_architectures import build
 
 SIZE = 200  # pixels of the synthetic scenes
 
@@ -236,3 +237,16 @@ def tiny_fcos():
     backbone.append(nn.Conv2d(8, 32, 1))
     anchors = AnchorGenerator(sizes=((8,),), aspect_ratios=((1.0,),))
     return FCOS(backbone, 3, anchor_generator=anchors, min_size=64, max_size=64)
+
+
+def test_overlapping_objects_of_two_classes_both_survive():
+    """Published fault: suppression ignores classes, so a person on a motorcycle hides one of the two."""
+    model = build("fcos_model", 4, width=8, layers=[1, 1, 1, 1], out_channels=8, min_size=64).eval()
+    head = model.head.classification_head
+    torch.nn.init.zeros_(head.cls_logits.weight)
+    with torch.no_grad():
+        head.cls_logits.bias.copy_(torch.tensor([-9.0, 4.0, 3.0, -9.0]))
+        (output,) = model([torch.rand(3, 64, 64)])
+    by_class = [{tuple(box) for box in output["boxes"][output["labels"] == label].tolist()} for label in (1, 2)]
+    assert by_class[0] & by_class[1], "the same box is reported for both classes"
+    assert set(output["labels"].tolist()) == {1, 2}

@@ -92,6 +92,8 @@ def test_plan_trains_nothing_and_writes_nothing(workload_file, tmp_path, monkeyp
         ({"strategy": "best"}, "options: strategy: got 'best'; allowed: gemel, all, stem"),
         ({"initial_weights": "last"}, "options: initial_weights: got 'last'; allowed: first, mean"),
         ({"learning_rate": -1}, "options: learning_rate: got -1; allowed: a number greater than 0"),
+        ({"max_epochs": "many"}, "options: max_epochs: got 'many'; allowed: a number greater than 0"),
+        ({"detection_batch_size": 1.5}, "detection_batch_size: got 1.5; allowed: a whole number of at least 2"),
         ({"lr": 0.1}, "options: lr: got 0.1; allowed: one of learning_rate"),
         ({"device": "tpu"}, "options: device: got 'tpu'; allowed: auto, cpu, cuda"),
         ({"time_budget": 0}, "options: time_budget: got 0; allowed: seconds, more than 0"),
@@ -109,6 +111,15 @@ def test_options_that_are_wrong(entries, datasets, tmp_path, options, message):
 def test_cuda_where_there_is_none(entries, datasets, tmp_path):
     with pytest.raises(WorkloadError, match="device: got 'cuda'; allowed: auto or cpu: torch sees no CUDA device"):
         merge_workload(entries, tmp_path / "out", datasets=datasets, device="cuda")
+
+
+def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge_workloads, "create_sample_model_dict", interrupted)
+    assert main([]) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text, seconds", [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("45", 45)])
