@@ -241,7 +241,7 @@ def tiny_fcos():
 
 def test_overlapping_objects_of_two_classes_both_survive():
     """Published fault: suppression ignores classes, so a person on a motorcycle hides one of the two."""
-    model = build("fcos_model", 4, width=8, layers=[1, 1, 1, 1], out_channels=8, min_size=64).eval()
+    model = build("fcos_model", 4, width=8, layers=[1, 1, 1, 1], out_channels=32, min_size=64).eval()
     head = model.head.classification_head
     torch.nn.init.zeros_(head.cls_logits.weight)
     with torch.no_grad():
