@@ -29,7 +29,7 @@ from environment import DEVICES, pick_device
 from eval_methods import classification_eval, frcnn_eval
 from fingerprint import differences, fingerprint
 from model_architectures import build, load_weights
-from results_store import has_results, read_manifest
+from results_store import foreign_files, has_results, read_manifest
 from sharing.groups import find_groups
 from sharing.memory import distinct_bytes
 from sharing.strategies import STRATEGIES
@@ -114,6 +114,9 @@ def merge_workload(
     problems += _option_problems(strategy, device, time_budget, seed, initial_weights, training)
     roots = [Path(datasets) if datasets else dataset_manager.DEFAULT_ROOT, sample_workload.DATASETS_ROOT]
     problems += dataset_manager.check(tasks, roots)
+    for name in foreign_files(results_path, tasks):
+        allowed = "a folder in which nothing of yours would be overwritten"
+        problems.append(Problem("options", "results", f"{results_path}, which holds {name} of something else", allowed))
     if problems:
         raise WorkloadError(problems)
     options = TrainingOptions(**training)

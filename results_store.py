@@ -29,6 +29,7 @@ FORMAT = 1
 MANIFEST = "merged.json"
 STATISTICS = "workload_stats.json"
 STORE_PATTERN = re.compile(r"merged-[0-9a-f]{16}\.safetensors")
+WEIGHTS_PATTERN = re.compile(r"weights/[A-Za-z0-9][A-Za-z0-9_-]*\.pt")
 TEMPORARY = ".tmp"
 
 
@@ -56,8 +57,9 @@ def write_results(path: str | Path, models: Mapping[str, nn.Module], manifest: d
         files[name] = _replace(path / name, lambda temporary, state=state: torch.save(state, temporary))
     files[STATISTICS] = _replace_json(path / STATISTICS, statistics)
     manifest = {"format": FORMAT, **manifest, "tensors": keys, "files": files}
+    before = read_manifest(path)["files"] if has_results(path) else {}
     _replace_json(path / MANIFEST, manifest)
-    _remove_stale(path, store_name, keys)
+    _remove_stale(path, before, files)
     return manifest
 
 
@@ -139,16 +141,25 @@ def _commit(temporary: Path, target: Path) -> None:
         os.close(folder)
 
 
-def _remove_stale(path: Path, store_name: str, tasks: Iterable[str]) -> None:
-    """Removes old stores, leftovers of a killed run and weights of tasks that are no longer part of the workload."""
-    for file in path.glob("merged-*.safetensors"):
-        if STORE_PATTERN.fullmatch(file.name) and file.name != store_name:
-            file.unlink()
-    for file in [*path.glob(f"*{TEMPORARY}"), *path.glob(f"weights/*{TEMPORARY}")]:
-        file.unlink()
-    for file in path.glob("weights/*.pt"):
-        if file.stem not in tasks:
-            file.unlink()
+def _remove_stale(path: Path, before: Iterable[str], now: Iterable[str]) -> None:
+    """Removes what the replaced manifest named and this one does not, and stores and leftovers of a killed run.
+
+    Only names that are ours: whatever else a user keeps in the folder stays.
+    """
+    stores = {file.name for file in path.glob("merged-*.safetensors") if STORE_PATTERN.fullmatch(file.name)}
+    weights = {name for name in before if WEIGHTS_PATTERN.fullmatch(name)}
+    leftovers = {name + TEMPORARY for name in (*now, *weights, *stores, MANIFEST)}
+    for name in (stores | weights | leftovers) - set(now):
+        (path / name).unlink(missing_ok=True)
+
+
+def foreign_files(path: str | Path, tasks: Iterable[str]) -> list[str]:
+    """Files that a result would overwrite although no run of ours wrote them; ours write the store first."""
+    path = Path(path)
+    if has_results(path) or any(STORE_PATTERN.fullmatch(file.name) for file in path.glob("merged-*.safetensors")):
+        return []
+    names = [STATISTICS, *(f"weights/{task}.pt" for task in tasks)]
+    return [name for name in names if (path / name).exists()]
 
 
 def file_sha256(path: Path) -> str:

@@ -113,6 +113,15 @@ def test_cuda_where_there_is_none(entries, datasets, tmp_path):
         merge_workload(entries, tmp_path / "out", datasets=datasets, device="cuda")
 
 
+def test_a_results_folder_with_files_of_the_user_is_refused(entries, datasets, tmp_path):
+    theirs = tmp_path / "weights" / "north_pico.pt"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"trained for a week")
+    with pytest.raises(WorkloadError, match="options: results: got .* which holds weights/north_pico.pt of something"):
+        merge_workload(entries, tmp_path, datasets=datasets)
+    assert theirs.read_bytes() == b"trained for a week"
+
+
 def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

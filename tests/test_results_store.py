@@ -145,14 +145,15 @@ def test_a_second_result_replaces_the_first_and_leaves_nothing_behind(models, fr
     (old,) = tmp_path.glob("merged-*.safetensors")
     with torch.no_grad():
         models["a_x"].conv1.weight += 1
-    (tmp_path / "weights" / "gone_x.pt").write_bytes(b"a task that is no longer there")
+    (tmp_path / "weights" / "theirs_x.pt").write_bytes(b"the user's")
     (tmp_path / "merged.json.tmp").write_text("left by a killed run")
     (tmp_path / "notes.txt").write_text("the user's")
+    del models["c_x"], fresh["c_x"]
     write(tmp_path, models)
     (new,) = tmp_path.glob("merged-*.safetensors")
     assert new.name != old.name and same_state(models, load_merged(tmp_path, fresh))
     files = {f.name for f in tmp_path.rglob("*") if f.is_file()}
-    assert files == {new.name, "merged.json", "workload_stats.json", "a_x.pt", "b_x.pt", "c_x.pt", "notes.txt"}
+    assert files == {new.name, "merged.json", "workload_stats.json", "a_x.pt", "b_x.pt", "theirs_x.pt", "notes.txt"}
 
 
 @pytest.mark.parametrize("failing", range(1, 7))
