@@ -1,7 +1,7 @@
 """What is wrong with the datasets of a workload: everything at once, before anything is trained.
 
-Annotation files are read completely and images in an even sample. Then one or two samples of every split go through
-the task's transforms, and one through a classifier.
+Annotation files are read completely and images in an even sample. Then one or two samples of train and of val go
+through the task's transforms and its model.
 """
 
 import difflib
@@ -216,10 +216,10 @@ def _line_problems(task: Task, name: str, boxes: list, bad: list) -> Iterator[Pr
 
 
 def _dry_run(task: Task, folder: Path) -> tuple[list[Problem], int | None]:
-    """Problems of the transforms and of a classifier's forward pass, and the classifier's number of outputs."""
+    """Problems of the transforms and of the model's forward pass, and a classifier's number of outputs."""
     problems: list[Problem] = []
     allowed = SAMPLE_CONTRACT[task.kind == CLASSIFICATION]
-    samples = []
+    first = {}
     for split in ("train", "val"):
         dataset = open_split(task, folder, split)
         try:
@@ -231,13 +231,15 @@ def _dry_run(task: Task, folder: Path) -> tuple[list[Problem], int | None]:
         if task.kind == CLASSIFICATION and len(shapes) > 1:
             got = f"images of {' and '.join(sorted(shapes))}"
             problems.append(Problem(task.name, f"transforms {split}", got, "one size for all images of a batch"))
-    if problems or task.kind != CLASSIFICATION:
+        first[split] = samples[0]
+    if problems:
         return problems, None
-    return _forward(task, samples[0])
+    tried = [_forward(task, image, split) for split, image in first.items()]
+    return [problem for problem, _ in tried if problem][:1], tried[-1][1]  # one: they fail for the same reason mostly
 
 
 def _telling_samples(dataset: FolderDataset) -> list[int]:
-    """Of a detector a sample with objects; of a classifier the widest and the tallest, which must come out alike."""
+    """Of a detector one with objects and one without, if there is; of a classifier the widest and the tallest image."""
     indices = _evenly(range(len(dataset)), MAX_DECODED)
     if isinstance(dataset.samples[0][1], int):
         aspects = {}
@@ -245,20 +247,35 @@ def _telling_samples(dataset: FolderDataset) -> list[int]:
             with Image.open(dataset.samples[index][0]) as image:  # reads the header only
                 aspects[index] = image.width / image.height
         return list(dict.fromkeys([min(aspects, key=aspects.get), max(aspects, key=aspects.get)]))
-    return [next((i for i, (_, annotation) in enumerate(dataset.samples) if read_annotation(annotation)[0]), 0)]
+    objects = (bool(read_annotation(annotation)[0]) for _, annotation in dataset.samples)
+    found: dict[bool, int] = {}
+    for index, has_objects in enumerate(objects):
+        found.setdefault(has_objects, index)
+        if len(found) == 2:
+            break
+    return list(found.values())
 
 
-def _forward(task: Task, image: torch.Tensor) -> tuple[list[Problem], int | None]:
-    allowed = "a classifier that maps [N, C, H, W] to [N, classes]"
+def _forward(task: Task, image: torch.Tensor, split: str) -> tuple[Problem | None, int | None]:
+    """What goes wrong in eval mode with one image of the split, and a classifier's number of outputs."""
+    is_classifier = task.kind == CLASSIFICATION
+    allowed = (
+        "a classifier that maps [N, C, H, W] to [N, classes]" if is_classifier else "a detector of [C, H, W] images"
+    )
+    of = f"for one {split} image {list(image.shape)}"
+    image = image.to(device_of(task.model))
     try:
-        with evaluation_mode(task.model):
-            scores = logits_of(task.model(image[None].to(device_of(task.model))))
+        # Not in inference mode: a model may keep a tensor, such as its grid, that it then cannot be trained with.
+        with evaluation_mode(task.model), torch.inference_mode(False), torch.no_grad():
+            output = task.model(image[None] if is_classifier else [image])
     except Exception as error:  # a user's model may raise anything
-        return [Problem(task.name, "model", _message(error), allowed)], None
+        return Problem(task.name, "model", f"{_message(error)} {of}", allowed), None
+    if not is_classifier:
+        return None, None
+    scores = logits_of(output)
     if not torch.is_tensor(scores) or scores.ndim != 2 or len(scores) != 1:
-        got = f"{describe(scores)} for one image {list(image.shape)}"
-        return [Problem(task.name, "model", got, allowed)], None
-    return [], scores.shape[1]
+        return Problem(task.name, "model", f"{describe(scores)} {of}", allowed), None
+    return None, scores.shape[1]
 
 
 def _class_count(task: Task, names: list[str], outputs: int | None) -> list[Problem]:

@@ -28,9 +28,12 @@ def find_dataset(task: Task, roots: Sequence[Path]) -> Path | None:
     return next((root / task.dataset for root in map(Path, roots) if (root / task.dataset).is_dir()), None)
 
 
-def open_split(task: Task, folder: Path, split: str) -> "FolderDataset":
-    """The dataset of one split of the folder, with the task's train transform for "train", else its val transform."""
-    transform = task.train_transform if split == "train" else task.val_transform
+def open_split(task: Task, folder: Path, split: str, plain: bool = False) -> "FolderDataset":
+    """The dataset of one split of the folder, with the task's train transform for "train", else its val transform.
+
+    plain: with the val transform in any case.
+    """
+    transform = task.train_transform if split == "train" and not plain else task.val_transform
     if task.kind == CLASSIFICATION:
         return ClassificationFolder(task.name, labelled_images(folder / split, class_names(folder)), transform)
     return DetectionFolder(task.name, paired_files(folder / split), transform, int(task.background_class))
@@ -110,21 +113,31 @@ def _parse_line(number: int, line: str) -> AnnotatedBox | BadLine:
 
 
 def load_image(path: Path) -> Image.Image:
-    """RGB, turned the way its EXIF orientation says: boxes are usually drawn on that view."""
+    """RGB, 8 bits a channel, turned the way its EXIF orientation says: boxes are usually drawn on that view."""
     with Image.open(path) as image:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        return image.convert("RGB")
+        return (_eight_bits(image) if image.mode.startswith("I") else image).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled down; Pillow's own conversion would cut it off at 255, which leaves a white picture."""
+    values = np.asarray(image).astype(np.float32) / 257  # 65535 becomes 255
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
 # ---- samples ----------------------------------------------------------------------------------------------
+
+
+class SampleError(RuntimeError):
+    """A sample cannot be read; the message names task and file."""
 
 
 class FolderDataset(Dataset):
     """Samples of one split, by index or by (index, seed).
 
     What a transform draws depends on the seed (without one: on the index), never on the global generators or on the
-    worker process that happens to load the sample. Any failure is a RuntimeError that names task and file.
+    worker process that happens to load the sample. Any failure is a SampleError.
     """
 
     def __init__(self, task: str, samples: list[tuple], transform: Callable):
@@ -147,7 +160,11 @@ class FolderDataset(Dataset):
             return self.read(index)
         except Exception as error:  # a broken image or a user's transform may raise anything
             path = self.samples[index][0]
-            raise RuntimeError(f"{self.task}: {path}: {type(error).__name__}: {error}") from error
+            raise SampleError(f"{self.task}: {path}: {type(error).__name__}: {error}") from error
+
+    def has_labels(self, index: int) -> bool:
+        """Whether a sample says anything about accuracy; an image without objects says it only beside others."""
+        return True
 
 
 class ClassificationFolder(FolderDataset):
@@ -172,6 +189,9 @@ class DetectionFolder(FolderDataset):
         if not isinstance(result, (tuple, list)) or len(result) != 2:
             raise TypeError(f"the transform returned {describe(result)} instead of (image, target)")
         return plain_image(result[0]), without_empty_boxes(checked_target(result[1]))
+
+    def has_labels(self, index: int) -> bool:
+        return bool(read_annotation(self.samples[index][1])[0])
 
     def _target(self, index: int, annotation: Path | None, width: int, height: int) -> dict[str, Any]:
         rows, bad = read_annotation(annotation)

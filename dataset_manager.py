@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler, Subset
 
 from dataset_checks import check
 from dataset_folders import ClassificationFolder, FolderDataset, class_names, find_dataset, open_split
 from environment import derive_seed, generator
 from workload import CLASSIFICATION, Task
 
-__all__ = ["DEFAULT_ROOT", "TaskData", "check", "find_dataset", "open_task", "reseed"]
+__all__ = ["DEFAULT_ROOT", "TaskData", "check", "find_dataset", "open_task", "plain_images", "reseed", "restarted"]
 
 DEFAULT_ROOT = Path(__file__).resolve().parent.parent / "dataset_formation" / "datasets"
+
+MOST_PLAIN_IMAGES = 960  # more do not change what is measured or fitted on them
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ class TaskData:
     train: DataLoader
     val: DataLoader
     test: DataLoader | None
+    screen: DataLoader  # a fixed subset of val, evenly spread; val itself where that is small
+    plain: DataLoader  # train without augmentation, in order
     class_names: tuple[str, ...]  # in the order of the labels; () for detection, whose format names no classes
 
 
@@ -46,9 +50,11 @@ def open_task(
     seed: int,
     batch_size: int,
     num_workers: int | None = None,
+    screening_images: int = 256,
 ) -> TaskData:
     """Loaders of one task: train shuffled and augmented by the seed alone, val and test in order.
 
+    screening_images: size of the subset of val that is evaluated first; it never decides that a task is at its target.
     num_workers: processes per loader. None is 0: on a CPU computing is the bottleneck and workers would take cores
     from it; with CUDA the caller divides min(8, cores) among its tasks. Raises ValueError if there is no dataset.
     """
@@ -56,13 +62,16 @@ def open_task(
     if folder is None:
         raise ValueError(f"{task.name}: dataset: got no folder {task.dataset!r} in {', '.join(map(str, roots))}")
 
-    def loader(split: str) -> DataLoader:
-        dataset = open_split(task, folder, split)
-        sampling = _sampling(dataset, split, batch_size, generator(seed, "loader", task.name))
+    def loader(split: str, plain: bool = False) -> DataLoader:
+        dataset = open_split(task, folder, split, plain)
+        order = generator(seed, "loader", task.name)
+        sampling = _sampling(dataset, "plain" if plain else split, batch_size, order)
         return DataLoader(
             dataset,
             collate_fn=None if task.kind == CLASSIFICATION else collate_detection,
-            generator=generator(seed, "workers", task.name, split),  # else every pass draws from the global generator
+            generator=generator(
+                seed, "workers", task.name, split, plain
+            ),  # else every pass draws from the global generator
             pin_memory=device.type == "cuda",
             **sampling,
             **_worker_options(dataset, num_workers or 0),
@@ -70,7 +79,9 @@ def open_task(
 
     test = loader("test") if (folder / "test").is_dir() else None
     names = tuple(class_names(folder)) if task.kind == CLASSIFICATION else ()
-    return TaskData(task.name, loader("train"), loader("val"), test, names)
+    val = loader("val")
+    screen, plain = _screen(val, screening_images), loader("train", plain=True)
+    return TaskData(task.name, loader("train"), val, test, screen, plain, names)
 
 
 def reseed(data: TaskData, seed: int, *purpose: object) -> None:
@@ -78,11 +89,55 @@ def reseed(data: TaskData, seed: int, *purpose: object) -> None:
     data.train.sampler.generator.manual_seed(derive_seed(seed, *purpose, data.task))
 
 
+def plain_images(data: TaskData, num_pixels: int, seed: int, *purpose: object) -> list[Any]:
+    """Batches of images of train without labels and augmentation: a sample of the task's inputs, by (seed, purpose).
+
+    As many as have `num_pixels` pixels together, at least a batch, at most MOST_PLAIN_IMAGES.
+    """
+    dataset, batch_size = data.plain.dataset, data.plain.batch_size
+    order = torch.randperm(len(dataset), generator=generator(seed, *purpose, data.task)).tolist()
+    height, width = dataset[order[0]][0].shape[-2:]
+    wanted = min(len(order), max(batch_size, min(MOST_PLAIN_IMAGES, num_pixels // (height * width))))
+    chosen = DataLoader(Subset(dataset, order[:wanted]), batch_size, collate_fn=data.plain.collate_fn)
+    return [images for images, _ in chosen]
+
+
+def restarted(loader: DataLoader, **changes: Any) -> DataLoader:
+    """A new loader over the same samples in the same order, with processes of its own; changes: such as batch_size."""
+    options = {
+        "batch_size": loader.batch_size,
+        "sampler": loader.sampler,
+        "num_workers": loader.num_workers,
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+        "drop_last": loader.drop_last,
+        "generator": loader.generator,
+    }
+    if loader.num_workers:
+        options["persistent_workers"] = loader.persistent_workers
+        options["multiprocessing_context"] = loader.multiprocessing_context
+    return DataLoader(loader.dataset, **{**options, **changes})
+
+
+def _screen(val: DataLoader, num_images: int) -> DataLoader:
+    length = len(val.dataset)
+    if length <= num_images:
+        return val
+    chosen = torch.linspace(0, length - 1, num_images).long().tolist()
+    if not any(val.dataset.has_labels(index) for index in chosen):
+        return val  # a detector's accuracy on images without objects is undefined
+    subset = Subset(val.dataset, chosen)
+    return DataLoader(subset, sampler=SequentialSampler(subset), batch_size=val.batch_size, collate_fn=val.collate_fn)
+
+
 class ShuffledKeys(Sampler):
-    """A new order for every pass, as (index, seed for what the transform draws), from one generator."""
+    """A new order for every pass, as (index, seed for what the transform draws), from one generator.
+
+    skip: samples that the next pass leaves out at its beginning, to go on within a pass.
+    """
 
     def __init__(self, length: int, generator: torch.Generator):
-        self.length, self.generator = length, generator
+        self.length, self.generator, self.skip = length, generator, 0
 
     def __len__(self) -> int:
         return self.length
@@ -90,7 +145,8 @@ class ShuffledKeys(Sampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = torch.randperm(self.length, generator=self.generator)
         seeds = torch.randint(2**31, (self.length,), generator=self.generator)
-        return zip(order.tolist(), seeds.tolist(), strict=True)
+        skip, self.skip = self.skip, 0
+        return zip(order[skip:].tolist(), seeds[skip:].tolist(), strict=True)
 
 
 def collate_detection(batch: list[tuple]) -> tuple[list[Tensor], list[dict]]:

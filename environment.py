@@ -31,6 +31,31 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
 
 
+def random_state() -> dict:
+    """The state of the global generators, of plain values and tensors."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    version, words, gauss_next = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(words), gauss_next],
+        "numpy": [torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+    }
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict) -> None:
+    """Sets the global generators to what `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    version, words, gauss_next = state["python"]
+    random.setstate((version, tuple(words), gauss_next))
+    keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
 @contextlib.contextmanager
 def seeded(seed: int, *purpose: object) -> Iterator[None]:
     """Seeds the global generators (torch, random, numpy), which dropout and transforms draw from, and restores them."""

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import logging
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 
 ALL_AREAS = [[0, 1e10]]  # mAP is taken over objects of every size; the small/medium/large splits are not computed
 MAX_DETECTIONS = [100]  # per image and class, as COCO counts
+
+log = logging.getLogger(__name__)
 
 
 def classification_eval(model: nn.Module, loader: Iterable) -> float:
@@ -133,3 +137,22 @@ def _coco_map(num_images: int, truth: list[dict], found: np.ndarray) -> float:
         evaluation.accumulate()
     precision = evaluation.eval["precision"]  # -1 marks a class all of whose objects are crowds: it has no precision
     return float(precision[precision > -1].mean())
+
+
+def evaluate(task, loader: Iterable, model: nn.Module | None = None) -> float:
+    """The accuracy of a workload.Task by its own eval method, whose prints go to the debug log.
+
+    model: instead of the task's own. Raises ValueError when the eval method returns no number in [0, 1].
+    """
+    printed = io.StringIO()  # pycocotools, for one, prints pages
+    with contextlib.redirect_stdout(printed):
+        value = task.eval_method(task.model if model is None else model, loader)
+    if printed.getvalue():
+        log.debug("%s: eval_method printed:\n%s", task.name, printed.getvalue())
+    try:
+        accuracy = float(value)
+    except (TypeError, ValueError):
+        accuracy = math.nan
+    if not 0 <= accuracy <= 1:
+        raise ValueError(f"{task.name}: eval_method: got {value!r}; allowed: a number in [0, 1]")
+    return accuracy

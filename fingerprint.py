@@ -1,6 +1,7 @@
 """What must be equal for a run to go on from the results of another: the workload, its datasets, the options."""
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dataset_folders import open_split
 from sharing.memory import named_tensors
 from workload import Task
 
@@ -20,31 +22,36 @@ def fingerprint(tasks: Mapping[str, Task], folders: Mapping[str, Path], options:
 
 
 def differences(stored: Mapping, current: Mapping) -> list[str]:
-    """One line per key that is not what it was, naming task or option, what was stored and what was got."""
-    lines = []
-    for part in ("options", "tasks"):
-        before, now = stored.get(part, {}), current.get(part, {})
-        for name in dict.fromkeys([*before, *now]):
-            if part == "options" or name not in before or name not in now:
-                lines += _difference(name, before.get(name), now.get(name), part)
-            else:
-                for key in dict.fromkeys([*before[name], *now[name]]):
-                    lines += _difference(f"{name}: {key}", before[name].get(key), now[name].get(key), part)
+    """One line per key that is not what it was, naming task or option, what was stored and what was got.
+
+    Tasks that only one of the two has make no difference here: see `task_changes`.
+    """
+    lines = _differences("", stored["options"], current["options"])
+    for name in stored["tasks"]:
+        if name in current["tasks"]:
+            lines += _differences(f"{name}: ", stored["tasks"][name], current["tasks"][name])
     return lines
 
 
-def _difference(name: str, before: object, now: object, part: str) -> list[str]:
-    if before == now:
-        return []
-    if part == "tasks" and (before is None or now is None):
-        return [f"{name}: {'a new task' if before is None else 'the task is gone'}"]
-    return [f"{name}: was {before!r}, is {now!r}"]
+def task_changes(stored: Mapping, current: Mapping) -> list[str]:
+    """One line per task that was added or taken away."""
+    before, now = stored["tasks"], current["tasks"]
+    added = [f"{name}: a new task, added to what is there" for name in now if name not in before]
+    return added + [f"{name}: the task is gone; what only it used is dropped" for name in before if name not in now]
+
+
+def _differences(prefix: str, before: Mapping, now: Mapping) -> list[str]:
+    return [
+        f"{prefix}{key}: was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key)
+    ]
 
 
 def _of_task(task: Task, folder: Path) -> dict:
     return {
         "model": model_digest(task.model),
-        "dataset": f"{task.dataset} {folder_digest(folder)}",
+        "dataset": f"{task.dataset} {dataset_digest(task, folder)}",
         "task": task.kind,
         "eval_method": _describe(task.eval_method),
         "transforms": f"train {_describe(task.train_transform)}, val {_describe(task.val_transform)}",
@@ -65,11 +72,17 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def folder_digest(folder: Path) -> str:
-    """sha256 over the relative names and sizes of all files of a folder, shortened."""
+def dataset_digest(task: Task, folder: Path) -> str:
+    """sha256 over the samples of all splits, shortened: name and size of each image, its label or its annotations.
+
+    Images are not read, annotations are: another class id is a file of the same size. What is no sample, such as a
+    file manager's hidden files, does not count.
+    """
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{file.relative_to(folder).as_posix()} {file.stat().st_size}\n".encode())
+    for split in ("train", "val", "test"):
+        for image, truth in open_split(task, folder, split).samples:
+            digest.update(os.fsencode(image.relative_to(folder)) + f" {image.stat().st_size} ".encode())
+            digest.update(truth.read_bytes() if isinstance(truth, Path) else f"{truth}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -6,26 +6,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from losses_distillation import Teacher
 from workload import CLASSIFICATION, Task
 
 # Weights of the auxiliary classifiers, as in torchvision's references: Inception v3 0.4, GoogLeNet 0.3 each.
 AUXILIARY_WEIGHTS = {"aux_logits": 0.4, "aux_logits1": 0.3, "aux_logits2": 0.3}
 
 
-def task_losses(task: Task, batch: tuple[Any, Any], device: torch.device) -> dict[str, Tensor]:
+def task_losses(
+    task: Task, batch: tuple[Any, Any], device: torch.device, teacher: Teacher | None = None
+) -> dict[str, Tensor]:
     """Losses of the task's model, in train mode, on one batch of its train loader; each entry a scalar with gradient.
 
     Classification: cross-entropy of (Tensor[N,3,H,W], Tensor[N]). Detection: what the detector itself returns for
-    (list of Tensor[3,H,W], list of targets). Raises ValueError if the model returns something else.
+    (list of Tensor[3,H,W], list of targets). With a teacher, its losses as well. Raises ValueError if the model returns
+    something else.
     """
+    images, targets = batch
     if task.kind == CLASSIFICATION:
-        return _classification_losses(task, *batch, device)
-    return _detection_losses(task, *batch, device)
+        images = images.to(device, non_blocking=True)
+        output = task.model(images)
+        losses = _classification_losses(task, output, targets.to(device, non_blocking=True))
+    else:
+        images = [image.to(device, non_blocking=True) for image in images]
+        targets = [{key: _moved(value, device) for key, value in target.items()} for target in targets]
+        output = task.model(images, targets)
+        losses = _detection_losses(task, output)
+    return losses if teacher is None else {**losses, **teacher.losses(images, output)}
 
 
-def _classification_losses(task: Task, images: Tensor, labels: Tensor, device: torch.device) -> dict[str, Tensor]:
-    labels = labels.to(device, non_blocking=True)
-    output = task.model(images.to(device, non_blocking=True))
+def _classification_losses(task: Task, output: Any, labels: Tensor) -> dict[str, Tensor]:
     if torch.is_tensor(output):
         return {"cross_entropy": F.cross_entropy(output, labels)}
     if not hasattr(output, "logits"):
@@ -38,14 +48,11 @@ def _classification_losses(task: Task, images: Tensor, labels: Tensor, device: t
     return losses
 
 
-def _detection_losses(task: Task, images: list[Tensor], targets: list[dict], device: torch.device) -> dict[str, Tensor]:
-    images = [image.to(device, non_blocking=True) for image in images]
-    targets = [{key: _moved(value, device) for key, value in target.items()} for target in targets]
-    losses = task.model(images, targets)
-    if not isinstance(losses, dict):
-        got = type(losses).__name__
+def _detection_losses(task: Task, output: Any) -> dict[str, Tensor]:
+    if not isinstance(output, dict):
+        got = type(output).__name__
         raise ValueError(f"{task.name}: model: got {got} from a detector in training; allowed: a dict of losses")
-    return losses
+    return output
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -8,12 +8,13 @@ Put your own tasks into create_sample_model_dict(), or into a file of your own.
 """
 
 import argparse
-import importlib.util
+import contextlib
 import math
 import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,20 +26,28 @@ import dataset_manager
 import merger
 import sample_workload
 import tables
-from environment import DEVICES, pick_device
+from dataset_folders import SampleError
+from environment import DEVICES, pick_device, seeded
 from eval_methods import classification_eval, frcnn_eval
-from fingerprint import differences, fingerprint
+from fingerprint import differences, fingerprint, task_changes
+from interrupts import Interrupts
+from losses import task_losses
+from merger_trial import ALIGNMENT_OF, LEAST_SQUARES, NO_ALIGNMENT, WEIGHTS_OF
 from model_architectures import build, load_weights
-from results_store import foreign_files, has_results, read_manifest
+from results_store import ResultsError, foreign_files, has_results, lock, read_manifest, repair
+from sharing.alignment import METHODS as ALIGNMENTS
 from sharing.groups import find_groups
+from sharing.initial_weights import INITIAL_WEIGHTS
 from sharing.memory import distinct_bytes
 from sharing.strategies import STRATEGIES
-from sharing.tying import INITIAL_WEIGHTS
-from trainer import TrainingOptions
+from sharing.tying import restore_snapshot, take_snapshot
+from trainer import TRAINING_OF, TrainingOptions
 from transforms import classification_transforms, detection_transforms
-from workload import Problem, WorkloadError, read_workload
+from workload import Problem, Task, WorkloadError, read_workload
+from workload_file import load_model_dict
 
-EXIT_DONE, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 2, 130  # anything else ends in a traceback, which is 1
+MAY_BE_NONE = ("warmup_steps", "statistics_batches", "screening_images")  # training options that 0 turns off
+EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def create_sample_model_dict() -> dict:
@@ -89,12 +98,13 @@ def merge_workload(
     *,
     datasets: str | Path | None = None,
     tolerance: float | None = None,
-    strategy: str = "gemel",
+    strategy: str = "adaptive",
     device: str = "auto",
     time_budget: float | None = None,
     fresh: bool = False,
     seed: int = 0,
-    initial_weights: str = "mean",
+    initial_weights: str | None = None,
+    alignment: str | None = None,
     num_workers: int | None = None,
     **training,
 ) -> dict:
@@ -102,57 +112,102 @@ def merge_workload(
 
     datasets: folder that holds the datasets (default: ../dataset_formation/datasets beside this file).
     tolerance: a task's target is tolerance x unmerged_acc (default 0.95; a task's own entry wins).
-    strategy: "gemel", "all" or "stem". device: "auto", "cpu" or "cuda". time_budget: seconds after which no new round
-    begins and the one in flight is undone. fresh: start anew although the folder holds a result, which is kept aside.
-    initial_weights: of a tied layer, "mean" or "first". num_workers: loader processes per task (default: none on a CPU,
-    with CUDA eight or the number of cores among all tasks).
+    strategy: "adaptive", "gemel", "all" or "stem". device: "auto", "cpu" or "cuda". time_budget: seconds after which no
+    new round begins and the one in flight is put off. fresh: start anew although the folder holds a result, which is
+    kept aside. initial_weights: of a tied layer, "least_squares", "mean", "similar" or "first" (default: what is best
+    for the strategy). num_workers: loader processes per task (default: none on a CPU, with CUDA eight or the number of
+    cores among all tasks).
     training: any field of trainer.TrainingOptions, such as learning_rate or max_epochs.
     Raises WorkloadError, before anything is written or trained, with every problem of the input.
     """
-    began = time.monotonic()
-    tasks, problems = read_workload(model_dict, tolerance)
-    problems += _option_problems(strategy, device, time_budget, seed, initial_weights, training)
+    began, cpu_began = time.monotonic(), time.process_time()
+    results_path = Path(os.path.abspath(results_path))  # "." would follow the folder that --fresh sets aside
     roots = [Path(datasets) if datasets else dataset_manager.DEFAULT_ROOT, sample_workload.DATASETS_ROOT]
-    problems += dataset_manager.check(tasks, roots)
+    how = {"strategy": strategy, "initial_weights": initial_weights, "alignment": alignment}
+    problems = _option_problems(how, device, time_budget, seed, num_workers, training)
+    tasks = _read_tasks(model_dict, tolerance, roots, results_path, problems)
+    options = TrainingOptions(**{**TRAINING_OF.get(strategy, {}), **training})
+    how["initial_weights"] = initial_weights or WEIGHTS_OF.get(strategy, "mean")
+    how["alignment"] = alignment or ALIGNMENT_OF.get(strategy, NO_ALIGNMENT)
+    folders = {name: dataset_manager.find_dataset(task, roots) for name, task in tasks.items()}
+    mark = fingerprint(tasks, folders, {**how, "seed": seed, **asdict(options)})
+    target_device = pick_device(device)
+    data = _open_data(tasks, roots, target_device, seed, options, num_workers)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock(results_path))
+        interrupts = Interrupts()
+        stack.enter_context(interrupts.deferred())
+        previous = None if fresh else _previous_manifest(results_path, mark)
+        run = merger.start(
+            tasks,
+            data,
+            results_path,
+            strategy_name=strategy,
+            training=options,
+            initial_weights=how["initial_weights"],
+            alignment=how["alignment"],
+            seed=seed,
+            device=target_device,
+            deadline=began + time_budget if time_budget else math.inf,
+            started=began,
+            cpu_started=cpu_began,
+            flags=_flags(tolerance, target_device, time_budget, datasets, options),
+            fingerprint=mark,
+            stop_asked=interrupts.asked,
+        )
+        print(tables.workload_table(tasks, run.models, run.groups), end="\n\n", flush=True)
+        manifest = _run(run, previous, fresh, stack)
+    print("\n" + tables.closing_table(manifest), flush=True)
+    if not manifest["run"]["finished"]:
+        print("the time is over before everything was tried: the same command goes on from here", flush=True)
+    return manifest
+
+
+def _read_tasks(model_dict, tolerance, roots, results_path: Path, problems: list[Problem]) -> dict[str, Task]:
+    """The validated tasks. Raises WorkloadError with the problems given and all those of dictionary and datasets."""
+    tasks, found = read_workload(model_dict, tolerance)
+    problems = found + problems + dataset_manager.check(tasks, roots)
     for name in foreign_files(results_path, tasks):
         allowed = "a folder in which nothing of yours would be overwritten"
         problems.append(Problem("options", "results", f"{results_path}, which holds {name} of something else", allowed))
     if problems:
         raise WorkloadError(problems)
-    options = TrainingOptions(**training)
-    target_device = pick_device(device)
-    decisive = {"strategy": strategy, "seed": seed, "initial_weights": initial_weights, **asdict(options)}
-    folders = {name: dataset_manager.find_dataset(task, roots) for name, task in tasks.items()}
-    mark = fingerprint(tasks, folders, decisive)
-    if num_workers is None and target_device.type == "cuda":
+    return tasks
+
+
+def _open_data(tasks, roots, device: torch.device, seed: int, options: TrainingOptions, num_workers: int | None):
+    if num_workers is None and device.type == "cuda":
         num_workers = max(1, min(8, os.cpu_count() or 1) // len(tasks))
-    previous = None if fresh else _previous_manifest(results_path, mark)
-    data = {
+    return {
         name: dataset_manager.open_task(
-            task, roots, device=target_device, seed=seed, batch_size=options.batch_size(task), num_workers=num_workers
+            task,
+            roots,
+            device=device,
+            seed=seed,
+            batch_size=options.batch_size(task),
+            num_workers=num_workers,
+            screening_images=options.screening_images,
         )
         for name, task in tasks.items()
     }
-    run = merger.start(
-        tasks,
-        data,
-        results_path,
-        strategy_name=strategy,
-        training=options,
-        initial_weights=initial_weights,
-        seed=seed,
-        device=target_device,
-        deadline=began + time_budget if time_budget else math.inf,
-        started=began,
-        flags=_flags(tolerance, target_device, time_budget, datasets, options),
-        fingerprint=mark,
-    )
-    print(tables.workload_table(tasks, run.models, run.groups), end="\n\n", flush=True)
-    manifest = _run(run, previous, fresh)
-    print("\n" + tables.closing_table(manifest), flush=True)
-    if not manifest["run"]["finished"]:
-        print("the time is over before everything was tried: the same command goes on from here", flush=True)
-    return manifest
+
+
+def _run(run: merger.Run, previous: dict | None, fresh: bool, stack: contextlib.ExitStack) -> dict:
+    """The manifest at the end of a run that goes on from `previous`, or begins; `stack` holds the locks."""
+    if previous is not None:
+        _go_on(run, previous)
+        if run.finished:
+            print(f"{run.results_path} holds the finished result of this workload (--fresh starts anew)")
+            return previous
+    if run.is_new and (problems := _training_problems(run)):
+        raise WorkloadError(problems)
+    merger.preflight(run)
+    if fresh and has_results(run.results_path):
+        print(f"the earlier result is kept in {_set_aside(run.results_path)}")
+        stack.enter_context(lock(run.results_path))
+    if not run.groups:
+        print("nothing to merge: no two tasks have an identical layer; the models are stored as they are")
+    return merger.merge(run)
 
 
 def plan(model_dict: dict, tolerance: float | None = None) -> int:
@@ -167,32 +222,60 @@ def plan(model_dict: dict, tolerance: float | None = None) -> int:
     return sum(group.saved_bytes for group in groups)
 
 
-def _run(run: merger.Run, previous: dict | None, fresh: bool) -> dict:
-    if previous is not None:
+def _go_on(run: merger.Run, previous: dict) -> None:
+    """Puts the run where the earlier one in its folder ended, or on top of it where tasks came or went."""
+    changes = task_changes(previous["run"]["fingerprint"], run.fingerprint)
+    if not changes:
         merger.resume(run, previous)
-        if run.finished:
-            print(f"{run.results_path} holds the finished result of this workload (--fresh starts anew)")
-            return previous
-        print(f"{run.results_path} holds {len(run.rounds)} rounds of this workload: going on from there")
-    else:
-        merger.preflight(run)
-        if fresh and has_results(run.results_path):
-            print(f"the earlier result is kept in {_set_aside(Path(run.results_path))}")
-    if not run.groups:
-        print("nothing to merge: no two tasks have an identical layer; the models are stored as they are")
-    return merger.merge(run)
+        if not run.finished:
+            print(f"{run.results_path} holds {len(run.rounds)} rounds of this workload: going on from there")
+        return
+    merger.extend(run, previous)
+    for line in changes:
+        print(line)
+    print("the other tasks keep what they share")
+
+
+def _training_problems(run: merger.Run) -> list[Problem]:
+    """What makes the losses of a task impossible to compute on the first images of train; models stay as they are."""
+    problems = []
+    allowed = "a model that is trained as torchvision's are: logits, or a dict of losses from (images, targets)"
+    for name, task in run.tasks.items():
+        train = run.data[name].train
+        snapshot = take_snapshot(task.model)
+        try:
+            with torch.no_grad(), seeded(run.seed, "trial", name):
+                batch = train.collate_fn([train.dataset[i] for i in range(min(train.batch_size, len(train.dataset)))])
+                task.model.train()
+                task_losses(task, batch, run.device)
+        except Exception as error:  # a user's model may raise anything
+            got = f"{type(error).__name__} in training: {' '.join(str(error).split())[:300]}"
+            problems.append(Problem(name, "model", got, allowed))
+        finally:
+            restore_snapshot(snapshot)
+    return problems
 
 
 def _previous_manifest(results_path: str | Path, mark: dict) -> dict | None:
-    """The manifest to go on from; None if the folder holds none. Raises WorkloadError if it is of another workload."""
+    """The manifest to go on from, its files repaired; None if the folder holds none.
+
+    Raises WorkloadError if it is of another workload; tasks that were added or taken away make none.
+    """
     if not has_results(results_path):
         return None
-    manifest = read_manifest(results_path)
-    changed = differences(manifest["run"]["fingerprint"], mark)
     allowed = "the same as before, or --fresh to start anew (the old result is kept aside), or another --results"
+    try:
+        stored = read_manifest(results_path)["run"]["fingerprint"]
+    except ResultsError as error:
+        raise WorkloadError([Problem(str(results_path), "results", str(error), allowed)]) from None
+    changed = differences(stored, mark)
+    if not set(stored["tasks"]) & set(mark["tasks"]):
+        changed.append(f"tasks: were {', '.join(stored['tasks'])}, are {', '.join(mark['tasks'])}")
     if changed:
         raise WorkloadError([Problem(str(results_path), "results", line, allowed) for line in changed])
-    return manifest
+    for line in repair(results_path):
+        print(line)
+    return read_manifest(results_path)
 
 
 def _set_aside(results_path: Path) -> Path:
@@ -203,29 +286,54 @@ def _set_aside(results_path: Path) -> Path:
     raise RuntimeError(f"{results_path}: there are too many earlier results beside it")
 
 
-def _option_problems(strategy, device, time_budget, seed, initial_weights, training) -> list[Problem]:
+def _option_problems(how: dict, device, time_budget, seed, num_workers, training) -> list[Problem]:
     problems = []
 
     def check(ok: bool, key: str, got: object, allowed: str) -> None:
         if not ok:
             problems.append(Problem("options", key, repr(got), allowed))
 
-    check(strategy in STRATEGIES, "strategy", strategy, ", ".join(STRATEGIES))
-    check(initial_weights in INITIAL_WEIGHTS, "initial_weights", initial_weights, ", ".join(INITIAL_WEIGHTS))
+    allowed = {
+        "strategy": [*STRATEGIES],
+        "initial_weights": [None, *INITIAL_WEIGHTS, LEAST_SQUARES],
+        "alignment": [None, NO_ALIGNMENT, *ALIGNMENTS],
+    }
+    for key, values in allowed.items():
+        check(how[key] in values, key, how[key], ", ".join(filter(None, values)))
     check(isinstance(seed, int) and seed >= 0, "seed", seed, "a whole number from 0 on")
-    check(time_budget is None or time_budget > 0, "time_budget", time_budget, "seconds, more than 0")
+    budgeted = time_budget is None or (isinstance(time_budget, (int, float)) and time_budget > 0)
+    check(budgeted, "time_budget", time_budget, "seconds, more than 0")
+    workers = num_workers is None or (isinstance(num_workers, int) and num_workers >= 0)
+    check(workers, "num_workers", num_workers, "None or a whole number from 0 on")
     check(device in DEVICES, "device", device, ", ".join(DEVICES))
     if device == "cuda" and not torch.cuda.is_available():
         check(False, "device", device, "auto or cpu: torch sees no CUDA device")
     fields = TrainingOptions.__dataclass_fields__
     for key, value in training.items():
-        if key not in fields:
-            check(False, key, value, f"one of {', '.join(fields)}")
-        elif isinstance(fields[key].default, int):
-            check(isinstance(value, int) and value >= 2, key, value, "a whole number of at least 2")
-        else:
-            check(isinstance(value, (int, float)) and value > 0, key, value, "a number greater than 0")
+        allowed = (
+            _allowed(key, fields[key].default) if key in fields else (lambda v: False, f"one of {', '.join(fields)}")
+        )
+        check(allowed[0](value), key, value, allowed[1])
     return problems
+
+
+def _allowed(key: str, default: object) -> tuple[Callable[[object], bool], str]:
+    """(check, what is allowed) of one training option."""
+    if isinstance(default, bool):
+        return lambda v: isinstance(v, bool), "True or False"
+    if isinstance(default, int):
+        least = 0 if key in MAY_BE_NONE else 2
+        none = " (none)" * (least == 0)
+        return lambda v: type(v) is int and v >= least, f"a whole number of at least {least}{none}"
+    if key == "average_decay":
+        return lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 (no average), below 1"
+    if key.endswith("_weight"):
+        return lambda v: _is_number(v) and v >= 0, "a number of at least 0"
+    return lambda v: _is_number(v) and v > 0, "a number greater than 0"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _flags(tolerance, device: torch.device, time_budget, datasets, options: TrainingOptions) -> dict:
@@ -255,7 +363,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--datasets", metavar="DIR", help="default: ../dataset_formation/datasets beside the script")
     parser.add_argument("--results", metavar="DIR", default="results", help="results folder (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, help="target accuracy as a share of the unmerged (default: 0.95)")
-    parser.add_argument("--strategy", choices=sorted(STRATEGIES), default="gemel", help="default: %(default)s")
+    parser.add_argument("--strategy", choices=sorted(STRATEGIES), default="adaptive", help="default: %(default)s")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
     parser.add_argument("--time-budget", type=parse_duration, metavar="TIME", help="such as 90s, 30m or 2h")
     parser.add_argument("--fresh", action="store_true", help="start anew; an earlier result is kept aside")
@@ -272,32 +380,10 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def load_model_dict(workload_file: str | None) -> dict:
-    """The task dictionary of a workload file, or the one of this script. Raises WorkloadError if there is none."""
-    if workload_file is None:
-        return create_sample_model_dict()
-    file = Path(workload_file)
-    allowed = "a Python file that defines create_model_dict()"
-    if not file.is_file():
-        raise WorkloadError([Problem("workload", "--workload", f"{workload_file}, which is no file", allowed)])
-    loaded = sys.modules.get(file.stem)
-    if loaded is not None and getattr(loaded, "__file__", None) != str(file):
-        got = f"{workload_file}, whose name is that of a module in use here"
-        raise WorkloadError([Problem("workload", "--workload", got, "another file name")])
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module  # loader processes import what the file defines by this name, from this folder
-    sys.path.append(str(file.parent.resolve()))
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "create_model_dict", None)):
-        raise WorkloadError([Problem("workload", "--workload", f"{workload_file} without it", allowed)])
-    return module.create_model_dict()
-
-
 def main(arguments: list[str] | None = None) -> int:
     flags = parse_arguments(arguments)
     try:
-        model_dict = load_model_dict(flags.workload)
+        model_dict = load_model_dict(flags.workload) if flags.workload else create_sample_model_dict()
         if flags.plan:
             plan(model_dict, flags.tolerance)
         else:
@@ -315,6 +401,9 @@ def main(arguments: list[str] | None = None) -> int:
     except WorkloadError as error:
         print(error, file=sys.stderr)
         return EXIT_WRONG_INPUT
+    except (ResultsError, SampleError) as error:  # a disk that is full, a dataset that went away: no bug of ours
+        print(f"{error}\nwhat was kept is stored, and the same command goes on from there", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("\ninterrupted; what was kept is stored, and the same command goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED

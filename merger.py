@@ -9,7 +9,8 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,25 +18,49 @@ from torch import nn
 from tqdm import tqdm
 
 import tables
+from dataset_folders import SampleError
 from dataset_manager import TaskData
-from model_architectures import architecture_of
-from results_store import load_merged, update_run, write_results
-from sharing.groups import Configuration, affected_tasks, find_groups, saved_bytes
-from sharing.memory import Memory, distinct_bytes
+from merger_records import Accuracy, history_entry, manifest_of, round_record, run_record, statistics_of
+from merger_trial import (
+    LEAST_SQUARES,
+    fit_weights,
+    foresee,
+    harm_of,
+    line_up,
+    put_back,
+    rule_of,
+    screen_targets,
+    state_of,
+    teachers_of,
+)
+from results_store import drop_checkpoint, load_merged, read_checkpoint, update_run, write_checkpoint, write_results
+from sharing.alignment import move
+from sharing.groups import (
+    Configuration,
+    affected_tasks,
+    find_groups,
+    from_plain,
+    restrict,
+    to_plain,
+)
+from sharing.memory import distinct_bytes
 from sharing.strategies import STRATEGIES, Strategy
-from sharing.tying import is_tied, restore_snapshot, take_snapshot, tie
-from trainer import TIME_OVER, Outcome, TrainingOptions, evaluate, recover
+from sharing.tying import Snapshot, is_tied, restore_snapshot, retie, take_snapshot
+from trainer import (
+    OUT_OF_MEMORY,
+    TIME_OVER,
+    Circumstances,
+    Interrupted,
+    Outcome,
+    TrainingOptions,
+    evaluate,
+    never,
+    recover,
+)
+from trainer_batches import is_out_of_memory
 from workload import Problem, Task, WorkloadError
 
-
-@dataclass
-class Accuracy:
-    """What was measured of one task."""
-
-    unmerged: float
-    merged: float
-    unmerged_test: float | None = None
-    merged_test: float | None = None
+CHECKPOINT_SHARE = 0.05  # of the time that writing the state of a round in flight may take
 
 
 @dataclass
@@ -45,45 +70,76 @@ class Run:
     tasks: Mapping[str, Task]
     data: Mapping[str, TaskData]
     models: nn.ModuleDict
+    unmerged: nn.ModuleDict  # copies of the models as they came, in eval mode: the teachers
     results_path: Path
     strategy_name: str
     strategy: Strategy
     training: TrainingOptions
     initial_weights: str
+    alignment: str  # how channels are lined up before anything is tied, or NO_ALIGNMENT
     seed: int
     device: torch.device
     flags: dict  # what the manifest says of how the run was started
     fingerprint: dict  # what must be equal for another run to go on from this one
     say: Callable[[str], None] = print
+    stop_asked: Callable[[], bool] = never
     deadline: float = math.inf  # on time.monotonic()
     started: float = field(default_factory=time.monotonic)
+    cpu_started: float = field(default_factory=time.process_time)
     seconds_before: float = 0.0  # spent by the runs that this one continues
+    cpu_seconds_before: float = 0.0
     groups: Configuration = ()
     unmerged_bytes: int = 0
     accuracy: dict[str, Accuracy] = field(default_factory=dict)
+    screen_accuracy: dict[str, float] = field(default_factory=dict)  # of the unmerged models on TaskData.screen
     rounds: list[dict] = field(default_factory=list)
     history: list[dict] = field(default_factory=list)
     finished: bool = False
+    is_new: bool = True  # whether the results folder holds nothing of this workload yet
+    working: Configuration | None = None  # what is tied now, after a failed trial from which the next one goes on
+    undo: Snapshot | None = None  # of what is kept, while the models hold something else
+    in_flight: dict | None = None  # the state of a round to go on from
+    permutations: dict[str, dict] = field(default_factory=dict)  # task -> what was permuted, as sharing.alignment.moved
+    originals: dict[str, dict] = field(default_factory=dict)  # task -> state of the permuted models as they came
 
     @property
     def seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
 
+    @property
+    def cpu_seconds(self) -> float:
+        """Of all threads of this process; loader processes (none on a CPU) are not counted."""
+        return self.cpu_seconds_before + time.process_time() - self.cpu_started
+
 
 def start(tasks: Mapping[str, Task], data: Mapping[str, TaskData], results_path: str | Path, **options) -> Run:
     """A run over the tasks' models, in place and on the device; nothing is evaluated, tied or written yet."""
     models = nn.ModuleDict({name: task.model for name, task in tasks.items()}).to(options["device"])
+    unmerged = copy.deepcopy(models).eval().requires_grad_(False)
     strategy = STRATEGIES[options["strategy_name"]](models)
-    run = Run(tasks, data, models, Path(results_path), strategy=strategy, **options)
+    run = Run(tasks, data, models, unmerged, Path(results_path), strategy=strategy, **options)
     run.groups, run.unmerged_bytes = find_groups(models), distinct_bytes(models)
     return run
 
 
 def preflight(run: Run) -> None:
-    """Measures every model before anything is merged. Raises WorkloadError if one is below its own target already."""
+    """Measures every model that was not measured yet, before anything is merged.
+
+    Raises WorkloadError if one is below its own target already, or cannot be evaluated.
+    """
     problems = []
     for name, task in _with_bar(run, "evaluating the unmerged models"):
-        measured = evaluate(task, run.data[name].val)
+        if name in run.accuracy:
+            continue
+        heed(run)
+        try:
+            measured = evaluate(task, run.data[name].val)
+        except SampleError:
+            raise
+        except Exception as error:  # a user's eval method may raise anything
+            got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            problems.append(Problem(name, "eval_method", got, "f(model, data_loader) -> float in [0, 1]"))
+            continue
         run.accuracy[name] = Accuracy(measured, measured)
         if run.data[name].test is not None:
             test = evaluate(task, run.data[name].test)
@@ -98,15 +154,59 @@ def preflight(run: Run) -> None:
         raise WorkloadError(problems)
 
 
+def heed(run: Run) -> None:
+    """Ends the run if the user asked for it. Raises Interrupted."""
+    if run.stop_asked():
+        raise Interrupted
+
+
 def resume(run: Run, manifest: Mapping) -> None:
     """Puts a fresh run where the run that wrote the manifest was: kept ties and weights, search state, measurements."""
+    _load_kept(run, manifest, list(run.tasks))
     state = manifest["run"]
+    run.is_new = False
     run.strategy.load_state(state["strategy_state"])
-    load_merged(run.results_path, run.models, run.device)
     assert all(is_tied(run.models, group) for group in run.strategy.kept), "the store and the search state disagree"
-    run.accuracy = {name: Accuracy(**values) for name, values in state["accuracy"].items()}
+    run.finished = state["finished"]
+    checkpoint = None if run.finished else read_checkpoint(run.results_path)
+    if checkpoint is not None and checkpoint["round"] == len(run.rounds):
+        _load_checkpoint(run, checkpoint)
+
+
+def extend(run: Run, manifest: Mapping) -> None:
+    """Puts a fresh run on top of a result for other tasks: those that are still here keep what they share.
+
+    New tasks are to be measured by `preflight`; the search begins anew from what is kept.
+    """
+    common = [name for name in run.tasks if name in manifest["tasks"]]
+    _load_kept(run, manifest, common)
+    run.strategy.adopt(restrict(from_plain(manifest["shared_layers"]), common))
+
+
+def _load_kept(run: Run, manifest: Mapping, names: list[str]) -> None:
+    state = manifest["run"]
+    load_merged(run.results_path, {name: run.models[name] for name in names}, run.device, tasks=names, verify=True)
+    run.accuracy = {name: Accuracy(**state["accuracy"][name]) for name in names}
     run.rounds, run.history = state["rounds"], state["history"]
-    run.seconds_before, run.finished = state["seconds"], state["finished"]
+    run.seconds_before, run.cpu_seconds_before = state["seconds"], state["cpu_seconds"]
+    run.permutations = {name: permutations for name, permutations in state["permutations"].items() if name in names}
+    for name, permutations in run.permutations.items():
+        if permutations:
+            run.originals[name] = state_of(run.unmerged[name])
+            move(run.unmerged[name], permutations)
+
+
+def _load_checkpoint(run: Run, checkpoint: dict) -> None:
+    """A round in flight is tied and loaded by `play_round`; weights between two trials that go on are loaded here."""
+    if checkpoint["state"] is not None:
+        run.in_flight = checkpoint
+    if checkpoint["working"] is not None:
+        working = from_plain(checkpoint["working"])
+        trained = affected_tasks(run.strategy.kept, working)
+        run.undo = take_snapshot(nn.ModuleDict({name: run.models[name] for name in trained}))
+        retie(run.models, run.strategy.kept, working, run.unmerged)
+        run.models.load_state_dict(checkpoint["models"], strict=False)
+        run.working = working
 
 
 def merge(run: Run) -> dict:
@@ -114,16 +214,25 @@ def merge(run: Run) -> dict:
 
     From the first moment on, and after every round, the folder holds a complete result (at first: nothing shared).
     """
-    if not run.rounds:
+    if run.is_new:
         store(run)
+        drop_checkpoint(run.results_path)
+    line_up(run)
+    if not run.rounds or run.is_new:
+        foresee(run)
     run.say(tables.round_header())
-    while time.monotonic() < run.deadline:
-        proposal = run.strategy.propose()
-        if proposal is None:
-            run.finished = True
-            break
-        if not play_round(run, proposal):
-            break
+    try:
+        while time.monotonic() < run.deadline:
+            heed(run)
+            proposal = run.strategy.propose()
+            if proposal is None:
+                run.finished = True
+                break
+            if not play_round(run, proposal):
+                break
+    finally:
+        _undo(run)
+        put_back(run)
     return confirm(run)
 
 
@@ -132,37 +241,71 @@ def play_round(run: Run, proposal: Configuration) -> bool:
     began = time.monotonic()
     before = run.strategy.kept
     trained = {name: run.tasks[name] for name in affected_tasks(before, proposal)}
-    snapshot = take_snapshot(nn.ModuleDict({name: run.models[name] for name in trained}))
-    try:
-        tie(run.models, proposal, run.initial_weights)
-        outcome = recover(
-            run.models,
-            trained,
-            run.data,
-            run.training,
-            device=run.device,
-            seed=run.seed,
-            purpose=("round", len(run.rounds)),
-            deadline=run.deadline,
-        )
-    except BaseException:
-        restore_snapshot(snapshot)
-        raise
-    if not outcome.success:
-        restore_snapshot(snapshot)
+    outcome = _try(run, before, proposal, trained)
     if outcome.reason == TIME_OVER:
         return False
-    run.strategy.record(outcome.success, outcome.met)
+    run.in_flight = None
+    harm = harm_of(run, proposal) if not outcome.success and run.strategy.uses_harm else {}
+    ratios = {name: accuracy / run.tasks[name].target_acc for name, accuracy in outcome.accuracies.items()}
+    run.strategy.record(outcome.success, outcome.met, ratios, harm)
+    run.working = proposal if run.strategy.goes_on and not outcome.success else None
     run.rounds.append(round_record(run, before, proposal, outcome, time.monotonic() - began))
     run.say(tables.round_row(run.rounds[-1]))
     if outcome.success:
+        run.undo = None
         for name, accuracy in outcome.accuracies.items():
             run.accuracy[name].merged = accuracy
         run.history.append(history_entry(run))
         store(run)
+        drop_checkpoint(run.results_path)
     else:
+        if not run.strategy.goes_on:
+            _undo(run)
+        save_checkpoint(run, None)
         update_run(run.results_path, run_record(run))
     return True
+
+
+def _try(run: Run, before: Configuration, proposal: Configuration, trained: Mapping[str, Task]) -> Outcome:
+    """Ties the proposal and recovers accuracy; `run.undo` is then what brings back the state before the trial."""
+    container = nn.ModuleDict({name: run.models[name] for name in trained})
+    if run.undo is None:
+        run.undo = take_snapshot(container)
+    retie(run.models, run.working or before, proposal, run.unmerged, rule_of(run.initial_weights))
+    options, screened = run.training, {}
+    if run.in_flight is None and run.initial_weights == LEAST_SQUARES:
+        screened = fit_weights(run, tuple(group for group in proposal if group not in set(before)), trained)
+        heed(run)
+        if run.strategy.prefers_release:
+            options = replace(options, max_epochs=0)
+    teachers = teachers_of(run, trained, proposal)
+    around = Circumstances(
+        device=run.device,
+        seed=run.seed,
+        purpose=("round", len(run.rounds)),
+        deadline=run.deadline,
+        screened=screened,
+        screen_targets=screen_targets(run, trained),
+        save=_throttled(partial(save_checkpoint, run)),
+        saved=run.in_flight["state"] if run.in_flight else None,
+        stop_asked=run.stop_asked,
+    )
+    try:
+        return recover(run.models, trained, run.data, options, around, teachers)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Outcome(OUT_OF_MEMORY, {name: 0.0 for name in trained}, (), 0, 0)
+    finally:
+        for teacher in teachers.values():
+            teacher.close()
+
+
+def _undo(run: Run) -> None:
+    """Brings the models back to what is kept, bit by bit."""
+    if run.undo is not None:
+        restore_snapshot(run.undo)
+    run.undo = run.working = None
 
 
 def confirm(run: Run) -> dict:
@@ -170,9 +313,7 @@ def confirm(run: Run) -> dict:
 
     Raises RuntimeError if a reloaded task is below its target: what is shipped must hold what was measured.
     """
-    reloaded = load_merged(
-        run.results_path, {name: copy.deepcopy(model) for name, model in run.models.items()}, run.device
-    )
+    reloaded = load_merged(run.results_path, copy.deepcopy(dict(run.models.items())), run.device, verify=True)
     for name, task in _with_bar(run, "evaluating what was written"):
         accuracy = run.accuracy[name]
         accuracy.merged = evaluate(task, run.data[name].val, reloaded[name])
@@ -186,95 +327,35 @@ def confirm(run: Run) -> dict:
     return store(run)
 
 
-def _with_bar(run: Run, title: str) -> tqdm:
-    return tqdm(run.tasks.items(), desc=title, unit="task", leave=False, disable=None)
-
-
-# ---- what is written ------------------------------------------------------------------------------------
-
-
 def store(run: Run) -> dict:
     """Writes the workload as it is now."""
-    memory = memory_of(run)
-    manifest = {
-        "tasks": {name: task_record(task, run.accuracy[name]) for name, task in run.tasks.items()},
-        "shared_layers": [
-            {"signature": g.signature, "bytes": g.bytes, "occurrences": [o._asdict() for o in g.occurrences]}
-            for g in run.strategy.kept
-        ],
-        "memory": {**asdict(memory), "saved_bytes": memory.saved_bytes},
-        "run": run_record(run),
-    }
-    statistics = {
-        "total_bytes": run.unmerged_bytes,
-        "optimal_saved_bytes": memory.optimal_saved_bytes,
-        "history": run.history,
-    }
-    return write_results(run.results_path, run.models, manifest, statistics)
+    return write_results(run.results_path, run.models, manifest_of(run), statistics_of(run))
 
 
-def memory_of(run: Run) -> Memory:
-    return Memory(run.unmerged_bytes, distinct_bytes(run.models), saved_bytes(run.groups))
+def save_checkpoint(run: Run, state: dict | None) -> None:
+    """Keeps what a later run needs to go on within a round (its `state`), or between two trials that go on."""
+    if state is None and run.working is None:
+        drop_checkpoint(run.results_path)
+        return
+    names = affected_tasks(run.strategy.kept, run.working) if run.working else []
+    models = nn.ModuleDict({name: run.models[name] for name in names}).state_dict() if state is None else {}
+    working = to_plain(run.working) if run.working is not None else None
+    write_checkpoint(run.results_path, {"round": len(run.rounds), "state": state, "working": working, "models": models})
 
 
-def task_record(task: Task, accuracy: Accuracy) -> dict:
-    return {
-        "task": task.kind,
-        "architecture": architecture_of(task.model),
-        "unmerged_acc": task.unmerged_acc,
-        "measured_unmerged_acc": accuracy.unmerged,
-        "target_acc": task.target_acc,
-        "merged_acc": accuracy.merged,
-        "unmerged_test_acc": accuracy.unmerged_test,
-        "test_acc": accuracy.merged_test,
-        "met": accuracy.merged >= task.target_acc,
-    }
+def _throttled(save: Callable[[dict], None]) -> Callable[[dict, bool], None]:
+    """Leaves out saves that would take more than their share of the time, except those that end a run."""
+    next_save = 0.0
+
+    def throttled(state: dict, last: bool) -> None:
+        nonlocal next_save
+        began = time.monotonic()
+        if last or began >= next_save:
+            save(state)
+            next_save = time.monotonic() + (time.monotonic() - began) / CHECKPOINT_SHARE
+
+    return throttled
 
 
-def run_record(run: Run) -> dict:
-    """The `run` part of the manifest: how it was started, and all that a later run needs to go on."""
-    return {
-        **run.flags,
-        "strategy": run.strategy_name,
-        "seed": run.seed,
-        "seconds": run.seconds,
-        "finished": run.finished,
-        "strategy_state": run.strategy.state(),
-        "accuracy": {name: asdict(accuracy) for name, accuracy in run.accuracy.items()},
-        "rounds": run.rounds,
-        "history": run.history,
-        "fingerprint": run.fingerprint,
-    }
-
-
-def round_record(run: Run, before: Configuration, proposal: Configuration, outcome: Outcome, seconds: float) -> dict:
-    """One round as it is shown and stored."""
-    new = [group for group in proposal if group not in set(before)]
-    largest = max(new, key=lambda group: group.saved_bytes)
-    what = largest.signature.split(":")[0]
-    return {
-        "round": len(run.rounds) + 1,
-        "what": what,
-        "num_new_groups": len(new),
-        "tasks": sorted({task for group in new for task in group.tasks}),
-        "trained": sorted(outcome.accuracies),
-        "met": list(outcome.met),
-        "accuracies": outcome.accuracies,
-        "kept": outcome.success,
-        "reason": outcome.reason,
-        "saved_bytes": saved_bytes(run.strategy.kept),
-        "optimal_saved_bytes": saved_bytes(run.groups),
-        "steps": outcome.steps,
-        "samples": outcome.samples,
-        "seconds": seconds,
-    }
-
-
-def history_entry(run: Run) -> dict:
-    met = sum(run.accuracy[name].merged >= task.target_acc for name, task in run.tasks.items())
-    return {
-        "seconds": run.seconds,
-        "round": len(run.rounds),
-        "saved_bytes": saved_bytes(run.strategy.kept),
-        "tasks_met": met,
-    }
+def _with_bar(run: Run, title: str) -> tqdm:
+    return tqdm(run.tasks.items(), desc=title, unit="task", leave=False, disable=None)

@@ -1,272 +1,303 @@
 """The results folder: every distinct tensor once, a manifest that says which model uses which, and loading it back.
 
+    python results_store.py verify RESULTS [--workload FILE.py] [--datasets DIR] [--device auto|cpu|cuda]
+
     merged-<sha>.safetensors   the store; keys are named by content, one key per tensor object
     weights/<task>.pt          full state_dict of every task, for whoever wants plain PyTorch files
     workload_stats.json        memory saved over time
+    in_flight.pt               a round that is not decided yet, while a run is going on
     merged.json                the manifest, replaced last: a folder without it is not a result
 
 Two state-dict entries with the same store key are one tensor in memory: that alone is the record of what is shared.
-Files are written under a temporary name, synced and renamed; a new store never replaces an old one, which is removed
-only after the manifest has been switched.
+The order of a commit: the store, under its new name; temporaries of everything else, the new manifest last; these are
+renamed, the manifest last; what the old manifest named is collected. Killed before the last rename, the folder holds
+the old result, though some .pt files may be the new one's already: `repair` rebuilds them from the store.
 """
 
-import hashlib
-import json
-import os
-import re
+import argparse
+import io
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
-from model_architectures import rebuild
-from sharing.memory import named_tensors
+import results_files as files
+from environment import DEVICES
+from results_checkpoint import drop_checkpoint, read_checkpoint, write_checkpoint
+from results_files import (
+    IN_FLIGHT,
+    MANIFEST,
+    PENDING,
+    STATISTICS,
+    TEMPORARY,
+    WEIGHTS_PATTERN,
+    ResultsError,
+    Written,
+    lock,
+    sha256_of,
+    size_of,
+    stores,
+)
+from results_load import load_merged
+from results_manifest import (
+    FORMAT,
+    NORMALISATION,
+    assert_valid,
+    has_results,
+    json_bytes,
+    read_manifest,
+    read_result,
+    seal,
+)
+from results_tensors import checksum, name_by_content, open_store, raw_bytes, read_tensors, store_chunks
+from results_verify import print_checks, verify
 
-FORMAT = 1
-MANIFEST = "merged.json"
-STATISTICS = "workload_stats.json"
-STORE_PATTERN = re.compile(r"merged-[0-9a-f]{16}\.safetensors")
-WEIGHTS_PATTERN = re.compile(r"weights/[A-Za-z0-9][A-Za-z0-9_-]*\.pt")
-TEMPORARY = ".tmp"
+__all__ = [
+    "ResultsError",
+    "drop_checkpoint",
+    "foreign_files",
+    "has_results",
+    "load_merged",
+    "lock",
+    "name_by_content",
+    "read_checkpoint",
+    "read_manifest",
+    "repair",
+    "update_run",
+    "write_checkpoint",
+    "write_results",
+]
 
-
-class ResultsError(ValueError):
-    """A results folder cannot be used; the message names the file."""
-
-
-# ---- writing --------------------------------------------------------------------------------------------
+# ---- writing a result -----------------------------------------------------------------------------------
 
 
 def write_results(path: str | Path, models: Mapping[str, nn.Module], manifest: dict, statistics: dict) -> dict:
-    """Writes a complete result and returns the manifest as written (with `format`, `tensors` and `files` filled in).
+    """Writes a complete result and returns the manifest as written (README, "Results", says what is filled in).
 
     Until the last step, the replacement of merged.json, a reader of the folder sees the result that was there before.
+    What is the same as there is not written again. Raises ResultsError, naming the file, when the system refuses a
+    write: the folder then holds the result of before, or, if only removing old files failed, the new one.
     """
     path = Path(path)
-    (path / "weights").mkdir(parents=True, exist_ok=True)
+    files.make_folder(path)
+    files.make_folder(path / files.WEIGHTS)
+    before = read_manifest(path) if has_results(path) else None
+    if before is not None and (path / PENDING).exists():  # a commit was cut short: the .pt files are not what it says
+        repair(path)
+        before = read_manifest(path)
     keys, tensors = name_by_content(models)
-    files = {}
-    store_digest, store_name = _write_store(path, tensors)
-    files[store_name] = store_digest
-    for task, task_keys in keys.items():
-        state = {key: tensors[store_key] for key, store_key in task_keys.items()}
-        name = f"weights/{task}.pt"
-        files[name] = _replace(path / name, lambda temporary, state=state: torch.save(state, temporary))
-    files[STATISTICS] = _replace_json(path / STATISTICS, statistics)
-    manifest = {"format": FORMAT, **manifest, "tensors": keys, "files": files}
-    before = read_manifest(path)["files"] if has_results(path) else {}
-    _replace_json(path / MANIFEST, manifest)
-    _remove_stale(path, before, files)
-    return manifest
+    new = {"format": FORMAT, "normalisation": NORMALISATION, **manifest, "tensors": keys}
+    new["store"], store_written = _put_store(path, keys, tensors, before)
+    written = {new["store"]["file"]: store_written}
+    staged: dict[Path, Path] = {}  # temporary -> the file that it becomes
+    try:
+        for task in keys:
+            name = f"{files.WEIGHTS}/{task}.pt"
+            unchanged = before is not None and before["tensors"].get(task) == keys[task]
+            written[name] = _carried(path, name, before) if unchanged else None
+            if written[name] is None:
+                written[name] = _stage(path, name, _pt_bytes(keys[task], tensors), staged)
+        written[STATISTICS] = _stage(path, STATISTICS, json_bytes(statistics), staged)
+        new = _completed(new, written, before)
+        assert_valid(new, open_store(path / new["store"]["file"]))
+        files.stage(path / PENDING, [json_bytes(new)])
+    except BaseException:
+        files.discard(*staged)
+        raise
+    _switch(path, staged)
+    _collect(path, before, new)
+    return new
 
 
 def update_run(path: str | Path, run: dict) -> dict:
     """Replaces the `run` part of the manifest, atomically, and returns the manifest."""
-    manifest = {**read_manifest(path), "run": run}
-    _replace_json(Path(path) / MANIFEST, manifest)
+    path = Path(path)
+    manifest = seal({**read_manifest(path), "run": run})
+    files.write(path / MANIFEST, [json_bytes(manifest)], path / "merged.json.run.tmp")  # not PENDING: no commit
     return manifest
 
 
-def name_by_content(models: Mapping[str, nn.Module]) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]]:
-    """({task: {state-dict key: store key}}, {store key: CPU tensor}); one store key per tensor object.
-
-    Distinct objects of equal content (two zero biases, say) get a suffix, so that loading never ties what was not tied.
-    """
-    key_of: dict[int, str] = {}
-    tensors: dict[str, Tensor] = {}
-    keys: dict[str, dict[str, str]] = {}
-    for task, model in models.items():
-        keys[task] = {}
-        for name, tensor in named_tensors(model).items():
-            if id(tensor) not in key_of:
-                values = tensor.detach().to("cpu").contiguous()
-                key_of[id(tensor)] = _unused(_content_name(values), tensors)
-                tensors[key_of[id(tensor)]] = values
-            keys[task][name] = key_of[id(tensor)]
-    return keys, tensors
-
-
-def _content_name(tensor: Tensor) -> str:
-    digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
-
-
-def _unused(name: str, taken: Mapping) -> str:
-    copies = 0
-    while (key := name if not copies else f"{name}.{copies}") in taken:
-        copies += 1
-    return key
-
-
-def _write_store(path: Path, tensors: dict[str, Tensor]) -> tuple[str, str]:
-    # Cloned, because safetensors refuses tensors that overlap in memory, as views of one buffer may.
-    blob = save({key: tensor.clone() for key, tensor in tensors.items()})
-    name = f"merged-{hashlib.sha256(blob).hexdigest()[:16]}.safetensors"
-    return _replace(path / name, lambda temporary: temporary.write_bytes(blob)), name
-
-
-def _replace(target: Path, write) -> str:
-    temporary = target.with_name(target.name + TEMPORARY)
+def _put_store(path: Path, keys: dict, tensors: dict, before: dict | None) -> tuple[dict, Written]:
+    """Writes the store, unless it is the one that is there; (its entry in the manifest, what the file holds)."""
+    if before is not None and before["tensors"] == keys:
+        carried = _carried(path, before["store"]["file"], before)
+        if carried is not None:
+            return before["store"], carried
+    temporary = path / "merged.safetensors.tmp"
+    written = files.stage(temporary, store_chunks(tensors))
+    file = path / f"merged-{written.sha256[:16]}.safetensors"
     try:
-        write(temporary)
-        digest = file_sha256(temporary)
-        _commit(temporary, target)
+        files.commit(temporary, file)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        files.discard(temporary)
         raise
-    return digest
+    files.sync_folder(path)
+    checksums = {key: checksum(raw_bytes(tensor)) for key, tensor in tensors.items()}
+    header = open_store(file).header_sha256
+    return {"file": file.name, "bytes": written.bytes, "header_sha256": header, "checksums": checksums}, written
 
 
-def _replace_json(target: Path, value: dict) -> str:
-    text = json.dumps(value, indent=1)
-    return _replace(target, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+def _carried(path: Path, name: str, before: dict) -> Written | None:
+    """What the manifest says of a file that need not be written again; None if it is not there in its full size."""
+    size = before["file_bytes"][name]
+    return Written(before["files"][name], size) if size_of(path / name) == size else None
 
 
-def _commit(temporary: Path, target: Path) -> None:
-    """fsync, permissions by the user's umask (safetensors writes 0600), rename, fsync of the folder."""
-    umask = os.umask(0)
-    os.umask(umask)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o666 & ~umask)
-    os.replace(temporary, target)
-    folder = os.open(target.parent, os.O_RDONLY)
+def _is(file: Path, digest: str) -> bool:
+    return size_of(file) is not None and sha256_of(file) == digest
+
+
+def _pt_bytes(keys: Mapping[str, str], tensors: Mapping) -> memoryview:
+    """The state dict of one task as torch.save writes it."""
+    buffer = io.BytesIO()
+    torch.save({name: tensors[key] for name, key in keys.items()}, buffer)
+    return buffer.getbuffer()
+
+
+def _stage(path: Path, name: str, content: bytes | memoryview, staged: dict[Path, Path]) -> Written:
+    temporary = path / (name + TEMPORARY)
+    written = files.stage(temporary, [content])
+    staged[temporary] = path / name
+    return written
+
+
+def _completed(manifest: dict, written: Mapping[str, Written], before: dict | None) -> dict:
+    """With the parts that this module fills in."""
+    old = {} if before is None else {**before["stale"], **before["files"]}
+    return seal(
+        {
+            **manifest,
+            "files": {name: entry.sha256 for name, entry in written.items()},
+            "file_bytes": {name: entry.bytes for name, entry in written.items()},
+            "stale": {n: digest for n, digest in old.items() if n not in written and WEIGHTS_PATTERN.fullmatch(n)},
+        }
+    )
+
+
+def _switch(path: Path, staged: Mapping[Path, Path]) -> None:
+    """Renames everything, the manifest last.
+
+    When that fails half way, the new manifest stays beside the old one, under its temporary name: it is the record of
+    what the files that were renamed already are.
+    """
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        for temporary, target in staged.items():
+            files.commit(temporary, target)
+        files.sync_folder(path / files.WEIGHTS)
+        files.commit(path / PENDING, path / MANIFEST)
+        files.sync_folder(path)
+    except BaseException:
+        nothing_renamed = all(temporary.exists() for temporary in staged)
+        files.discard(*staged, *([path / PENDING] if nothing_renamed else []))
+        raise
 
 
-def _remove_stale(path: Path, before: Iterable[str], now: Iterable[str]) -> None:
-    """Removes what the replaced manifest named and this one does not, and stores and leftovers of a killed run.
+def _collect(path: Path, before: dict | None, manifest: dict) -> None:
+    """Removes what the result of before named and this one does not, other stores, and temporaries of a killed run.
 
     Only names that are ours: whatever else a user keeps in the folder stays.
     """
-    stores = {file.name for file in path.glob("merged-*.safetensors") if STORE_PATTERN.fullmatch(file.name)}
-    weights = {name for name in before if WEIGHTS_PATTERN.fullmatch(name)}
-    leftovers = {name + TEMPORARY for name in (*now, *weights, *stores, MANIFEST)}
-    for name in (stores | weights | leftovers) - set(now):
-        (path / name).unlink(missing_ok=True)
+    old = set(stores(path)) - {manifest["store"]["file"]}
+    if before is None or before["store"]["file"] != manifest["store"]["file"]:
+        old.add(IN_FLIGHT)  # of a round that began from another store
+    old |= {name for name, digest in manifest["stale"].items() if _is(path / name, digest)}
+    for name in sorted({*old, *files.leftovers(path)}):
+        files.remove(path / name)
 
 
 def foreign_files(path: str | Path, tasks: Iterable[str]) -> list[str]:
     """Files that a result would overwrite although no run of ours wrote them; ours write the store first."""
     path = Path(path)
-    if has_results(path) or any(STORE_PATTERN.fullmatch(file.name) for file in path.glob("merged-*.safetensors")):
+    if has_results(path) or stores(path):
         return []
-    names = [STATISTICS, *(f"weights/{task}.pt" for task in tasks)]
+    names = [STATISTICS, IN_FLIGHT, *(f"{files.WEIGHTS}/{task}.pt" for task in tasks)]
     return [name for name in names if (path / name).exists()]
 
 
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+# ---- mending --------------------------------------------------------------------------------------------
 
 
-# ---- reading --------------------------------------------------------------------------------------------
+def repair(path: str | Path) -> list[str]:
+    """Makes an existing result whole again at the start of a run; returns one line per thing that was done.
 
-
-def has_results(path: str | Path) -> bool:
-    """Whether the folder holds a result, that is, a manifest."""
-    return (Path(path) / MANIFEST).is_file()
-
-
-def read_manifest(path: str | Path) -> dict:
-    """The manifest of a results folder. Raises ResultsError if there is none or its format is unknown."""
-    file = Path(path) / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ResultsError(f"{file}: not found, so this folder holds no result") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ResultsError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ResultsError(f"{file}: format: got {_format_of(manifest)!r}; allowed: {FORMAT}")
-    return manifest
-
-
-def load_merged(
-    results_path: str | Path, models: Mapping[str, nn.Module] | None = None, device: torch.device | str = "cpu"
-) -> dict[str, nn.Module]:
-    """The merged models by task, in eval mode, in which shared layers *are* one parameter object.
-
-    models: modules to load into, by task; without them each is rebuilt from the architecture in the manifest.
-    Ties survive `.to()`, also when each model is moved by itself. Raises ResultsError if the folder is not a valid
-    result, if an architecture is unknown and no model was handed in, or if tensors do not fit the model.
+    Checks the sha256 of the store (the one file that nothing else could replace), rebuilds from it every .pt and
+    statistics file that is not what the manifest says, and removes temporaries. Raises ResultsError naming the file if
+    the manifest or the store is damaged, or if something cannot be written.
     """
-    manifest = read_manifest(results_path)
-    modules = dict(models) if models is not None else _rebuild_all(manifest, results_path)
-    if missing := sorted(set(manifest["tensors"]) - set(modules)):
-        raise ResultsError(f"{results_path}: no model was handed in for {', '.join(missing)}")
-    modules = {task: modules[task] for task in manifest["tensors"]}
-    stored = read_store(results_path, manifest, device)
-    for task, model in modules.items():
-        _check_fit(task, model, manifest["tensors"][task], stored)
-    loaded: dict[str, Tensor] = {}
-    for task, model in modules.items():
-        model.to(device)  # what is not in the state dict, such as buffers that are not saved
-        for name, tensor in named_tensors(model).items():
-            key = manifest["tensors"][task][name]
-            if key not in loaded:
-                loaded[key] = _like(tensor, stored[key])
-            _place(model, name, loaded[key])
-        model.eval()
-    return modules
+    path = Path(path)
+    manifest, store = read_result(path)
+    if sha256_of(store.file) != manifest["files"][store.file.name]:
+        raise ResultsError(f"{store.file}: its sha256 is not the one in the manifest: the file is damaged")
+    files.make_folder(path / files.WEIGHTS)
+    done, differing = [], {}
+    for name, digest in manifest["files"].items():
+        if name == store.file.name or _is(path / name, digest):
+            continue
+        content = _rebuilt(manifest, store, name)
+        if files.sha256_of_bytes(content) == digest:
+            files.write(path / name, [content])
+        else:  # another version of torch writes other bytes
+            differing[name] = content
+        done.append(f"{path / name}: rebuilt from the store")
+    if differing:
+        _replace_files(path, manifest, differing)
+    for name in files.leftovers(path):
+        files.remove(path / name)
+        done.append(f"{path / name}: left by an interrupted run, removed")
+    return done
 
 
-def read_store(results_path: str | Path, manifest: dict, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Store key -> tensor, after the store's sha256 was found to be the manifest's."""
-    names = [name for name in manifest["files"] if STORE_PATTERN.fullmatch(name)]
-    if len(names) != 1:
-        raise ResultsError(f"{Path(results_path) / MANIFEST}: files: got {len(names)} stores; allowed: 1")
-    file = Path(results_path) / names[0]
-    if not file.is_file():
-        raise ResultsError(f"{file}: the manifest names this store, but it is missing")
-    if file_sha256(file) != manifest["files"][names[0]]:
-        raise ResultsError(f"{file}: its sha256 is not the one in the manifest: the file is damaged")
-    with safe_open(file, framework="pt", device=str(device)) as store:
-        return {key: store.get_tensor(key) for key in store.keys()}  # noqa: SIM118 (no iterator)
+def _rebuilt(manifest: dict, store, name: str) -> bytes | memoryview:
+    if name == STATISTICS:
+        return json_bytes(statistics_of(manifest))
+    keys = manifest["tensors"][name.removeprefix(f"{files.WEIGHTS}/").removesuffix(".pt")]
+    return _pt_bytes(keys, read_tensors(store, keys.values(), manifest["store"]["checksums"]))
 
 
-def _rebuild_all(manifest: dict, results_path: str | Path) -> dict[str, nn.Module]:
-    unknown = [task for task, entry in manifest["tasks"].items() if entry["architecture"] is None]
-    if unknown:
-        raise ResultsError(
-            f"{results_path}: the manifest holds no architecture for {', '.join(unknown)}, which were not built by "
-            "model_architectures.build: hand the models in, load_merged(path, models={task: module, ...})"
-        )
-    return {task: rebuild(entry["architecture"]) for task, entry in manifest["tasks"].items()}
+def statistics_of(manifest: Mapping) -> dict:
+    """What workload_stats.json holds."""
+    memory = manifest["memory"]
+    return {
+        "total_bytes": memory["unmerged_bytes"],
+        "optimal_saved_bytes": memory["optimal_saved_bytes"],
+        "history": manifest["run"].get("history", []),
+    }
 
 
-def _check_fit(task: str, model: nn.Module, keys: Mapping[str, str], stored: Mapping[str, Tensor]) -> None:
-    own = named_tensors(model)
-    problems = [f"{name} is missing in the results" for name in own if name not in keys]
-    problems += [f"{name} is unknown to the model" for name in keys if name not in own]
-    for name in keys:
-        if keys[name] not in stored:
-            problems.append(f"{name}: key {keys[name]} is missing in the store")
-        elif name in own and own[name].shape != stored[keys[name]].shape:
-            problems.append(f"{name}: got {list(stored[keys[name]].shape)}, the model has {list(own[name].shape)}")
-    if problems:
-        listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ResultsError(f"{task}: the results do not fit the model: {listed}")
+def _replace_files(path: Path, manifest: dict, contents: Mapping[str, bytes | memoryview]) -> None:
+    """Replaces files and, last, what the manifest says of them."""
+    staged: dict[Path, Path] = {}
+    try:
+        written = {name: _stage(path, name, content, staged) for name, content in contents.items()}
+        digests = {**manifest["files"], **{name: entry.sha256 for name, entry in written.items()}}
+        sizes = {**manifest["file_bytes"], **{name: entry.bytes for name, entry in written.items()}}
+        files.stage(path / PENDING, [json_bytes(seal({**manifest, "files": digests, "file_bytes": sizes}))])
+    except BaseException:
+        files.discard(*staged)
+        raise
+    _switch(path, staged)
 
 
-def _like(own: Tensor, values: Tensor) -> Tensor:
-    return nn.Parameter(values, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else values
+# ---- the command line -----------------------------------------------------------------------------------
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, tensor)
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Check a results folder.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("verify", help="check every file, tensor, tie and accuracy; one line per check")
+    command.add_argument("results", metavar="RESULTS", help="the results folder")
+    command.add_argument("--workload", metavar="FILE.py", help="a file with create_model_dict(): evaluates its tasks")
+    command.add_argument("--datasets", metavar="DIR", help="default: ../dataset_formation/datasets beside the script")
+    command.add_argument("--device", default="auto", choices=DEVICES, help="default: %(default)s")
+    flags = parser.parse_args(arguments)
+    try:
+        return print_checks(verify(flags.results, flags.workload, flags.datasets, flags.device))
+    except ValueError as error:  # of the workload file, or no such device: the folder itself raises nothing
+        print(error, file=sys.stderr)
+        return 2
 
 
-def _format_of(manifest: object) -> object:
-    return manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+if __name__ == "__main__":
+    sys.exit(main())

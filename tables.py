@@ -86,11 +86,11 @@ def plan_table(groups: Configuration, total_bytes: int, limit: int = 20) -> str:
 
 
 def round_header() -> str:
-    return "  ".join(_fit(title, width) for title, width in ROUND_COLUMNS)
+    return "  ".join([*(_fit(title, width) for title, width in ROUND_COLUMNS), "below target"])
 
 
 def round_row(row: Mapping) -> str:
-    """One round, as the merger records it (`merger.round_record`), in fixed columns."""
+    """One round, as the merger records it (`merger.round_record`), in fixed columns; last, who was below the target."""
     groups = f"{row['num_new_groups']} group{'s' * (row['num_new_groups'] != 1)}"
     tied = f"{groups}, {len(row['tasks'])} tasks: {row['what']}"
     verdict = f"{len(row['met'])}/{len(row['trained'])} {'kept' if row['kept'] else 'undone: ' + row['reason']}"
@@ -103,7 +103,9 @@ def round_row(row: Mapping) -> str:
         str(row["steps"]),
         f"{row['seconds']:.0f} s",
     )
-    return "  ".join(_fit(cell, width) for cell, (_, width) in zip(cells, ROUND_COLUMNS, strict=True))
+    line = "  ".join(_fit(cell, width) for cell, (_, width) in zip(cells, ROUND_COLUMNS, strict=True))
+    below = [task for task in row["trained"] if task not in row["met"]]
+    return f"{line}  {', '.join(below)}".rstrip()
 
 
 def closing_table(manifest: Mapping) -> str:

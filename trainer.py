@@ -1,34 +1,42 @@
 """Joint retraining of tied models until each task meets its target, or cannot.
 
 One optimizer holds every distinct parameter once, so a tied parameter is stepped once, with the sum of its tasks'
-gradients. Each task brings its own batches, loss and weight; validation decides when the round is over.
+gradients. Each task brings its own batches, losses and weight; validation decides when the round is over.
 """
 
-import contextlib
-import io
 import itertools
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from dataset_manager import TaskData, reseed
-from environment import seeded
+import eval_methods
+from dataset_manager import TaskData, reseed, restarted
+from environment import random_state, seeded, set_random_state
 from losses import task_losses
-from sharing.statistics import reestimate_statistics
+from losses_distillation import Teacher
+from sharing.statistics import freeze_statistics, reestimate_statistics
+from trainer_batches import Batches, is_out_of_memory, is_worker_death, smaller, split
+from trainer_progress import Progress, loss_weight
 from workload import CLASSIFICATION, Task
 
 NEARLY_THERE = 0.98  # share of the target from which validation is as frequent as it may be
 
 log = logging.getLogger(__name__)
 
-MET, GIVEN_UP, EPOCHS_SPENT, NOT_FINITE, TIME_OVER = "met", "given up", "epochs spent", "loss not finite", "time over"
+MET, GIVEN_UP, EPOCHS_SPENT, UNTRAINED = "met", "given up", "epochs spent", "needs training"
+NOT_FINITE, OUT_OF_MEMORY, TIME_OVER = "loss not finite", "out of memory", "time over"
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user asked for an end; the round in flight was saved after its last step."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +49,37 @@ class TrainingOptions:
     """
 
     learning_rate: float = 3e-4  # of AdamW, reached after `warmup_steps`, a fifth of it after the first stall
-    warmup_steps: int = 10
+    warmup_steps: int = 10  # 0: none
     classification_batch_size: int = 16
     detection_batch_size: int = 4
     max_epochs: float = 4.0  # an epoch is one pass over the largest train split among the tasks that are trained
     patience_epochs: float = 0.75  # a stall as long as this first lowers the learning rate, then gives the task up
-    statistics_batches: int = 8  # per task, to re-estimate batch normalisation before a trial is judged
-    average_decay: float = 0.95  # of the moving average of weights that is validated and kept
+    statistics_batches: int = 8  # per task, to re-estimate batch normalisation before a trial is judged; 0: none
+    average_decay: float = 0.95  # of the moving average of weights that is validated and kept; 0: no average
     validation_share: float = 0.25  # of the time of training that validation may take, as far as can be planned
+    private_epochs: float = 0.0  # at first only what one model holds is trained, with fixed normalisation statistics
+    private_learning_rate: float = 1e-3  # of that
+    label_weight: float = 1.0  # of the losses from labels
+    feature_weight: float = 0.0  # of the difference to the unmerged model's features; 0: not compared
+    probability_weight: float = 0.0  # of the difference to the unmerged classifier's class probabilities
+    screening_images: int = (
+        256  # of val, evaluated first: all of val is evaluated where these meet the target; 0: never
+    )
 
     def batch_size(self, task: Task) -> int:
         default = self.classification_batch_size if task.kind == CLASSIFICATION else self.detection_batch_size
         return task.batch_size or default
+
+    @property
+    def teaches(self) -> bool:
+        return self.feature_weight > 0 or self.probability_weight > 0
+
+    def weight_of(self, loss: str) -> float:
+        return {"features": self.feature_weight, "probabilities": self.probability_weight}.get(loss, self.label_weight)
+
+
+# What a strategy trains with, where that is not the default (benchmarks/LOG.md).
+TRAINING_OF = {"adaptive": {"feature_weight": 1.0, "probability_weight": 1.0, "private_epochs": 0.5}}
 
 
 @dataclass(frozen=True)
@@ -71,81 +98,51 @@ class Outcome:
         return self.reason == MET
 
 
+def never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a round depends on besides its tasks and options."""
+
+    device: torch.device
+    seed: int
+    purpose: tuple = ()  # with the seed, what the random numbers of the round depend on
+    deadline: float = math.inf  # on time.monotonic()
+    screened: Mapping[str, float] = field(default_factory=dict)  # what fitted models, statistics included, reach on
+    # TaskData.screen, as a share of the target there; empty: the weights were not fitted
+    screen_targets: Mapping[str, float] | None = None  # accuracy on TaskData.screen that makes all of val worth a look
+    save: Callable[[dict, bool], None] | None = None  # (state of the round, whether the run ends here)
+    saved: dict | None = None  # a state to go on from
+    stop_asked: Callable[[], bool] = never  # whether the user asked for an end
+
+
 def evaluate(task: Task, loader, model: nn.Module | None = None) -> float:
-    """The task's accuracy by its own eval method, whose prints go to the debug log.
+    """The task's accuracy as eval_methods.evaluate gives it.
 
-    Raises ValueError when that returns no number in [0, 1].
+    Loader processes that died are started again, once; out of memory, the batch is halved until a single image does not
+    fit.
     """
-    printed = io.StringIO()  # pycocotools, for one, prints pages
-    with contextlib.redirect_stdout(printed):
-        value = task.eval_method(task.model if model is None else model, loader)
-    if printed.getvalue():
-        log.debug("%s: eval_method printed:\n%s", task.name, printed.getvalue())
     try:
-        accuracy = float(value)
-    except (TypeError, ValueError):
-        accuracy = math.nan
-    if not 0 <= accuracy <= 1:
-        raise ValueError(f"{task.name}: eval_method: got {value!r}; allowed: a number in [0, 1]")
-    return accuracy
+        return eval_methods.evaluate(task, loader, model)
+    except (RuntimeError, MemoryError) as error:
+        again = smaller(loader) if is_out_of_memory(error) else restarted(loader) if is_worker_death(error) else None
+        if again is None:
+            raise
+        log.warning("%s: evaluated again, with batches of %d, after: %s", task.name, again.batch_size, error)
+    return evaluate(task, again, model)
 
 
-def loss_weight(accuracy: float, target: float) -> float:
-    """Weight of a task's loss by how far it is from its target, from 1 (at target) to 10.
-
-    Source: Gemel, NSDI 2023: (target / accuracy) ** 0.75, at most 10.
-    """
-    return 10.0 if accuracy <= 0 else min(10.0, max(1.0, (target / accuracy) ** 0.75))
-
-
-@dataclass
-class _Progress:
-    """Where one task stands in a round."""
-
-    task: Task
-    data: TaskData
-    batches: object  # endless iterator over the train loader
-    accuracy: float = 0.0
-    patient_since: int = 0  # step
-    accuracy_then: float = 0.0
-    given_up: bool = False
-    validated: list[tuple[int, float]] = field(default_factory=list)  # (step, accuracy)
-
-    @property
-    def ratio(self) -> float:
-        return self.accuracy / self.task.target_acc
-
-    @property
-    def met(self) -> bool:
-        return self.accuracy >= self.task.target_acc
-
-    def note(self, step: int, accuracy: float) -> None:
-        self.accuracy = accuracy
-        if not self.validated:
-            self.restart_patience(step)
-        self.validated.append((step, accuracy))
-
-    def restart_patience(self, step: int) -> None:
-        self.patient_since, self.accuracy_then = step, self.accuracy
-
-    def stalled(self, step: int, patience: float, max_steps: int) -> bool:
-        """Whether the gain since patience began, carried on, would miss the target in the steps that are left."""
-        waited = step - self.patient_since
-        if waited < patience:
-            return False
-        pace = (self.accuracy - self.accuracy_then) / waited
-        hopeless = self.accuracy + pace * (max_steps - step) < self.task.target_acc
-        if not hopeless:
-            self.restart_patience(step)
-        return hopeless
-
-    def steps_to_target(self) -> float:
-        """Steps still needed if the last two evaluations lie on a line; infinite without progress."""
-        if len(self.validated) < 2:
-            return math.inf
-        (step0, accuracy0), (step1, accuracy1) = self.validated[-2:]
-        slope = (accuracy1 - accuracy0) / max(1, step1 - step0)
-        return (self.task.target_acc - accuracy1) / slope if slope > 0 else math.inf
+def shared_and_private(models: nn.ModuleDict) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The distinct parameters that are trained: those that several models hold, and those that one model holds."""
+    holders: dict[nn.Parameter, int] = {}
+    for model in models.values():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                holders[parameter] = holders.get(parameter, 0) + 1
+    shared = [parameter for parameter, count in holders.items() if count > 1]
+    return shared, [parameter for parameter, count in holders.items() if count == 1]
 
 
 def recover(
@@ -153,100 +150,166 @@ def recover(
     tasks: Mapping[str, Task],
     data: Mapping[str, TaskData],
     options: TrainingOptions,
-    *,
-    device: torch.device,
-    seed: int,
-    purpose: tuple = (),
-    deadline: float = math.inf,
+    around: Circumstances,
+    teachers: Mapping[str, Teacher] | None = None,
 ) -> Outcome:
     """Trains the given tasks, whose models are tied as they shall be, until all are at target or it is decided.
 
-    tasks: those whose weights the new ties change; other models of the workload are not touched. The random numbers of
-    the round depend on seed and purpose alone. deadline: on time.monotonic(). Models are left in eval mode.
+    tasks: those whose weights the new ties change; other models of the workload are not touched. teachers: per task, if
+    the options compare with one. Models are left in eval mode. Raises Interrupted after the state was saved.
     """
-    with seeded(seed, *purpose):
+    with seeded(around.seed, *around.purpose):
         for name in tasks:
-            reseed(data[name], seed, *purpose)
-        return _Round(models, tasks, data, options, device, deadline).run()
+            reseed(data[name], around.seed, *around.purpose)
+        return _Round(models, tasks, data, options, around, teachers or {}).run()
+
+
+@dataclass
+class _Member:
+    """One task of the round: what it trains on, where it stands."""
+
+    task: Task
+    data: TaskData
+    batches: Batches
+    progress: Progress
+    num_parts: int = 1  # that a batch is split into, more than one when it did not fit the memory
 
 
 class _Round:
     """One trial: the optimizer, the step count and where each task stands."""
 
-    def __init__(self, models, tasks, data, options: TrainingOptions, device: torch.device, deadline: float):
-        self.options, self.device, self.deadline = options, device, deadline
-        self.progress = {name: _Progress(task, data[name], _endless(data[name].train)) for name, task in tasks.items()}
-        container = nn.ModuleDict({name: models[name] for name in tasks})  # yields a tied parameter once
-        parameters = [p for p in container.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate)
-        self.container, self.averaged = container, AveragedModel(container, multi_avg_fn=self.average, use_buffers=True)
+    def __init__(self, models, tasks, data, options: TrainingOptions, around: Circumstances, teachers):
+        self.options, self.around, self.teachers = options, around, teachers
+        self.members = {n: _Member(task, data[n], Batches(data[n]), Progress.of(task)) for n, task in tasks.items()}
+        self.container = nn.ModuleDict({name: models[name] for name in tasks})  # yields a tied parameter once
+        self.shared, private = shared_and_private(self.container)
+        self.optimizer = torch.optim.AdamW([*self.shared, *private], lr=options.learning_rate)
+        self.averaged = AveragedModel(self.container, multi_avg_fn=self.average, use_buffers=True)
         self.learning_rate = options.learning_rate
-        self.steps_per_epoch = max(len(p.data.train) for p in self.progress.values())
+        self.steps_per_epoch = max(len(member.data.train) for member in self.members.values())
         self.max_steps = math.ceil(options.max_epochs * self.steps_per_epoch)
+        self.private_steps = math.ceil(options.private_epochs * self.steps_per_epoch) if self.shared and private else 0
         self.step = self.samples = 0
+        self.due = 0  # step of the next validation
         self.reason: str | None = None
 
     @property
-    def active(self) -> list[_Progress]:
-        return [p for p in self.progress.values() if not p.given_up]
+    def active(self) -> list[_Member]:
+        return [member for member in self.members.values() if not member.progress.given_up]
 
     def run(self) -> Outcome:
         with tqdm(total=self.max_steps, desc="retraining", unit="step", leave=False, disable=None) as bar:
-            for p in self.progress.values():
-                batches = itertools.islice(p.data.train, self.options.statistics_batches)
-                reestimate_statistics(p.task.model, list(batches), self.device)
-            self.validate(everything=True)
+            if self.around.saved is None:
+                self.begin()
+            else:
+                self.load_state(self.around.saved)
+                bar.update(self.step)
             while self.reason is None:
-                self.train(self.interval(), bar)
+                self.train(bar)
                 if self.reason is None:
                     self.validate(everything=self.step >= self.max_steps)
+                    self.due = min(self.step + self.interval(), self.max_steps)
+                    self.save()
                 bar.set_postfix_str(self.summary())
+        for parameter in self.shared:
+            parameter.requires_grad_(True)
         if self.step:
             self.container.load_state_dict(self.averaged.module.state_dict())
         self.container.eval()
         return self.outcome()
 
+    def begin(self) -> None:
+        """What needs no gradient: batch normalisation statistics; then where every task stands."""
+        if not self.around.screened:
+            for member in self.members.values():
+                batches = itertools.islice(member.data.train, self.options.statistics_batches)
+                reestimate_statistics(member.task.model, list(batches), self.around.device)
+        self.validate(everything=True)
+        self.due = min(self.interval(), self.max_steps)
+
     def outcome(self) -> Outcome:
-        accuracies = {name: p.accuracy for name, p in self.progress.items()}
-        met = tuple(name for name, p in self.progress.items() if p.met and not p.given_up)
+        accuracies = {name: member.progress.accuracy for name, member in self.members.items()}
+        met = tuple(n for n, m in self.members.items() if m.progress.met and not m.progress.given_up)
         return Outcome(self.reason, accuracies, met, self.step, self.samples)
 
     def summary(self) -> str:
-        return " ".join(f"{p.accuracy:.3f}/{p.task.target_acc:.3f}" for p in self.progress.values())
+        return " ".join(f"{m.progress.accuracy:.3f}/{m.progress.target:.3f}" for m in self.members.values())
 
     # ---- training ---------------------------------------------------------------------------------------
 
-    def train(self, num_steps: int, bar: tqdm) -> None:
-        for p in self.progress.values():
-            p.task.model.train()
-        for _ in range(min(num_steps, self.max_steps - self.step)):
-            if time.monotonic() > self.deadline:
+    def train(self, bar: tqdm) -> None:
+        """Steps until the next validation is due, the time is over or the user asks for an end."""
+        self.set_stage()
+        while self.step < self.due and self.reason is None:
+            if self.around.stop_asked():
+                self.save(last=True)
+                raise Interrupted
+            if time.monotonic() > self.around.deadline:
+                self.save(last=True)
                 self.reason = TIME_OVER
                 return
-            if not self.train_step():
-                self.reason = NOT_FINITE
-                return
+            self.reason = self.train_step()
             bar.update()
 
-    def train_step(self) -> bool:
-        """One batch of every active task and one step of the optimizer; False if a loss was not finite."""
-        warmup = min(1.0, (self.step + 1) / max(1, self.options.warmup_steps))
+    def set_stage(self) -> None:
+        """What is trained from this step on: at first what is private, which harms no other task; then everything."""
+        private_only = self.step < self.private_steps
+        for parameter in self.shared:
+            parameter.requires_grad_(not private_only)
+        for member in self.members.values():
+            member.task.model.train()
+            if private_only:
+                freeze_statistics(member.task.model)
+
+    def rate(self) -> float:
+        """The learning rate of this step; each stage warms up."""
+        private_only = self.step < self.private_steps
+        since = self.step if private_only else self.step - self.private_steps
+        peak = self.options.private_learning_rate if private_only else self.learning_rate
+        return peak * min(1.0, (since + 1) / max(1, self.options.warmup_steps))
+
+    def train_step(self) -> str | None:
+        """One batch of every active task and one step of the optimizer; why the round ends, or None."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * warmup
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        for p in self.active:
-            batch = next(p.batches)
-            loss = sum(task_losses(p.task, batch, self.device).values())
-            (loss * loss_weight(p.accuracy, p.task.target_acc)).backward()
-            total += loss.detach()
-            self.samples += len(batch[0])
+            group["lr"] = self.rate()
+        batches = [(member, member.batches.next()) for member in self.active]
+        while (total := self.backward(batches)) is None:
+            if any(member.num_parts > len(batch[0]) for member, batch in batches):
+                return OUT_OF_MEMORY
         if not torch.isfinite(total):
-            return False
+            return NOT_FINITE
         self.optimizer.step()
         self.averaged.update_parameters(self.container)
+        self.samples += sum(len(batch[0]) for _, batch in batches)
         self.step += 1
-        return True
+        return None
+
+    def backward(self, batches: list[tuple[_Member, tuple]]) -> Tensor | None:
+        """Gradients of all losses and their sum; None if a task ran out of memory and is to be split further."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.around.device)
+        for member, batch in batches:
+            try:
+                for part in split(batch, member.num_parts):
+                    loss = self.loss(member, part) * (len(part[0]) / len(batch[0]))
+                    loss.backward()
+                    total += loss.detach()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                member.num_parts *= 2
+                size = math.ceil(len(batch[0]) / member.num_parts)
+                log.warning("%s: out of memory; goes on with %d images at a time", member.task.name, size)
+                self.optimizer.zero_grad(set_to_none=True)
+                return None
+        return total
+
+    def loss(self, member: _Member, batch: tuple) -> Tensor:
+        if len(batch[0]) == 1:
+            freeze_statistics(member.task.model)  # a batch of one has no variance; a split batch is all the same size
+        losses = task_losses(member.task, batch, self.around.device, self.teachers.get(member.task.name))
+        weight = loss_weight(member.progress.accuracy, member.progress.target)
+        return weight * sum(self.options.weight_of(name) * loss for name, loss in losses.items())
 
     def average(self, averages: list[Tensor], values: list[Tensor], num_averaged: int) -> None:
         """Moves the averages towards the values; at first quickly, so that where the trial began is soon forgotten.
@@ -269,47 +332,106 @@ class _Round:
         Bounded below so that evaluating that one task (a forward pass costs about a third of a training step on the
         same images) takes no more than its share of the time. Counts only, no clock: the same seed, the same result.
         """
-        worst = min(self.active, key=lambda p: p.ratio)
-        images_per_step = sum(self.options.batch_size(p.task) for p in self.active)
-        cost_in_steps = len(worst.data.val.dataset) / 3 / images_per_step
+        if not self.active:
+            return 0
+        if self.step < self.private_steps:
+            return min(self.usual_interval(), self.private_steps - self.step)
+        return self.usual_interval()
+
+    def usual_interval(self) -> int:
+        worst = min(self.active, key=lambda member: member.progress.ratio)
+        images_per_step = sum(self.options.batch_size(member.task) for member in self.active)
+        looked_at = worst.data.screen if self.screens(worst) else worst.data.val
+        cost_in_steps = len(looked_at.dataset) / 3 / images_per_step
         shortest = min(max(5, math.ceil(cost_in_steps / self.options.validation_share)), self.steps_per_epoch)
-        if worst.ratio > NEARLY_THERE:
+        if worst.progress.ratio > NEARLY_THERE:
             return shortest
-        return int(min(max(shortest, worst.steps_to_target() / 2), 4 * shortest))
+        return int(min(max(shortest, worst.progress.steps_to_target() / 2), 4 * shortest))
+
+    def screens(self, member: _Member) -> bool:
+        """Whether a subset of the task's val split is evaluated before all of it."""
+        known = self.around.screen_targets is not None and member.task.name in self.around.screen_targets
+        return known and self.options.screening_images > 0 and member.data.screen is not member.data.val
 
     def validate(self, everything: bool = False) -> None:
         """Evaluates the tasks most likely to fail first and stops at the first that does, unless all are asked for."""
-        for p in sorted(self.active, key=lambda p: p.ratio):
-            model = self.averaged.module[p.task.name] if self.step else p.task.model
-            p.note(self.step, evaluate(p.task, p.data.val, model))
-            log.debug("step %d: %s %.4f of %.4f", self.step, p.task.name, p.accuracy, p.task.target_acc)
-            if not p.met and not self.give_up_if_stalled(p) and not everything:
+        for member in sorted(self.active, key=lambda member: member.progress.ratio):
+            self.measure(member)
+            if not member.progress.met and not self.give_up_if_stalled(member) and not everything:
                 return
         self.decide()
 
-    def give_up_if_stalled(self, p: _Progress) -> bool:
+    def measure(self, member: _Member) -> None:
+        """Accuracy on val; where the screening subset is below its target, an estimate from that alone."""
+        name, progress = member.task.name, member.progress
+        model = self.averaged.module[name] if self.step else member.task.model
+        if self.screens(member):
+            if self.step == 0 and name in self.around.screened:
+                ratio = self.around.screened[name]
+            else:
+                ratio = evaluate(member.task, member.data.screen, model) / self.around.screen_targets[name]
+            if ratio < 1:
+                progress.note(self.step, min(ratio, 1.0) * progress.target, confirmed=False)
+                log.debug("step %d: %s about %.4f of %.4f", self.step, name, progress.accuracy, progress.target)
+                return
+        progress.note(self.step, evaluate(member.task, member.data.val, model))
+        log.debug("step %d: %s %.4f of %.4f", self.step, name, progress.accuracy, progress.target)
+
+    def give_up_if_stalled(self, member: _Member) -> bool:
         """A first stall lowers the learning rate for all; a task that then stalls again is given up for good."""
-        if not p.stalled(self.step, self.options.patience_epochs * self.steps_per_epoch, self.max_steps):
+        patience = self.options.patience_epochs * self.steps_per_epoch
+        if not member.progress.stalled(self.step, patience, self.max_steps):
             return False
         if self.learning_rate == self.options.learning_rate:
             self.learning_rate /= 5
             for other in self.active:
-                other.restart_patience(self.step)
+                other.progress.restart_patience(self.step)
             return False
-        p.given_up = True
+        member.progress.given_up = True
         return True
 
     def decide(self) -> None:
         """The round is over when all tasks meet their targets, or when fewer than two are left that could share."""
-        gave_up = len(self.active) < len(self.progress)
-        if all(p.met for p in self.active):
+        gave_up = len(self.active) < len(self.members)
+        if all(member.progress.met for member in self.active):
             self.reason = GIVEN_UP if gave_up else MET
         elif gave_up and len(self.active) < 2:
             self.reason = GIVEN_UP
         elif self.step >= self.max_steps:
-            self.reason = EPOCHS_SPENT
+            self.reason = EPOCHS_SPENT if self.max_steps else UNTRAINED
 
+    # ---- going on after an interruption -----------------------------------------------------------------
 
-def _endless(loader):
-    while True:
-        yield from loader
+    def save(self, last: bool = False) -> None:
+        """Hands on all that the rest of the round depends on, unless the round is decided."""
+        if self.around.save is None or self.reason is not None:
+            return
+        self.around.save(
+            {
+                "step": self.step,
+                "samples": self.samples,
+                "due": self.due,
+                "learning_rate": self.learning_rate,
+                "models": self.container.state_dict(),
+                "averaged": self.averaged.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "members": {
+                    name: {"batches": m.batches.state(), "progress": m.progress.state(), "num_parts": m.num_parts}
+                    for name, m in self.members.items()
+                },
+                "random": random_state(),
+            },
+            last,
+        )
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.step, self.samples, self.due = state["step"], state["samples"], state["due"]
+        self.learning_rate = state["learning_rate"]
+        self.container.load_state_dict(state["models"])
+        self.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, member in self.members.items():
+            saved = state["members"][name]
+            member.batches.load_state(saved["batches"])
+            member.progress, member.num_parts = Progress.from_state(saved["progress"]), saved["num_parts"]
+        set_random_state(state["random"])

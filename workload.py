@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -108,7 +108,7 @@ def _record(name: str, entry: Mapping, tolerance: float) -> Task:
         unmerged_acc=float(entry["unmerged_acc"]),
         tolerance=float(tolerance if own_tolerance is None else own_tolerance),
         dataset=entry.get("dataset") or name.rsplit("_", 1)[0] + DATASET_SUFFIX[kind],
-        batch_size=entry.get("batch_size"),
+        batch_size=None if entry.get("batch_size") is None else int(entry["batch_size"]),
         background_class=True if background_class is None else background_class,
     )
 
@@ -237,7 +237,7 @@ def _check_dataset(value: object) -> str | None:
 
 
 def _check_batch_size(value: object) -> str | None:
-    return None if isinstance(value, int) and not isinstance(value, bool) and value >= 2 else _describe(value)
+    return None if isinstance(value, Integral) and not isinstance(value, bool) and value >= 2 else _describe(value)
 
 
 def _check_flag(value: object) -> str | None:

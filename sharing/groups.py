@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 NORMALISATION_TYPES = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+NUM_COMPARED = 8  # layers at which a merged model is compared with its unmerged one
 NORMALISATION_NAME = re.compile(r"(norm|bn)(_?\d+d?)?$", re.IGNORECASE)  # a user's own MyLayerNorm2d
 
 
@@ -129,6 +130,40 @@ def ordered(groups) -> Configuration:
     return tuple(sorted(groups, key=lambda g: (-g.saved_bytes, g.signature, g.occurrences)))
 
 
+def restrict(groups: Configuration, tasks: Collection[str]) -> Configuration:
+    """The groups among these tasks only, without those that then share nothing."""
+    trimmed = (group.restricted_to(tasks) for group in groups)
+    return ordered(group for group in trimmed if len(group.occurrences) > 1)
+
+
+def joined(*configurations: Configuration) -> Configuration:
+    """One configuration that ties whatever any of these ties; groups with an occurrence in common become one."""
+    merged: list[Group] = []
+    for group in (group for configuration in configurations for group in configuration):
+        overlapping = [other for other in merged if set(group.occurrences) & set(other.occurrences)]
+        parts = sorted([*overlapping, group], key=lambda part: -len(part.occurrences))
+        occurrences = dict.fromkeys(occurrence for part in parts for occurrence in part.occurrences)
+        merged = [other for other in merged if other not in overlapping]
+        merged.append(Group(group.signature, group.bytes, tuple(occurrences)))
+    return ordered(merged)
+
+
+def to_plain(configuration: Configuration) -> list[dict]:
+    """The configuration as JSON values; `shared_layers` of the manifest."""
+    return [
+        {"signature": g.signature, "bytes": g.bytes, "occurrences": [o._asdict() for o in g.occurrences]}
+        for g in configuration
+    ]
+
+
+def from_plain(plain: list[dict]) -> Configuration:
+    """What `to_plain` made plain."""
+    return ordered(
+        Group(g["signature"], g["bytes"], tuple(Occurrence(o["task"], o["layer"]) for o in g["occurrences"]))
+        for g in plain
+    )
+
+
 def saved_bytes(configuration: Configuration) -> int:
     """Bytes that a configuration saves."""
     return sum(group.saved_bytes for group in configuration)
@@ -143,3 +178,13 @@ def affected_tasks(before: Configuration, after: Configuration) -> list[str]:
         grown = not reached <= touched
         touched |= reached
     return sorted(touched)
+
+
+def compared_layers(model: nn.Module, task: str, configuration: Configuration) -> list[str]:
+    """Layers at which a merged model is compared with its unmerged one: tied ones over the depth, and the last."""
+    names = [layer.name for layer in find_layers(model)]
+    tied = {o.layer for group in configuration for o in group.occurrences if o.task == task}
+    candidates = [name for name in names if name in tied]
+    steps = (round(i * (len(candidates) - 1) / (NUM_COMPARED - 1)) for i in range(NUM_COMPARED))
+    chosen = {candidates[step] for step in steps} if candidates else set()
+    return [name for name in names if name in chosen | set(names[-1:])]

@@ -1,63 +1,62 @@
-"""Strategies: which configuration to try next.
-
-A strategy sees groups and outcomes, never weights or data. `propose()` names the next configuration to try, a superset
-of what it has kept, or None when it is done; `record(kept, met)` tells it how the last proposal went. `state()` and
-`load_state()` carry it through JSON, so that an interrupted run goes on where it was.
-"""
+"""Strategies by name: which configuration to try next. strategy.py says what a strategy is."""
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from typing import Protocol
 
 from torch import nn
 
-from sharing.groups import Configuration, Group, find_groups, find_layers, find_stem, ordered, saved_bytes
+from sharing.adaptive import Adaptive
+from sharing.groups import (
+    Configuration,
+    Group,
+    find_groups,
+    find_layers,
+    find_stem,
+    from_plain,
+    joined,
+    ordered,
+    restrict,
+    saved_bytes,
+    to_plain,
+)
+from sharing.strategy import NONE, Adopting, Harm, Ratios, Strategy
 
 
-class Strategy(Protocol):
-    """What the merger asks of a strategy."""
-
-    kept: Configuration
-
-    def propose(self) -> Configuration | None: ...
-
-    def record(self, kept: bool, met: Collection[str]) -> None:
-        """kept: the whole proposal met its targets. met: the tasks that met their target in the trial."""
-
-    def state(self) -> dict: ...
-
-    def load_state(self, state: dict) -> None: ...
-
-
-class All:
+class All(Adopting):
     """Everything at once; if tasks fail, everything once more among the tasks that met their targets."""
 
     def __init__(self, models: Mapping[str, nn.Module]):
         self.groups = find_groups(models)
-        self.kept: Configuration = ()
         self.tasks = tuple(models)
-        self.done = False
+        self.succeeded = self.done = False
+
+    @property
+    def kept(self) -> Configuration:
+        return self._trial() if self.succeeded else self.adopted
 
     def propose(self) -> Configuration | None:
-        trial = restrict(self.groups, self.tasks)
-        return trial if trial and not self.done else None
+        trial = self._trial()
+        return trial if trial != self.kept and not self.done else None
 
-    def record(self, kept: bool, met: Collection[str]) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Harm = NONE) -> None:
         left = tuple(task for task in self.tasks if task in met)
-        if kept:
-            self.kept = restrict(self.groups, self.tasks)
+        self.succeeded = kept
         self.done = kept or left == self.tasks
         self.tasks = self.tasks if self.done else left
 
     def state(self) -> dict:
-        return {"kept": bool(self.kept), "tasks": list(self.tasks), "done": self.done}
+        own = {"succeeded": self.succeeded, "tasks": list(self.tasks), "done": self.done}
+        return {**own, "adopted": to_plain(self.adopted)}
 
     def load_state(self, state: dict) -> None:
-        self.tasks, self.done = tuple(state["tasks"]), state["done"]
-        self.kept = restrict(self.groups, self.tasks) if state["kept"] else ()
+        self.tasks, self.succeeded, self.done = tuple(state["tasks"]), state["succeeded"], state["done"]
+        self.adopted = from_plain(state["adopted"])
+
+    def _trial(self) -> Configuration:
+        return self.with_adopted(restrict(self.groups, self.tasks))
 
 
-class Gemel:
+class Gemel(Adopting):
     """The published heuristic: one unit of groups at a time, the largest first, never taking back what was kept.
 
     A unit holds the groups with one signature and one set of tasks. When a trial fails, the tasks that met their target
@@ -73,17 +72,20 @@ class Gemel:
 
     @property
     def kept(self) -> Configuration:
-        return ordered(group for i, tasks in self.trimmed.items() for group in restrict(self.units[i], tasks))
+        own = ordered(group for i, tasks in self.trimmed.items() for group in restrict(self.units[i], tasks))
+        return self.with_adopted(own)
 
     def propose(self) -> Configuration | None:
         while self.index < len(self.units):
             trial = restrict(self.units[self.index], self.tasks)
             if trial and (len(self.tasks) == len(self._tasks_of(self.index)) or self._worth_trying(trial)):
-                return ordered((*self.kept, *trial))
+                proposal = joined(self.kept, trial)
+                if proposal != self.kept:
+                    return proposal
             self._advance()
         return None
 
-    def record(self, kept: bool, met: Collection[str]) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Harm = NONE) -> None:
         if kept:
             self.trimmed[self.index] = self.tasks
             self._advance()
@@ -96,11 +98,13 @@ class Gemel:
 
     def state(self) -> dict:
         trimmed = [[index, list(tasks)] for index, tasks in self.trimmed.items()]
-        return {"trimmed": trimmed, "index": self.index, "tasks": list(self.tasks)}
+        own = {"trimmed": trimmed, "index": self.index, "tasks": list(self.tasks)}
+        return {**own, "adopted": to_plain(self.adopted)}
 
     def load_state(self, state: dict) -> None:
         self.trimmed = {index: tuple(tasks) for index, tasks in state["trimmed"]}
         self.index, self.tasks = state["index"], tuple(state["tasks"])
+        self.adopted = from_plain(state["adopted"])
 
     def _worth_trying(self, trial: Configuration) -> bool:
         following = self.units[self.index + 1] if self.index + 1 < len(self.units) else ()
@@ -114,7 +118,7 @@ class Gemel:
         return self.units[index][0].tasks if index < len(self.units) else ()
 
 
-class Stem:
+class Stem(Adopting):
     """Shares only a prefix of layers counted from the input; bisects for the longest that meets the targets.
 
     Source: Jiang et al., "Mainstream", ATC 2018 (there the prefix is frozen, here it is retrained like any other tie).
@@ -129,35 +133,36 @@ class Stem:
 
     @property
     def kept(self) -> Configuration:
-        return self.stems[self.longest_kept]
+        return self.with_adopted(self.stems[self.longest_kept])
 
     def propose(self) -> Configuration | None:
-        return self.stems[self._next()] if self._next() > self.longest_kept else None
+        while self._next() > self.longest_kept:
+            trial = self.with_adopted(self.stems[self._next()])
+            if trial != self.kept:
+                return trial
+            self.longest_kept = self._next()  # tied already by what was adopted
+        return None
 
-    def record(self, kept: bool, met: Collection[str]) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Harm = NONE) -> None:
         if kept:
             self.longest_kept = self._next()
         else:
             self.shortest_failed = self._next()
 
     def state(self) -> dict:
-        return {"longest_kept": self.longest_kept, "shortest_failed": self.shortest_failed}
+        own = {"longest_kept": self.longest_kept, "shortest_failed": self.shortest_failed}
+        return {**own, "adopted": to_plain(self.adopted)}
 
     def load_state(self, state: dict) -> None:
         self.longest_kept, self.shortest_failed = state["longest_kept"], state["shortest_failed"]
+        self.adopted = from_plain(state["adopted"])
 
     def _next(self) -> int:
         untried = self.shortest_failed == len(self.stems)
         return len(self.stems) - 1 if untried else (self.longest_kept + self.shortest_failed) // 2
 
 
-STRATEGIES: dict[str, type[Strategy]] = {"gemel": Gemel, "all": All, "stem": Stem}
-
-
-def restrict(groups: Configuration, tasks: Collection[str]) -> Configuration:
-    """The groups among these tasks only, without those that then share nothing."""
-    trimmed = (group.restricted_to(tasks) for group in groups)
-    return ordered(group for group in trimmed if len(group.occurrences) > 1)
+STRATEGIES: dict[str, type[Strategy]] = {"adaptive": Adaptive, "gemel": Gemel, "all": All, "stem": Stem}
 
 
 def gemel_units(groups: Configuration) -> list[Configuration]:

@@ -5,32 +5,66 @@ hooks and statistics stay private. Hold the models in one nn.ModuleDict: `.param
 once, and `.to()` moves it once. `load_state_dict(assign=True)` and `deepcopy` of a single model break ties.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sharing.groups import Configuration, Group, Occurrence
-
-# Initial weights of a tied group: [parameter of each occurrence] -> values of the shared one.
-INITIAL_WEIGHTS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
-    "first": lambda parameters: parameters[0].detach().clone(),
-    "mean": lambda parameters: torch.stack([p.detach() for p in parameters]).mean(0),
-}
+from sharing.initial_weights import INITIAL_WEIGHTS
 
 
-def tie(models: nn.ModuleDict, configuration: Configuration, initial: str = "mean") -> None:
-    """Ties every group of the configuration; groups that are tied already keep their parameters as they are."""
+def tie(
+    models: nn.ModuleDict,
+    configuration: Configuration,
+    initial: str = "mean",
+    task_weights: Mapping[str, float] | None = None,
+) -> None:
+    """Ties every group of the configuration; groups that are tied already keep their parameters as they are.
+
+    initial: the name of a data-free rule. task_weights: how much each task counts in it (default: all the same).
+    """
     for group in configuration:
+        weights = None if task_weights is None else [task_weights[task] for task in group.tasks]
         layers = [_layer(models, occurrence) for occurrence in group.occurrences]
         for key, _ in layers[0].named_parameters(recurse=False):
             parameters = [getattr(layer, key) for layer in layers]
             if all(p is parameters[0] for p in parameters):
                 continue
-            shared = nn.Parameter(INITIAL_WEIGHTS[initial](parameters))
+            shared = nn.Parameter(INITIAL_WEIGHTS[initial](parameters, weights))
             for occurrence, parameter in zip(group.occurrences, parameters, strict=True):
                 replace_parameter(models[occurrence.task], parameter, shared)
+
+
+def retie(
+    models: nn.ModuleDict, before: Configuration, after: Configuration, unmerged: nn.ModuleDict, initial: str = "mean"
+) -> None:
+    """Goes from one configuration to another with the weights as they are.
+
+    Of a group that splits, the largest part keeps the shared parameters; an occurrence that `after` leaves alone gets
+    the weights that it had in its unmerged model.
+    """
+    group_of = {occurrence: group for group in after for occurrence in group.occurrences}
+    for group in set(before) - set(after):
+        parts: dict[Group | None, list[Occurrence]] = defaultdict(list)
+        for occurrence in group.occurrences:
+            parts[group_of.get(occurrence)].append(occurrence)
+        staying = max((part for g, part in parts.items() if g is not None), key=len, default=[])
+        for occurrence in group.occurrences:
+            if occurrence not in staying:
+                untie(models, occurrence)
+            if occurrence not in group_of:
+                _copy(unmerged[occurrence.task].get_submodule(occurrence.layer), _layer(models, occurrence))
+    tie(models, after, initial)
+
+
+@torch.no_grad()
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    own = dict(target.named_parameters(recurse=False))
+    for key, parameter in source.named_parameters(recurse=False):
+        own[key].copy_(parameter)
 
 
 def is_tied(models: nn.ModuleDict, group: Group) -> bool:

@@ -404,6 +404,44 @@ def test_the_forward_pass_of_a_classifier_is_tried(cars):
     (line,) = classifier_lines(cars, Narrow(3))
     assert line.startswith("cars_pico: model: got RuntimeError: ") and line.endswith(allowed)
     (line,) = classifier_lines(cars, Flat(3))
-    assert line == f"cars_pico: model: got a torch.float32 tensor [3] for one image [3, 16, 16]{allowed}"
+    assert line == f"cars_pico: model: got a torch.float32 tensor [3] for one train image [3, 16, 16]{allowed}"
     (line,) = classifier_lines(cars, Wrong(3))
-    assert line == f"cars_pico: model: got a dict with 'scores' for one image [3, 16, 16]{allowed}"
+    assert line == f"cars_pico: model: got a dict with 'scores' for one train image [3, 16, 16]{allowed}"
+
+
+def test_an_image_of_each_split_goes_through_the_model(cars):
+    """What the train transform alone does wrong would else be found in the first round."""
+    for split in ("train", "val"):
+        (line,) = classifier_lines(cars, **{split: lambda image: TO_FLOAT(image)[:1]})
+        assert line.startswith("cars_pico: model: got RuntimeError: ") and f"for one {split} image [1, 16, 16]" in line
+
+
+def test_the_forward_pass_of_a_detector_is_tried(boxes):
+    (line,) = detector_lines(boxes, PicoNet())  # a classifier, which takes no lists
+    assert line.startswith("cars_pico: model: got TypeError: ")
+    assert line.endswith(" for one train image [3, 16, 16]; allowed: a detector of [C, H, W] images")
+
+
+def test_a_detector_that_keeps_tensors_can_be_trained_after_the_check(boxes):
+    class Caching(PicoDetector):
+        grid = None
+
+        def forward(self, images, targets=None):
+            self.grid = torch.stack(images).mean() if self.grid is None else self.grid
+            return super().forward([image * self.grid for image in images], targets)
+
+    model = Caching()
+    assert detector_lines(boxes, model) == []
+    image = torch.rand(3, 16, 16, requires_grad=True)
+    sum(model.train()([image], [{"boxes": torch.ones(0, 4), "labels": torch.ones(0)}]).values()).backward()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("fails_without", [True, False])
+def test_detection_transforms_are_tried_with_and_without_objects(boxes, split, fails_without):
+    def choosy(image, target):
+        assert bool(len(target["boxes"])) == fails_without, "not for this image"
+        return TO_FLOAT(image), target
+
+    (line,) = detector_lines(boxes, **{split: choosy})
+    assert line.startswith(f"cars_pico: transforms {split}: got AssertionError: not for this image")

@@ -119,6 +119,14 @@ def test_every_image_mode_becomes_rgb(tmp_path, mode):
     assert image.shape == (3, 4, 4)
 
 
+def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
+    path = tmp_path / "cars_CL" / "train" / "x" / "a.png"
+    path.parent.mkdir(parents=True)
+    Image.fromarray(np.array([[0, 257 * 10], [257 * 200, 65535]], dtype=np.uint16)).save(path)
+    image, _ = open_split(classifier_task(), tmp_path / "cars_CL", "train")[0]
+    assert (image * 255).round().tolist() == [[[0, 10], [200, 255]]] * 3
+
+
 def test_exif_orientation_is_applied_in_both_kinds(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying, shown upright

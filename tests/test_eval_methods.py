@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from eval_methods import classification_eval, evaluation_mode, frcnn_eval
+from eval_methods import classification_eval, evaluate, evaluation_mode, frcnn_eval
 from model_architectures import build
 
 SIZE = 200  # pixels of the synthetic scenes
@@ -242,11 +242,26 @@ def tiny_fcos():
 def test_overlapping_objects_of_two_classes_both_survive():
     """Published fault: suppression ignores classes, so a person on a motorcycle hides one of the two."""
     model = build("fcos_model", 4, width=8, layers=[1, 1, 1, 1], out_channels=32, min_size=64).eval()
-    head = model.head.classification_head
-    torch.nn.init.zeros_(head.cls_logits.weight)
+    outputs, sides = model.head.classification_head.cls_logits, model.head.regression_head.bbox_reg
+    for layer in (outputs, sides):
+        torch.nn.init.zeros_(layer.weight)
     with torch.no_grad():
-        head.cls_logits.bias.copy_(torch.tensor([-9.0, 4.0, 3.0, -9.0]))
+        outputs.bias.copy_(torch.tensor([-9.0, 4.0, 3.0, -9.0]))
+        sides.bias.fill_(2.0)  # strides to each side: boxes of no area, as those at random, suppress nothing
         (output,) = model([torch.rand(3, 64, 64)])
     by_class = [{tuple(box) for box in output["boxes"][output["labels"] == label].tolist()} for label in (1, 2)]
     assert by_class[0] & by_class[1], "the same box is reported for both classes"
     assert set(output["labels"].tolist()) == {1, 2}
+
+
+@pytest.mark.parametrize("value, got", [(1.5, "1.5"), (-1, "-1"), (None, "None"), (float("nan"), "nan")])
+def test_what_an_eval_method_returns_is_checked(value, got):
+    """Published fault: -1 (no ground truth) flows on as an accuracy."""
+    task = SimpleNamespace(name="a_x", model=None, eval_method=lambda model, loader: value)
+    with pytest.raises(ValueError, match=f"a_x: eval_method: got {got}; allowed: a number in"):
+        evaluate(task, [])
+
+
+def test_an_eval_method_may_print(capsys):
+    task = SimpleNamespace(name="a_x", model="own", eval_method=lambda model, loader: print("pages") or len(model) / 10)
+    assert evaluate(task, []) == 0.3 and evaluate(task, [], "other") == 0.5 and capsys.readouterr().out == ""

@@ -129,9 +129,9 @@ def test_ceilings_of_torchvision_pairs(one, other, percent):
 def test_grouping_every_model_of_torchvision_is_quick():
     with torch.device("meta"):
         models = {f"task{i}_x": build(name, 10) for i, name in enumerate(names())}
-    began = time.perf_counter()
+    began = time.process_time()  # not the clock on the wall: the machine may be busy
     groups = find_groups(models)
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
     assert len(models) > 90 and len(groups) > 500
 
 

@@ -31,8 +31,19 @@ FLOORS = {
     "results_store": 3,
     "tables": 3,
     "fingerprint": 3,
+    "interrupts": 3,
     "merger": 4,
     "merge_workloads": 5,
+    "benchmarks": 6,
+}
+# Files that are parts of one room, by their prefix.
+PREFIXES = {
+    "dataset_": "dataset_manager",
+    "losses_": "losses",
+    "merger_": "merger",
+    "results_": "results_store",
+    "trainer_": "trainer",
+    "workload_": "workload",
 }
 MAX_LINES = 450
 FLAGS = {
@@ -44,7 +55,7 @@ FLAGS = {
 def room_of(path: Path) -> str:
     """A room is a folder, a file, or the files that one prefix marks as the parts of one room."""
     name = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    return "dataset_manager" if name.startswith("dataset_") else name
+    return next((room for prefix, room in PREFIXES.items() if name.startswith(prefix)), name)
 
 
 def imports_of(path: Path) -> set[str]:

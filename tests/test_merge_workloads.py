@@ -1,14 +1,17 @@
 """The script: flags, exit codes, the workload file, and bad input that leaves nothing behind."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from pico import PicoNet
 
 import merge_workloads
 from merge_workloads import main, merge_workload, parse_duration
+from results_store import read_manifest
 from workload import WorkloadError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,6 +83,12 @@ def test_a_workload_file_must_not_take_the_name_of_a_module(tmp_path, capsys):
     assert "whose name is that of a module in use here; allowed: another file name" in capsys.readouterr().err
 
 
+def test_a_workload_file_may_be_loaded_again_by_any_path(workload_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for path in (workload_file(0.9), "mine.py", "./mine.py"):
+        assert main(["--workload", path, "--plan"]) == 0, capsys.readouterr().err
+
+
 def test_plan_trains_nothing_and_writes_nothing(workload_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["--workload", workload_file(0.9), "--plan"]) == 0
@@ -89,14 +98,21 @@ def test_plan_trains_nothing_and_writes_nothing(workload_file, tmp_path, monkeyp
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"strategy": "best"}, "options: strategy: got 'best'; allowed: gemel, all, stem"),
+        ({"strategy": "best"}, "options: strategy: got 'best'; allowed: adaptive, gemel, all, stem"),
         ({"initial_weights": "last"}, "options: initial_weights: got 'last'; allowed: first, mean"),
         ({"learning_rate": -1}, "options: learning_rate: got -1; allowed: a number greater than 0"),
         ({"max_epochs": "many"}, "options: max_epochs: got 'many'; allowed: a number greater than 0"),
         ({"detection_batch_size": 1.5}, "detection_batch_size: got 1.5; allowed: a whole number of at least 2"),
+        ({"warmup_steps": -1}, "warmup_steps: got -1; allowed: a whole number of at least 0 (none)"),
+        ({"average_decay": 1}, "average_decay: got 1; allowed: a number from 0 (no average), below 1"),
         ({"lr": 0.1}, "options: lr: got 0.1; allowed: one of learning_rate"),
         ({"device": "tpu"}, "options: device: got 'tpu'; allowed: auto, cpu, cuda"),
         ({"time_budget": 0}, "options: time_budget: got 0; allowed: seconds, more than 0"),
+        ({"time_budget": "30m"}, "options: time_budget: got '30m'; allowed: seconds, more than 0"),
+        ({"strategy": ["all"]}, "options: strategy: got ['all']; allowed: adaptive, gemel, all, stem"),
+        ({"num_workers": -1}, "options: num_workers: got -1; allowed: None or a whole number from 0 on"),
+        ({"learning_rate": float("inf")}, "options: learning_rate: got inf; allowed: a number greater than 0"),
+        ({"average_decay": 1.5}, "options: average_decay: got 1.5; allowed: a number from 0 (no average), below 1"),
         ({"seed": "x"}, "options: seed: got 'x'; allowed: a whole number from 0 on"),
         ({"tolerance": 1.5}, "workload: tolerance: got 1.5; allowed: a number in (0, 1]"),
     ],
@@ -120,6 +136,41 @@ def test_a_results_folder_with_files_of_the_user_is_refused(entries, datasets, t
     with pytest.raises(WorkloadError, match="options: results: got .* which holds weights/north_pico.pt of something"):
         merge_workload(entries, tmp_path, datasets=datasets)
     assert theirs.read_bytes() == b"trained for a week"
+
+
+class NoLoss(PicoNet):
+    """Right in eval mode, wrong in training; and it counts in a buffer, as batch normalisation does."""
+
+    def forward(self, images):
+        logits = super().forward(images)
+        return [logits] if self.training else logits
+
+
+def test_a_model_that_cannot_be_trained_is_found_before_anything_is_written(entries, datasets, tmp_path):
+    entries["south_pico"]["model"] = NoLoss(4)
+    states = {name: copy.deepcopy(entry["model"].state_dict()) for name, entry in entries.items()}
+    with pytest.raises(WorkloadError) as error:
+        merge_workload(entries, tmp_path / "out", datasets=datasets, device="cpu")
+    (problem,) = error.value.problems
+    assert str(problem).startswith("south_pico: model: got ValueError in training: south_pico: model: got list")
+    assert not (tmp_path / "out").exists()
+    for name, before in states.items():
+        now = entries[name]["model"].state_dict()
+        assert all(torch.equal(value, now[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_a_damaged_manifest_is_named_and_fresh_keeps_it_aside(entries, datasets, tmp_path, monkeypatch, here):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "merged.json").write_text("{")
+    monkeypatch.chdir(tmp_path / "out")
+    results = "." if here else tmp_path / "out"
+    options = {"datasets": datasets, "device": "cpu", "strategy": "all", "tolerance": 0.01}
+    with pytest.raises(WorkloadError, match="results: got .*merged.json: cannot be read.* allowed: .*--fresh"):
+        merge_workload(entries, results, **options)
+    manifest = merge_workload(entries, results, fresh=True, **options)
+    assert (tmp_path / "out-previous-1" / "merged.json").read_text() == "{"
+    assert read_manifest(tmp_path / "out") == manifest
 
 
 def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):

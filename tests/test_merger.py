@@ -23,7 +23,9 @@ QUICK = {"learning_rate": 0.02, "max_epochs": 60, "patience_epochs": 10, "tolera
 
 
 def merge(entries, results, datasets, **options) -> dict:
-    return merge_workload(entries, results, datasets=datasets, **{**QUICK, "device": "cpu", **options})
+    return merge_workload(
+        entries, results, datasets=datasets, **{**QUICK, "device": "cpu", "strategy": "gemel", **options}
+    )
 
 
 def state_of(entries) -> dict:
@@ -35,7 +37,7 @@ def same(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-@pytest.mark.parametrize("strategy", ["gemel", "all", "stem"])
+@pytest.mark.parametrize("strategy", ["adaptive", "gemel", "all", "stem"])
 def test_a_workload_merges_end_to_end(entries, trained_entries, datasets, tmp_path, strategy, capsys):
     """Invariant 1: every task, reloaded from disk, evaluates to the accuracy in the manifest, at its target."""
     manifest = merge(entries, tmp_path / "results", datasets, strategy=strategy)
@@ -80,6 +82,12 @@ def test_statistics_for_plots(entries, datasets, tmp_path):
     assert history[-1]["saved_bytes"] == manifest["memory"]["saved_bytes"]
     assert len(history) == sum(row["kept"] for row in manifest["run"]["rounds"])
     assert all(entry["tasks_met"] == 3 and entry["seconds"] > 0 for entry in history)
+    for cost in ("seconds", "cpu_seconds", "steps", "samples"):
+        assert [entry[cost] for entry in history] == sorted(entry[cost] for entry in history), cost
+    rounds = manifest["run"]["rounds"][: history[-1]["round"]]
+    assert history[-1]["steps"] == sum(row["steps"] for row in rounds) > 0
+    assert history[-1]["samples"] == sum(row["samples"] for row in rounds) > 0
+    assert 0 < history[-1]["cpu_seconds"] < manifest["run"]["cpu_seconds"]
 
 
 class FailingRecover:
@@ -169,6 +177,23 @@ def test_preflight_says_which_task_is_below_its_target_and_by_how_much(entries, 
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("value", [93.0, -1, None])
+def test_preflight_lists_every_eval_method_that_does_not_work(entries, datasets, tmp_path, value):
+    def fails(model, loader):
+        raise KeyError("boxes")
+
+    entries["north_pico"]["eval_method"] = lambda model, loader: value
+    entries["east_pico"]["eval_method"] = fails
+    with pytest.raises(WorkloadError) as error:
+        merge(entries, tmp_path / "results", datasets)
+    assert [(p.task, p.key) for p in error.value.problems] == [
+        ("north_pico", "eval_method"),
+        ("east_pico", "eval_method"),
+    ]
+    assert "KeyError: 'boxes'" in str(error.value) and f"got {value!r}" in str(error.value)
+    assert not (tmp_path / "results").exists()
+
+
 def test_same_seed_same_result(entries, trained_entries, datasets, tmp_path):
     """Invariant 7, bit for bit."""
     first = merge(entries, tmp_path / "one", datasets)
@@ -201,6 +226,39 @@ def test_a_killed_run_goes_on_where_it_was(entries, trained_entries, datasets, t
     assert same(state_of(entries), state_of(resumed)) and manifest["tensors"] == whole["tensors"]
     assert manifest["tasks"] == whole["tasks"] and manifest["shared_layers"] == whole["shared_layers"]
     assert [row["kept"] for row in manifest["run"]["rounds"]] == [row["kept"] for row in whole["run"]["rounds"]]
+    for cost in ("steps", "samples"):
+        assert [e[cost] for e in manifest["run"]["history"]] == [e[cost] for e in whole["run"]["history"]]
+    cpu_seconds = [entry["cpu_seconds"] for entry in manifest["run"]["history"]]
+    assert cpu_seconds == sorted(cpu_seconds), "what the killed run has spent counts on"
+
+
+def test_an_undone_round_is_remembered_when_the_next_one_is_killed(
+    entries, trained_entries, datasets, tmp_path, monkeypatch
+):
+    """Invariant 4: at most the round in flight is lost, also where nothing was kept before it."""
+    proposals, play_round = [], merger.play_round
+
+    def killed(run, proposal: Configuration) -> bool:
+        if len(proposals) == 2:
+            raise KeyboardInterrupt
+        proposals.append(proposal)
+        return play_round(run, proposal)
+
+    def fails(models, trained, *args, **kwargs) -> Outcome:
+        return Outcome("given up", dict.fromkeys(trained, 0.1), (), steps=1, samples=1)
+
+    monkeypatch.setattr(merger, "recover", fails)
+    with monkeypatch.context() as patch:
+        patch.setattr(merger, "play_round", killed)
+        with pytest.raises(KeyboardInterrupt):
+            merge(entries, tmp_path / "results", datasets)
+    assert [row["kept"] for row in read_manifest(tmp_path / "results")["run"]["rounds"]] == [False, False]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            merger, "play_round", lambda run, proposal: proposals.append(proposal) or play_round(run, proposal)
+        )
+        manifest = merge(copy.deepcopy(trained_entries), tmp_path / "results", datasets)
+    assert len(set(proposals)) == len(proposals) == len(manifest["run"]["rounds"]) > 2
 
 
 def test_a_finished_run_is_reported_again_and_fresh_keeps_it_aside(

@@ -16,7 +16,8 @@ from losses import task_losses
 from sharing.groups import find_groups
 from sharing.statistics import reestimate_statistics
 from sharing.tying import tie
-from trainer import GIVEN_UP, MET, NOT_FINITE, TIME_OVER, TrainingOptions, evaluate, loss_weight, recover
+from trainer import GIVEN_UP, MET, NOT_FINITE, TIME_OVER, Circumstances, TrainingOptions, evaluate, recover
+from trainer_progress import Progress, loss_weight
 
 CPU = torch.device("cpu")
 QUICK = TrainingOptions(learning_rate=0.01, max_epochs=60, patience_epochs=10)
@@ -28,7 +29,21 @@ def models(tasks):
 
 
 def run(models, tasks, data, options=QUICK, **more):
-    return recover(models, tasks, data, options, device=CPU, seed=0, **more)
+    return recover(models, tasks, data, options, Circumstances(device=CPU, seed=0, **more))
+
+
+def session_of(models, tasks, data, options=QUICK):
+    return trainer._Round(models, tasks, data, options, Circumstances(device=CPU, seed=0), {})
+
+
+class Given:
+    """Batches of a task that are one and the same."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def next(self):
+        return self.batch
 
 
 def hard(task, **changes):
@@ -62,12 +77,12 @@ def test_a_step_with_nothing_tied_is_a_plain_step_of_each_model(models, tasks, d
     """Invariant 6, bit for bit, for the classifiers and the detector."""
     plain = {name: copy.deepcopy(task.model).train() for name, task in tasks.items()}
     batches = {name: next(iter(data[name].train)) for name in tasks}
-    session = trainer._Round(models, tasks, data, QUICK, CPU, math.inf)
-    for name, progress in session.progress.items():
-        progress.batches = iter([batches[name]])
-        progress.accuracy = progress.task.target_acc  # at its target a task's loss has weight 1
-        progress.task.model.train()
-    assert session.train_step()
+    session = session_of(models, tasks, data)
+    for name, member in session.members.items():
+        member.batches = Given(batches[name])
+        member.progress.accuracy = member.progress.target  # at its target a task's loss has weight 1
+        member.task.model.train()
+    assert session.train_step() is None
     for name, model in plain.items():
         optimizer = torch.optim.AdamW(model.parameters(), lr=QUICK.learning_rate / QUICK.warmup_steps)
         images, targets = batches[name]
@@ -82,7 +97,7 @@ def test_a_step_with_nothing_tied_is_a_plain_step_of_each_model(models, tasks, d
 def test_a_tied_parameter_is_stepped_once_with_the_sum_of_gradients(models, tasks, data):
     """Published fault: a tied layer is stepped once per model."""
     tie(models, find_groups(models))
-    session = trainer._Round(models, tasks, data, QUICK, CPU, math.inf)
+    session = session_of(models, tasks, data)
     held = [id(p) for group in session.optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held))
     shared = models["north_pico"].conv1.weight
@@ -92,21 +107,22 @@ def test_a_tied_parameter_is_stepped_once_with_the_sum_of_gradients(models, task
         task.model.train()
         loss = sum(task_losses(task, batches[name], CPU).values())
         gradients.append(torch.autograd.grad(loss, shared)[0])
-    for name, progress in session.progress.items():
-        progress.batches = iter([batches[name]])
-        progress.accuracy = progress.task.target_acc
+    for name, member in session.members.items():
+        member.batches = Given(batches[name])
+        member.progress.accuracy = member.progress.target
     session.train_step()
     assert session.optimizer.state[shared]["step"] == 1
     assert torch.allclose(shared.grad, sum(gradients), rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_validated_and_kept_is_the_average_of_the_weights(models, tasks, data, monkeypatch):
-    session = trainer._Round(models, tasks, data, QUICK, CPU, math.inf)
+    session = session_of(models, tasks, data)
     start = models["north_pico"].conv1.weight.detach().clone()
     seen = []
     step = session.train_step
-    monkeypatch.setattr(session, "train_step", lambda: step() and (seen.append(value_of(models)) or True))
-    session.train(3, SimpleNamespace(update=lambda: None))
+    monkeypatch.setattr(session, "train_step", lambda: step() or seen.append(value_of(models)))
+    session.due = 3
+    session.train(SimpleNamespace(update=lambda: None))
     average = session.averaged.module["north_pico"].conv1.weight
     expected = seen[0]
     for n, value in enumerate(seen[1:], 1):
@@ -141,9 +157,9 @@ def test_a_task_is_given_up_once_and_the_others_are_told_apart(models, tasks, da
     given_up = []
     give_up = trainer._Round.give_up_if_stalled
 
-    def counted(self, p):
-        gone = give_up(self, p)
-        given_up.extend([p.task.name] * gone)
+    def counted(self, member):
+        gone = give_up(self, member)
+        given_up.extend([member.task.name] * gone)
         return gone
 
     monkeypatch.setattr(trainer._Round, "give_up_if_stalled", counted)
@@ -156,20 +172,21 @@ def test_a_task_is_given_up_once_and_the_others_are_told_apart(models, tasks, da
 
 
 def test_a_first_stall_lowers_the_learning_rate_only(models, tasks, data, monkeypatch):
-    session = trainer._Round(models, {n: hard(t) for n, t in tasks.items()}, data, QUICK, CPU, math.inf)
+    session = session_of(models, {n: hard(t) for n, t in tasks.items()}, data)
     patience = math.ceil(QUICK.patience_epochs * session.steps_per_epoch)
-    p = next(iter(session.progress.values()))
+    member = next(iter(session.members.values()))
+    p = member.progress
     verdicts = []
     for step in (0, patience - 1, patience, patience + 1, 2 * patience):
         session.step = step
         p.note(step, 0.3 if step else 0.5)
-        verdicts.append((session.give_up_if_stalled(p), session.learning_rate == QUICK.learning_rate))
+        verdicts.append((session.give_up_if_stalled(member), session.learning_rate == QUICK.learning_rate))
     assert verdicts == [(False, True), (False, True), (False, False), (False, False), (True, False)]
     assert p.given_up
 
 
-def test_a_task_is_stalled_when_its_pace_will_not_do(tasks, data):
-    p = trainer._Progress(hard(tasks["north_pico"]), data["north_pico"], iter(()))
+def test_a_task_is_stalled_when_its_pace_will_not_do(tasks):
+    p = Progress.of(hard(tasks["north_pico"]))
     p.note(0, 0.2)
     p.note(100, 0.3)  # 0.1 in 100 steps: 0.7 more take 700
     assert not p.stalled(100, patience=101, max_steps=200)
@@ -184,7 +201,7 @@ def test_validation_takes_the_likeliest_to_fail_first_and_stops_when_it_is_decid
     monkeypatch.setattr(
         trainer, "evaluate", lambda task, loader, model=None: asked.append(task.name) or accuracy[task.name]
     )
-    session = trainer._Round(models, {n: hard(t) for n, t in tasks.items()}, data, QUICK, CPU, math.inf)
+    session = session_of(models, {n: hard(t) for n, t in tasks.items()}, data)
     session.validate(everything=True)
     assert set(asked) == set(tasks)
     asked.clear()
@@ -200,7 +217,7 @@ def test_validation_takes_the_likeliest_to_fail_first_and_stops_when_it_is_decid
 
 
 def test_a_loss_that_is_not_finite_ends_the_round(models, tasks, data, monkeypatch):
-    def not_finite(task, batch, device):
+    def not_finite(task, batch, device, teacher):
         return {"loss": next(task.model.parameters()).sum() * math.nan}
 
     before = {key: value.clone() for key, value in models.named_parameters()}
@@ -231,18 +248,18 @@ def test_loss_weight_is_the_published_one_from_one_to_ten():
 
 
 def test_validation_comes_sooner_near_the_target_and_costs_a_bounded_share(models, tasks, data):
-    session = trainer._Round(models, tasks, data, QUICK, CPU, math.inf)
-    for p in session.progress.values():
-        p.accuracy = 1.0
-    worst = session.progress["south_pico"]
-    worst.accuracy, session.steps_per_epoch = 0.1, 1000
+    session = session_of(models, tasks, data)
+    for member in session.members.values():
+        member.progress.accuracy = 1.0
+    worst = session.members["south_pico"]
+    worst.progress.accuracy, session.steps_per_epoch = 0.1, 1000
     shortest = session.interval.__func__  # the method, to call it under other counts
-    worst.data = SimpleNamespace(val=SimpleNamespace(dataset=range(2400)), train=data["south_pico"].train)
+    worst.data = replace(data["south_pico"], val=SimpleNamespace(dataset=range(2400)))
     far = shortest(session)
     images_per_step = sum(task.batch_size for task in tasks.values())
     assert far == 4 * math.ceil(2400 / 3 / images_per_step / QUICK.validation_share)
-    worst.note(0, 0.1)
-    worst.note(100, worst.task.target_acc - 0.01)
+    worst.progress.note(0, 0.1)
+    worst.progress.note(100, worst.task.target_acc - 0.01)
     assert shortest(session) == far / 4
 
 
@@ -280,6 +297,15 @@ def test_statistics_are_reestimated_and_modes_restored(tasks, data):
     assert model.bn1.momentum == 0.25 and not any(m.training for m in model.modules())
 
 
+def test_statistics_are_reestimated_before_a_trial_is_judged(models, tasks, data):
+    tasks = {name: replace(task, tolerance=0.8) for name, task in tasks.items()}
+    for name, task in tasks.items():
+        task.model.bn1.running_mean.fill_(7.0)
+        assert evaluate(task, data[name].val) < task.target_acc
+    outcome = run(models, tasks, data)
+    assert outcome.reason == MET and outcome.steps == 0
+
+
 def test_a_round_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -291,3 +317,24 @@ def test_a_round_leaves_the_global_generator_alone():
         assert torch.equal(torch.rand(3), first)
     with seeded(1, "y"):
         assert not torch.equal(torch.rand(3), first)
+
+
+def test_without_average_of_weights_the_trained_weights_themselves_are_kept(models, tasks, data):
+    """Published settings: no average of weights, no warm-up."""
+    session = session_of(models, tasks, data, replace(QUICK, average_decay=0, warmup_steps=0))
+    for member in session.members.values():
+        member.task.model.train()
+    for _ in range(3):
+        assert session.train_step() is None
+    assert session.optimizer.param_groups[0]["lr"] == QUICK.learning_rate
+    kept = session.averaged.module.state_dict()
+    assert all(torch.equal(value, kept[key]) for key, value in session.container.state_dict().items())
+
+
+@pytest.mark.parametrize("statistics_batches, unchanged", [(0, True), (8, False)])
+def test_statistics_are_left_alone_on_request(models, tasks, data, statistics_batches, unchanged):
+    before = models["north_pico"].bn1.running_mean.clone()
+    easy = {name: replace(task, tolerance=0.01) for name, task in tasks.items()}
+    outcome = run(models, easy, data, replace(QUICK, statistics_batches=statistics_batches))
+    assert outcome.reason == MET and outcome.steps == 0
+    assert torch.equal(before, models["north_pico"].bn1.running_mean) == unchanged

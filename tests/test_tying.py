@@ -100,13 +100,14 @@ def test_undo_is_exact(models):
     """A round that is undone leaves weights, buffers, ties, flags and modes bit for bit as they were."""
     groups = find_groups(models)
     tie(models, groups[1:2])
-    models["b_x"].fc.weight.requires_grad_(False)
+    for private_or_tied in (models["b_x"].bn1, models["b_x"].fc):
+        private_or_tied.weight.requires_grad_(False)
     models["a_x"].bn1.eval()
     values, objects = state_of(models), [id(p) for p in models.parameters()]
     snapshot = take_snapshot(models)
 
     tie(models, groups)
-    models.train()
+    models.train().requires_grad_(True)
     optimizer = torch.optim.Adam(models.parameters(), 0.1)
     models["a_x"](torch.rand(4, 3, 16, 16)).sum().backward()
     optimizer.step()
@@ -117,4 +118,5 @@ def test_undo_is_exact(models):
     assert [id(p) for p in models.parameters()] == objects
     assert is_tied(models, groups[1]) and not is_tied(models, groups[0])
     assert not models["b_x"].fc.weight.requires_grad and models["a_x"].fc.weight.requires_grad
+    assert not models["b_x"].bn1.weight.requires_grad
     assert not models["a_x"].bn1.training and models["a_x"].conv1.weight.grad is None

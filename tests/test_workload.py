@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from pico import PicoNet, classification_entry, detection_entry
@@ -133,6 +134,12 @@ def test_optional_keys(entry, key, value):
     (line,) = problems_of(entry, **{key: value})
     assert f"main_2nd_pico: {key}: got {value!r}; allowed: " in line
     assert problems_of(entry, **{key: None}) == []
+
+
+def test_numbers_of_numpy_are_numbers(entry):
+    numbers = {"unmerged_acc": np.float32(0.5), "tolerance": np.float64(0.9), "batch_size": np.int64(8)}
+    tasks, problems = read_workload({"a_net": {**entry, **numbers}})
+    assert not problems and type(tasks["a_net"].batch_size) is int and type(tasks["a_net"].unmerged_acc) is float
 
 
 def test_one_model_in_two_tasks(entry):

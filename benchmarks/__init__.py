@@ -1,0 +1,1 @@
+"""Measured comparisons: every file is a command that prints a table and saves what it measured."""

@@ -1,0 +1,105 @@
+"""What each way to choose the weights of tied layers is worth before any training.
+
+    python -m benchmarks.initial_weights --workload FILE.py --datasets DIR --images 80 160 320
+
+Ties every group of the workload at once and re-estimates batch normalisation statistics. The table has each task's
+accuracy on val as a share of its unmerged accuracy, and the CPU seconds that it took to come there.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+from benchmarks.probes import Probe, add_arguments, open_probe
+from environment import generator
+from sharing.groups import Configuration, find_groups
+from sharing.initial_weights import INITIAL_WEIGHTS
+from sharing.least_squares import fit_least_squares
+from sharing.lockstep_fit import fit_in_lockstep
+from sharing.statistics import match_statistics
+from sharing.tying import restore_snapshot, take_snapshot, tie
+from tables import table
+from trainer import evaluate
+
+Method = Callable[[Probe, Configuration, int], None]  # (probe, groups, images per task); the models are untied
+
+
+def data_free(rule: str, match: bool = False) -> Method:
+    """A rule by name, then statistics, by averaging or matched to the unmerged model."""
+
+    def method(probe: Probe, groups: Configuration, num_images: int) -> None:
+        tie(probe.models, groups, rule)
+        for task in probe.models:
+            batches = [(batch, None) for batch in probe.batches(task, num_images)]
+            if match:
+                match_statistics(probe.models[task], probe.teachers[task], batches, probe.device)
+            else:
+                probe.reestimate(task, num_images)
+
+    return method
+
+
+def staged(num_stages: int, **options) -> Method:
+    """Least squares in stages, from the mean, with statistics re-estimated between them."""
+
+    def method(probe: Probe, groups: Configuration, num_images: int) -> None:
+        def statistics(stage: int = 0) -> None:
+            for task in probe.models:
+                probe.reestimate(task, num_images)
+
+        tie(probe.models, groups)
+        statistics()
+        images = {task: probe.batches(task, num_images) for task in probe.models}
+        options_ = {"generator": generator(0, "fit"), "num_stages": num_stages, "after_stage": statistics, **options}
+        fit_least_squares(probe.models, probe.teachers, groups, images, **options_)
+
+    return method
+
+
+def in_lockstep(rule: str = "mean", **options) -> Method:
+    """Least squares in lockstep, from a data-free rule."""
+
+    def method(probe: Probe, groups: Configuration, num_images: int) -> None:
+        tie(probe.models, groups, rule)
+        images = {task: probe.batches(task, num_images) for task in probe.models}
+        fit_in_lockstep(probe.models, probe.teachers, groups, images, generator=generator(0, "fit"), **options)
+
+    return method
+
+
+METHODS: dict[str, Method] = {
+    **{rule: data_free(rule) for rule in INITIAL_WEIGHTS},
+    "mean, matched statistics": data_free("mean", match=True),
+    "least squares, own inputs": staged(1, own_inputs=True),
+    **{f"least squares, stages: {n}": staged(n) for n in (1, 2, 4, 8)},
+    **{f"lockstep, ridge {ridge:g}": in_lockstep(ridge=ridge) for ridge in (0.01, 0.03, 0.1, 0.3)},
+    "lockstep, from first": in_lockstep("first"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--images", type=int, nargs="+", default=[160], help="train images per task (default: 160)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    flags = parser.parse_args(arguments)
+    probe = open_probe(flags, max(flags.images))
+    groups, snapshot = find_groups(probe.models), take_snapshot(probe.models)
+    unmerged = {name: evaluate(task, probe.val[name]) for name, task in probe.tasks.items()}
+    rows = []
+    for num_images in flags.images:
+        for name in flags.methods:
+            restore_snapshot(snapshot)
+            began = time.process_time()
+            METHODS[name](probe, groups, num_images)
+            seconds = time.process_time() - began
+            shares = [evaluate(task, probe.val[t]) / unmerged[t] for t, task in probe.tasks.items()]
+            rows.append([name, num_images, *(f"{share:.3f}" for share in (*shares, min(shares))), f"{seconds:.1f}"])
+            print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
+    print(table(["weights of all groups", "images", *probe.tasks, "worst", "CPU s"], rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Kills a merge at random instants and goes on from what is left: is the results folder valid, and is nothing lost?
+
+    python -m benchmarks.kills --kills 40 --seed 0
+
+takes about ten seconds a kill. A small workload over drawn images is merged in a process of its own that is killed
+(SIGKILL) at a random instant; what it left is verified; the same command goes on and is killed again, until it ends by
+itself, and a new merge begins. Prints one line per kill and the counts; exit code 1 if a folder was invalid or less was
+saved than before the kill.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from results_store import has_results, read_manifest
+from results_verify import FAIL, verify
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKLOAD = """
+import torch
+from pico import PicoDetector, PicoNet, classification_entry, detection_entry
+
+
+def create_model_dict():
+    entries = {
+        "north_pico": classification_entry(PicoNet(3), batch_size=6),
+        "south_pico": classification_entry(PicoNet(4, extra=1), batch_size=6),
+        "east_pico": detection_entry(PicoDetector(), batch_size=6),
+    }
+    for name, entry in entries.items():
+        entry["model"].load_state_dict(torch.load(FOLDER + f"/{name}.pt", weights_only=True))
+        entry["unmerged_acc"] = ACCURACY[name]
+    return entries
+"""
+MERGE = """
+import sys
+from merge_workloads import merge_workload
+from workload_file import load_model_dict
+merge_workload(load_model_dict(sys.argv[1]), sys.argv[2], datasets=sys.argv[3], device="cpu", strategy="gemel",
+               tolerance=0.85, learning_rate=0.005, max_epochs=60, patience_epochs=10)
+"""
+
+
+def prepare(folder: Path) -> Path:
+    """Datasets, trained models and the workload file of a small workload."""
+    import torch
+    from pico import (
+        PicoDetector,
+        PicoNet,
+        classification_entry,
+        detection_entry,
+        fit,
+        write_classification,
+        write_detection,
+    )
+
+    from dataset_manager import open_task
+    from trainer import evaluate
+    from workload import read_workload
+
+    write_classification(folder, "north_CL", 3, seed=1)
+    write_classification(folder, "south_CL", 4, seed=2)
+    write_detection(folder, "east_OD", 2, seed=3)
+    torch.manual_seed(0)
+    entries = {
+        "north_pico": classification_entry(PicoNet(3)),
+        "south_pico": classification_entry(PicoNet(4, extra=1)),
+        "east_pico": detection_entry(PicoDetector()),
+    }
+    accuracy = {}
+    for name, task in read_workload(entries)[0].items():
+        data = open_task(task, [folder], device=torch.device("cpu"), seed=0, batch_size=6)
+        fit(task.model, data.train, 120)
+        accuracy[name] = evaluate(task, data.val)
+        torch.save(task.model.state_dict(), folder / f"{name}.pt")
+    file = folder / "small_workload.py"
+    file.write_text(WORKLOAD.replace("FOLDER", repr(str(folder))).replace("ACCURACY", repr(accuracy)))
+    return file
+
+
+def start(workload: Path, results: Path, datasets: Path) -> subprocess.Popen:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-c", MERGE, str(workload), str(results), str(datasets)]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.DEVNULL)
+
+
+def time_whole(workload: Path, results: Path, datasets: Path) -> tuple[float, float]:
+    """Seconds from shortly before the first write to the end of a run that nobody kills."""
+    began, first = time.monotonic(), None
+    process = start(workload, results, datasets)
+    while process.poll() is None:
+        if first is None and results.exists():
+            first = time.monotonic() - began
+        time.sleep(0.01)
+    assert process.returncode == 0 and first is not None, "the small workload does not merge"
+    return 0.9 * first, time.monotonic() - began
+
+
+def saved(results: Path) -> int:
+    return read_manifest(results)["memory"]["saved_bytes"] if has_results(results) else 0
+
+
+def is_valid(results: Path, workload: Path, datasets: Path) -> bool:
+    """Whether the folder holds a valid result, every task re-evaluated at its target; none at all is valid as well."""
+    if not has_results(results):
+        return True
+    return all(check.status != FAIL for check in verify(results, str(workload), str(datasets), "cpu"))
+
+
+def kill_once(generator, span: tuple[float, float], results: Path, workload: Path, datasets: Path) -> tuple[str, bool]:
+    """(what happened, whether all is well) of one run, killed at an instant in `span` unless it ends before."""
+    before = saved(results)
+    process = start(workload, results, datasets)
+    instant = generator.uniform(*span)
+    try:
+        process.wait(instant)
+        what = "ended by itself"
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        what = f"killed after {instant:5.2f} s"
+    valid, after = is_valid(results, workload, datasets), saved(results)
+    line = f"{what}: {'valid' if valid else 'INVALID'}, saved {before} -> {after} bytes"
+    return line, valid and after >= before and (process.returncode in (0, -signal.SIGKILL))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "tests"))
+    generator, kills, bad, ended = random.Random(flags.seed), 0, 0, 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        workload = prepare(folder)
+        span = time_whole(workload, folder / "whole", folder)
+        whole, number = saved(folder / "whole"), 0
+        print(f"uninterrupted: saved {whole} bytes; kills fall between {span[0]:.1f} and {span[1]:.1f} s", flush=True)
+        while kills < flags.kills:
+            line, good = kill_once(generator, span, folder / f"run{number}", workload, folder)
+            print(f"{kills:3} {line}", flush=True)
+            bad += not good
+            if line.startswith("ended"):
+                ended += 1
+                bad += saved(folder / f"run{number}") < whole
+                number += 1
+            kills += line.startswith("killed")
+    print(f"{kills} kills, {ended} runs ended by themselves with all that the uninterrupted run saved, {bad} bad")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

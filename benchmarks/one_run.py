@@ -1,0 +1,72 @@
+"""One merge in a process of its own: `python -m benchmarks.one_run FOLDER`, started by benchmarks.runs.
+
+FOLDER/spec.json says what to run. The result goes to FOLDER/results, and once it is complete FOLDER/finished.json is
+written; a folder without that file holds a run that crashed.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from merge_workloads import EXIT_DONE, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, load_model_dict, merge_workload
+from workload import WorkloadError
+
+SPEC, RESULTS, FINISHED = "spec.json", "results", "finished.json"
+VALIDATION_MESSAGE = "step %d: %s %.4f of %.4f"  # what trainer logs, at level DEBUG, whenever it evaluates a task
+
+
+class Validations(logging.Handler):
+    """Collects every evaluation during training, in order: the learning curves that the manifest does not hold."""
+
+    def __init__(self):
+        super().__init__(logging.DEBUG)
+        self.began = time.monotonic()
+        self.rows: list[dict] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name == "trainer" and record.msg == VALIDATION_MESSAGE:
+            step, task, accuracy, target = record.args
+            seconds = time.monotonic() - self.began
+            row = {"step": step, "task": task, "accuracy": accuracy, "target": target, "seconds": seconds}
+            self.rows.append(row)
+
+
+def observe_validations() -> Validations:
+    """Listens to the trainer; warnings go to stderr as before."""
+    validations, warnings = Validations(), logging.StreamHandler()
+    warnings.setLevel(logging.WARNING)
+    logging.basicConfig(handlers=[validations, warnings])
+    logging.getLogger("trainer").setLevel(logging.DEBUG)
+    return validations
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Replaces the file in one step."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    folder = Path((sys.argv[1:] if arguments is None else arguments)[0])
+    spec = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+    torch.set_num_threads(spec["settings"]["threads"])
+    validations = observe_validations()
+    try:
+        merge_workload(load_model_dict(spec["workload"]), folder / RESULTS, datasets=spec["datasets"], **spec["call"])
+    except WorkloadError as error:
+        print(error, file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    write_json(folder / FINISHED, {"validations": validations.rows})
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The picture of a benchmark: saving against time, one line per strategy, a band over seeds."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from benchmarks.conditions import Bench
+from benchmarks.runs import Result
+from benchmarks.summary import of_variant, spent, variants_of
+from tables import MIB
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe, Ito: for every eye
+
+
+AXIS = {"seconds": "seconds since the run began", "cpu_seconds": "CPU seconds since the run began"}
+
+
+def saved_at(result: Result, moments: np.ndarray, time: str = "seconds") -> np.ndarray:
+    """MiB that the run had kept at each of these moments; time: one of summary.TIMES."""
+    times = [entry[time] for entry in result.history]
+    saved = np.array([0, *(entry["saved_bytes"] for entry in result.history)]) / MIB
+    return saved[np.searchsorted(times, moments, side="right")]
+
+
+def plot_saving(results: Sequence[Result], bench: Bench, path: Path, time: str = "seconds") -> None:
+    """Writes the picture. Lines are dotted once the median run has ended: what it kept stays kept."""
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    axes = figure.subplots()
+    times = [entry[time] for result in results for entry in result.history]
+    end = max([*times, *(spent(result, time, bench.time_budget) for result in results)])
+    begin = 0.8 * min([*times, end])
+    moments = np.unique(np.concatenate([np.geomspace(begin, end, 500), times]))
+    for variant, colour in zip(variants_of(results), itertools.cycle(COLOURS), strict=False):
+        _draw_variant(axes, of_variant(results, variant), moments, time, bench.time_budget, colour)
+    axes.set(xlabel=f"{AXIS[time]} (log scale)", ylabel="memory saved (MiB)", xscale="log", xlim=(begin, end * 1.05))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if end > 5 * begin else MaxNLocator(8))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    _draw_optimal(axes, bench.optimal_saved_bytes / MIB)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="best", frameon=False)
+    axes.set_title(_title(results, bench), fontsize="medium")
+    figure.savefig(path, dpi=140)
+
+
+def _draw_variant(axes, runs: list[Result], moments: np.ndarray, time: str, time_budget: float, colour: str) -> None:
+    curves = np.stack([saved_at(result, moments, time) for result in runs])
+    median = np.median(curves, axis=0)
+    ended = float(np.median([spent(result, time, time_budget) for result in runs]))
+    running = moments <= ended
+    label = runs[0].variant if all(result.finished for result in runs) else f"{runs[0].variant} (cut off)"
+    axes.step(moments[running], median[running], where="post", color=colour, linewidth=1.8, label=label)
+    axes.step(moments[~running], median[~running], where="post", color=colour, linewidth=1.2, linestyle=":")
+    kept = float(np.median([result.saved_bytes for result in runs])) / MIB  # as reloaded
+    axes.plot([ended], [kept], marker="o", markersize=5, color=colour, clip_on=False)
+    if len(runs) > 1:
+        axes.fill_between(moments, curves.min(0), curves.max(0), step="post", color=colour, alpha=0.15, linewidth=0)
+
+
+def _draw_optimal(axes, optimal: float) -> None:
+    """A line at the limit of what can be saved, and the right axis in its per cent."""
+    axes.axhline(optimal, color="grey", linestyle="--", linewidth=1)
+    axes.annotate(
+        f"optimal {optimal:.2f} MiB", (axes.get_xlim()[0], optimal), (4, 4), textcoords="offset points", color="grey"
+    )
+    axes.set_ylim(0, optimal * 1.1 or 1)
+    share = axes.secondary_yaxis("right", functions=(lambda y: 100 * y / (optimal or 1), lambda y: y * optimal / 100))
+    share.set_ylabel("% of optimal")
+
+
+def _title(results: Sequence[Result], bench: Bench) -> str:
+    name = Path(bench.workload).stem if bench.workload else "embedded default"
+    seeds = len({result.seed for result in results})
+    counted = f"median of {seeds} seeds, band: min to max" if seeds > 1 else "1 seed"
+    return f"{name}: {counted}; {bench.device.type}, {bench.threads} thread{'s' * (bench.threads > 1)}"

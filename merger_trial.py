@@ -1,0 +1,168 @@
+"""What a trial begins with: the weights of what is newly tied, the teachers, and what the screening has to reach."""
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from dataset_manager import plain_images
+from environment import generator
+from losses_distillation import Teacher
+from sharing.alignment import align, moved
+from sharing.groups import Configuration, compared_layers, joined
+from sharing.harm import Harm, predict_harm
+from sharing.lockstep_fit import fit_in_lockstep
+from sharing.tying import restore_snapshot, retie, take_snapshot
+from trainer import evaluate
+from workload import CLASSIFICATION, DETECTION, Task
+
+if TYPE_CHECKING:
+    from merger import Run
+
+log = logging.getLogger(__name__)
+
+LEAST_SQUARES = "least_squares"
+NO_ALIGNMENT = "none"
+WEIGHTS_OF = {"adaptive": LEAST_SQUARES}  # the initial weights of a strategy, where they are not the mean
+ALIGNMENT_OF = {"adaptive": "weights"}  # how a strategy lines up channels, where it does
+FIT_PIXELS = 320 * 96 * 96  # of the images per task that weights are fitted on (benchmarks/LOG.md)
+DETECTION_SHARE = 0.2  # of the pixels, for detectors: every position of an image is a sample to their layers
+FIT_POSITIONS = 4096  # rows per layer and task
+MAX_FITS = 2
+WORTH_A_REFIT = 0.8  # of the targets: what is further away is not a matter of weight
+REWEIGHT_POWER, MAX_REWEIGHT = 12.0, 3.0
+HARM_METHOD = "fitted_error"  # cheap, and it finds the layers that do real harm (benchmarks/LOG.md)
+HARM_PIXELS = FIT_PIXELS // 4
+ALIGN_PIXELS = FIT_PIXELS // 8  # "weights" needs images only to check that each model still computes the same
+
+
+def line_up(run: "Run") -> None:
+    """Permutes the channels of models that share nothing yet so that they line up with the others.
+
+    What they compute stays the same; their teachers are permuted alike. What was permuted is part of the run's record,
+    because the weights that are kept make sense in this order only.
+    """
+    tied = {task for group in run.strategy.kept for task in group.tasks}
+    if run.alignment == NO_ALIGNMENT or not run.groups or set(run.tasks) <= tied | set(run.permutations):
+        return
+    images = _images(run, run.groups, ALIGN_PIXELS, "align")
+    fixed = tied | set(run.permutations)
+    done = align(run.unmerged, run.groups, images, method=run.alignment, seed=run.seed, fixed=fixed)
+    for name, permutations in moved(done).items():
+        run.originals[name] = state_of(run.models[name])
+        run.models[name].load_state_dict(run.unmerged[name].state_dict())
+        run.permutations[name] = permutations
+    for name in run.tasks:
+        run.permutations.setdefault(name, {})  # once lined up, a model stays as it is
+
+
+def state_of(model: nn.Module) -> dict:
+    """A copy of the model's state dict in CPU memory."""
+    return {key: value.to("cpu", copy=True) for key, value in model.state_dict().items()}
+
+
+def put_back(run: "Run") -> None:
+    """Gives the models that share nothing the order of channels that they came with, bit by bit."""
+    tied = {task for group in run.strategy.kept for task in group.tasks}
+    for name, state in run.originals.items():
+        if name not in tied:
+            run.models[name].load_state_dict(state)
+
+
+def rule_of(initial_weights: str) -> str:
+    """The data-free rule that gives a tied layer its first values; least squares starts from the mean."""
+    return "mean" if initial_weights == LEAST_SQUARES else initial_weights
+
+
+def fit_weights(run: "Run", new: Configuration, trained: Mapping[str, Task]) -> dict[str, float]:
+    """Fits the weights of newly tied groups, in closed form, to what each task's unmerged layer does.
+
+    The first fit counts all tasks alike. While a task is below its target on the screening subset, they are fitted
+    again, with more weight on what is below and less on what is above; what came nearest to all targets is kept.
+    Returns where each trained task then is on the subset, as a share of its target there.
+    """
+    images = _images(run, new, FIT_PIXELS, "fit", len(run.rounds))
+    container = nn.ModuleDict({name: run.models[name] for name in trained})
+    before, best, reached = state_of(container), {}, dict.fromkeys(trained, 0.0)
+    weights = dict.fromkeys(images, 1.0)
+    for attempt in range(MAX_FITS):
+        container.load_state_dict(before)
+        source = generator(run.seed, "fit", len(run.rounds), attempt)
+        fit_in_lockstep(
+            run.models, run.unmerged, new, images, generator=source, task_weights=weights, positions=FIT_POSITIONS
+        )
+        ratios = _screened(run, trained)
+        log.debug("fit %d with weights %s: %s of the targets", attempt, weights, ratios)
+        if not best or min(ratios.values()) > min(reached.values()):
+            best, reached = state_of(container), ratios
+        if not WORTH_A_REFIT <= min(reached.values()) < 1:
+            break
+        weights = {name: weights[name] * _reweighted(ratios[name]) for name in weights}
+        mean = sum(weights.values()) / len(weights)
+        weights = {name: weight / mean for name, weight in weights.items()}
+    container.load_state_dict(best)
+    return reached
+
+
+def _reweighted(ratio: float) -> float:
+    """By how much a task counts more in the next fit; `ratio` of its target was reached in this one."""
+    return min(MAX_REWEIGHT, max(1 / MAX_REWEIGHT, max(ratio, 1e-3) ** -REWEIGHT_POWER))
+
+
+def _screened(run: "Run", trained: Mapping[str, Task]) -> dict[str, float]:
+    """Accuracy on the screening subset, as a share of what the unmerged model reaches there times the tolerance."""
+    targets = screen_targets(run, trained)
+    ratios = {}
+    for name, task in trained.items():
+        accuracy = evaluate(task, run.data[name].screen)
+        ratios[name] = accuracy / targets.get(name, task.target_acc)
+    return ratios
+
+
+def foresee(run: "Run") -> None:
+    """Tells the strategy how much every group would hurt its tasks if its weights were fitted; changes nothing."""
+    if not run.strategy.uses_harm or not run.groups:
+        return
+    snapshot = take_snapshot(run.models)
+    retie(run.models, run.strategy.kept, joined(run.strategy.kept, run.groups), run.unmerged)
+    images = _images(run, run.groups, HARM_PIXELS, "foresee")
+    source = generator(run.seed, "foresee")
+    harm = predict_harm(run.models, run.unmerged, run.groups, images, method=HARM_METHOD, generator=source)
+    restore_snapshot(snapshot)
+    run.strategy.foresee(harm)
+
+
+def harm_of(run: "Run", configuration: Configuration) -> Harm:
+    """How much each group hurts each of its tasks, with the weights as they are now."""
+    purpose = ("harm", len(run.rounds))
+    images = _images(run, configuration, HARM_PIXELS, *purpose)
+    source = generator(run.seed, *purpose)
+    return predict_harm(run.models, run.unmerged, configuration, images, method=HARM_METHOD, generator=source)
+
+
+def teachers_of(run: "Run", trained: Mapping[str, Task], proposal: Configuration) -> dict[str, Teacher]:
+    """The unmerged models beside those that are trained, if training compares with them."""
+    if not run.training.teaches:
+        return {}
+    return {
+        name: Teacher(run.models[name], run.unmerged[name], compared_layers(run.models[name], name, proposal))
+        for name in trained
+    }
+
+
+def screen_targets(run: "Run", trained: Mapping[str, Task]) -> dict[str, float]:
+    """What the unmerged models reach on the screening subset, times the tolerance; measured when first needed."""
+    if not run.training.screening_images:
+        return {}
+    for name, task in trained.items():
+        data = run.data[name]
+        if name not in run.screen_accuracy and data.screen is not data.val:
+            run.screen_accuracy[name] = evaluate(task, data.screen, run.unmerged[name])
+    return {n: run.tasks[n].tolerance * run.screen_accuracy[n] for n in trained if n in run.screen_accuracy}
+
+
+def _images(run: "Run", configuration: Configuration, num_pixels: int, *purpose: object) -> dict[str, list]:
+    tasks = dict.fromkeys(task for group in configuration for task in group.tasks)
+    share = {CLASSIFICATION: 1.0, DETECTION: DETECTION_SHARE}
+    return {n: plain_images(run.data[n], int(share[run.tasks[n].kind] * num_pixels), run.seed, *purpose) for n in tasks}

@@ -1,0 +1,209 @@
+"""Every byte that goes into a results folder goes through here: names of our files, atomic writes, digests, the lock.
+
+A file is written under a temporary name in the same folder, synced, and renamed. Whatever the operating system refuses
+(disk full, no permission, ...) becomes a ResultsError that names the file. Files get the user's umask, because plain
+open() creates them; temporaries are created exclusively, so a link that lies in their place is never written through.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+MANIFEST = "merged.json"
+STATISTICS = "workload_stats.json"
+IN_FLIGHT = "in_flight.pt"
+WEIGHTS = "weights"
+TEMPORARY = ".tmp"
+PENDING = MANIFEST + TEMPORARY  # a complete manifest whose commit is under way: merged.json is replaced by it last
+STORE_PATTERN = re.compile(r"merged-[0-9a-f]{16}\.safetensors")
+WEIGHTS_PATTERN = re.compile(r"weights/[A-Za-z0-9][A-Za-z0-9_-]*\.pt")
+_TEMPORARY_NAMES = (
+    PENDING,
+    "merged.json.run.tmp",
+    "merged.safetensors.tmp",
+    STATISTICS + TEMPORARY,
+    IN_FLIGHT + TEMPORARY,
+)
+# What flock says on file systems that cannot lock a folder.
+_CANNOT_LOCK = (errno.ENOLCK, errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+
+log = logging.getLogger(__name__)
+
+
+class ResultsError(ValueError):
+    """A results folder cannot be used or written; the message names the file."""
+
+
+class Written(NamedTuple):
+    """What a file holds."""
+
+    sha256: str
+    bytes: int
+
+
+@contextlib.contextmanager
+def naming(file: Path, what: str) -> Iterator[None]:
+    """Turns an OSError into a ResultsError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ResultsError(f"{file}: cannot be {what}: {error.strerror or error}") from error
+
+
+# ---- writing --------------------------------------------------------------------------------------------
+
+
+def stage(temporary: Path, chunks: Iterable) -> Written:
+    """Writes chunks of bytes into a temporary file and syncs it; `commit` renames it. On any error it is gone."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        with naming(temporary, "written"):
+            temporary.unlink(missing_ok=True)
+            with open(temporary, "xb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                    digest.update(chunk)
+                    size += memoryview(chunk).nbytes
+                file.flush()
+                os.fsync(file.fileno())
+    except BaseException:
+        discard(temporary)
+        raise
+    return Written(digest.hexdigest(), size)
+
+
+def commit(temporary: Path, target: Path) -> None:
+    """Renames a staged file; follow with `sync_folder`, or the rename may be lost with the power."""
+    with naming(target, "replaced"):
+        os.replace(temporary, target)
+
+
+def write(target: Path, chunks: Iterable, temporary: Path | None = None) -> Written:
+    """Replaces a file atomically: afterwards it is the old one or the new one, whenever the process is killed."""
+    temporary = temporary or target.with_name(target.name + TEMPORARY)
+    written = stage(temporary, chunks)
+    try:
+        commit(temporary, target)
+    except BaseException:
+        discard(temporary)
+        raise
+    sync_folder(target.parent)
+    return written
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder survive a loss of power."""
+    with naming(folder, "synced"):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """The folder, and the folders above it. Raises ResultsError also for `weights` as a link, which leads elsewhere."""
+    if folder.name == WEIGHTS and folder.is_symlink():
+        raise ResultsError(f"{folder}: is a link; allowed: a folder, as nothing is written outside the results folder")
+    if not folder.is_dir():
+        with naming(folder, "made"):
+            folder.mkdir(parents=True, exist_ok=True)
+
+
+def remove(file: Path) -> None:
+    with naming(file, "removed"):
+        file.unlink(missing_ok=True)
+
+
+def discard(*temporaries: Path) -> None:
+    """Removes temporaries after something else went wrong: what cannot be removed now is cleaned at the next start."""
+    for temporary in temporaries:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def leftovers(path: Path) -> list[str]:
+    """Temporaries of a killed run, by their names in the results folder; only names that are ours."""
+    found = [name for name in _TEMPORARY_NAMES if (path / name).is_file()]
+    if not (path / WEIGHTS).is_symlink():
+        names = (f"{WEIGHTS}/{file.name}" for file in (path / WEIGHTS).glob(f"*.pt{TEMPORARY}"))
+        found += sorted(name for name in names if WEIGHTS_PATTERN.fullmatch(name.removesuffix(TEMPORARY)))
+    return found
+
+
+def stores(path: Path) -> list[str]:
+    """Names of all stores in the folder."""
+    return sorted(file.name for file in path.glob("merged-*.safetensors") if STORE_PATTERN.fullmatch(file.name))
+
+
+# ---- reading --------------------------------------------------------------------------------------------
+
+
+def sha256_of(file: Path) -> str:
+    digest = hashlib.sha256()
+    with naming(file, "read"), open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_of_bytes(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def size_of(file: Path) -> int | None:
+    """Bytes of a regular file; None if there is none."""
+    return file.stat().st_size if file.is_file() else None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line that is not too long."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+# ---- the lock -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock(path: str | Path) -> Iterator[None]:
+    """Holds the results folder for this process alone; makes it if need be, and removes it again if it stayed empty.
+
+    The lock lies on the folder itself (flock on its descriptor): it needs no file, goes with the folder when that is
+    renamed, and ends with the process however that ends. A folder that takes the renamed one's name is not locked by
+    it. Raises ResultsError if another process holds it. Where the file system cannot lock a folder (some network file
+    systems), a warning says so and the run goes on.
+    """
+    path = Path(path)
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    make_folder(path)
+    try:
+        with naming(path, "opened"):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            _flock(descriptor, path)
+            yield
+        finally:
+            os.close(descriptor)
+    finally:
+        with contextlib.suppress(OSError):  # not empty, as a rule
+            for folder in made:
+                folder.rmdir()
+
+
+def _flock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ResultsError(f"{path}: another process is merging into this folder") from None
+    except OSError as error:
+        if error.errno not in _CANNOT_LOCK:
+            raise ResultsError(f"{path}: cannot be locked: {error.strerror}") from error
+        log.warning("%s: cannot be locked on this file system: start no second run into it", path)

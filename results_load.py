@@ -1,0 +1,234 @@
+"""Loading a results folder back: models built without drawing random weights, and shared layers as one parameter.
+
+Tensors lie on a private memory map of the store, so a tensor that ten models share is in memory once, and a page that
+nobody changes is the disk cache's own. Training in place works: it copies the pages that it writes, for this process.
+"""
+
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from model_architectures import rebuild
+from results_files import ResultsError, sha256_of
+from results_manifest import read_result
+from results_tensors import Entry, read_tensors
+from sharing.memory import named_tensors
+
+
+def load_merged(
+    results_path: str | Path,
+    models: Mapping[str, nn.Module] | None = None,
+    device: torch.device | str = "cpu",
+    tasks: Collection[str] | None = None,
+    verify: bool = False,
+) -> dict[str, nn.Module]:
+    """The merged models by task, in eval mode, in which shared layers *are* one parameter object.
+
+    models: modules to load into, by task. A task without one is rebuilt from the architecture in the manifest, without
+    any code of yours and without drawing random weights first.
+    device: on the CPU tensors stay on a private memory map of the store; for any other device each goes there straight
+    from the map, once.
+    tasks: only these; the tensors of the others are not read.
+
+    Always checked: the manifest in itself and against the store's header (sha256), the length of the store, and a
+    64-bit checksum of every tensor that is loaded, computed in the pass that brings it into memory. That finds what
+    goes wrong by accident: truncated files, flipped bits, tensors or pages in each other's place, parts of two results.
+    Somebody who changes tensors on purpose can keep the checksum; with verify=True the sha256 of the whole store is
+    compared too, which reads all of it at the speed of hashing. Neither helps against somebody who also rewrites the
+    manifest. Nothing in the folder is ever executed, and nothing is written.
+
+    Ties survive `.to()`, `.half()` and channels_last, also when each model is moved by itself, and a state dict that is
+    saved and loaded into them; they do not survive load_state_dict(assign=True), or deepcopy of one model.
+    Raises ResultsError, one line that names the file or the task, if the folder is not a valid result, if a task's
+    architecture is unknown and no model was handed in, or if tensors do not fit the model. Models handed in are then as
+    they were.
+    """
+    manifest, store = read_result(results_path)
+    if verify and sha256_of(store.file) != manifest["files"][store.file.name]:
+        raise ResultsError(f"{store.file}: its sha256 is not the one in the manifest: the file is damaged")
+    wanted = _wanted(results_path, manifest, tasks)
+    modules = _modules(results_path, manifest, wanted, models or {})
+    slots = {task: _slots(model) for task, model in modules.items()}
+    _check_fit(manifest["tensors"], slots, store.entries)
+    keys = (key for task in wanted for key in manifest["tensors"][task].values())
+    device = torch.device(device)
+    stored = read_tensors(store, keys, manifest["store"]["checksums"])
+    if device.type != "cpu":
+        stored = {key: tensor.to(device) for key, tensor in stored.items()}
+    placed: dict[str, Tensor] = {}
+    for task, model in modules.items():
+        _place(model, slots[task], manifest["tensors"][task], stored, placed, device)
+    return modules
+
+
+def _wanted(results_path: str | Path, manifest: Mapping, tasks: Collection[str] | None) -> list[str]:
+    if tasks is None:
+        return list(manifest["tensors"])
+    asked = [tasks] if isinstance(tasks, str) else list(tasks)
+    if unknown := [task for task in asked if task not in manifest["tensors"]]:
+        raise ResultsError(
+            f"{results_path}: tasks: got {', '.join(map(str, unknown))}; allowed: {', '.join(manifest['tensors'])}"
+        )
+    return [task for task in manifest["tensors"] if task in asked]
+
+
+def _modules(
+    results_path: str | Path, manifest: Mapping, wanted: Iterable[str], models: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """A module per task: the one handed in, else one that is built here."""
+    entries = manifest["tasks"]
+    if unknown := [task for task in wanted if task not in models and entries[task]["architecture"] is None]:
+        raise ResultsError(
+            f"{results_path}: no model was handed in for {', '.join(unknown)}, and the manifest holds no architecture, "
+            "as they were not built by model_architectures.build: load_merged(path, models={task: module, ...})"
+        )
+    modules = {}
+    for task in wanted:
+        try:
+            num_tensors = len(manifest["tensors"][task])
+            modules[task] = models[task] if task in models else build_empty(entries[task]["architecture"], num_tensors)
+        except ValueError as error:
+            raise ResultsError(f"{results_path}: {task}: architecture: {' '.join(str(error).split())}") from None
+    return modules
+
+
+# ---- building without initialisation --------------------------------------------------------------------
+
+
+def build_empty(architecture: Mapping, num_tensors: int) -> nn.Module:
+    """`rebuild`, without the time and memory that random weights take: parameters have shapes, and no values.
+
+    Buffers and plain attributes are those that the builder makes (anchors, position indices): only parameters are
+    stand-ins on the meta device, on which in-place initialisation does nothing. A builder for which that does not work
+    out is run as it is. num_tensors: of the state dict that will be loaded; an architecture with far more parameters
+    is given up. Raises ValueError as `rebuild` does.
+    """
+    thread, made = threading.get_ident(), 0  # the hook is torch's for all threads
+
+    def stand_in(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        nonlocal made
+        if parameter is None or isinstance(parameter, _StandIn) or threading.get_ident() != thread:
+            return parameter
+        made += 1
+        if made > limit:
+            raise ValueError(f"more than {limit} parameters, where {num_tensors} tensors are stored")
+        return _StandIn(parameter.detach().to("meta"), parameter.requires_grad)
+
+    limit = 1000 + 4 * num_tensors  # builders may make a head twice
+    hook = register_module_parameter_registration_hook(stand_in)
+    try:
+        model = rebuild(architecture)
+    except ValueError:
+        if made > limit:
+            raise
+        model = None
+    finally:
+        hook.remove()
+    if model is None or any(buffer.is_meta for buffer in model.buffers()):
+        return rebuild(architecture)
+    for parameter in model.parameters():
+        parameter.__class__ = nn.Parameter  # as torch's lazy modules do
+    return model
+
+
+class _StandIn(nn.Parameter):
+    """A parameter on the meta device, while a model is being built."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """Skips in-place work (initialisation); anything else computes shapes, since some builders run the model."""
+        kwargs = kwargs or {}
+        if func.__name__.endswith("_") and not func.__name__.startswith("__"):
+            return args[0] if args else kwargs["tensor"]
+        args = tuple(map(_on_meta, args))
+        return super().__torch_function__(func, types, args, {key: _on_meta(value) for key, value in kwargs.items()})
+
+
+def _on_meta(value: object) -> object:
+    return value.to("meta") if isinstance(value, Tensor) and not isinstance(value, _StandIn) else value
+
+
+# ---- fitting and placing --------------------------------------------------------------------------------
+
+
+class _Slot(NamedTuple):
+    """Where a tensor of the state dict lives in a model; module None: in the state dict alone."""
+
+    module: nn.Module | None
+    attribute: str
+    tensor: Tensor
+
+
+def _slots(model: nn.Module) -> dict[str, _Slot]:
+    modules, slots = dict(model.named_modules(remove_duplicate=False)), {}
+    for name, tensor in named_tensors(model).items():
+        owner, _, attribute = name.rpartition(".")
+        module = modules.get(owner)
+        found = module is not None and (attribute in module._parameters or attribute in module._buffers)
+        slots[name] = _Slot(module if found else None, attribute, tensor)
+    return slots
+
+
+def _check_fit(keys: Mapping[str, Mapping], slots: Mapping[str, Mapping[str, _Slot]], entries: Mapping) -> None:
+    """Raises ResultsError if stored tensors are not those of the models; decided on the store's header alone."""
+    is_parameter: dict[str, bool] = {}
+    for task, own in slots.items():
+        problems = list(_fit_problems(own, keys[task], entries, is_parameter))
+        if problems:
+            listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+            raise ResultsError(f"{task}: the results do not fit the model: {listed}")
+
+
+def _fit_problems(
+    slots: Mapping[str, _Slot], keys: Mapping[str, str], entries: Mapping[str, Entry], is_parameter: dict[str, bool]
+) -> Iterator[str]:
+    for name, (module, _, tensor) in slots.items():
+        if name not in keys:
+            yield f"{name} is missing in the results"
+            continue
+        entry, parameter = entries[keys[name]], isinstance(tensor, nn.Parameter)
+        if module is None:
+            yield f"{name} is a name of the state dict alone: the model holds no such parameter or buffer"
+        elif tensor.shape != entry.shape:
+            yield f"{name}: got {list(entry.shape)}, the model has {list(tensor.shape)}"
+        elif tensor.dtype != entry.dtype and not (tensor.dtype.is_floating_point and entry.dtype.is_floating_point):
+            yield f"{name}: got {entry.dtype}, the model has {tensor.dtype}"
+        elif is_parameter.setdefault(keys[name], parameter) != parameter:
+            yield f"{name}: got a tensor that is a parameter in one place and a buffer in another"
+    yield from (f"{name} is unknown to the model" for name in keys if name not in slots)
+
+
+def _place(
+    model: nn.Module,
+    slots: Mapping[str, _Slot],
+    keys: Mapping[str, str],
+    stored: Mapping[str, Tensor],
+    placed: dict[str, Tensor],
+    device: torch.device,
+) -> None:
+    """Puts the stored tensors into the model; `placed` holds the one object per store key, for all models."""
+    elsewhere = device.type != "cpu" or any(slot.tensor.device.type not in ("cpu", "meta") for slot in slots.values())
+    for name, (module, attribute, tensor) in slots.items():
+        key = keys[name]
+        if key not in placed:
+            is_parameter = isinstance(tensor, nn.Parameter)
+            placed[key] = nn.Parameter(stored[key], tensor.requires_grad) if is_parameter else stored[key]
+        _set(module, attribute, placed[key])
+    if elsewhere:
+        model.to(device)  # what is not in the state dict, such as buffers that are not saved
+    model.eval()
+
+
+def _set(module: nn.Module, attribute: str, tensor: Tensor) -> None:
+    """setattr, and three times as fast where the class does not listen to it, as recurrent layers do."""
+    if type(module).__setattr__ is not nn.Module.__setattr__:
+        setattr(module, attribute, tensor)
+    elif attribute in module._parameters:
+        module._parameters[attribute] = tensor
+    else:
+        module._buffers[attribute] = tensor

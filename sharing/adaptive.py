@@ -1,0 +1,192 @@
+"""The adaptive strategy: everything at once, back off where a task stays below target, then fill in.
+
+The big jump ties all groups, but for those that are predicted to hurt most for what they save, up to a five-hundredth
+of the saving (early layers, as a rule: their few bytes spoil the input of all that follows). Where it fails, the groups
+that hurt a failing task most for what they save are released *for that task* (a group splits: the others go on sharing)
+and it goes on from there, with more released each time. Once every target is met, what was held back or released is
+tried, the largest savings first, in parts that are halved when they fail. Up to here weights are fitted in closed form
+and not trained, which takes seconds; what is still missing is then filled in with training, in the same way, until
+nothing is left. No trial is made twice.
+"""
+
+import hashlib
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from sharing.groups import Configuration, Group, find_groups, from_plain, joined, ordered, saved_bytes, to_plain
+from sharing.strategy import NONE, Adopting, Harm, Ratios
+
+NEAR = 0.93  # of its target: from here on a task that fails needs little
+RELEASED_WHEN_NEAR, RELEASED_WHEN_FAR = (
+    0.03,
+    0.25,
+)  # of what it shares, in bytes; twice as much each time it fails again
+HELD_BACK = 0.002  # of the possible saving: what the jump leaves out at most
+JUMP, BACK_OFF, FILL, TRAIN, DONE = "jump", "back off", "fill in", "fill in with training", "done"
+
+Part = dict[int, tuple[str, ...]]  # what is tried as one: index of a group -> tasks that would join it
+
+
+class Adaptive(Adopting):
+    """See the header of this file; what it is worth was measured in benchmarks/LOG.md."""
+
+    def __init__(self, models: Mapping[str, nn.Module]):
+        self.groups = find_groups(models)
+        self.held_back: Configuration = ()
+        self.own: Configuration = ()
+        self.phase = JUMP
+        self.working: Configuration = ()  # what the last trial, which failed, has left to go on with
+        self.failures: dict[str, int] = {}  # task -> trials of this descent in which it failed
+        self.parts: list[Part] = []  # to fill in, in this order
+        self.tried: set[str] = set()
+
+    @property
+    def kept(self) -> Configuration:
+        return self.with_adopted(self.own)
+
+    @property
+    def goes_on(self) -> bool:
+        return self.phase == BACK_OFF
+
+    @property
+    def uses_harm(self) -> bool:
+        return self.phase in (JUMP, BACK_OFF)
+
+    @property
+    def prefers_release(self) -> bool:
+        return self.phase != TRAIN
+
+    def propose(self) -> Configuration | None:
+        """The next configuration; what has been tried, or ties nothing new, is passed over."""
+        jump = joined(self.kept, tuple(group for group in self.groups if group not in self.held_back))
+        if self.phase == JUMP and self._is_new(jump):
+            return jump
+        if self.phase == BACK_OFF and self._is_new(self.working):
+            return self.working
+        if self.phase in (JUMP, BACK_OFF):
+            self._begin_filling(FILL)
+        while self.phase in (FILL, TRAIN):
+            if not self.parts and self.phase == FILL:
+                self._begin_filling(TRAIN)
+            elif not self.parts:
+                self.phase = DONE
+            elif self._is_new(self._filled(self.parts[0])):
+                return self._filled(self.parts[0])
+            else:
+                self._give_up_part(met=())
+        return None
+
+    def foresee(self, harm: Harm) -> None:
+        """Chooses what the jump leaves out: the most harm per byte first."""
+        left = HELD_BACK * saved_bytes(self.groups)
+        held = []
+        worst = {group: max(harm.get((group, task), 0.0) for task in group.tasks) for group in self.groups}
+        for group in sorted(self.groups, key=lambda group: -worst[group] / group.bytes):
+            if group.saved_bytes <= left:
+                held.append(group)
+                left -= group.saved_bytes
+        self.held_back = ordered(held)
+
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Harm = NONE) -> None:
+        trial = self.propose()
+        assert trial is not None, "a trial is recorded that was never proposed"
+        self.tried.add(self._key(trial))
+        if kept:
+            self.own = trial
+            if self.phase in (FILL, TRAIN):
+                self.parts.pop(0)
+            else:
+                self._begin_filling(FILL)
+        elif self.phase in (FILL, TRAIN):
+            self._give_up_part(met)
+        else:
+            self._back_off(trial, set(met), ratios, harm)
+
+    def _back_off(self, trial: Configuration, met: set[str], ratios: Ratios, harm: Harm) -> None:
+        failing = sorted({task for group in trial for task in group.tasks} - met)
+        released = set()
+        for task in failing or sorted({task for group in trial for task in group.tasks}):
+            at_first = RELEASED_WHEN_NEAR if ratios.get(task, 1.0) >= NEAR else RELEASED_WHEN_FAR
+            share = min(1.0, at_first * 2 ** self.failures.get(task, 0))
+            self.failures[task] = self.failures.get(task, 0) + 1
+            released |= {(group, task) for group in most_harmful(trial, task, share, harm, self.kept)}
+        left = (group.restricted_to({t for t in group.tasks if (group, t) not in released}) for group in trial)
+        self.working = joined(self.kept, ordered(group for group in left if len(group.occurrences) > 1))
+        self.phase = BACK_OFF
+
+    def _begin_filling(self, phase: str) -> None:
+        """One part of all that is missing, the largest savings first."""
+        tied = {occurrence for group in self.kept for occurrence in group.occurrences}
+        missing = {i: tuple(o.task for o in group.occurrences if o not in tied) for i, group in enumerate(self.groups)}
+        part = {i: tasks for i, tasks in missing.items() if tasks}
+        self.phase, self.parts, self.working = phase, [part] if part else [], ()
+
+    def _give_up_part(self, met: Collection[str]) -> None:
+        """Puts two smaller parts in the place of the first: the tasks that failed apart, or else half of the groups."""
+        part = self.parts.pop(0)
+        good = {i: tuple(t for t in tasks if t in met) for i, tasks in part.items()}
+        bad = {i: tuple(t for t in tasks if t not in met) for i, tasks in part.items()}
+        if not any(good.values()) or not any(bad.values()):
+            if len(part) < 2:
+                return
+            indices = sorted(part)
+            half = (len(indices) + 1) // 2
+            good, bad = ({i: part[i] for i in chosen} for chosen in (indices[:half], indices[half:]))
+        halves = [{i: tasks for i, tasks in half.items() if tasks} for half in (good, bad)]
+        self.parts = [halves[0], *self.parts, halves[1]]
+
+    def _filled(self, part: Part) -> Configuration:
+        """What is kept, and the part: its tasks join those of the group that are tied, or in the part as well."""
+        tied = {occurrence for group in self.kept for occurrence in group.occurrences}
+        added = [
+            self.groups[i].restricted_to({o.task for o in self.groups[i].occurrences if o in tied or o.task in tasks})
+            for i, tasks in part.items()
+        ]
+        return joined(self.kept, ordered(group for group in added if len(group.occurrences) > 1))
+
+    def _is_new(self, trial: Configuration) -> bool:
+        return self._key(trial) not in self.tried and saved_bytes(trial) > saved_bytes(self.kept)
+
+    def _key(self, trial: Configuration) -> str:
+        """A trial is known by what it ties, and by whether it is trained."""
+        named = sorted(",".join(f"{o.task}:{o.layer}" for o in group.occurrences) for group in trial)
+        digest = hashlib.sha256(";".join(named).encode()).hexdigest()[:16]
+        return f"{digest} trained" if self.phase == TRAIN else digest
+
+    def state(self) -> dict:
+        return {
+            "held_back": to_plain(self.held_back),
+            "own": to_plain(self.own),
+            "phase": self.phase,
+            "working": to_plain(self.working),
+            "failures": self.failures,
+            "parts": [[[index, list(tasks)] for index, tasks in part.items()] for part in self.parts],
+            "tried": sorted(self.tried),
+            "adopted": to_plain(self.adopted),
+        }
+
+    def load_state(self, state: dict) -> None:
+        self.held_back = from_plain(state["held_back"])
+        self.own, self.working = from_plain(state["own"]), from_plain(state["working"])
+        self.phase, self.failures = state["phase"], dict(state["failures"])
+        self.parts = [{index: tuple(tasks) for index, tasks in part} for part in state["parts"]]
+        self.tried, self.adopted = set(state["tried"]), from_plain(state["adopted"])
+
+
+def most_harmful(trial: Configuration, task: str, share: float, harm: Harm, kept: Configuration = ()) -> list[Group]:
+    """Groups of the task to release: the most harm per byte first, until `share` of the bytes it shares is reached.
+
+    Groups that are kept already are not released. Without a measure of harm the largest go first.
+    """
+    held = {occurrence for group in kept for occurrence in group.occurrences}
+    own = [g for g in trial if task in g.tasks and not {o for o in g.occurrences if o.task == task} <= held]
+    own.sort(key=lambda group: -harm.get((group, task), float(group.bytes)) / group.bytes)
+    wanted = share * sum(group.bytes for group in own)
+    chosen, released = [], 0
+    for group in own:
+        if chosen and released >= wanted:
+            break
+        chosen.append(group)
+        released += group.bytes
+    return chosen

@@ -1,0 +1,197 @@
+"""Weights of tied layers in closed form: least squares on each task's own inputs, against its unmerged model.
+
+A layer can be fitted on the inputs that it has in the unmerged model, or on those that it has in the tied model, block
+after block of layers (here), or each layer behind all those before it, in one pass (sharing/lockstep_fit.py).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sharing.groups import Configuration, Group, find_layers
+from sharing.layer_rows import (
+    Batch,
+    Rows,
+    collect_rows,
+    is_linear_map,
+    is_normalised,
+    matrix_of,
+    set_matrix,
+    shape_of,
+)
+
+RIDGE = 0.1  # measured with benchmarks/initial_weights.py; strangers want more than models of one ancestor
+MAX_SYSTEM = 5000  # unknowns of the largest system that is solved
+MAX_ROWS_BYTES = 1 << 30  # of the rows that are held at a time
+ROWS_PER_INPUT = 4  # more rows than this per input dimension (and than MIN_ROWS) add nothing
+MIN_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How one group was fitted. `reason` says why it kept the values that it had; empty if it was fitted."""
+
+    reason: str = ""
+    ridge: float = 0.0  # the one that was needed
+    before: Mapping[str, float] | None = None  # task -> ||X W0 - Y||^2 / ||Y||^2 over the sampled rows
+    after: Mapping[str, float] | None = None  # the same with the fitted weights
+
+    @property
+    def fitted(self) -> bool:
+        return not self.reason
+
+
+@torch.no_grad()
+def fit_least_squares(
+    models: nn.ModuleDict,
+    teachers: Mapping[str, nn.Module],
+    groups: Configuration,
+    images: Mapping[str, Sequence[Batch]],
+    *,
+    generator: torch.Generator,
+    task_weights: Mapping[str, float] | None = None,
+    num_stages: int = 1,
+    own_inputs: bool = False,
+    ridge: float = RIDGE,
+    positions: int = 2048,
+    after_stage: Callable[[int], None] | None = None,
+) -> dict[Group, Fit]:
+    """Writes into every tied linear or convolutional layer the weights W that minimise, over its tasks t,
+
+        sum_t task_weights_t ||X_t W - Y_t||^2 / ||Y_t||^2 + ridge ||W - W0||^2
+
+    where Y_t is what the layer puts out in the teacher (the unmerged model), X_t what goes into it in the tied model,
+    W0 the values it has now, and ridge counts in units of the mean squared input. Where each task normalises the
+    layer's outputs itself, the means of X_t and Y_t are taken away first.
+
+    models: tied already. images: batches per task, without labels. own_inputs: X_t is what goes into the layer in the
+    teacher instead. num_stages: the layers are fitted in blocks by depth; each sees inputs collected behind the blocks
+    before it (1: all from one pass). More blocks are made where the rows would not fit MAX_ROWS_BYTES. positions: rows
+    sampled per layer and task. after_stage(stage): called behind each block; batch normalisation statistics are the
+    caller's business. Returns what became of each group; one that is not fitted keeps its values.
+    Sources: Jin et al., "Dataless Knowledge Fusion" (RegMean), ICLR 2023, section 3; inputs of the merged model:
+    Nguyen et al., "RegMean++", 2025; against the outputs of the unmerged models: Nasery et al., "PLeaS", CVPR 2025.
+    """
+    fits = {group: Fit(reason) for group in groups if (reason := why_unfit(models, group))}
+    order = by_depth(models, [group for group in groups if group not in fits])
+    for stage in range(num_stages):
+        block = order[stage * len(order) // num_stages : (stage + 1) * len(order) // num_stages]
+        for part in _parts(models, block, positions):
+            rows = _collect(models, teachers, part, images, positions, generator, own_inputs)
+            fits |= {group: fit_group(models, group, rows, task_weights, ridge) for group in part}
+        if after_stage is not None:
+            after_stage(stage)
+    return fits
+
+
+def by_depth(models: Mapping[str, nn.Module], groups: Sequence[Group]) -> list[Group]:
+    """Groups from input to output, by the mean relative depth of their occurrences."""
+    depths = {}
+    for task, model in models.items():
+        names = [layer.name for layer in find_layers(model)]
+        depths |= {(task, name): i / len(names) for i, name in enumerate(names)}
+    return sorted(groups, key=lambda g: (sum(depths[o] for o in g.occurrences) / len(g.occurrences), g.occurrences))
+
+
+def row_quota(layer: nn.Module, positions: int, num_tasks: int) -> int:
+    """Rows to sample per task: no more than help, and so few that the system to solve stays small."""
+    inputs = shape_of(layer)[1]
+    quota = min(positions, max(MIN_ROWS, ROWS_PER_INPUT * inputs))
+    return quota if inputs <= MAX_SYSTEM else min(quota, MAX_SYSTEM // num_tasks)
+
+
+def solve_ridge(x: Tensor, residual: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """(D, ridge used): D [groups, d, o] minimises ||x D - residual||^2 + ridge * mean(diagonal of x'x) ||D||^2.
+
+    x [groups, n, d], residual [groups, n, o]. Solves the normal equations, or their dual where n < d, by Cholesky;
+    where rounding leaves no positive definite matrix, with ten times the ridge, and again.
+    """
+    dual = x.shape[1] < x.shape[2]
+    system = x @ x.mT if dual else x.mT @ x
+    scale = x.square().sum((1, 2), keepdim=True) / x.shape[2]
+    scale = scale.clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
+    target = residual if dual else x.mT @ residual
+    identity = torch.eye(system.shape[1], dtype=x.dtype, device=x.device)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(system + ridge * scale * identity)
+        if not failed.any():
+            break
+        ridge = max(10 * ridge, 1e-6)
+        assert ridge < 1e6, "rows that are not finite"
+    solution = torch.cholesky_solve(target, factor)
+    return (x.mT @ solution if dual else solution), ridge
+
+
+def why_unfit(models: nn.ModuleDict, group: Group) -> str:
+    """Why a group cannot be fitted; empty if it can."""
+    layers = [models[o.task].get_submodule(o.layer) for o in group.occurrences]
+    if not is_linear_map(layers[0]):
+        return f"{type(layers[0]).__name__} is no linear map"
+    if any(layer.weight is not layers[0].weight or layer.bias is not layers[0].bias for layer in layers):
+        return "not tied"
+    return ""
+
+
+def _parts(models: nn.ModuleDict, block: Sequence[Group], positions: int) -> list[list[Group]]:
+    """The block, cut so that the rows of each part fit MAX_ROWS_BYTES."""
+    parts: list[list[Group]] = []
+    held = MAX_ROWS_BYTES
+    for group in block:
+        layer = models[group.occurrences[0].task].get_submodule(group.occurrences[0].layer)
+        num_groups, inputs, outputs = shape_of(layer)
+        rows = row_quota(layer, positions, len(group.tasks)) * len(group.tasks)
+        needed = 2 * rows * num_groups * (inputs + outputs) * layer.weight.element_size()
+        if held + needed > MAX_ROWS_BYTES:
+            parts.append([])
+            held = 0
+        parts[-1].append(group)
+        held += needed
+    return parts
+
+
+def _collect(models, teachers, block, images, positions, generator, own_inputs) -> dict[tuple[str, str], Rows]:
+    rows: dict[tuple[str, str], Rows] = {}
+    for task in dict.fromkeys(task for group in block for task in group.tasks):
+        layers = quotas(models, block, task, positions)
+        found = collect_rows(teachers[task], layers, images[task], generator, None if own_inputs else models[task])
+        rows |= {(task, name): sampled for name, sampled in found.items()}
+    return rows
+
+
+def quotas(models: nn.ModuleDict, groups: Sequence[Group], task: str, positions: int) -> dict[str, int]:
+    """The task's layers among the groups -> rows to sample of each."""
+    occurrences = [(o, group) for group in groups for o in group.occurrences if o.task == task]
+    return {
+        o.layer: row_quota(models[task].get_submodule(o.layer), positions, len(group.tasks)) for o, group in occurrences
+    }
+
+
+def fit_group(
+    models: nn.ModuleDict,
+    group: Group,
+    rows: dict[tuple[str, str], Rows],
+    task_weights: Mapping[str, float] | None,
+    ridge: float,
+) -> Fit:
+    """Solves for one group, writes the result into its layer, and takes its rows out of `rows` to free them."""
+    unseen = [o for o in group.occurrences if o not in rows]
+    sampled = {o.task: rows.pop(o) for o in group.occurrences if o in rows}
+    if unseen:
+        return Fit(f"{unseen[0].task}: {unseen[0].layer} is never called as a module")
+    if not all(torch.isfinite(part).all() for r in sampled.values() for part in r):
+        return Fit("inputs or outputs are not finite")
+    if all(is_normalised(models[o.task], o.layer) for o in group.occurrences):
+        sampled = {task: r.centred() for task, r in sampled.items()}
+    layer = models[group.occurrences[0].task].get_submodule(group.occurrences[0].layer)
+    start = matrix_of(layer)
+    energy = {task: r.y.square().sum().clamp_min(1e-12) for task, r in sampled.items()}
+    scales = {task: ((task_weights or {}).get(task, 1.0) / energy[task]).sqrt() for task in sampled}
+    residuals = {task: r.y - r.x @ start for task, r in sampled.items()}
+    x = torch.cat([scales[task] * r.x for task, r in sampled.items()], 1)
+    change, ridge = solve_ridge(x, torch.cat([scales[task] * r for task, r in residuals.items()], 1), ridge)
+    set_matrix(layer, start + change)
+    before = {task: float(r.square().sum() / energy[task]) for task, r in residuals.items()}
+    after = {task: float((r - sampled[task].x @ change).square().sum() / energy[task]) for task, r in residuals.items()}
+    return Fit("", ridge, before, after)

@@ -1,0 +1,62 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import harm, initial_weights
+from benchmarks.probes import Probe, load_split, ranks, spearman, take
+from sharing.groups import find_groups
+from sharing.tying import is_tied
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def probe(tasks, datasets):
+    models = nn.ModuleDict({name: task.model for name, task in tasks.items()})
+    splits = {(s, n): load_split(t, [datasets], s, 0) for s in ("train", "val") for n, t in tasks.items()}
+    images = {n: [images for images, _ in take(t, splits["train", n], 6)] for n, t in tasks.items()}
+    val = {n: take(t, splits["val", n], None) for n, t in tasks.items()}
+    return Probe(tasks, models, {n: copy.deepcopy(m) for n, m in models.items()}, images, val, CPU)
+
+
+def test_rank_correlation():
+    assert ranks([3.0, 1.0, 3.0, 9.0]).tolist() == [1.5, 0, 1.5, 3]
+    assert spearman([1, 2, 3, 4], [10, 100, 1000, 1001]) == pytest.approx(1)
+    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]) == pytest.approx(0.8207826816681233)  # scipy.stats.spearmanr
+
+
+def test_samples_are_taken_in_a_random_order_by_the_seed_and_of_the_size_asked_for(probe, tasks, datasets):
+    assert {n: sum(map(len, batches)) for n, batches in probe.images.items()} == dict.fromkeys(probe.models, 6)
+    again = take(tasks["north_pico"], load_split(tasks["north_pico"], [datasets], "train", 0), 6)[0][0]
+    other = take(tasks["north_pico"], load_split(tasks["north_pico"], [datasets], "train", 1), 6)[0][0]
+    assert torch.equal(again, probe.images["north_pico"][0]) and not torch.equal(again, other)
+
+
+@pytest.mark.parametrize("name", initial_weights.METHODS)
+def test_every_way_ties_everything_with_finite_weights(probe, name):
+    groups = find_groups(probe.models)
+    initial_weights.METHODS[name](probe, groups, 6)
+    assert all(is_tied(probe.models, group) for group in groups)
+    assert all(torch.isfinite(value).all() for value in probe.models.state_dict().values())
+
+
+def test_harm_is_measured_without_changing_the_models(probe):
+    states = copy.deepcopy(probe.models.state_dict())
+    classifiers = Probe(
+        probe.tasks,
+        nn.ModuleDict({n: probe.models[n] for n in ("north_pico", "south_pico")}),
+        probe.teachers,
+        probe.images,
+        probe.val,
+        CPU,
+    )
+    groups = harm.sample_groups(find_groups(classifiers.models), 2, 0)
+    seen = harm.seen_harm(classifiers, groups, 6)
+    pairs = {(group, task) for group in groups for task in group.tasks}
+    assert all(set(harm_of) == pairs for harm_of in seen.values()) and len(set(seen["cross-entropy"].values())) == 4
+    found = harm.predictions(classifiers, groups, 6, 0)
+    assert all(set(scores) == pairs for scores, _ in found.values())
+    assert all(torch.equal(states[key], value) for key, value in probe.models.state_dict().items())

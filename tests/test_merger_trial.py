@@ -1,0 +1,107 @@
+"""What a trial begins with: predicted harm, fitted weights, channels lined up."""
+
+import pytest
+import torch
+
+import merger
+import merger_trial
+from sharing.adaptive import HELD_BACK
+from sharing.groups import saved_bytes
+from sharing.tying import is_tied, retie
+from trainer import TrainingOptions
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run(tasks, data, tmp_path):
+    return merger.start(
+        tasks,
+        data,
+        tmp_path / "results",
+        strategy_name="adaptive",
+        training=TrainingOptions(),
+        initial_weights="least_squares",
+        alignment="weights",
+        seed=0,
+        device=CPU,
+        flags={},
+        fingerprint={},
+    )
+
+
+def state_of(run) -> dict:
+    return {key: value.clone() for key, value in run.models.state_dict().items()}
+
+
+def same(first: dict, second: dict) -> bool:
+    return all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_foreseeing_changes_nothing_and_holds_back_a_little(run, monkeypatch):
+    before = state_of(run)
+    merger_trial.foresee(run)
+    assert same(before, state_of(run)) and not any(is_tied(run.models, group) for group in run.groups)
+    assert saved_bytes(run.strategy.held_back) <= HELD_BACK * saved_bytes(run.groups)
+    monkeypatch.setattr("sharing.adaptive.HELD_BACK", 0.5)
+    merger_trial.foresee(run)
+    held = run.strategy.held_back
+    assert 0 < saved_bytes(held) <= 0.5 * saved_bytes(run.groups)
+    assert not set(held) & set(run.strategy.propose())
+
+
+def test_fitted_weights_come_near_to_what_each_task_could(run):
+    retie(run.models, (), run.groups, run.unmerged, "mean")
+    mean = merger_trial._screened(run, run.tasks)
+    fitted = merger_trial.fit_weights(run, run.groups, run.tasks)
+    assert all(is_tied(run.models, group) for group in run.groups)
+    assert min(fitted.values()) > min(mean.values()), "better than the mean for the task that suffers most"
+    assert fitted == merger_trial._screened(run, run.tasks), "what is returned is what the models are now"
+
+
+def test_fits_depend_on_the_seed_alone(run):
+    retie(run.models, (), run.groups, run.unmerged, "mean")
+    start, states = state_of(run), []
+    for _ in range(2):
+        run.models.load_state_dict(start)
+        merger_trial.fit_weights(run, run.groups, run.tasks)
+        states.append(state_of(run))
+    assert same(*states)
+
+
+def test_the_better_of_two_fits_is_kept(run, monkeypatch):
+    """The second fit weights tasks by what they lack; where it is worse, the first stays."""
+    retie(run.models, (), run.groups, run.unmerged, "mean")
+    given, answers = (
+        [],
+        iter([{"north_pico": 0.9, "south_pico": 1.1, "east_pico": 0.95}, dict.fromkeys(run.tasks, 0.85)]),
+    )
+    first = {}
+
+    def fit(models, *more, task_weights, **options):
+        given.append(dict(task_weights))
+        with torch.no_grad():
+            models["north_pico"].conv2.weight += len(given)
+
+    def screened(run, trained):
+        first.setdefault("state", state_of(run))
+        return next(answers)
+
+    monkeypatch.setattr(merger_trial, "fit_in_lockstep", fit)
+    monkeypatch.setattr(merger_trial, "_screened", screened)
+    assert merger_trial.fit_weights(run, run.groups, run.tasks)["north_pico"] == 0.9
+    assert same(first["state"], state_of(run))
+    assert set(given[0].values()) == {1.0}
+    assert given[1]["north_pico"] > given[1]["east_pico"] > given[1]["south_pico"]
+    assert sum(given[1].values()) == pytest.approx(3.0)
+
+
+def test_lined_up_models_compute_the_same(run):
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    before = [run.models[name].eval()(images) for name in ("north_pico", "south_pico")]
+    run.alignment = "activations"
+    merger_trial.line_up(run)
+    after = [run.models[name](images) for name in ("north_pico", "south_pico")]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(before, after, strict=True))
+    assert set(run.permutations) == set(run.tasks) and any(run.permutations.values())
+    assert same(state_of(run), {k: v for k, v in run.unmerged.state_dict().items()}), "teachers are permuted alike"
