@@ -30,6 +30,8 @@ from merger_trial import (
     put_back,
     rule_of,
     screen_targets,
+    screened_ratios,
+    start_anew,
     state_of,
     teachers_of,
 )
@@ -274,10 +276,10 @@ def _try(run: Run, before: Configuration, proposal: Configuration, trained: Mapp
     retie(run.models, run.working or before, proposal, run.unmerged, rule_of(run.initial_weights))
     options, screened = run.training, {}
     if run.in_flight is None and run.initial_weights == LEAST_SQUARES:
-        screened = fit_weights(run, tuple(group for group in proposal if group not in set(before)), trained)
+        screened = _fit(run, before, proposal, trained)
         heed(run)
-        if run.strategy.prefers_release:
-            options = replace(options, max_epochs=0)
+    if run.strategy.prefers_release:
+        options = replace(options, max_epochs=0)
     teachers = teachers_of(run, trained, proposal)
     around = Circumstances(
         device=run.device,
@@ -299,6 +301,17 @@ def _try(run: Run, before: Configuration, proposal: Configuration, trained: Mapp
     finally:
         for teacher in teachers.values():
             teacher.close()
+
+
+def _fit(run: Run, before: Configuration, proposal: Configuration, trained: Mapping[str, Task]) -> dict[str, float]:
+    """Fits what was not fitted yet: as long as nothing that is kept was trained, all that the trial changes at once."""
+    if run.working == proposal:
+        return screened_ratios(run, trained)
+    if any(record["kept"] and record["steps"] for record in run.rounds):
+        return fit_weights(run, tuple(group for group in proposal if group not in set(before)), trained)
+    groups = tuple(group for group in proposal if set(group.tasks) <= set(trained))
+    start_anew(run, groups, trained)
+    return fit_weights(run, groups, trained)
 
 
 def _undo(run: Run) -> None:

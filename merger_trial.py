@@ -1,7 +1,8 @@
 """What a trial begins with: the weights of what is newly tied, the teachers, and what the screening has to reach."""
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -13,7 +14,7 @@ from sharing.alignment import align, moved
 from sharing.groups import Configuration, compared_layers, joined
 from sharing.harm import Harm, predict_harm
 from sharing.lockstep_fit import fit_in_lockstep
-from sharing.tying import restore_snapshot, retie, take_snapshot
+from sharing.tying import reset, restore_snapshot, retie, take_snapshot
 from trainer import evaluate
 from workload import CLASSIFICATION, DETECTION, Task
 
@@ -29,9 +30,10 @@ ALIGNMENT_OF = {"adaptive": "weights"}  # how a strategy lines up channels, wher
 FIT_PIXELS = 320 * 96 * 96  # of the images per task that weights are fitted on (benchmarks/LOG.md)
 DETECTION_SHARE = 0.2  # of the pixels, for detectors: every position of an image is a sample to their layers
 FIT_POSITIONS = 4096  # rows per layer and task
-MAX_FITS = 2
-WORTH_A_REFIT = 0.8  # of the targets: what is further away is not a matter of weight
-REWEIGHT_POWER, MAX_REWEIGHT = 12.0, 3.0
+MAX_FITS = 3
+WORTH_A_REFIT = 0.97  # of the targets, that all tasks should reach with the next weights
+USUAL_SLOPE, MIN_SLOPE, MAX_SLOPE = 0.12, 0.08, 0.4  # of a ratio over the logarithm of its weight
+MIN_MOVE, MAX_MOVE = 0.03, 1.1  # of the logarithm of a weight: less tells nothing of the slope, more is a leap
 HARM_METHOD = "fitted_error"  # cheap, and it finds the layers that do real harm (benchmarks/LOG.md)
 HARM_PIXELS = FIT_PIXELS // 4
 ALIGN_PIXELS = FIT_PIXELS // 8  # "weights" needs images only to check that each model still computes the same
@@ -75,42 +77,76 @@ def rule_of(initial_weights: str) -> str:
     return "mean" if initial_weights == LEAST_SQUARES else initial_weights
 
 
-def fit_weights(run: "Run", new: Configuration, trained: Mapping[str, Task]) -> dict[str, float]:
-    """Fits the weights of newly tied groups, in closed form, to what each task's unmerged layer does.
+def start_anew(run: "Run", groups: Configuration, trained: Mapping[str, Task]) -> None:
+    """Gives tied groups the mean of what they were, and everything private the values of the unmerged model."""
+    for name in trained:
+        run.models[name].load_state_dict(run.unmerged[name].state_dict())
+    reset(run.models, groups, run.unmerged)
 
-    The first fit counts all tasks alike. While a task is below its target on the screening subset, they are fitted
-    again, with more weight on what is below and less on what is above; what came nearest to all targets is kept.
-    Returns where each trained task then is on the subset, as a share of its target there.
+
+def fit_weights(run: "Run", groups: Configuration, trained: Mapping[str, Task]) -> dict[str, float]:
+    """Fits the weights of tied groups in closed form to what each task's unmerged layer does.
+
+    The first fit counts all tasks alike. While a task is below its target on the screening subset and the others have
+    something to give, the groups are fitted again with other weights of the tasks; what came nearest to all targets is
+    kept. Returns where each trained task then is on the subset, as a share of its target there.
     """
-    images = _images(run, new, FIT_PIXELS, "fit", len(run.rounds))
+    images = _images(run, groups, FIT_PIXELS, "fit", len(run.rounds))
     container = nn.ModuleDict({name: run.models[name] for name in trained})
     before, best, reached = state_of(container), {}, dict.fromkeys(trained, 0.0)
-    weights = dict.fromkeys(images, 1.0)
+    balance = Balance(images)
     for attempt in range(MAX_FITS):
         container.load_state_dict(before)
-        source = generator(run.seed, "fit", len(run.rounds), attempt)
+        source = generator(run.seed, "fit", len(run.rounds))  # the same rows each time
         fit_in_lockstep(
-            run.models, run.unmerged, new, images, generator=source, task_weights=weights, positions=FIT_POSITIONS
+            run.models,
+            run.unmerged,
+            groups,
+            images,
+            generator=source,
+            task_weights=balance.weights,
+            positions=FIT_POSITIONS,
         )
-        ratios = _screened(run, trained)
-        log.debug("fit %d with weights %s: %s of the targets", attempt, weights, ratios)
+        ratios = screened_ratios(run, trained)
+        log.debug("fit %d with weights %s: %s of the targets", attempt, balance.weights, ratios)
         if not best or min(ratios.values()) > min(reached.values()):
             best, reached = state_of(container), ratios
-        if not WORTH_A_REFIT <= min(reached.values()) < 1:
+        if min(reached.values()) >= 1 or balance.update(ratios) < WORTH_A_REFIT:
             break
-        weights = {name: weights[name] * _reweighted(ratios[name]) for name in weights}
-        mean = sum(weights.values()) / len(weights)
-        weights = {name: weight / mean for name, weight in weights.items()}
     container.load_state_dict(best)
     return reached
 
 
-def _reweighted(ratio: float) -> float:
-    """By how much a task counts more in the next fit; `ratio` of its target was reached in this one."""
-    return min(MAX_REWEIGHT, max(1 / MAX_REWEIGHT, max(ratio, 1e-3) ** -REWEIGHT_POWER))
+class Balance:
+    """How much each task counts in the fits: what one task has above its target, another may use.
+
+    Near a fit, a task's ratio (accuracy / target) is taken to be a line in the logarithm of its weight. The next
+    weights are those at which the lines of all tasks are level.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        self.weights = dict.fromkeys(names, 1.0)
+        self.slopes = dict.fromkeys(self.weights, USUAL_SLOPE)  # of the ratio over the logarithm of the weight
+        self.last: dict[str, tuple[float, float]] = {}  # logarithm of the weight, ratio
+
+    def update(self, ratios: Mapping[str, float]) -> float:
+        """Moves the weights, given what was reached with them; returns the ratio that all tasks should then reach."""
+        for name, weight in self.weights.items():
+            here = math.log(weight), ratios[name]
+            if name in self.last and abs(here[0] - self.last[name][0]) > MIN_MOVE:
+                slope = (here[1] - self.last[name][1]) / (here[0] - self.last[name][0])
+                self.slopes[name] = min(MAX_SLOPE, max(MIN_SLOPE, slope))
+            self.last[name] = here
+        level = sum(ratios[n] / s for n, s in self.slopes.items()) / sum(1 / s for s in self.slopes.values())
+        for name, slope in self.slopes.items():
+            move = min(MAX_MOVE, max(-MAX_MOVE, (level - ratios[name]) / slope))
+            self.weights[name] *= math.exp(move)
+        mean = sum(self.weights.values()) / len(self.weights)
+        self.weights = {name: weight / mean for name, weight in self.weights.items()}
+        return level
 
 
-def _screened(run: "Run", trained: Mapping[str, Task]) -> dict[str, float]:
+def screened_ratios(run: "Run", trained: Mapping[str, Task]) -> dict[str, float]:
     """Accuracy on the screening subset, as a share of what the unmerged model reaches there times the tolerance."""
     targets = screen_targets(run, trained)
     ratios = {}

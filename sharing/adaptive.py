@@ -23,6 +23,7 @@ RELEASED_WHEN_NEAR, RELEASED_WHEN_FAR = (
     0.25,
 )  # of what it shares, in bytes; twice as much each time it fails again
 HELD_BACK = 0.002  # of the possible saving: what the jump leaves out at most
+WORTH_A_FIT = 0.01  # of the possible saving: smaller parts that a fit does not bring to target are left to training
 JUMP, BACK_OFF, FILL, TRAIN, DONE = "jump", "back off", "fill in", "fill in with training", "done"
 
 Part = dict[int, tuple[str, ...]]  # what is tried as one: index of a group -> tasks that would join it
@@ -36,7 +37,7 @@ class Adaptive(Adopting):
         self.held_back: Configuration = ()
         self.own: Configuration = ()
         self.phase = JUMP
-        self.working: Configuration = ()  # what the last trial, which failed, has left to go on with
+        self.working: Configuration = ()  # what the last trial, which failed, has left to go on with; else nothing
         self.failures: dict[str, int] = {}  # task -> trials of this descent in which it failed
         self.parts: list[Part] = []  # to fill in, in this order
         self.tried: set[str] = set()
@@ -47,7 +48,7 @@ class Adaptive(Adopting):
 
     @property
     def goes_on(self) -> bool:
-        return self.phase == BACK_OFF
+        return bool(self.working)
 
     @property
     def uses_harm(self) -> bool:
@@ -92,6 +93,7 @@ class Adaptive(Adopting):
         trial = self.propose()
         assert trial is not None, "a trial is recorded that was never proposed"
         self.tried.add(self._key(trial))
+        self.working = ()
         if kept:
             self.own = trial
             if self.phase in (FILL, TRAIN):
@@ -100,6 +102,10 @@ class Adaptive(Adopting):
                 self._begin_filling(FILL)
         elif self.phase in (FILL, TRAIN):
             self._give_up_part(met)
+            if self.phase == FILL and not self.parts:
+                self._begin_filling(TRAIN)
+                if self.parts and self._filled(self.parts[0]) == trial:
+                    self.working = trial  # training goes on from what was fitted
         else:
             self._back_off(trial, set(met), ratios, harm)
 
@@ -125,6 +131,8 @@ class Adaptive(Adopting):
     def _give_up_part(self, met: Collection[str]) -> None:
         """Puts two smaller parts in the place of the first: the tasks that failed apart, or else half of the groups."""
         part = self.parts.pop(0)
+        if self.phase == FILL and self._gain(part) < WORTH_A_FIT * saved_bytes(self.groups):
+            return
         good = {i: tuple(t for t in tasks if t in met) for i, tasks in part.items()}
         bad = {i: tuple(t for t in tasks if t not in met) for i, tasks in part.items()}
         if not any(good.values()) or not any(bad.values()):
@@ -135,6 +143,9 @@ class Adaptive(Adopting):
             good, bad = ({i: part[i] for i in chosen} for chosen in (indices[:half], indices[half:]))
         halves = [{i: tasks for i, tasks in half.items() if tasks} for half in (good, bad)]
         self.parts = [halves[0], *self.parts, halves[1]]
+
+    def _gain(self, part: Part) -> int:
+        return saved_bytes(self._filled(part)) - saved_bytes(self.kept)
 
     def _filled(self, part: Part) -> Configuration:
         """What is kept, and the part: its tasks join those of the group that are tied, or in the part as well."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sharing.groups import Configuration, Group, find_layers
 from sharing.layer_rows import Batch, Rows, collect_rows, is_linear_map, is_normalised, matrix_of, run
-from sharing.least_squares import RIDGE, quotas, solve_ridge
+from sharing.least_squares import RIDGE, quotas
+from sharing.ridge import solve_ridge
 from sharing.statistics import averaged_statistics
 
 Harm = dict[tuple[Group, str], float]

@@ -34,8 +34,8 @@ def is_linear_map(layer: nn.Module) -> bool:
     return any(type(layer).forward is kind.forward for kind in (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))
 
 
-def is_normalised(model: nn.Module, name: str) -> bool:
-    """Whether batch normalisation is registered right behind the layer, so that means of its outputs have no effect.
+def normalisation_behind(model: nn.Module, name: str) -> nn.modules.batchnorm._BatchNorm | None:
+    """The batch normalisation that is registered right behind the layer, so that its outputs' mean and scale are free.
 
     Only by the order of registration, which is that of the blocks of every torchvision model.
     """
@@ -43,7 +43,12 @@ def is_normalised(model: nn.Module, name: str) -> bool:
     following = names[names.index(name) + 1 :][:1]
     layer, module = model.get_submodule(name), model.get_submodule(following[0]) if following else None
     batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    return batch_norm and module.num_features == output_width(layer)
+    return module if batch_norm and module.num_features == output_width(layer) else None
+
+
+def is_normalised(model: nn.Module, name: str) -> bool:
+    """Whether a batch normalisation follows the layer, so that the means of its outputs have no effect."""
+    return normalisation_behind(model, name) is not None
 
 
 def output_width(layer: nn.Module) -> int:

@@ -16,16 +16,19 @@ from sharing.layer_rows import (
     Rows,
     collect_rows,
     is_linear_map,
-    is_normalised,
     matrix_of,
+    normalisation_behind,
     set_matrix,
     shape_of,
 )
+from sharing.ridge import solve_weighted
 
 RIDGE = 0.1  # measured with benchmarks/initial_weights.py; strangers want more than models of one ancestor
 MAX_SYSTEM = 5000  # unknowns of the largest system that is solved
 MAX_ROWS_BYTES = 1 << 30  # of the rows that are held at a time
-ROWS_PER_INPUT = 4  # more rows than this per input dimension (and than MIN_ROWS) add nothing
+ROWS_PER_INPUT = (
+    4  # of a grouped convolution, where rows are large: more than this per input (and than MIN_ROWS) add nothing
+)
 MIN_ROWS = 512
 
 
@@ -64,7 +67,9 @@ def fit_least_squares(
 
     where Y_t is what the layer puts out in the teacher (the unmerged model), X_t what goes into it in the tied model,
     W0 the values it has now, and ridge counts in units of the mean squared input. Where each task normalises the
-    layer's outputs itself, the means of X_t and Y_t are taken away first.
+    layer's outputs itself, their means and scales are free: X_t and Y_t are centred, every channel of Y_t is brought to
+    the same scale in all tasks and counts by the square of its gain in the task's normalisation; then that gain is
+    lowered where the fit is bad.
 
     models: tied already. images: batches per task, without labels. own_inputs: X_t is what goes into the layer in the
     teacher instead. num_stages: the layers are fitted in blocks by depth; each sees inputs collected behind the blocks
@@ -97,31 +102,9 @@ def by_depth(models: Mapping[str, nn.Module], groups: Sequence[Group]) -> list[G
 
 def row_quota(layer: nn.Module, positions: int, num_tasks: int) -> int:
     """Rows to sample per task: no more than help, and so few that the system to solve stays small."""
-    inputs = shape_of(layer)[1]
-    quota = min(positions, max(MIN_ROWS, ROWS_PER_INPUT * inputs))
+    groups, inputs, _ = shape_of(layer)
+    quota = positions if groups == 1 else min(positions, max(MIN_ROWS, ROWS_PER_INPUT * inputs))
     return quota if inputs <= MAX_SYSTEM else min(quota, MAX_SYSTEM // num_tasks)
-
-
-def solve_ridge(x: Tensor, residual: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """(D, ridge used): D [groups, d, o] minimises ||x D - residual||^2 + ridge * mean(diagonal of x'x) ||D||^2.
-
-    x [groups, n, d], residual [groups, n, o]. Solves the normal equations, or their dual where n < d, by Cholesky;
-    where rounding leaves no positive definite matrix, with ten times the ridge, and again.
-    """
-    dual = x.shape[1] < x.shape[2]
-    system = x @ x.mT if dual else x.mT @ x
-    scale = x.square().sum((1, 2), keepdim=True) / x.shape[2]
-    scale = scale.clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
-    target = residual if dual else x.mT @ residual
-    identity = torch.eye(system.shape[1], dtype=x.dtype, device=x.device)
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(system + ridge * scale * identity)
-        if not failed.any():
-            break
-        ridge = max(10 * ridge, 1e-6)
-        assert ridge < 1e6, "rows that are not finite"
-    solution = torch.cholesky_solve(target, factor)
-    return (x.mT @ solution if dual else solution), ridge
 
 
 def why_unfit(models: nn.ModuleDict, group: Group) -> str:
@@ -182,16 +165,65 @@ def fit_group(
         return Fit(f"{unseen[0].task}: {unseen[0].layer} is never called as a module")
     if not all(torch.isfinite(part).all() for r in sampled.values() for part in r):
         return Fit("inputs or outputs are not finite")
-    if all(is_normalised(models[o.task], o.layer) for o in group.occurrences):
-        sampled = {task: r.centred() for task, r in sampled.items()}
     layer = models[group.occurrences[0].task].get_submodule(group.occurrences[0].layer)
+    norms = {o.task: normalisation_behind(models[o.task], o.layer) for o in group.occurrences}
+    counts = {task: (task_weights or {}).get(task, 1.0) for task in sampled}
+    if all(norm is not None for norm in norms.values()):
+        sampled = {task: r.centred() for task, r in sampled.items()}
+        sampled, weights = _in_equal_units(sampled, norms, counts)
+    else:
+        weights = torch.stack([counts[task] * _relative_to(r) for task, r in sampled.items()])
     start = matrix_of(layer)
-    energy = {task: r.y.square().sum().clamp_min(1e-12) for task, r in sampled.items()}
-    scales = {task: ((task_weights or {}).get(task, 1.0) / energy[task]).sqrt() for task in sampled}
     residuals = {task: r.y - r.x @ start for task, r in sampled.items()}
-    x = torch.cat([scales[task] * r.x for task, r in sampled.items()], 1)
-    change, ridge = solve_ridge(x, torch.cat([scales[task] * r for task, r in residuals.items()], 1), ridge)
+    inputs = [r.x for r in sampled.values()]
+    change, ridge = solve_weighted(inputs, list(residuals.values()), _shares(weights), ridge)
     set_matrix(layer, start + change)
+    for task, norm in norms.items():
+        if norm is not None and norm.affine:
+            _damp(norm, sampled[task].x @ (start + change), sampled[task].y)
+    energy = {task: r.y.square().sum().clamp_min(1e-12) for task, r in sampled.items()}
     before = {task: float(r.square().sum() / energy[task]) for task, r in residuals.items()}
     after = {task: float((r - sampled[task].x @ change).square().sum() / energy[task]) for task, r in residuals.items()}
     return Fit("", ridge, before, after)
+
+
+def _in_equal_units(sampled, norms, counts) -> tuple[dict[str, Rows], Tensor]:
+    """Outputs of all tasks on one scale per channel, since each task normalises them itself, and weights
+    [tasks, groups, o] by what a channel contributes behind the normalisation: the square of its gain there.
+    """
+    deviations = torch.stack([r.y.square().mean(1).sqrt() for r in sampled.values()])
+    deviations = deviations.clamp_min(1e-12).clamp_min(1e-3 * deviations.mean((1, 2), keepdim=True))
+    gains = [
+        torch.ones_like(d) if norms[t].weight is None else norms[t].weight.detach().view_as(d)
+        for t, d in zip(sampled, deviations, strict=True)
+    ]
+    weights = torch.stack(gains).square()
+    weights = weights / weights.sum((1, 2), keepdim=True).clamp_min(1e-12)
+    weights = weights * weights.new_tensor([counts[task] for task in sampled]).view(-1, 1, 1)
+    common = (_shares(weights) * deviations).sum(0)
+    units = (common / deviations).unsqueeze(2)
+    return {task: Rows(r.x, r.y * unit) for (task, r), unit in zip(sampled.items(), units, strict=True)}, weights
+
+
+def _relative_to(rows: Rows) -> Tensor:
+    """A weight [groups, o] that makes the squared error one of all outputs' mean square."""
+    groups, _, width = rows.y.shape
+    return (1 / rows.y.square().mean().clamp_min(1e-12)).expand(groups, width)
+
+
+def _shares(weights: Tensor) -> Tensor:
+    """Of each task in a channel; [tasks, groups, o], the sum over the tasks is 1."""
+    weights = weights.clamp_min(1e-9 * weights.amax())
+    return weights / weights.sum(0, keepdim=True)
+
+
+@torch.no_grad()
+def _damp(norm: nn.Module, found: Tensor, wanted: Tensor) -> None:
+    """Lowers the gain of channels that a fit hits badly.
+
+    The gain at which the error is least is the correlation between what is found and what is wanted, that which keeps
+    the variance is 1; it becomes their geometric mean (measured: benchmarks/LOG.md).
+    """
+    products = (found * wanted).sum(1), found.square().sum(1) * wanted.square().sum(1)
+    correlation = (products[0] / products[1].sqrt().clamp_min(1e-12)).clamp(0, 1)
+    norm.weight.mul_(correlation.sqrt().reshape(-1))

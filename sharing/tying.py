@@ -67,6 +67,15 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
         own[key].copy_(parameter)
 
 
+@torch.no_grad()
+def reset(models: nn.ModuleDict, configuration: Configuration, unmerged: nn.ModuleDict, initial: str = "mean") -> None:
+    """Gives tied groups the values that the rule makes of their unmerged models' weights, whatever they are now."""
+    for group in configuration:
+        layers = [_layer(unmerged, occurrence) for occurrence in group.occurrences]
+        for key, shared in _layer(models, group.occurrences[0]).named_parameters(recurse=False):
+            shared.copy_(INITIAL_WEIGHTS[initial]([getattr(layer, key) for layer in layers], None))
+
+
 def is_tied(models: nn.ModuleDict, group: Group) -> bool:
     """Whether all occurrences of the group hold the same parameter objects."""
     owned = [

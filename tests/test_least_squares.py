@@ -9,7 +9,8 @@ from torch import nn
 from sharing import least_squares
 from sharing.groups import find_groups
 from sharing.layer_rows import collect_rows, matrix_of
-from sharing.least_squares import by_depth, fit_least_squares, row_quota, solve_ridge
+from sharing.least_squares import by_depth, fit_least_squares, row_quota
+from sharing.ridge import solve_ridge, solve_weighted
 from sharing.tying import is_tied, tie
 
 
@@ -189,3 +190,54 @@ def test_a_large_layer_stays_in_bounds():
     (fit,) = fit_least_squares(models, teachers, groups, images, generator=generator()).values()
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert fit.fitted and max(fit.after.values()) < 0.01 and grown_mib < 400
+
+
+def test_columns_with_weights_of_their_own_come_near_to_their_own_solutions():
+    torch.manual_seed(0)
+    x, y = [torch.rand(1, 200, 8) for _ in range(3)], [torch.rand(1, 200, 4) for _ in range(3)]
+    weights = torch.rand(3, 1, 4) ** 3
+    weights = weights / weights.sum(0)
+    found, _ = solve_weighted(x, y, weights, 0.1)
+    means = weights.mean((1, 2))
+    scale = sum(m * a.square().sum() / 200 for m, a in zip(means, x, strict=True)) / 8
+    for column in range(4):
+        w = weights[:, 0, column]
+        system = sum(w[t] * x[t][0].T @ x[t][0] / 200 for t in range(3)) + 0.1 * scale * torch.eye(8)
+        target = sum(w[t] * x[t][0].T @ y[t][0, :, column] / 200 for t in range(3))
+        expected = torch.linalg.solve(system, target)
+        assert torch.allclose(found[0, :, column], expected, rtol=0.02, atol=0.01)
+
+
+def test_with_fewer_rows_than_inputs_tasks_count_with_their_mean_weight():
+    torch.manual_seed(0)
+    x, y = [torch.rand(1, 5, 20) for _ in range(2)], [torch.rand(1, 5, 3) for _ in range(2)]
+    uneven = torch.tensor([[[0.9, 0.5, 0.1]], [[0.1, 0.5, 0.9]]])
+    assert torch.allclose(
+        solve_weighted(x, y, uneven, 0.1)[0], solve_weighted(x, y, torch.full((2, 1, 3), 0.5), 0.1)[0]
+    )
+
+
+def test_the_scale_of_normalised_outputs_is_free():
+    """Two models that differ only in the scale of a convolution, which each normalises away, share it at no cost."""
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)).eval()
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        second[0].weight *= torch.tensor([0.1, 1.0, 3.0, 10.0]).view(4, 1, 1, 1)
+    models, teachers, groups = tied(a_x=first, b_x=second)
+    images = {t: [torch.rand(20, 3, 8, 8)] for t in models}
+    (fit,) = fit_least_squares(models, teachers, groups, images, generator=generator(), ridge=1e-4).values()
+    assert max(fit.after.values()) < 1e-3
+
+
+def test_the_gain_of_channels_that_are_hit_badly_is_lowered():
+    torch.manual_seed(0)
+    models, teachers, groups = tied(
+        a_x=nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)).eval(),
+        b_x=nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)).eval(),
+    )
+    images = {t: [torch.rand(20, 3, 8, 8)] for t in models}
+    fit_least_squares(models, teachers, groups, images, generator=generator())
+    gains = torch.stack([model[1].weight.detach() for model in models.values()])
+    assert (gains <= 1).all() and gains.min() < 0.95 and (gains > 0).all()
+    assert all((teacher[1].weight == 1).all() for teacher in teachers.values())

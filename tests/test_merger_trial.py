@@ -52,11 +52,11 @@ def test_foreseeing_changes_nothing_and_holds_back_a_little(run, monkeypatch):
 
 def test_fitted_weights_come_near_to_what_each_task_could(run):
     retie(run.models, (), run.groups, run.unmerged, "mean")
-    mean = merger_trial._screened(run, run.tasks)
+    mean = merger_trial.screened_ratios(run, run.tasks)
     fitted = merger_trial.fit_weights(run, run.groups, run.tasks)
     assert all(is_tied(run.models, group) for group in run.groups)
     assert min(fitted.values()) > min(mean.values()), "better than the mean for the task that suffers most"
-    assert fitted == merger_trial._screened(run, run.tasks), "what is returned is what the models are now"
+    assert fitted == merger_trial.screened_ratios(run, run.tasks), "what is returned is what the models are now"
 
 
 def test_fits_depend_on_the_seed_alone(run):
@@ -88,12 +88,38 @@ def test_the_better_of_two_fits_is_kept(run, monkeypatch):
         return next(answers)
 
     monkeypatch.setattr(merger_trial, "fit_in_lockstep", fit)
-    monkeypatch.setattr(merger_trial, "_screened", screened)
+    monkeypatch.setattr(merger_trial, "screened_ratios", screened)
     assert merger_trial.fit_weights(run, run.groups, run.tasks)["north_pico"] == 0.9
     assert same(first["state"], state_of(run))
     assert set(given[0].values()) == {1.0}
     assert given[1]["north_pico"] > given[1]["east_pico"] > given[1]["south_pico"]
     assert sum(given[1].values()) == pytest.approx(3.0)
+
+
+def test_balance_moves_weight_to_what_lacks_and_learns_how_much_it_takes():
+    balance = merger_trial.Balance(["a", "b"])
+    assert balance.update({"a": 0.96, "b": 1.04}) == pytest.approx(1.0)
+    assert balance.weights["a"] > 1 > balance.weights["b"] and sum(balance.weights.values()) == pytest.approx(2)
+    before = dict(balance.weights)
+    assert balance.update({"a": 1.0, "b": 1.0}) == pytest.approx(1.0)
+    assert balance.weights == pytest.approx(before), "level already"
+    steep = merger_trial.Balance(["a", "b"])
+    steep.update({"a": 0.9, "b": 1.1})
+    moved = steep.weights["a"]
+    steep.update({"a": 1.1, "b": 0.9})
+    assert max(steep.slopes.values()) <= merger_trial.MAX_SLOPE
+    assert steep.weights["a"] < moved, "too much was moved, some of it comes back"
+
+
+def test_a_fit_starts_from_the_unmerged_models_whatever_was_tried_before(run):
+    retie(run.models, (), run.groups, run.unmerged, "mean")
+    start = state_of(run)
+    with torch.no_grad():
+        for tensor in run.models.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.mul_(0.5)
+    merger_trial.start_anew(run, run.groups, run.tasks)
+    assert same(start, state_of(run)) and all(is_tied(run.models, group) for group in run.groups)
 
 
 def test_lined_up_models_compute_the_same(run):

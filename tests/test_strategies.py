@@ -192,6 +192,22 @@ def test_adaptive_jumps_first_and_releases_what_hurts_most_for_the_task_that_fai
     assert strategy.propose() == everything and not strategy.prefers_release, "the jump, now with training"
 
 
+def test_training_goes_on_from_a_small_part_that_was_fitted(monkeypatch):
+    monkeypatch.setattr("sharing.adaptive.WORTH_A_FIT", 0.5)
+    strategy = Adaptive(workload(1, 1))
+    everything = strategy.propose()
+    strategy.held_back = tuple(group for group in everything if group.occurrences[0].layer == "conv1")
+    strategy.record(True, tasks_in(strategy.propose()))
+    assert strategy.propose() == everything and strategy.prefers_release and not strategy.goes_on
+    strategy.record(False, set())
+    assert strategy.goes_on and strategy.propose() == everything and not strategy.prefers_release
+    again = Adaptive(workload(1, 1))
+    again.load_state(strategy.state())
+    assert again.goes_on and again.propose() == everything
+    strategy.record(False, set())
+    assert not strategy.goes_on
+
+
 def test_adaptive_releases_more_each_time_until_a_task_shares_nothing():
     strategy = Adaptive(workload(3, 3, 3))
     shares = []
