@@ -102,7 +102,7 @@ def _missing_dataset(task: Task, roots: Sequence[Path]) -> Problem:
 def _classification_problems(task: Task, folder: Path, split: str) -> Iterator[Problem]:
     names = class_names(folder)
     images = [path for path, _ in labelled_images(folder / split, names)]
-    yield from _count_problems(task, folder, split, images, "<class>/*.jpg")
+    yield from _count_problems(task, folder, split, images, f"{split}/<class>/*.jpg")
     for path in visible(folder / split):
         if path.is_dir() and path.name not in names and names:
             allowed = f"the class folders of train: {', '.join(names)}"
@@ -114,10 +114,12 @@ def _count_problems(task: Task, folder: Path, split: str, images: Sequence[Path]
     needed = 2 if split == "train" else 1
     if len(images) >= needed:
         return
-    beside = ", ".join(path.name for path in visible(folder / split)[:5])
-    got = f"{len(images) or 'no'} image{'s' * (len(images) != 1)}" if (folder / split).is_dir() else "no such folder"
-    got += f" (the folder holds {beside})" if beside and not images else ""
-    allowed = f"at least {needed} image{'s' * (needed > 1)} as {split}/{pattern} ({', '.join(sorted(IMAGE_SUFFIXES))})"
+    in_folder = pattern.startswith(f"{split}/")
+    beside = ", ".join(path.name for path in visible(folder / split)[:5]) if in_folder and not images else ""
+    got = f"{len(images) or 'no'} image{'s' * (len(images) != 1)}"
+    got = "no such folder" if in_folder and not (folder / split).is_dir() else got
+    got += f" (the folder holds {beside})" if beside else ""
+    allowed = f"at least {needed} image{'s' * (needed > 1)} as {pattern} ({', '.join(sorted(IMAGE_SUFFIXES))})"
     yield Problem(task.name, f"dataset {split}", got, allowed)
 
 
@@ -198,7 +200,7 @@ def _split_problems(
 ) -> Iterator[Problem]:
     images = [image for image, _ in split.samples]
     if not has_faults:
-        yield from _count_problems(task, folder, name, images, layout.images)
+        yield from _count_problems(task, folder, name, images, layout.images.format(split=name))
     repairs += split.repairs
     num_boxes = 0
     for _, source in split.samples:

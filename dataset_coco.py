@@ -77,7 +77,7 @@ def open_layout(folder: Path, num_outputs: int | None, first_label: int) -> Layo
         if not files[split]:
             where = f"annotations/instances_{split}*.json or {'|'.join(SPLIT_FOLDERS[split])}/{IN_SPLIT}"
             faults.append(Fault(folder, split, "no annotation file", where))
-    names = read(files["train"][0]).categories if files["train"] else {}
+    names = _categories(files["train"])
     ids = class_ids(names, num_outputs, first_label)
     return Layout(
         NAME,
@@ -86,12 +86,18 @@ def open_layout(folder: Path, num_outputs: int | None, first_label: int) -> Layo
             for split, paths in files.items()
             if paths or split != "test"
         },
-        images="*.jpg",
+        images="images that the JSON file names",
         objects="its JSON file",
         class_names=_class_names(names, ids),
         crowds=True,
         faults=faults,
     )
+
+
+def _categories(train: Sequence[Path]) -> dict[int, str]:
+    """Those of the train split, which count for all; {} if something is wrong with them."""
+    coco = read(train[0]) if train else CocoFile()
+    return {} if any(fault.place.startswith("categories") for fault in coco.faults) else coco.categories
 
 
 def class_ids(categories: Mapping[int, str], num_outputs: int | None, first_label: int) -> dict[int, int]:

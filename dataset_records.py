@@ -81,8 +81,8 @@ class Split:
 class Layout:
     """A dataset folder as it was recognised; splits: "train", "val" and, where there is one, "test", read when asked.
 
-    images, objects: where the images and objects of a split are expected, for messages. class_names: by class id, ()
-    where the format names none. crowds: whether the format marks objects as crowds.
+    images, objects: where those of a "{split}" are expected, for messages. class_names: by class id, () where the
+    format names none. crowds: whether the format marks objects as crowds.
     """
 
     name: str

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import SafeConstructor
 
 from dataset_records import Fault, Layout, Source, Split, file_exists, is_image, read_text, shown, visible
 from dataset_yolo import MAX_CLASS_ID, TextFile, annotation_files, orphan_faults, stem_faults
@@ -24,6 +25,7 @@ SUFFIXES = {".yaml", ".yml"}
 SPLITS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}  # our name: theirs
 PLACE = "a folder of images, a text file with an image per line, or a list of these"
 TRAIN_KEY = re.compile(r"^train\s*:", re.MULTILINE)
+MAX_YAML, MAX_DEPTH = 1 << 20, 20
 MOVED = "the 'path' of the yaml file does not exist here, so its own folder was taken"
 
 
@@ -71,7 +73,7 @@ def open_layout(folder: Path) -> Layout:
     return Layout(
         NAME,
         splits,
-        images="*.jpg",
+        images="images that the yaml file names",
         objects="text files beside the images, with 'labels' in place of 'images' in their paths",
         class_names=class_names,
         faults=faults,
@@ -93,20 +95,33 @@ def read_yaml(file: Path) -> tuple[Description, Counter, list[Fault]]:
     if faults:
         return about, repairs, faults
     try:
-        if alias := next((e for e in yaml.parse(text, yaml.SafeLoader) if isinstance(e, yaml.AliasEvent)), None):
-            place = f"line {alias.start_mark.line + 1}"
-            return about, repairs, [Fault(file, place, "an alias", "YAML without aliases")]  # they can blow up
+        if faults := _bomb_faults(file, text):
+            return about, repairs, faults
         node = yaml.compose(text, yaml.SafeLoader)
         if not isinstance(node, yaml.MappingNode):
             got = "an empty file" if node is None else f"a {node.id}"
             return about, repairs, [Fault(file, "", got, "keys such as train, val and names")]
         faults = [*_repeated_keys(file, node)]
         about.lines.update({key.value: key.start_mark.line + 1 for key, _ in node.value if _is_scalar(key)})
-        values = yaml.safe_load(text)
+        values = SafeConstructor().construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         return about, repairs, [_yaml_fault(file, text, error)]
     about.values.update({key: value for key, value in values.items() if isinstance(key, str)})
     return about, repairs, faults
+
+
+def _bomb_faults(file: Path, text: str) -> list[Fault]:
+    """Aliases can blow up a small file, and the time of the parser grows with the square of the depth."""
+    if len(text) > MAX_YAML:
+        return [Fault(file, "", f"{len(text)} characters", f"at most {MAX_YAML}")]
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
+            got = "an alias" if depth <= MAX_DEPTH else f"{depth} levels"
+            place = f"line {event.start_mark.line + 1}"
+            return [Fault(file, place, got, f"YAML without aliases, of at most {MAX_DEPTH} levels")]
+    return []
 
 
 def _yaml_fault(file: Path, text: str, error: Exception) -> Fault:

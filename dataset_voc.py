@@ -69,7 +69,7 @@ def open_layout(folder: Path) -> Layout:
     return Layout(
         NAME,
         {split: partial(_split, pairs_of, split, ids) for split in there},
-        images="*.jpg" if in_folders else "ImageSets/Main",
+        images="{split}/*.jpg" if in_folders else "images that ImageSets/Main/{split}.txt lists",
         objects="XML files named after the images",
         class_names=names,
         crowds=True,
@@ -94,7 +94,7 @@ def _class_names(folder: Path, pairs: list[tuple[Path, Path | None]]) -> tuple[t
         if not name or name in names[: number - 1]:
             got = f"{shown(name)} again" if name else "an empty line"
             faults.append(Fault(folder / CLASSES_FILE, f"line {number}", got, "one class name per line"))
-    return tuple(names), faults
+    return tuple(dict.fromkeys(filter(None, names))), faults
 
 
 def _names_in(file: Path) -> tuple[str, ...]:

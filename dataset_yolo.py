@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dataset_records import (
     AREA,
+    MIN_SIDE,
     Box,
     Fault,
     Layout,
@@ -19,7 +20,6 @@ from dataset_records import (
     Source,
     Split,
     image_files,
-    is_empty,
     read_text,
     settle,
     visible,
@@ -70,9 +70,10 @@ class TextFile:
         x, y, width, height = box
         corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
         inside = settle(corners, OUTSIDE_TOLERANCE, objects.repairs)
-        if is_empty(corners) or inside is None:
+        empty = width < MIN_SIDE or height < MIN_SIDE
+        if empty or inside is None:
             got = f"the box {' '.join(f'{value:g}' for value in box)}"
-            objects.faults.append(Fault(self.file, place, got, AREA if is_empty(corners) else INSIDE))
+            objects.faults.append(Fault(self.file, place, got, AREA if empty else INSIDE))
         elif fault is None:
             objects.boxes.append(Box(place, int(values[0]), inside))
 
@@ -116,7 +117,7 @@ def open_layout(folder: Path) -> Layout:
     return Layout(
         NAME,
         {split: partial(_split, folder / split) for split in splits},
-        images="images/*.jpg",
+        images="{split}/images/*.jpg",
         objects="{split}/annotations/<stem of the image>.txt",
     )
 
