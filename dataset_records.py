@@ -19,7 +19,7 @@ CLIPPED = "a box that left the image by rounding was clipped to it"
 BYTE_ORDER_MARK = "a byte order mark was skipped"
 WINDOWS_LINES = "Windows line ends were read as line ends"
 AREA = "boxes with a width and a height above 0"
-MAX_TEXT_BYTES = 16 << 20  # of a file that describes one image, or a dataset in a few lines
+MAX_TEXT_BYTES = 256 << 20  # a list of a million images
 ORIENTATION = 0x0112  # EXIF
 
 

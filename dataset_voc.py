@@ -21,7 +21,6 @@ from xml.parsers import expat
 from dataset_records import (
     AREA,
     BYTE_ORDER_MARK,
-    MAX_TEXT_BYTES,
     Box,
     Fault,
     Layout,
@@ -41,6 +40,7 @@ from dataset_yolo import orphan_faults, stem_faults
 NAME = "Pascal VOC XML"
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 CLASSES_FILE = "classes.txt"
+MAX_XML_BYTES = 4 << 20  # of one image
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 PIXELS = 1.0  # by which a box may leave the image and is clipped
 NO_SIZE = "the size of an image was taken from the image, as its annotation has none"
@@ -190,8 +190,8 @@ class Element:
 def parse(file: Path) -> tuple[Element, list[Fault]]:
     """The root element. A DOCTYPE is refused: it could define entities that grow without limit or read other files."""
     content, top = file.read_bytes(), Element("", 0)
-    if len(content) > MAX_TEXT_BYTES:
-        return top, [Fault(file, "", f"{len(content)} bytes", f"at most {MAX_TEXT_BYTES} bytes")]
+    if len(content) > MAX_XML_BYTES:
+        return top, [Fault(file, "", f"{len(content)} bytes", f"at most {MAX_XML_BYTES} bytes")]
     parser, open_elements = expat.ParserCreate(), [top]
 
     def start(tag: str, attributes: dict) -> None:
