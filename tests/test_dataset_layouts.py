@@ -218,6 +218,7 @@ def change_coco(folder, split, change):
         (3, True, {"car": 0, "person": 1}, [1, 2], ("car", "person")),
         (3, True, {"car": 1, "person": 2}, [1, 2], ("car", "person")),
         (3, True, {"all": 0, "car": 1, "person": 2}, [1, 2], ("car", "person")),
+        (4, True, {"car": 0, "person": 2, "van": 3}, [1, 2], ("car", "person", "van")),
         (4, True, {"all": 0, "car": 1, "person": 2}, [2, 3], ("all", "car", "person")),
     ],
 )
