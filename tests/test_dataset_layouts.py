@@ -249,6 +249,8 @@ def test_crowds_are_not_trained_on_and_do_not_count(tmp_path, task):
     assert lines_of(task, folder) == []
     targets = [target for _, target in targets_of(task, folder, "val")]
     assert [target["iscrowd"].tolist() for target in targets] == [[1], [0]]
+    val = open_split(task, folder, "val")
+    assert [val.has_labels(index) for index in range(2)] == [False, True]
 
     class Fixed(torch.nn.Module):  # finds the crowd twice, with higher scores than what counts
         def forward(self, images):
