@@ -5,7 +5,8 @@ through the task's transforms and its model.
 """
 
 import difflib
-from collections import defaultdict
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,39 +14,37 @@ import torch
 from PIL import Image
 
 from dataset_folders import (
-    IMAGE_SUFFIXES,
     FolderDataset,
-    annotation_files,
     class_names,
     describe,
     find_dataset,
-    image_files,
     labelled_images,
     load_image,
     open_split,
-    paired_files,
-    read_annotation,
-    visible,
+    wrong_size,
 )
+from dataset_layouts import open_layout
+from dataset_records import IMAGE_SUFFIXES, Fault, Layout, Objects, Source, Split, visible
 from eval_methods import device_of, evaluation_mode, logits_of
 from model_architectures import num_classes_of
 from workload import CLASSIFICATION, Problem, Task
 
 MAX_LISTED = 10  # problems of one kind and task
 MAX_DECODED = 32  # images of one split
-OUTSIDE_TOLERANCE = 1e-3  # share of the image by which rounding may push a box over its edge
-CLASSES_FILE = "classes.txt"  # labelling tools put the names of the classes beside the annotations
 SAMPLE_CONTRACT = {
     True: "image -> float tensor [C, H, W]",
     False: '(image, target) -> (float tensor [C, H, W], {"boxes": XYXY [N, 4], "labels": int64 [N], ...})',
 }
+
+log = logging.getLogger(__name__)
 
 
 def check(tasks: Mapping[str, Task], roots: Sequence[Path]) -> list[Problem]:
     """All problems of the datasets, transforms and class counts of all tasks; [] if everything is right.
 
     roots: the folders that hold datasets; the first that has a task's dataset is taken. Raises nothing: what a user's
-    transform or model raises is a problem as well. Models keep their modes.
+    transform or model raises is a problem as well. Models keep their modes. What could be put right, such as a box that
+    leaves its image by rounding, is logged as a warning, counted.
     """
     return [problem for task in tasks.values() for problem in _capped(_task_problems(task, roots))]
 
@@ -53,25 +52,29 @@ def check(tasks: Mapping[str, Task], roots: Sequence[Path]) -> list[Problem]:
 def _capped(problems: Iterable[Problem]) -> Iterator[Problem]:
     """The first problems of every kind, and how many more there are; a kind is what has the same remedy."""
     kinds: dict[str, list[Problem]] = defaultdict(list)
+    counts: Counter[str] = Counter()
     for problem in problems:
-        kinds[problem.allowed].append(problem)
+        counts[problem.allowed] += 1
+        if counts[problem.allowed] <= MAX_LISTED:
+            kinds[problem.allowed].append(problem)
     for allowed, found in kinds.items():
-        yield from found[:MAX_LISTED]
-        if len(found) > MAX_LISTED:
-            yield Problem(found[0].task, "dataset", f"{len(found) - MAX_LISTED} more problems of this kind", allowed)
+        yield from found
+        if more := counts[allowed] - len(found):
+            yield Problem(found[0].task, "dataset", f"{more} more problems of this kind", allowed)
 
 
 def _task_problems(task: Task, roots: Sequence[Path]) -> list[Problem]:
     folder = find_dataset(task, roots)
     if folder is None:
         return [_missing_dataset(task, roots)]
-    problems = []
-    for split in _splits(folder):
-        check_split = _classification_problems if task.kind == CLASSIFICATION else _detection_problems
-        problems += check_split(task, folder, split)
+    layout = None if task.kind == CLASSIFICATION else open_layout(task, folder)
+    if layout is None:
+        problems = [p for split in _splits(folder) for p in _classification_problems(task, folder, split)]
+    else:
+        problems = _detection_problems(task, folder, layout)
     outputs = None
     if not problems:
-        problems, outputs = _dry_run(task, folder)
+        problems, outputs = _dry_run(task, folder, layout)
     if task.kind == CLASSIFICATION:
         outputs = num_classes_of(task.model) if outputs is None else outputs
         problems += _class_count(task, class_names(folder), outputs)
@@ -99,7 +102,7 @@ def _missing_dataset(task: Task, roots: Sequence[Path]) -> Problem:
 def _classification_problems(task: Task, folder: Path, split: str) -> Iterator[Problem]:
     names = class_names(folder)
     images = [path for path, _ in labelled_images(folder / split, names)]
-    yield from _count_problems(task, folder, split, images, "<class>/*.jpg")
+    yield from _count_problems(task, folder, split, images, f"{split}/<class>/*.jpg")
     for path in visible(folder / split):
         if path.is_dir() and path.name not in names and names:
             allowed = f"the class folders of train: {', '.join(names)}"
@@ -111,21 +114,27 @@ def _count_problems(task: Task, folder: Path, split: str, images: Sequence[Path]
     needed = 2 if split == "train" else 1
     if len(images) >= needed:
         return
-    beside = ", ".join(path.name for path in visible(folder / split)[:5])
-    got = f"{len(images) or 'no'} image{'s' * (len(images) != 1)}" if (folder / split).is_dir() else "no such folder"
-    got += f" (the folder holds {beside})" if beside and not images else ""
-    allowed = f"at least {needed} image{'s' * (needed > 1)} as {split}/{pattern} ({', '.join(sorted(IMAGE_SUFFIXES))})"
+    in_folder = pattern.startswith(f"{split}/")
+    beside = ", ".join(path.name for path in visible(folder / split)[:5]) if in_folder and not images else ""
+    got = f"{len(images) or 'no'} image{'s' * (len(images) != 1)}"
+    got = "no such folder" if in_folder and not (folder / split).is_dir() else got
+    got += f" (the folder holds {beside})" if beside else ""
+    allowed = f"at least {needed} image{'s' * (needed > 1)} as {pattern} ({', '.join(sorted(IMAGE_SUFFIXES))})"
     yield Problem(task.name, f"dataset {split}", got, allowed)
 
 
-def _image_problems(task: Task, folder: Path, images: Sequence[Path]) -> Iterator[Problem]:
-    """Files without a byte, and those of an even sample that do not decode."""
+def _image_problems(
+    task: Task, folder: Path, images: Sequence[Path], sources: Mapping[Path, Source] | None = None
+) -> Iterator[Problem]:
+    """Files without a byte, and those of an even sample that do not decode or have not the size that is stated."""
     allowed = "images that can be decoded"
     sample = set(_evenly(images, MAX_DECODED))
     for path in images:
         error = _file_error(path) or (_decode_error(path) if path in sample else None)
         if error:
-            yield Problem(task.name, f"dataset {path.relative_to(folder).as_posix()}", error, allowed)
+            yield _of_fault(task, folder, Fault(path, "", error, allowed))
+        elif path in sample and sources and (wrong := _wrong_size(path, sources[path])):
+            yield _of_fault(task, folder, Fault(path, "", wrong, f"the size that {sources[path].file.name} states"))
 
 
 def _evenly(items: Sequence, count: int) -> list:
@@ -150,6 +159,14 @@ def _decode_error(path: Path) -> str | None:
     return None
 
 
+def _wrong_size(path: Path, source: Source) -> str | None:
+    try:
+        objects = source.read()
+    except OSError:
+        return None
+    return wrong_size(load_image(path), objects) if objects.size else None
+
+
 def _message(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
@@ -158,70 +175,77 @@ def _message(error: BaseException) -> str:
 # ---- annotations ------------------------------------------------------------------------------------------
 
 
-def _detection_problems(task: Task, folder: Path, split: str) -> Iterator[Problem]:
-    images = image_files(folder / split / "images")
-    yield from _count_problems(task, folder, split, images, "images/*.jpg")
-    yield from _pairing_problems(task, folder, split, images)
+def _detection_problems(task: Task, folder: Path, layout: Layout) -> list[Problem]:
+    """Of all splits; that one has no images or no objects is said only where nothing else is, for it may follow."""
+    splits = {name: open_them() for name, open_them in layout.splits.items()}
+    faults = [*layout.faults, *(fault for split in splits.values() for fault in split.faults)]
+    problems = [_of_fault(task, folder, fault) for fault in faults]
+    repairs = Counter(layout.repairs)
+    for name, split in splits.items():
+        problems += _split_problems(task, folder, layout, name, split, bool(faults), repairs)
+    for repair, count in (+repairs).items():
+        log.warning("%s: dataset: %d times: %s", task.name, count, repair)
+    return problems
+
+
+def _of_fault(task: Task, folder: Path, fault: Fault) -> Problem:
+    inside = fault.file.is_relative_to(folder)
+    file = fault.file.relative_to(folder).as_posix() if inside else str(fault.file)
+    key = " ".join(word for word in ("dataset", "" if file == "." else file, fault.place) if word)
+    return Problem(task.name, key, fault.got, fault.allowed)
+
+
+def _split_problems(
+    task: Task, folder: Path, layout: Layout, name: str, split: Split, has_faults: bool, repairs: Counter
+) -> Iterator[Problem]:
+    images = [image for image, _ in split.samples]
+    if not has_faults:
+        yield from _count_problems(task, folder, name, images, layout.images.format(split=name))
+    repairs += split.repairs
     num_boxes = 0
-    for annotation in filter(None, (annotation for _, annotation in paired_files(folder / split))):
-        name = f"dataset {annotation.relative_to(folder).as_posix()}"
+    for _, source in split.samples:
         try:
-            boxes, bad = read_annotation(annotation)
+            objects = source.read()
         except OSError as error:
-            yield Problem(task.name, name, _message(error), "annotation files that can be read")
+            fault = Fault(source.file, "", _message(error), "annotation files that can be read")
+            yield _of_fault(task, folder, fault)
+            has_faults = True
             continue
-        num_boxes += len(boxes) + len(bad)
-        yield from _line_problems(task, name, boxes, bad)
-    if images and not num_boxes:
-        beside = ", ".join(path.name for path in visible(folder / split))
-        got = f"no image with an object (the folder holds {beside})"
-        allowed = f"objects in {split}/annotations/<stem of the image>.txt: without any, mAP is undefined"
-        yield Problem(task.name, f"dataset {split}", got, allowed)
-    yield from _image_problems(task, folder, images)
+        repairs += objects.repairs
+        num_boxes += sum(not box.crowd for box in objects.boxes) + len(objects.faults)
+        for fault in objects.faults:
+            yield _of_fault(task, folder, fault)
+        yield from (_of_fault(task, folder, fault) for fault in _class_faults(task, layout, source, objects))
+    if images and not num_boxes and not has_faults:
+        beside = ", ".join(path.name for path in visible(folder / name))
+        got = "no image with an object" + (f" (the folder holds {beside})" if beside else "")
+        allowed = f"objects in {layout.objects.format(split=name)}: without any, mAP is undefined"
+        yield Problem(task.name, f"dataset {name}", got, allowed)
+    yield from _image_problems(task, folder, images, dict(split.samples))
 
 
-def _pairing_problems(task: Task, folder: Path, split: str, images: Sequence[Path]) -> Iterator[Problem]:
-    by_stem = defaultdict(list)
-    for path in images:
-        by_stem[path.stem].append(path.name)
-    for names in by_stem.values():
-        if len(names) > 1:
-            key = f"dataset {split}/images/{names[0]}"
-            yield Problem(task.name, key, f"the same stem as {', '.join(names[1:])}", "one image for every stem")
-    for path in annotation_files(folder / split):
-        if path.stem not in by_stem and path.name != CLASSES_FILE:
-            key = f"dataset {split}/annotations/{path.name}"
-            yield Problem(task.name, key, f"no image {path.stem}.*", "annotation files named after an image")
-
-
-def _line_problems(task: Task, name: str, boxes: list, bad: list) -> Iterator[Problem]:
+def _class_faults(task: Task, layout: Layout, source: Source, objects: Objects) -> Iterator[Fault]:
     outputs = num_classes_of(task.model)
-    num_classes = None if outputs is None else outputs - task.background_class
-    for line in bad:
-        yield Problem(task.name, f"{name} line {line.line}", line.got, line.allowed)
-    for row in boxes:
-        key = f"{name} line {row.line}"
-        if num_classes is not None and row.class_id >= num_classes:
-            allowed = f"class ids 0 to {num_classes - 1}, the classes of the model"
-            yield Problem(task.name, key, f"class id {row.class_id}", allowed)
-        x, y, width, height = row.box
-        box = f"the box {' '.join(f'{value:g}' for value in row.box)}"
-        if width <= 0 or height <= 0:
-            yield Problem(task.name, key, box, "boxes with a width and a height above 0")
-        elif max(abs(x - 0.5) + width / 2, abs(y - 0.5) + height / 2) > 0.5 + OUTSIDE_TOLERANCE:
-            yield Problem(task.name, key, box, "boxes inside the image, in shares of its width and height")
+    if outputs is None:
+        return
+    num_classes = outputs - task.background_class
+    for box in objects.boxes:
+        if not 0 <= box.class_id < num_classes:
+            named = 0 <= box.class_id < len(layout.class_names)
+            got = f"class id {box.class_id}{f' ({layout.class_names[box.class_id]})' if named else ''}"
+            yield Fault(source.file, box.place, got, f"class ids 0 to {num_classes - 1}, the classes of the model")
 
 
 # ---- transforms and model ---------------------------------------------------------------------------------
 
 
-def _dry_run(task: Task, folder: Path) -> tuple[list[Problem], int | None]:
+def _dry_run(task: Task, folder: Path, layout: Layout | None) -> tuple[list[Problem], int | None]:
     """Problems of the transforms and of the model's forward pass, and a classifier's number of outputs."""
     problems: list[Problem] = []
     allowed = SAMPLE_CONTRACT[task.kind == CLASSIFICATION]
     first = {}
     for split in ("train", "val"):
-        dataset = open_split(task, folder, split)
+        dataset = open_split(task, folder, split, layout=layout)
         try:
             samples = [dataset[index][0] for index in _telling_samples(dataset)]
         except RuntimeError as error:
@@ -247,7 +271,7 @@ def _telling_samples(dataset: FolderDataset) -> list[int]:
             with Image.open(dataset.samples[index][0]) as image:  # reads the header only
                 aspects[index] = image.width / image.height
         return list(dict.fromkeys([min(aspects, key=aspects.get), max(aspects, key=aspects.get)]))
-    objects = (bool(read_annotation(annotation)[0]) for _, annotation in dataset.samples)
+    objects = (bool(source.read().boxes) for _, source in dataset.samples)
     found: dict[bool, int] = {}
     for index, has_objects in enumerate(objects):
         found.setdefault(has_objects, index)

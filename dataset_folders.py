@@ -1,15 +1,13 @@
-"""Datasets as folders: what lies where, annotation files, and the samples of one split.
+"""Datasets as folders, and the samples of one split.
 
-<name>_CL/{train,val[,test]}/<class>/*.jpg and <name>_OD/{train,val[,test]}/{images,annotations}; images and annotations
-are paired by stem.
+<name>_CL/{train,val[,test]}/<class>/*.jpg; how the files of a detection dataset lie, dataset_layouts finds out.
 """
 
 import contextlib
-import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +16,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from dataset_layouts import open_layout
+from dataset_records import Layout, Objects, Source, Split, image_files, visible
 from workload import CLASSIFICATION, Task
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+PER_BOX = ("labels", "area", "iscrowd")  # entries of a target with one value per box
 
 
 def find_dataset(task: Task, roots: Sequence[Path]) -> Path | None:
@@ -28,25 +28,32 @@ def find_dataset(task: Task, roots: Sequence[Path]) -> Path | None:
     return next((root / task.dataset for root in map(Path, roots) if (root / task.dataset).is_dir()), None)
 
 
-def open_split(task: Task, folder: Path, split: str, plain: bool = False) -> "FolderDataset":
+def open_split(
+    task: Task, folder: Path, split: str, plain: bool = False, layout: Layout | None = None
+) -> "FolderDataset":
     """The dataset of one split of the folder, with the task's train transform for "train", else its val transform.
 
-    plain: with the val transform in any case.
+    plain: with the val transform in any case. layout: of a detection dataset, where it was recognised before. Crowds
+    are left out of "train", as torchvision's references do (coco_utils.py), and marked by "iscrowd" in the others.
+    Raises ValueError if what `dataset_checks` refuses is wrong with the folder.
     """
     transform = task.train_transform if split == "train" and not plain else task.val_transform
     if task.kind == CLASSIFICATION:
         return ClassificationFolder(task.name, labelled_images(folder / split, class_names(folder)), transform)
-    return DetectionFolder(task.name, paired_files(folder / split), transform, int(task.background_class))
+    layout = layout or open_layout(task, folder)
+    found = layout.splits.get(split, Split)()
+    if faults := [*layout.faults, *found.faults]:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise ValueError(f"{task.name}: dataset: {faults[0]}{more}")
+    crowds = None if not layout.crowds else "dropped" if split == "train" else "marked"
+    return DetectionFolder(task.name, found.samples, transform, int(task.background_class), crowds)
 
 
-def visible(folder: Path) -> list[Path]:
-    """What the folder holds, sorted by name, without hidden entries; [] if there is no such folder."""
-    return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The images that lie directly in the folder."""
-    return [path for path in visible(folder) if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
+def dataset_class_names(task: Task, folder: Path, layout: Layout | None = None) -> tuple[str, ...]:
+    """The names of the classes by class id, without the background; () where the dataset has none."""
+    if task.kind == CLASSIFICATION:
+        return tuple(class_names(folder))
+    return (layout or open_layout(task, folder)).class_names
 
 
 def class_names(folder: Path) -> list[str]:
@@ -57,59 +64,6 @@ def class_names(folder: Path) -> list[str]:
 def labelled_images(split: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
     """(image, label) of one split; a class that the split lacks shifts no label."""
     return [(path, label) for label, name in enumerate(names) for path in image_files(split / name)]
-
-
-def paired_files(split: Path) -> list[tuple[Path, Path | None]]:
-    """(image, its annotation file or None) of one split, paired by stem."""
-    annotations = {path.stem: path for path in annotation_files(split)}
-    return [(image, annotations.get(image.stem)) for image in image_files(split / "images")]
-
-
-def annotation_files(split: Path) -> list[Path]:
-    """The annotation files of one split."""
-    return [path for path in visible(split / "annotations") if path.suffix.lower() == ".txt" and not path.is_dir()]
-
-
-class AnnotatedBox(NamedTuple):
-    """One line of an annotation file; the box is (x centre, y centre, width, height) in shares of the image."""
-
-    line: int
-    class_id: int
-    box: tuple[float, float, float, float]
-
-
-class BadLine(NamedTuple):
-    """A line of an annotation file that does not parse."""
-
-    line: int
-    got: str
-    allowed: str
-
-
-def read_annotation(path: Path | None) -> tuple[list[AnnotatedBox], list[BadLine]]:
-    """The boxes of one annotation file, and its lines that are none; no file, or an empty one, has no boxes."""
-    boxes, bad = [], []
-    text = path.read_text(encoding="utf-8-sig", errors="replace") if path else ""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            parsed = _parse_line(number, line)
-            (boxes if isinstance(parsed, AnnotatedBox) else bad).append(parsed)
-    return boxes, bad
-
-
-def _parse_line(number: int, line: str) -> AnnotatedBox | BadLine:
-    words, got = line.split(), repr(line.strip()[:80])
-    if len(words) != 5:
-        return BadLine(number, got, "5 numbers: class x_center y_center width height")
-    try:
-        values = [float(word) for word in words]
-    except ValueError:
-        return BadLine(number, got, "5 numbers: class x_center y_center width height")
-    if not all(map(math.isfinite, values)):
-        return BadLine(number, got, "finite numbers")
-    if values[0] < 0 or not values[0].is_integer():
-        return BadLine(number, f"class id {words[0]}", "class ids that are whole numbers from 0")
-    return AnnotatedBox(number, int(values[0]), tuple(values[1:]))
 
 
 def load_image(path: Path) -> Image.Image:
@@ -176,36 +130,57 @@ class ClassificationFolder(FolderDataset):
 
 
 class DetectionFolder(FolderDataset):
-    """(float tensor [C, H, W], target); samples: (image, annotation file or None); label = class id + first_label."""
+    """(float tensor [C, H, W], target); samples: (image, source of its objects); label = class id + first_label.
 
-    def __init__(self, task: str, samples: list[tuple], transform: Callable, first_label: int):
+    crowds: "dropped", "marked" by the target's "iscrowd", or None if the format has none.
+    """
+
+    def __init__(
+        self, task: str, samples: list[tuple], transform: Callable, first_label: int, crowds: str | None = None
+    ):
         super().__init__(task, samples, transform)
-        self.first_label = first_label
+        self.first_label, self.crowds = first_label, crowds
 
     def read(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        path, annotation = self.samples[index]
-        image = load_image(path)
-        result = self.transform(image, self._target(index, annotation, image.width, image.height))
+        path, source = self.samples[index]
+        image, objects = load_image(path), objects_of(source)
+        if wrong := wrong_size(image, objects):
+            raise ValueError(f"got {wrong}, as {source.file} states")
+        result = self.transform(image, self._target(index, objects, image.width, image.height))
         if not isinstance(result, (tuple, list)) or len(result) != 2:
             raise TypeError(f"the transform returned {describe(result)} instead of (image, target)")
         return plain_image(result[0]), without_empty_boxes(checked_target(result[1]))
 
     def has_labels(self, index: int) -> bool:
-        return bool(read_annotation(self.samples[index][1])[0])
+        return any(not box.crowd for box in objects_of(self.samples[index][1]).boxes)
 
-    def _target(self, index: int, annotation: Path | None, width: int, height: int) -> dict[str, Any]:
-        rows, bad = read_annotation(annotation)
-        if bad:
-            raise ValueError(f"{annotation} line {bad[0].line}: got {bad[0].got}; allowed: {bad[0].allowed}")
-        shares = torch.tensor([row.box for row in rows], dtype=torch.float32).reshape(-1, 4)
-        centre, size = shares[:, :2], shares[:, 2:]
-        corners = torch.cat([centre - size / 2, centre + size / 2], 1).clamp(0, 1)
-        pixels = corners * torch.tensor([width, height, width, height])
-        return {
+    def _target(self, index: int, objects: Objects, width: int, height: int) -> dict[str, Any]:
+        boxes = [box for box in objects.boxes if not (self.crowds == "dropped" and box.crowd)]
+        shares = torch.tensor([box.corners for box in boxes], dtype=torch.float64).reshape(-1, 4)
+        pixels = (shares * torch.tensor([width, height, width, height])).float()
+        target = {
             "boxes": tv_tensors.BoundingBoxes(pixels, format="XYXY", canvas_size=(height, width)),
-            "labels": torch.tensor([row.class_id + self.first_label for row in rows], dtype=torch.int64),
+            "labels": torch.tensor([box.class_id + self.first_label for box in boxes], dtype=torch.int64),
             "image_id": index,
         }
+        if self.crowds == "marked":
+            target["iscrowd"] = torch.tensor([box.crowd for box in boxes], dtype=torch.int64)
+        return target
+
+
+def objects_of(source: Source) -> Objects:
+    """The objects of one image. Raises ValueError with what is wrong first, if anything is."""
+    objects = source.read()
+    if objects.faults:
+        raise ValueError(str(objects.faults[0]))
+    return objects
+
+
+def wrong_size(image: Image.Image, objects: Objects) -> str | None:
+    """The size of an image, if its annotation states another, so that its boxes would lie elsewhere."""
+    if objects.size in (None, image.size):
+        return None
+    return f"{image.width} x {image.height} pixels instead of {objects.size[0]} x {objects.size[1]}"
 
 
 def plain_image(image: object) -> Tensor:
@@ -226,6 +201,9 @@ def checked_target(target: object) -> dict[str, Any]:
     if not fits or layout != tv_tensors.BoundingBoxFormat.XYXY:
         got = f"boxes {list(boxes.shape)} in {layout.value} with {labels.dtype} labels {list(labels.shape)}"
         raise TypeError(f"the transform returned {got} {allowed}")
+    for key in PER_BOX[1:]:
+        if key in target and len(target[key]) != len(boxes):
+            raise TypeError(f"the transform returned {len(target[key])} values of {key} for {len(boxes)} boxes")
     return target
 
 
@@ -235,7 +213,7 @@ def without_empty_boxes(target: dict[str, Any]) -> dict[str, Any]:
     keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
     if keep.all():
         return target
-    per_box = {key: target[key][keep] for key in ("labels", "area", "iscrowd") if key in target}
+    per_box = {key: target[key][keep] for key in PER_BOX if key in target}
     return {**target, **per_box, "boxes": tv_tensors.wrap(boxes[keep], like=target["boxes"])}
 
 

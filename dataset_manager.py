@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler, Subset
 
 from dataset_checks import check
-from dataset_folders import ClassificationFolder, FolderDataset, class_names, find_dataset, open_split
+from dataset_folders import ClassificationFolder, FolderDataset, dataset_class_names, find_dataset, open_split
+from dataset_layouts import open_layout
 from environment import derive_seed, generator
 from workload import CLASSIFICATION, Task
 
@@ -39,7 +40,7 @@ class TaskData:
     test: DataLoader | None
     screen: DataLoader  # a fixed subset of val, evenly spread; val itself where that is small
     plain: DataLoader  # train without augmentation, in order
-    class_names: tuple[str, ...]  # in the order of the labels; () for detection, whose format names no classes
+    class_names: tuple[str, ...]  # by class id, without the background; () where the dataset names none
 
 
 def open_task(
@@ -62,8 +63,10 @@ def open_task(
     if folder is None:
         raise ValueError(f"{task.name}: dataset: got no folder {task.dataset!r} in {', '.join(map(str, roots))}")
 
+    layout = None if task.kind == CLASSIFICATION else open_layout(task, folder)
+
     def loader(split: str, plain: bool = False) -> DataLoader:
-        dataset = open_split(task, folder, split, plain)
+        dataset = open_split(task, folder, split, plain, layout)
         order = generator(seed, "loader", task.name)
         sampling = _sampling(dataset, "plain" if plain else split, batch_size, order)
         return DataLoader(
@@ -77,8 +80,9 @@ def open_task(
             **_worker_options(dataset, num_workers or 0),
         )
 
-    test = loader("test") if (folder / "test").is_dir() else None
-    names = tuple(class_names(folder)) if task.kind == CLASSIFICATION else ()
+    has_test = (folder / "test").is_dir() if layout is None else "test" in layout.splits
+    test = loader("test") if has_test else None
+    names = dataset_class_names(task, folder, layout)
     val = loader("val")
     screen, plain = _screen(val, screening_images), loader("train", plain=True)
     return TaskData(task.name, loader("train"), val, test, screen, plain, names)

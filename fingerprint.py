@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from dataset_folders import open_split
+from dataset_layouts import open_layout
 from sharing.memory import named_tensors
-from workload import Task
+from workload import CLASSIFICATION, Task
 
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -79,10 +80,14 @@ def dataset_digest(task: Task, folder: Path) -> str:
     file manager's hidden files, does not count.
     """
     digest = hashlib.sha256()
+    layout = None if task.kind == CLASSIFICATION else open_layout(task, folder)
     for split in ("train", "val", "test"):
-        for image, truth in open_split(task, folder, split).samples:
-            digest.update(os.fsencode(image.relative_to(folder)) + f" {image.stat().st_size} ".encode())
-            digest.update(truth.read_bytes() if isinstance(truth, Path) else f"{truth}\n".encode())
+        for image, truth in open_split(task, folder, split, layout=layout).samples:
+            name = image.relative_to(folder) if image.is_relative_to(folder) else os.path.relpath(image, folder)
+            digest.update(os.fsencode(name) + f" {image.stat().st_size} ".encode())
+            digest.update(truth.content() if layout else f"{truth}\n".encode())
+    if layout and layout.class_names:  # by which Pascal VOC's labels are numbered
+        digest.update(repr(layout.class_names).encode())
     return digest.hexdigest()[:16]
 
 

@@ -1,5 +1,6 @@
 """What a merge writes down: the manifest, the statistics for plots, one record per round."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,9 @@ def manifest_of(run: "Run") -> dict:
     """The manifest of the workload as it is now, without what the store adds (README, "Results")."""
     memory = memory_of(run)
     return {
-        "tasks": {name: task_record(task, run.accuracy[name]) for name, task in run.tasks.items()},
+        "tasks": {
+            name: task_record(task, run.accuracy[name], run.data[name].class_names) for name, task in run.tasks.items()
+        },
         "shared_layers": to_plain(run.strategy.kept),
         "memory": {**asdict(memory), "saved_bytes": memory.saved_bytes},
         "run": run_record(run),
@@ -47,9 +50,11 @@ def memory_of(run: "Run") -> Memory:
     return Memory(run.unmerged_bytes, distinct_bytes(run.models), saved_bytes(run.groups))
 
 
-def task_record(task: Task, accuracy: Accuracy) -> dict:
+def task_record(task: Task, accuracy: Accuracy, class_names: Sequence[str]) -> dict:
+    """class_names: by class id, without the background; none are null."""
     return {
         "task": task.kind,
+        "class_names": list(class_names) or None,
         "architecture": architecture_of(task.model),
         "unmerged_acc": task.unmerged_acc,
         "measured_unmerged_acc": accuracy.unmerged,

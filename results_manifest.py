@@ -202,6 +202,8 @@ def _task_problems(name: str, task: object) -> Iterator[str]:
     for key in ("test_acc", "unmerged_test_acc"):
         if task.get(key) is not None and not _is_accuracy(task[key]):
             yield f"{name}: {key}: got {_short(task[key])}; allowed: a number in [0, 1], or null"
+    if not _are_names(task.get("class_names")):  # results of before have none
+        yield f"{name}: class_names: got {_short(task['class_names'])}; allowed: a list of texts, or null"
     if not isinstance(task.get("met"), bool):
         yield f"{name}: met: got {_short(task.get('met'))}; allowed: true or false"
 
@@ -359,6 +361,10 @@ def _is_accuracy(value: object) -> bool:
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
+
+
+def _are_names(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
 def _is_occurrence(value: object) -> bool:

@@ -231,8 +231,8 @@ def test_bad_lines_are_named(boxes, line, got, allowed):
 
 def test_a_file_that_is_no_text(boxes):
     (boxes / "val" / "annotations" / "frame2.txt").write_bytes("0 0.5 0.5 0.2 0.2".encode("utf-16"))
-    (line,) = detector_lines(boxes)
-    assert line.startswith("cars_pico: dataset val/annotations/frame2.txt line 1: got ") and FIVE_NUMBERS in line
+    expected = "cars_pico: dataset val/annotations/frame2.txt line 1: got the byte 0xff; allowed: UTF-8 text"
+    assert detector_lines(boxes) == [expected]
 
 
 def test_a_file_that_cannot_be_read(boxes):

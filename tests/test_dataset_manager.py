@@ -20,8 +20,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import dataset_manager
-from dataset_folders import open_split, read_annotation
+from dataset_folders import open_split
 from dataset_manager import find_dataset, open_task, reseed
+from dataset_records import BYTE_ORDER_MARK, WINDOWS_LINES
+from dataset_yolo import TextFile
 from workload import read_workload
 
 CPU = torch.device("cpu")
@@ -169,8 +171,9 @@ def test_labels_keep_their_classes(tmp_path, background_class, first):
 def test_bom_and_windows_line_ends_are_fine(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeff1 0.5 0.5 0.2 0.2\r\n\r\n0 0.5 0.5 0.1 0.1\r\n".encode())
-    boxes, bad = read_annotation(path)
-    assert [(box.line, box.class_id) for box in boxes] == [(1, 1), (3, 0)] and bad == []
+    objects = TextFile(path).read()
+    assert [(box.place, box.class_id) for box in objects.boxes] == [("line 1", 1), ("line 3", 0)]
+    assert objects.faults == [] and objects.repairs == {BYTE_ORDER_MARK: 1, WINDOWS_LINES: 1}
 
 
 def test_boxes_are_clipped_to_the_image(tmp_path):

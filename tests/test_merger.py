@@ -50,6 +50,7 @@ def test_a_workload_merges_end_to_end(entries, trained_entries, datasets, tmp_pa
         record = manifest["tasks"][name]
         assert evaluate(task, data.val, loaded[name]) == record["merged_acc"] >= record["target_acc"]
         assert record["met"] and record["target_acc"] == pytest.approx(0.85 * record["unmerged_acc"])
+        assert record["class_names"] == (list(data.class_names) or None)
     tested = manifest["tasks"]["north_pico"]
     assert 0 <= tested["test_acc"] <= 1 and manifest["tasks"]["south_pico"]["test_acc"] is None
     printed = capsys.readouterr().out

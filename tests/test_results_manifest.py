@@ -53,6 +53,12 @@ def test_the_seal_is_over_the_content_not_the_layout():
             lambda tasks: tasks["a_x"].update(merged_acc=1.5),
             r"a_x: merged_acc: got 1.5; allowed: a number in \[",
         ),
+        ("tasks", lambda tasks: tasks["a_x"].update(class_names="car"), "a_x: class_names: got 'car'; allowed: a list"),
+        (
+            "tasks",
+            lambda tasks: tasks["a_x"].update(class_names=[1]),
+            r"class_names: got \[1\]; allowed: a list of texts",
+        ),
         ("memory", lambda memory: memory.update(optimal_saved_bytes=0), "more than optimal_saved_bytes"),
         ("memory", lambda memory: memory.update(merged_bytes=1), "saved_bytes: got .*, but the shared layers save"),
         ("shared_layers", lambda layers: layers[0]["occurrences"][0].update(layer="fc"), "do not share"),
@@ -69,6 +75,17 @@ def test_parts_that_do_not_agree(tmp_path, part, change, message):
     (tmp_path / "merged.json").write_text(json.dumps(seal(manifest)))
     with pytest.raises(ResultsError, match=f"merged.json: .*{message}"):
         read_result(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["car", "lorry"], None, ...])
+def test_class_names_may_be_there(tmp_path, names):
+    """A manifest of before has none."""
+    manifest = write(tmp_path, pico_models())
+    if names is not ...:
+        manifest["tasks"]["a_x"]["class_names"] = names
+    (tmp_path / "merged.json").write_text(json.dumps(seal(manifest)))
+    read, _ = read_result(tmp_path)
+    assert read["tasks"]["a_x"].get("class_names", ...) == names
 
 
 def test_a_change_by_hand_is_noticed(tmp_path):
