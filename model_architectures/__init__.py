@@ -24,6 +24,8 @@ ssd_vgg_model = partial(build, "ssd_vgg_model")
 ssd_mobilenet_model = partial(build, "ssd_mobilenet_model")
 frcnn_model = partial(build, "frcnn_model")
 fcos_model = partial(build, "fcos_model")
+yolov3_model = partial(build, "yolov3")
+yolov3_tiny_model = partial(build, "yolov3_tiny")
 
 __all__ = [
     "architecture_of",
@@ -45,4 +47,6 @@ __all__ = [
     "ssd_mobilenet_model",
     "ssd_vgg_model",
     "vgg16",
+    "yolov3_model",
+    "yolov3_tiny_model",
 ]
