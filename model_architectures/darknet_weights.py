@@ -90,8 +90,8 @@ def _read(path: Path, layers: list[Layer], num_classes: int, partial: bool) -> t
             major, minor, _ = struct.unpack("<3i", file.read(VERSION_BYTES).ljust(VERSION_BYTES, b"\xff"))
             if not (0 <= major < MAX_VERSION and 0 <= minor < MAX_VERSION):
                 raise ValueError(f"{path}: got no Darknet header; allowed: a Darknet weights file")
-            headers = (LONG_HEADER, SHORT_HEADER) if major * 10 + minor >= 2 else (SHORT_HEADER, LONG_HEADER)
-            for header in headers:  # some writers put the longer header behind an older version
+            headers = (LONG_HEADER,) if major * 10 + minor >= 2 else (SHORT_HEADER, LONG_HEADER)
+            for header in headers:  # eriklindernoren/PyTorch-YOLOv3 writes the long one with version 0.0, too
                 num_values, rest = divmod(num_bytes - header, 4)
                 fit = None if rest else _fit(layers, num_values, num_classes, partial)
                 if fit is not None:
