@@ -164,10 +164,7 @@ def _expect_few_objects(output: nn.Conv2d, num_anchors: int) -> None:
 
 def _problems(num_classes: int, size: Any, anchors: Any, num_heads: int, kwargs: dict[str, Any]) -> list[str]:
     """What is wrong with a builder's arguments, which may come from a file."""
-    count = (
-        (lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1),
-        "an integer from 1 on",
-    )
+    count = _is_count, "an integer from 1 on"
     share = partial(_within, high=1), "a number in (0, 1]"
     rules = {
         "width": (partial(_within, high=16), "a number in (0, 16]"),
@@ -179,6 +176,7 @@ def _problems(num_classes: int, size: Any, anchors: Any, num_heads: int, kwargs:
         "detections_per_img": count,
         "topk_candidates": count,
     }
+    known = ", ".join(rules)
     sizes = f"one or two multiples of {COARSEST_STRIDE}"
     pairs = f"{num_heads} lists, the finest head first, of pairs of width and height above 0"
     checks = [
@@ -186,11 +184,7 @@ def _problems(num_classes: int, size: Any, anchors: Any, num_heads: int, kwargs:
         ("size", size, _is_size(size), sizes),
         ("anchors", anchors, _are_anchors(anchors, num_heads), pairs),
         *((key, kwargs[key], fine(kwargs[key]), allowed) for key, (fine, allowed) in rules.items() if key in kwargs),
-        *(
-            (key, kwargs[key], False, f"no such argument, only {', '.join(rules)}")
-            for key in kwargs
-            if key not in rules
-        ),
+        *((key, kwargs[key], False, f"no such argument, only {known}") for key in kwargs if key not in rules),
     ]
     return [f"{key}: got {got!r}; allowed: {allowed}" for key, got, fine, allowed in checks if not fine]
 
@@ -212,6 +206,10 @@ def _are_anchors(anchors: Any, num_heads: int) -> bool:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _within(value: Any, high: float) -> bool:

@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 from dataset_manager import check
 from eval_methods import yolo_eval
 from losses_distillation import Taps
-from model_architectures import architecture_of, build, num_classes_of, rebuild
+from model_architectures import architecture_of, build, num_classes_of, rebuild, yolov3_tiny_model
 from model_architectures.yolo_boxes import CODINGS, Level, decode, letterbox, to_image, to_network
 from model_architectures.yolo_loss import IGNORE_IOU, MATCH_IOU, match, yolo_losses
 from model_architectures.yolov3 import ANCHORS, TINY_ANCHORS
@@ -308,6 +308,7 @@ def test_it_is_rebuilt_from_its_architecture():
     (expected,), (got,) = model([image]), again.eval()([image])
     assert again.settings == model.settings and len(expected["boxes"]) > 0
     assert all(torch.equal(expected[key], got[key]) for key in expected)
+    assert yolov3_tiny_model(3, **SMALL).architecture["name"] == architecture_of(model)["name"] == "yolov3_tiny"
     assert num_classes_of(model) == 3 and model.settings.anchors == (((4, 5),), ((9, 9), (20, 30)))
 
 
