@@ -4,17 +4,14 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-ALL_AREAS = [[0, 1e10]]  # mAP is taken over objects of every size; the small/medium/large splits are not computed
-MAX_DETECTIONS = [100]  # per image and class, as COCO counts
+from eval_coco import IOU_THRESHOLDS, Precision, detection_rows, precision_of
 
 log = logging.getLogger(__name__)
 
@@ -38,29 +35,74 @@ def classification_eval(model: nn.Module, loader: Iterable) -> float:
     return correct.item() / total
 
 
+def classification_eval_per_class(model: nn.Module, loader: Iterable) -> dict[int, dict[str, float]]:
+    """{class: {"top1": share of its images that are right, "images": their number}} for the classes in the loader.
+
+    loader and errors: as for classification_eval; its accuracy is the mean of "top1", weighted by "images".
+    """
+    device = device_of(model)
+    seen: list[Tensor] = []
+    with evaluation_mode(model):
+        for images, labels in loader:
+            scores = logits_of(model(images.to(device, non_blocking=True)))
+            labels = labels.to(device, non_blocking=True)
+            seen.append(torch.stack([labels, (scores.argmax(1) == labels) & ~scores.isnan().any(1)]))
+    if not seen:
+        raise ValueError("classification_eval: got a loader without images; allowed: at least one image")
+    labels, right = torch.cat(seen, 1).cpu()  # the one transfer
+    return {
+        label: {"top1": right[labels == label].double().mean().item(), "images": int((labels == label).sum())}
+        for label in labels.unique().tolist()
+    }
+
+
 def frcnn_eval(model: nn.Module, loader: Iterable) -> float:
-    """COCO mAP@[.5:.95] of any torchvision detector, by pycocotools; 0.0 when nothing is detected.
+    """COCO mAP@[.5:.95] of any torchvision detector or YOLOv3, as pycocotools computes it; 0.0 if nothing is detected.
 
     loader: yields (list of Tensor[3, H, W], list of {"boxes": XYXY pixels, "labels", optional "iscrowd", "area"}).
     Images are numbered as they come; "image_id" is not read. Raises ValueError if the loader yields no image or no
     object that counts (one that is not a crowd): the mAP would be undefined.
     """
+    return _precision("frcnn_eval", model, loader, IOU_THRESHOLDS).mean()
+
+
+def yolo_eval(model: nn.Module, loader: Iterable) -> float:
+    """AP at IoU 0.5, mean over the classes present: what is reported for YOLO; COCO's AP50. As frcnn_eval otherwise."""
+    return _precision("yolo_eval", model, loader, IOU_THRESHOLDS[:1]).mean()
+
+
+def detection_eval_per_class(model: nn.Module, loader: Iterable) -> dict[int, dict[str, float]]:
+    """{class: {"ap": AP@[.5:.95], "ap50": AP at IoU 0.5, "objects": their number}} for the classes with objects.
+
+    Classes are the labels that the loader yields; those with crowds alone have no AP and are left out. The mean of "ap"
+    is frcnn_eval, that of "ap50" yolo_eval; loader and errors as there.
+    """
+    found = _precision("detection_eval_per_class", model, loader, IOU_THRESHOLDS)
+    return {
+        label: {"ap": values.mean().item(), "ap50": values[0].mean().item(), "objects": count}
+        for label, count, values in zip(found.classes, found.objects, np.moveaxis(found.values, -1, 0), strict=True)
+    }
+
+
+# What an eval method can say class by class, for whoever reports it: `eval_method.per_class(model, loader)`.
+classification_eval.per_class = classification_eval_per_class
+frcnn_eval.per_class = detection_eval_per_class
+yolo_eval.per_class = detection_eval_per_class
+
+
+def _precision(name: str, model: nn.Module, loader: Iterable, iou_thresholds: Sequence[float]) -> Precision:
+    """What the detector finds in all batches, judged at once; `name` of the eval method for what it raises."""
     device = device_of(model)
     targets_seen: list[dict] = []
     found: list[Tensor] = []
     with evaluation_mode(model):
         for images, targets in loader:
             outputs = model([image.to(device, non_blocking=True) for image in images])
-            found += [_detections(output) for output in outputs]
+            found += [detection_rows(output) for output in outputs]
             targets_seen += targets
     if not targets_seen:
-        raise ValueError("frcnn_eval: got a loader without images; allowed: at least one image")
-    truth = _ground_truth(targets_seen)
-    if not any(_counts(annotation) for annotation in truth):
-        raise ValueError("frcnn_eval: got no object in any image; allowed: at least one, else the mAP is undefined")
-    image_ids = np.repeat(np.arange(1, len(found) + 1), [len(rows) for rows in found])
-    rows = torch.cat(found).cpu().numpy()  # the one transfer
-    return _coco_map(len(found), truth, np.column_stack([image_ids, rows]))
+        raise ValueError(f"{name}: got a loader without images; allowed: at least one image")
+    return precision_of(targets_seen, found, iou_thresholds)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -85,58 +127,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:  # not model.train(): users may keep a BatchNorm in eval while the rest trains
             module.training = training
-
-
-def _detections(output: dict[str, Tensor]) -> Tensor:
-    """Rows x, y, width, height, score, label of one image, in float64: pycocotools subtracts in Python floats.
-
-    A box that is not finite becomes an empty one, so a false alarm; a score that is NaN sorts behind all others.
-    """
-    boxes = output["boxes"].double()
-    boxes = torch.where(boxes.isfinite().all(1, keepdim=True), boxes, 0.0)
-    labels, scores = output["labels"].double(), output["scores"].double()
-    return torch.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores, labels])
-
-
-def _ground_truth(targets: list[dict]) -> list[dict]:
-    """COCO annotations of the targets; image i has the id i + 1."""
-    truth: list[dict] = []
-    for image_id, target in enumerate(targets, start=1):
-        boxes = target["boxes"].as_subclass(Tensor).reshape(-1, 4).double()
-        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
-        crowds = target["iscrowd"].tolist() if "iscrowd" in target else [0] * len(boxes)
-        areas = target["area"].tolist() if "area" in target else [width * height for _, _, width, height in boxes]
-        for box, label, crowd, area in zip(boxes, target["labels"].tolist(), crowds, areas, strict=True):
-            values = {"category_id": int(label), "bbox": box, "iscrowd": int(crowd), "area": area}
-            truth.append({"id": len(truth) + 1, "image_id": image_id, **values})  # id 0 would never be matched
-    return truth
-
-
-def _counts(annotation: dict) -> bool:
-    lowest, highest = ALL_AREAS[0]
-    return not annotation["iscrowd"] and lowest <= annotation["area"] <= highest
-
-
-def _coco_map(num_images: int, truth: list[dict], found: np.ndarray) -> float:
-    """mAP of `found`, rows (image id, x, y, width, height, score, label); at least one of `truth` counts."""
-    if len(found) == 0:
-        return 0.0
-    coco = COCO()
-    categories = sorted({annotation["category_id"] for annotation in truth})
-    coco.dataset = {
-        "images": [{"id": image_id} for image_id in range(1, num_images + 1)],
-        "annotations": truth,
-        "categories": [{"id": category} for category in categories],
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes(found), "bbox")
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = ALL_AREAS, ["all"]
-        evaluation.params.maxDets = MAX_DETECTIONS
-        evaluation.evaluate()
-        evaluation.accumulate()
-    precision = evaluation.eval["precision"]  # -1 marks a class all of whose objects are crowds: it has no precision
-    return float(precision[precision > -1].mean())
 
 
 def evaluate(task, loader: Iterable, model: nn.Module | None = None) -> float:

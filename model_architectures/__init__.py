@@ -2,11 +2,12 @@
 
 The names of the published Gemel repository, and the small models for a CPU, are functions as well:
 `from model_architectures import frcnn_model; frcnn_model(2, backbone="resnet18")`. Their arguments are documented in
-classifiers.py and detectors.py; all take `weights` and `weights_backbone` as build() does.
+classifiers.py, detectors.py and yolov3.py; all take `weights` and `weights_backbone` as build() does.
 """
 
 from functools import partial
 
+from model_architectures.darknet_weights import load_darknet
 from model_architectures.detectors import num_classes_of
 from model_architectures.registry import architecture_of, build, names, rebuild, register
 from model_architectures.weights import load_weights
@@ -24,6 +25,8 @@ ssd_vgg_model = partial(build, "ssd_vgg_model")
 ssd_mobilenet_model = partial(build, "ssd_mobilenet_model")
 frcnn_model = partial(build, "frcnn_model")
 fcos_model = partial(build, "fcos_model")
+yolov3_model = partial(build, "yolov3")
+yolov3_tiny_model = partial(build, "yolov3_tiny")
 
 __all__ = [
     "architecture_of",
@@ -31,6 +34,7 @@ __all__ = [
     "fcos_model",
     "frcnn_model",
     "inceptionv3",
+    "load_darknet",
     "load_weights",
     "mobilenetv3",
     "names",
@@ -45,4 +49,6 @@ __all__ = [
     "ssd_mobilenet_model",
     "ssd_vgg_model",
     "vgg16",
+    "yolov3_model",
+    "yolov3_tiny_model",
 ]

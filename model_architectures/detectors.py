@@ -28,6 +28,7 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from model_architectures.classifiers import slim_resnet
 from model_architectures.registry import Pretrained, architecture_of, register
 from model_architectures.weights import named_tensors, weights_member
+from model_architectures.yolov3 import YOLOv3
 
 SSDLITE = "ssdlite320_mobilenet_v3_large"
 FCOS_BACKBONES = ("slim_resnet", "resnet18", "resnet34", "resnet50", "mobilenet_v2")
@@ -37,10 +38,13 @@ FRCNN_BACKBONES = ("resnet18", "resnet50", "resnet101", "vgg16", "mobilenet_v2")
 def num_classes_of(model: nn.Module) -> int | None:
     """Number of class outputs; for a detector it includes the background, as torchvision counts. None: unknown.
 
-    Read from the heads of a torchvision detector, whoever built it, else from the architecture of a model built here.
+    Read from a YOLOv3 or the heads of a torchvision detector, whoever built it, else from the architecture of a model
+    built here.
     """
     if isinstance(model, RetinaNet | FCOS):
         return getattr(model.head.classification_head, "num_classes", None)
+    if isinstance(model, YOLOv3):
+        return model.num_classes
     if isinstance(model, SSD):
         return getattr(model.head.classification_head, "num_columns", None)
     if isinstance(model, GeneralizedRCNN):

@@ -13,6 +13,9 @@ from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torchvision.models import WeightsEnum
 
+from model_architectures.darknet_weights import from_port, load_darknet
+from model_architectures.yolov3 import YOLOv3
+
 AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # the auxiliary classifiers of inception_v3 and googlenet
 SHOWN = 8  # lines per kind of problem
 
@@ -41,11 +44,19 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
     The file may hold the state dict itself or {"state_dict": ...} or {"model": ...}; its keys may begin with "module.".
     Only tensors are read, no code is run. Files in torchvision's older layouts load as they do there; auxiliary
-    classifiers that the model was built without are skipped.
+    classifiers that the model was built without are skipped. A YOLOv3 also takes Darknet's files (.weights) and the
+    state dicts of the usual PyTorch implementations (darknet_weights.py).
     Raises ValueError naming the file: it cannot be read safely, holds no state dict, or does not fit; then it lists the
     missing keys, unexpected keys and shapes that differ. The model is untouched when it raises.
     """
+    if isinstance(model, YOLOv3) and str(path).endswith(".weights"):
+        return load_darknet(model, path)
     state = _read_state_dict(path)
+    if isinstance(model, YOLOv3):
+        try:
+            state = from_port(model, state)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     if getattr(model, "aux_logits", None) is False:
         for key in [key for key in state if key.startswith(AUXILIARY)]:
             del state[key]

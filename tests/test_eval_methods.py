@@ -1,9 +1,10 @@
-"""classification_eval and frcnn_eval against plain counting and a plain pycocotools run."""
+"""The eval methods against plain counting and a plain pycocotools run, with either engine."""
 
 import contextlib
 import io
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from pico import PicoNet
@@ -11,7 +12,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from eval_methods import classification_eval, evaluate, evaluation_mode, frcnn_eval
+import eval_coco
+from eval_methods import (
+    classification_eval,
+    classification_eval_per_class,
+    detection_eval_per_class,
+    evaluate,
+    evaluation_mode,
+    frcnn_eval,
+    yolo_eval,
+)
 from model_architectures import build
 
 SIZE = 200  # pixels of the synthetic scenes
@@ -75,8 +85,8 @@ def scenes(num_images=60, seed=3):
     return targets, outputs
 
 
-def plain_coco_map(targets, outputs):
-    """The textbook run: lists of dictionaries, all area ranges, summarize."""
+def plain_coco(targets, outputs):
+    """The textbook run: lists of dictionaries, all area ranges, summarize; mAP, AP50 and per class both."""
     truth, found = [], []
     for image_id, (target, output) in enumerate(zip(targets, outputs, strict=True), start=1):
         for i, (x0, y0, x1, y1) in enumerate(target["boxes"].tolist()):
@@ -106,16 +116,85 @@ def plain_coco_map(targets, outputs):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return float(evaluation.stats[0])
+    precision = evaluation.eval["precision"][..., 0, 2]  # of all areas, 100 detections: [thresholds, recalls, classes]
+    names = [category["id"] for category in coco.dataset["categories"]]
+    per_class = {
+        name: (values.mean(), values[0].mean())
+        for name, values in zip(names, np.moveaxis(precision, -1, 0), strict=True)
+        if (values > -1).all()
+    }
+    return float(evaluation.stats[0]), float(evaluation.stats[1]), per_class
+
+
+@pytest.fixture(params=["pycocotools", "hotcoco"])
+def engine(request, monkeypatch):
+    """Computes with this engine, whatever is installed; hotcoco is skipped where it is not."""
+    module = pytest.importorskip("hotcoco") if request.param == "hotcoco" else None
+    monkeypatch.setattr(eval_coco, "hotcoco", module)
+    return request.param
+
+
+def compare_with_plain(num_images, seed):
+    targets, outputs = scenes(num_images, seed)
+    mean, at_50, per_class = plain_coco(targets, outputs)
+    assert 0.2 < mean < at_50 < 0.95 and len(per_class) == 3  # a reference that is hit by accident proves nothing
+    found = frcnn_eval(Fixed(outputs), detector_loader(targets))
+    assert found == pytest.approx(mean, abs=1e-9)
+    assert yolo_eval(Fixed(outputs), detector_loader(targets)) == pytest.approx(at_50, abs=1e-9)
+    own = detection_eval_per_class(Fixed(outputs), detector_loader(targets))
+    assert {label: (pytest.approx(v["ap"], abs=1e-9), v["ap50"]) for label, v in own.items()} == per_class
+    assert sum(v["ap"] for v in own.values()) / len(own) == pytest.approx(mean, abs=1e-9)
+    for label, values in own.items():
+        assert values["objects"] == sum(int(((t["labels"] == label) & (t["iscrowd"] == 0)).sum()) for t in targets)
+    return found, mean
 
 
 @pytest.mark.parametrize("seed", [3, 4])
-def test_map_is_that_of_plain_pycocotools(seed, capsys):
-    targets, outputs = scenes(seed=seed)
-    expected = plain_coco_map(targets, outputs)
-    assert 0.2 < expected < 0.9  # a reference that could be hit by accident proves nothing
-    assert frcnn_eval(Fixed(outputs), detector_loader(targets)) == pytest.approx(expected, abs=1e-9)
-    assert capsys.readouterr().out == ""
+def test_precision_is_that_of_plain_pycocotools(seed, engine, capfd):
+    compare_with_plain(60, seed)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(4))
+def test_precision_of_many_images_is_that_of_plain_pycocotools(seed, engine):
+    found, mean = compare_with_plain(500, seed)
+    print(f"{engine}: {found!r}, pycocotools {mean!r}, difference {abs(found - mean):.1e}")
+
+
+def test_the_two_engines_agree_on_hard_cases():
+    """Equal scores, more than 100 detections of an image, crowds, labels far apart, boxes without an area."""
+    pytest.importorskip("hotcoco")
+    generator = torch.Generator().manual_seed(0)
+    targets, rows = [], []
+    for i in range(12):
+        count = (0, 3, 40)[i % 3]
+        truth = random_boxes(generator, count)
+        labels = torch.randint(0, 3, (count,), generator=generator) * 10**6
+        targets.append({"boxes": truth, "labels": labels, "iscrowd": (torch.arange(count) % 4 == 0).long()})
+        found = torch.cat([truth, truth + torch.randn(count, 4, generator=generator) * 3, random_boxes(generator, 260)])
+        found[::7, 2:] = found[::7, :2]
+        names = torch.randint(0, 4, (len(found),), generator=generator) * 10**6
+        scores = (torch.rand(len(found), generator=generator) * 8).round() / 8
+        scores[::11] = float("nan")
+        rows.append(eval_coco.detection_rows({"boxes": found, "labels": names, "scores": scores}))
+    results = [
+        eval_coco.precision_of(targets, rows, eval_coco.IOU_THRESHOLDS, engine)
+        for engine in (eval_coco.by_pycocotools, eval_coco.by_hotcoco)
+    ]
+    assert results[0][:2] == results[1][:2] and results[0].values.shape == results[1].values.shape == (10, 101, 3)
+    assert results[0].mean() > 0.005 and np.abs(results[0].values - results[1].values).max() <= 1e-6
+
+
+def test_classes_without_a_detection_have_an_ap_of_zero(engine):
+    box = [[10, 10, 50, 60]]
+    targets = [target(box, [1]), target(box, [2]), target(box, [3], iscrowd=torch.tensor([1]))]
+    outputs = [output(box, [1], [0.9]), output(), output(box, [3], [0.9])]
+    found = detection_eval_per_class(Fixed(outputs), detector_loader(targets))
+    one = pytest.approx(1.0)
+    assert found == {1: {"ap": one, "ap50": one, "objects": 1}, 2: {"ap": 0.0, "ap50": 0.0, "objects": 1}}
+    nothing = detection_eval_per_class(Fixed([output()] * 3), detector_loader(targets))
+    assert nothing == {label: {"ap": 0.0, "ap50": 0.0, "objects": 1} for label in (1, 2)}
 
 
 def test_map_does_not_depend_on_batches_or_image_ids():
@@ -157,13 +236,15 @@ def test_map_without_ground_truth_raises(targets):
         frcnn_eval(Fixed(found), detector_loader(targets))
 
 
-@pytest.mark.parametrize("method", [classification_eval, frcnn_eval])
+@pytest.mark.parametrize("method", [classification_eval, frcnn_eval, yolo_eval])
 def test_an_empty_loader_raises(method):
     with pytest.raises(ValueError, match="without images"):
+        method.per_class(Fixed([]), [])
+    with pytest.raises(ValueError, match=f"{method.__name__}: got a loader without images"):
         method(Fixed([]), [])
 
 
-def test_values_that_are_not_finite_are_false_alarms():
+def test_values_that_are_not_finite_are_false_alarms(engine):
     nan, box = float("nan"), [10.0, 10.0, 50.0, 60.0]
     targets = [target([box], [1])]
     broken = output([[nan] * 4, box], [1, 1], [0.9, 0.5])  # the false alarm comes first: precision 1/2
@@ -181,6 +262,17 @@ def test_top1_counts_images_not_batches():
     logits = [torch.nn.functional.one_hot(torch.tensor(c), 3).float() for c in (0, 1, 2, 1, 0)]
     loader = classifier_loader([0, 1, 2, 2, 2], batch_size=3)  # 3 of 3 and 0 of 2: the mean of batches would be 0.5
     assert classification_eval(Fixed(logits, batched=True), loader) == pytest.approx(0.6)
+
+
+def test_top1_per_class():
+    logits = [torch.nn.functional.one_hot(torch.tensor(c), 4).float() for c in (0, 1, 2, 3, 0)]
+    logits[0] = logits[0] * float("nan")
+    loader = classifier_loader([0, 1, 2, 2, 0], batch_size=3)
+    expected = {0: {"top1": 0.5, "images": 2}, 1: {"top1": 1.0, "images": 1}, 2: {"top1": 0.5, "images": 2}}
+    assert classification_eval_per_class(Fixed(logits, batched=True), loader) == expected
+    assert classification_eval.per_class is classification_eval_per_class
+    whole = classification_eval(Fixed(logits, batched=True), loader)
+    assert whole == sum(v["top1"] * v["images"] for v in expected.values()) / 5
 
 
 def test_top1_takes_logits_and_counts_nan_as_wrong():

@@ -39,6 +39,7 @@ FLOORS = {
 # Files that are parts of one room, by their prefix.
 PREFIXES = {
     "dataset_": "dataset_manager",
+    "eval_": "eval_methods",
     "losses_": "losses",
     "merger_": "merger",
     "results_": "results_store",
