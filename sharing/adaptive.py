@@ -3,7 +3,7 @@
 The big jump ties all groups, but for those that are predicted to hurt most for what they save, up to a five-hundredth
 of the saving (early layers, as a rule: their few bytes spoil the input of all that follows). Where it fails, the groups
 that hurt a failing task most for what they save are released *for that task* (a group splits: the others go on sharing)
-and it goes on from there, with more released each time. Once every target is met, what was held back or released is
+and the rest is tried, with more released each time. Once every target is met, what was held back or released is
 tried, the largest savings first, in parts that are halved when they fail. Up to here weights are fitted in closed form
 and not trained, which takes seconds; what is still missing is then filled in with training, in the same way, until
 nothing is left. No trial is made twice.
@@ -37,7 +37,7 @@ class Adaptive(Adopting):
         self.held_back: Configuration = ()
         self.own: Configuration = ()
         self.phase = JUMP
-        self.working: Configuration = ()  # what the last trial, which failed, has left to go on with; else nothing
+        self.working: Configuration = ()  # what a failed trial of this descent has left to try, or to train
         self.failures: dict[str, int] = {}  # task -> trials of this descent in which it failed
         self.parts: list[Part] = []  # to fill in, in this order
         self.tried: set[str] = set()
@@ -48,7 +48,7 @@ class Adaptive(Adopting):
 
     @property
     def goes_on(self) -> bool:
-        return bool(self.working)
+        return self.phase == TRAIN and bool(self.working)
 
     @property
     def uses_harm(self) -> bool:

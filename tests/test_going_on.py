@@ -146,43 +146,35 @@ def test_random_states_go_through_a_file(tmp_path):
 def test_a_failed_trial_that_goes_on_survives_an_interruption(
     entries, trained_entries, datasets, tmp_path, monkeypatch
 ):
-    """Adaptive backs off from the weights it has: they are in the checkpoint between two trials."""
+    """What was fitted and not met is trained from there: the weights are in the checkpoint between the two trials."""
+    monkeypatch.setattr("sharing.adaptive.WORTH_A_FIT", 1.0)
+    monkeypatch.setattr("sharing.adaptive.HELD_BACK", 0.5)
+    honest, rounds = merger.recover, []
 
-    def failing(times):
-        honest, rounds = merger.recover, iter(range(100))
+    def recover(models, tasks, data, options, *more):
+        outcome = honest(models, tasks, data, options, *more)
+        rounds.append(len(more[0].purpose) and more[0].purpose[1])
+        if rounds[-1] == 1:
+            return trainer.Outcome("needs training", dict.fromkeys(tasks, 0.8), (), 0, 0)
+        return outcome
 
-        def recover(models, tasks, *more):
-            outcome = honest(models, tasks, *more)
-            if next(rounds) < times:
-                low = {name: 0.1 if name == "south_pico" else a for name, a in outcome.accuracies.items()}
-                met = tuple(name for name in outcome.met if name != "south_pico")
-                return trainer.Outcome("given up", low, met, outcome.steps, outcome.samples)
-            return outcome
-
-        return recover
-
-    with monkeypatch.context() as patch:
-        patch.setattr(merger, "recover", failing(2))
-        whole = merge(entries, tmp_path / "whole", datasets, strategy="adaptive")
-    rows = whole["run"]["rounds"]
-    assert [row["kept"] for row in rows[:3]] == [False, False, True]
-    halted = copy.deepcopy(trained_entries)
-    play_round, rounds = merger.play_round, iter(range(100))
+    monkeypatch.setattr(merger, "recover", recover)
+    options = {"strategy": "adaptive", "private_epochs": 1.0, "tolerance": 0.3}
+    whole = merge(entries, tmp_path / "whole", datasets, **options)
+    assert [row["kept"] for row in whole["run"]["rounds"][:2]] == [True, False] and rounds[:3] == [0, 1, 2]
+    halted, play_round = copy.deepcopy(trained_entries), merger.play_round
 
     def killed(run, proposal):
-        if next(rounds) == 1:
+        if len(run.rounds) == 2:
             raise KeyboardInterrupt
         return play_round(run, proposal)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merger, "recover", failing(1))
         patch.setattr(merger, "play_round", killed)
         with pytest.raises(KeyboardInterrupt):
-            merge(halted, tmp_path / "halted", datasets, strategy="adaptive")
+            merge(halted, tmp_path / "halted", datasets, **options)
     assert read_checkpoint(tmp_path / "halted")["working"]
-    with monkeypatch.context() as patch:
-        patch.setattr(merger, "recover", failing(1))
-        again = merge(copy.deepcopy(trained_entries), tmp_path / "halted", datasets, strategy="adaptive")
+    again = merge(copy.deepcopy(trained_entries), tmp_path / "halted", datasets, **options)
     assert again["tensors"] == whole["tensors"] and again["shared_layers"] == whole["shared_layers"]
 
 

@@ -182,7 +182,7 @@ def test_adaptive_jumps_first_and_releases_what_hurts_most_for_the_task_that_fai
     worst = next(group for group in everything if group.occurrences[0].layer == "conv2")
     harm[worst, "task1_x"] = 9.0
     strategy.record(False, {"task0_x", "task2_x"}, {}, harm)
-    assert strategy.goes_on
+    assert not strategy.goes_on, "fits begin anew"
     second = strategy.propose()
     left = next(group for group in second if group.occurrences[0].layer == "conv2")
     assert left.tasks == ("task0_x", "task2_x"), "the others go on sharing"
