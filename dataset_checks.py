@@ -16,9 +16,10 @@ from PIL import Image
 from dataset_folders import (
     FolderDataset,
     class_names,
+    classification_samples,
     describe,
     find_dataset,
-    labelled_images,
+    labelled_split,
     load_image,
     open_split,
     wrong_size,
@@ -77,7 +78,7 @@ def _task_problems(task: Task, roots: Sequence[Path]) -> list[Problem]:
         problems, outputs = _dry_run(task, folder, layout)
     if task.kind == CLASSIFICATION:
         outputs = num_classes_of(task.model) if outputs is None else outputs
-        problems += _class_count(task, class_names(folder), outputs)
+        problems += _class_count(task, class_names(folder, labelled_split(task)), outputs)
     return problems
 
 
@@ -100,12 +101,13 @@ def _missing_dataset(task: Task, roots: Sequence[Path]) -> Problem:
 
 
 def _classification_problems(task: Task, folder: Path, split: str) -> Iterator[Problem]:
-    names = class_names(folder)
-    images = [path for path, _ in labelled_images(folder / split, names)]
-    yield from _count_problems(task, folder, split, images, f"{split}/<class>/*.jpg")
+    names = class_names(folder, labelled_split(task))
+    images = [path for path, _ in classification_samples(task, folder, split)]
+    has_labels = task.labels or split != "train"
+    yield from _count_problems(task, folder, split, images, f"{split}/<class>/*.jpg" if has_labels else "train/*.jpg")
     for path in visible(folder / split):
-        if path.is_dir() and path.name not in names and names:
-            allowed = f"the class folders of train: {', '.join(names)}"
+        if has_labels and path.is_dir() and path.name not in names and names:
+            allowed = f"the class folders of {labelled_split(task)}: {', '.join(names)}"
             yield Problem(task.name, f"dataset {split}", f"a class folder {path.name!r}", allowed)
     yield from _image_problems(task, folder, images)
 
@@ -203,7 +205,8 @@ def _split_problems(
         yield from _count_problems(task, folder, name, images, layout.images.format(split=name))
     repairs += split.repairs
     num_boxes = 0
-    for _, source in split.samples:
+    is_labelled = task.labels or name != "train"
+    for _, source in split.samples if is_labelled else ():
         try:
             objects = source.read()
         except OSError as error:
@@ -216,12 +219,12 @@ def _split_problems(
         for fault in objects.faults:
             yield _of_fault(task, folder, fault)
         yield from (_of_fault(task, folder, fault) for fault in _class_faults(task, layout, source, objects))
-    if images and not num_boxes and not has_faults:
+    if images and is_labelled and not num_boxes and not has_faults:
         beside = ", ".join(path.name for path in visible(folder / name))
         got = "no image with an object" + (f" (the folder holds {beside})" if beside else "")
         allowed = f"objects in {layout.objects.format(split=name)}: without any, mAP is undefined"
         yield Problem(task.name, f"dataset {name}", got, allowed)
-    yield from _image_problems(task, folder, images, dict(split.samples))
+    yield from _image_problems(task, folder, images, dict(split.samples) if is_labelled else None)
 
 
 def _class_faults(task: Task, layout: Layout, source: Source, objects: Objects) -> Iterator[Fault]:
@@ -306,4 +309,8 @@ def _class_count(task: Task, names: list[str], outputs: int | None) -> list[Prob
     if outputs is None or len(names) <= outputs:
         return []
     got = f"{len(names)} class folders ({', '.join(names[:20])})"
-    return [Problem(task.name, "dataset train", got, f"at most {outputs}, the number of outputs of the model")]
+    return [
+        Problem(
+            task.name, f"dataset {labelled_split(task)}", got, f"at most {outputs}, the number of outputs of the model"
+        )
+    ]

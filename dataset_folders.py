@@ -20,6 +20,7 @@ from dataset_layouts import open_layout
 from dataset_records import Layout, Objects, Source, Split, image_files, visible
 from workload import CLASSIFICATION, Task
 
+NO_LABEL = -1
 PER_BOX = ("labels", "area", "iscrowd")  # entries of a target with one value per box
 
 
@@ -39,12 +40,14 @@ def open_split(
     """
     transform = task.train_transform if split == "train" and not plain else task.val_transform
     if task.kind == CLASSIFICATION:
-        return ClassificationFolder(task.name, labelled_images(folder / split, class_names(folder)), transform)
+        return ClassificationFolder(task.name, classification_samples(task, folder, split), transform)
     layout = layout or open_layout(task, folder)
     found = layout.splits.get(split, Split)()
     if faults := [*layout.faults, *found.faults]:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise ValueError(f"{task.name}: dataset: {faults[0]}{more}")
+    if split == "train" and not task.labels:
+        return UnlabelledDetectionFolder(task.name, found.samples, transform, int(task.background_class))
     crowds = None if not layout.crowds else "dropped" if split == "train" else "marked"
     return DetectionFolder(task.name, found.samples, transform, int(task.background_class), crowds)
 
@@ -52,13 +55,26 @@ def open_split(
 def dataset_class_names(task: Task, folder: Path, layout: Layout | None = None) -> tuple[str, ...]:
     """The names of the classes by class id, without the background; () where the dataset has none."""
     if task.kind == CLASSIFICATION:
-        return tuple(class_names(folder))
+        return tuple(class_names(folder, labelled_split(task)))
     return (layout or open_layout(task, folder)).class_names
 
 
-def class_names(folder: Path) -> list[str]:
-    """The classes of a dataset in the order of the labels: the class folders of train, for every split."""
-    return [path.name for path in visible(folder / "train") if path.is_dir()]
+def labelled_split(task: Task) -> str:
+    """The split whose class folders name the classes."""
+    return "train" if task.labels else "val"
+
+
+def class_names(folder: Path, split: str = "train") -> list[str]:
+    """The classes of a dataset in the order of the labels: the class folders of one split, for every split."""
+    return [path.name for path in visible(folder / split) if path.is_dir()]
+
+
+def classification_samples(task: Task, folder: Path, split: str) -> list[tuple[Path, int]]:
+    """(image, label) of one split; images without labels lie in train or any folder below it, and are labelled -1."""
+    if split == "train" and not task.labels:
+        below = [path for path in sorted((folder / split).rglob("*")) if path.is_dir()]
+        return [(path, NO_LABEL) for place in [folder / split, *below] for path in image_files(place)]
+    return labelled_images(folder / split, class_names(folder, labelled_split(task)))
 
 
 def labelled_images(split: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
@@ -166,6 +182,15 @@ class DetectionFolder(FolderDataset):
         if self.crowds == "marked":
             target["iscrowd"] = torch.tensor([box.crowd for box in boxes], dtype=torch.int64)
         return target
+
+
+class UnlabelledDetectionFolder(DetectionFolder):
+    """As DetectionFolder; whatever annotations there are, the targets have no objects."""
+
+    def read(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        image = load_image(self.samples[index][0])
+        result = self.transform(image, self._target(index, Objects(), image.width, image.height))
+        return plain_image(result[0]), checked_target(result[1])
 
 
 def objects_of(source: Source) -> Objects:

@@ -60,6 +60,7 @@ def _of_task(task: Task, folder: Path) -> dict:
         "tolerance": task.tolerance,
         "batch_size": task.batch_size,
         "background_class": task.background_class,
+        "labels": task.labels,
     }
 
 

@@ -19,17 +19,20 @@ def task_losses(
     """Losses of the task's model, in train mode, on one batch of its train loader; each entry a scalar with gradient.
 
     Classification: cross-entropy of (Tensor[N,3,H,W], Tensor[N]). Detection: what the detector itself returns for
-    (list of Tensor[3,H,W], list of targets). With a teacher, its losses as well. Raises ValueError if the model returns
-    something else.
+    (list of Tensor[3,H,W], list of targets). With a teacher, its losses as well. A task without labels needs one: its
+    losses are all there is for a classifier, and what it detects is the targets of a detector. Raises ValueError if
+    the model returns something else.
     """
     images, targets = batch
     if task.kind == CLASSIFICATION:
         images = images.to(device, non_blocking=True)
         output = task.model(images)
-        losses = _classification_losses(task, output, targets.to(device, non_blocking=True))
+        labels = targets.to(device, non_blocking=True)
+        losses = _classification_losses(task, output, labels) if task.labels else {}
     else:
         images = [image.to(device, non_blocking=True) for image in images]
         targets = [{key: _moved(value, device) for key, value in target.items()} for target in targets]
+        targets = targets if task.labels else teacher.detections(images)
         output = task.model(images, targets)
         losses = _detection_losses(task, output)
     return losses if teacher is None else {**losses, **teacher.losses(images, output)}

@@ -1,8 +1,8 @@
 """The unmerged model as teacher of the merged one: the losses between the two on the same images, without labels.
 
 Features behind the tied layers are compared layer by layer, which works alike for classifiers and detectors; the class
-probabilities of a classifier are compared as well. Sources: Hinton et al., "Distilling the Knowledge in a Neural
-Network", 2015 (section 2); Romero et al., "FitNets", ICLR 2015, for features.
+probabilities of a classifier are compared as well; what a detector finds can stand for labels. Sources: Hinton et al.,
+"Distilling the Knowledge in a Neural Network", 2015 (section 2); Romero et al., "FitNets", ICLR 2015, for features.
 """
 
 from collections import defaultdict
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from eval_methods import logits_of
 
+SURE = 0.4  # score from which a detection of the teacher counts as an object
 EPSILON = 1e-6  # of the variance that a feature loss is divided by
 
 
@@ -86,6 +87,20 @@ class Teacher:
         self.own.clear()
         self.taught.clear()
         return losses
+
+    @torch.no_grad()
+    def detections(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Targets {boxes, labels} for images without labels: what the teacher, a detector, is sure enough of.
+
+        Source: pseudo-labels, Sohn et al., "A Simple Semi-Supervised Learning Framework for Object Detection" (STAC),
+        2020, section 3.2; the threshold is lower here, as one-stage detectors give low scores.
+        """
+        enough, self.taught.enough = self.taught.enough, None  # the whole pass is needed
+        found = self.teacher(images)
+        self.taught.enough = enough
+        self.taught.clear()
+        sure = [output["scores"] >= SURE for output in found]
+        return [{key: o[key][keep] for key in ("boxes", "labels")} for o, keep in zip(found, sure, strict=True)]
 
     def close(self) -> None:
         self.own.remove()

@@ -32,6 +32,7 @@ from eval_methods import classification_eval, frcnn_eval
 from fingerprint import differences, fingerprint, task_changes
 from interrupts import Interrupts
 from losses import task_losses
+from losses_distillation import Teacher
 from merger_trial import ALIGNMENT_OF, LEAST_SQUARES, NO_ALIGNMENT, WEIGHTS_OF
 from model_architectures import build, load_weights
 from results_store import ResultsError, foreign_files, has_results, lock, read_manifest, repair
@@ -243,16 +244,19 @@ def _training_problems(run: merger.Run) -> list[Problem]:
     for name, task in run.tasks.items():
         train = run.data[name].train
         snapshot = take_snapshot(task.model)
+        teacher = None if task.labels else Teacher(task.model, run.unmerged[name], [])
         try:
             with torch.no_grad(), seeded(run.seed, "trial", name):
                 batch = train.collate_fn([train.dataset[i] for i in range(min(train.batch_size, len(train.dataset)))])
                 task.model.train()
-                task_losses(task, batch, run.device)
+                task_losses(task, batch, run.device, teacher)
         except Exception as error:  # a user's model may raise anything
             got = f"{type(error).__name__} in training: {' '.join(str(error).split())[:300]}"
             problems.append(Problem(name, "model", got, allowed))
         finally:
             restore_snapshot(snapshot)
+            if teacher is not None:
+                teacher.close()
     return problems
 
 

@@ -28,7 +28,7 @@ NO_ALIGNMENT = "none"
 WEIGHTS_OF = {"adaptive": LEAST_SQUARES}  # the initial weights of a strategy, where they are not the mean
 ALIGNMENT_OF = {"adaptive": "weights"}  # how a strategy lines up channels, where it does
 FIT_PIXELS = 320 * 96 * 96  # of the images per task that weights are fitted on (benchmarks/LOG.md)
-DETECTION_SHARE = 0.2  # of the pixels, for detectors: every position of an image is a sample to their layers
+DETECTION_SHARE = 0.5  # of the pixels, for detectors: every position of an image is a sample to their layers
 FIT_POSITIONS = 4096  # rows per layer and task
 MAX_FITS = 3
 WORTH_A_REFIT = 0.97  # of the targets, that all tasks should reach with the next weights
@@ -178,12 +178,11 @@ def harm_of(run: "Run", configuration: Configuration) -> Harm:
 
 
 def teachers_of(run: "Run", trained: Mapping[str, Task], proposal: Configuration) -> dict[str, Teacher]:
-    """The unmerged models beside those that are trained, if training compares with them."""
-    if not run.training.teaches:
-        return {}
+    """The unmerged models beside those that are trained, if training compares with them or has no labels."""
     return {
         name: Teacher(run.models[name], run.unmerged[name], compared_layers(run.models[name], name, proposal))
-        for name in trained
+        for name, task in trained.items()
+        if run.training.teaches or not task.labels
     }
 
 

@@ -74,8 +74,11 @@ class TrainingOptions:
     def teaches(self) -> bool:
         return self.feature_weight > 0 or self.probability_weight > 0
 
-    def weight_of(self, loss: str) -> float:
-        return {"features": self.feature_weight, "probabilities": self.probability_weight}.get(loss, self.label_weight)
+    def weight_of(self, loss: str, task: Task) -> float:
+        taught = {"features": self.feature_weight, "probabilities": self.probability_weight}
+        if loss not in taught:
+            return self.label_weight
+        return taught[loss] if task.labels else taught[loss] or 1.0  # without labels there is nothing else
 
 
 # What a strategy trains with, where that is not the default (benchmarks/LOG.md).
@@ -309,7 +312,7 @@ class _Round:
             freeze_statistics(member.task.model)  # a batch of one has no variance; a split batch is all the same size
         losses = task_losses(member.task, batch, self.around.device, self.teachers.get(member.task.name))
         weight = loss_weight(member.progress.accuracy, member.progress.target)
-        return weight * sum(self.options.weight_of(name) * loss for name, loss in losses.items())
+        return weight * sum(self.options.weight_of(name, member.task) * loss for name, loss in losses.items())
 
     def average(self, averages: list[Tensor], values: list[Tensor], num_averaged: int) -> None:
         """Moves the averages towards the values; at first quickly, so that where the trial began is soon forgotten.

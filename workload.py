@@ -18,7 +18,7 @@ CLASSIFICATION = "image_classification"
 DETECTION = "object_detection"
 DATASET_SUFFIX = {CLASSIFICATION: "_CL", DETECTION: "_OD"}
 REQUIRED_KEYS = ("model", "task", "eval_method", "transforms", "unmerged_acc")
-OPTIONAL_KEYS = ("dataset", "tolerance", "batch_size", "background_class")
+OPTIONAL_KEYS = ("dataset", "tolerance", "batch_size", "background_class", "labels")
 DEFAULT_TOLERANCE = 0.95
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -59,6 +59,7 @@ class Task:
     dataset: str  # name of the dataset's folder
     batch_size: int | None  # None: the trainer's default for the kind
     background_class: bool  # detectors: class id 0 of the model means background
+    labels: bool = True  # whether the images of train have labels; those of val always have
 
     @property
     def target_acc(self) -> float:
@@ -110,6 +111,7 @@ def _record(name: str, entry: Mapping, tolerance: float) -> Task:
         dataset=entry.get("dataset") or name.rsplit("_", 1)[0] + DATASET_SUFFIX[kind],
         batch_size=None if entry.get("batch_size") is None else int(entry["batch_size"]),
         background_class=True if background_class is None else background_class,
+        labels=entry.get("labels") is not False,
     )
 
 
@@ -161,6 +163,7 @@ def _entry_problems(name: str, entry: object) -> list[Problem]:
         "dataset": _check_dataset,
         "batch_size": _check_batch_size,
         "background_class": _check_flag,
+        "labels": _check_flag,
     }
     problems = [Problem(name, key, "nothing", _ALLOWED[key]) for key in REQUIRED_KEYS if key not in entry]
     for key in entry:
@@ -185,6 +188,7 @@ _ALLOWED = {
     "dataset": "the name of a folder in the datasets root",
     "batch_size": "a whole number of at least 2",
     "background_class": "True or False",
+    "labels": "True or False (the images of train have none)",
 }
 
 

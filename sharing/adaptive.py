@@ -113,10 +113,11 @@ class Adaptive(Adopting):
         failing = sorted({task for group in trial for task in group.tasks} - met)
         released = set()
         for task in failing or sorted({task for group in trial for task in group.tasks}):
-            at_first = RELEASED_WHEN_NEAR if ratios.get(task, 1.0) >= NEAR else RELEASED_WHEN_FAR
+            near = ratios.get(task, 1.0) >= NEAR
+            at_first = RELEASED_WHEN_NEAR if near else RELEASED_WHEN_FAR
             share = min(1.0, at_first * 2 ** self.failures.get(task, 0))
             self.failures[task] = self.failures.get(task, 0) + 1
-            released |= {(group, task) for group in most_harmful(trial, task, share, harm, self.kept)}
+            released |= {(group, task) for group in most_harmful(trial, task, share, harm, self.kept, near)}
         left = (group.restricted_to({t for t in group.tasks if (group, t) not in released}) for group in trial)
         self.working = joined(self.kept, ordered(group for group in left if len(group.occurrences) > 1))
         self.phase = BACK_OFF
@@ -185,14 +186,18 @@ class Adaptive(Adopting):
         self.tried, self.adopted = set(state["tried"]), from_plain(state["adopted"])
 
 
-def most_harmful(trial: Configuration, task: str, share: float, harm: Harm, kept: Configuration = ()) -> list[Group]:
-    """Groups of the task to release: the most harm per byte first, until `share` of the bytes it shares is reached.
+def most_harmful(
+    trial: Configuration, task: str, share: float, harm: Harm, kept: Configuration = (), per_byte: bool = True
+) -> list[Group]:
+    """Groups of the task to release until `share` of the bytes it shares is reached: the most harm first.
 
-    Groups that are kept already are not released. Without a measure of harm the largest go first.
+    per_byte: the most harm for what they save, which is best where little is to be released; where much is wrong, what
+    does real harm is large. Groups that are kept already are not released. Without a measure of harm the largest go
+    first.
     """
     held = {occurrence for group in kept for occurrence in group.occurrences}
     own = [g for g in trial if task in g.tasks and not {o for o in g.occurrences if o.task == task} <= held]
-    own.sort(key=lambda group: -harm.get((group, task), float(group.bytes)) / group.bytes)
+    own.sort(key=lambda g: -harm.get((g, task), float(g.bytes)) / (g.bytes if per_byte and harm else 1))
     wanted = share * sum(group.bytes for group in own)
     chosen, released = [], 0
     for group in own:

@@ -37,9 +37,10 @@ def fit_in_lockstep(
     before it.
 
     All batches of all tasks are in flight at once: memory is that of the activations at one layer (without gradients)
-    for all images. A layer that is called several times in a pass (heads over pyramid levels), or on regions, is
-    fitted on its inputs in the teacher; so is the part of a task that comes to a layer later than the tasks that
-    wait for it there (models may have tied layers in different orders).
+    for all images. A layer that is called several times in a pass (heads over pyramid levels) is fitted at its first
+    call, on the inputs of that call and on those that the further calls have in the teacher. A layer on regions is
+    fitted on its inputs in the teacher; so is the part of a task that comes to a layer later than the tasks that wait
+    for it there (models may have tied layers in different orders).
     Source: Nguyen et al., "RegMean++", 2025 (inputs of the merged model, layer by layer); targets as in PLeaS.
     """
     return _Pass(models, teachers, groups, images, generator, task_weights, ridge, positions).run()
@@ -56,6 +57,7 @@ class _Pass:
         self.batches: dict[Party, Batch] = {(t, i): batch for t in tasks for i, batch in enumerate(images[t])}
         self.samples: dict[Party, Samples] = {}
         self.x: dict[tuple[Party, str], torch.Tensor] = {}  # (party, layer) -> rows that wait to be fitted
+        self.further: dict[tuple[Party, str], torch.Tensor] = {}  # rows of the teacher, of all calls but the first
         self.here = threading.local()  # the party whose forward pass this thread runs
         for party in self.batches:
             self.ask_teacher(party, positions, generator)
@@ -68,7 +70,12 @@ class _Pass:
         layers = quotas(self.models, self.open, task, positions)
         shares = {name: -(-quota * len(batch) // total) for name, quota in layers.items()}
         samples = self.samples[party] = sample_outputs(self.teachers[task], shares, batch, generator)
-        self.keep_teachers_inputs(party, {name: s for name, s in samples.items() if len(s) > 1 or of_regions(s, batch)})
+        regions = {name: calls for name, calls in samples.items() if of_regions(calls, batch)}
+        self.keep_teachers_inputs(party, regions)
+        further = {name: calls for name, calls in samples.items() if len(calls) > 1 and name not in regions}
+        if further:
+            x = sample_inputs(self.teachers[task], further, batch)
+            self.further |= {(party, name): rows[:, len(further[name][0].picked) :] for name, rows in x.items()}
 
     def keep_teachers_inputs(self, party: Party, samples: Samples) -> None:
         if samples:
@@ -111,9 +118,11 @@ class _Pass:
             if group in self.fits:
                 return
             party = self.here.party
-            (sample, *more) = self.samples[party][name]
-            if (party, name) not in self.x and not more and sample.input_shape == inputs[0].shape:
-                self.x[party, name] = input_rows(layer, inputs[0], sample.output_shape, sample.picked)
+            sample = self.samples[party][name][0]
+            if (party, name) not in self.x and sample.input_shape == inputs[0].shape:
+                rows = [input_rows(layer, inputs[0], sample.output_shape, sample.picked)]
+                rows += [self.further.pop((party, name))] if (party, name) in self.further else []
+                self.x[party, name] = torch.cat(rows, 1)
             self.here.wait(group)
 
         return arrive

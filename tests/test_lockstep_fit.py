@@ -108,16 +108,25 @@ class Levels(nn.Module):
         return self.head(features), self.head(features[..., ::2, ::2])
 
 
-def test_a_head_over_levels_is_fitted_on_the_teachers_inputs_and_an_idle_layer_is_named():
+def test_a_head_over_levels_is_fitted_behind_the_stem_and_an_idle_layer_is_named():
+    """Its first call is judged on what it gets behind the fitted stem, so it does better there than a fit on the
+    teachers' inputs."""
+    torch.manual_seed(0)
     models, teachers, groups = tied(a_x=Levels(), b_x=Levels())
     images = {t: [torch.rand(4, 3, 8, 8)] for t in models}
-    found = fit_in_lockstep(models, teachers, groups, images, generator=generator())
+    found = fit_in_lockstep(models, teachers, groups, images, generator=generator(), ridge=1e-3)
     fits = {group.occurrences[0].layer: fit for group, fit in found.items()}
+    assert fits["stem"].fitted and fits["head"].fitted and "never called" in fits["idle"].reason
     own = nn.ModuleDict(copy.deepcopy(teachers))
     tie(own, groups)
-    fit_least_squares(own, teachers, groups, images, generator=generator(), own_inputs=True)
-    assert torch.allclose(matrix_of(models["a_x"].head), matrix_of(own["a_x"].head), atol=1e-3)
-    assert fits["stem"].fitted and fits["head"].fitted and "never called" in fits["idle"].reason
+    fit_least_squares(own, teachers, groups, images, generator=generator(), own_inputs=True, ridge=1e-3)
+
+    @torch.no_grad()
+    def error(fitted):
+        pairs = ((fitted[t](*images[t])[0], teachers[t](*images[t])[0]) for t in teachers)
+        return sum((a - b).square().sum() / b.square().sum() for a, b in pairs)
+
+    assert error(models) < 0.95 * error(own)
 
 
 def test_an_error_of_a_forward_pass_is_raised_and_leaves_no_hooks():
