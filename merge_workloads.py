@@ -103,6 +103,7 @@ def merge_workload(
     device: str = "auto",
     time_budget: float | None = None,
     fresh: bool = False,
+    per_class: bool = False,
     seed: int = 0,
     initial_weights: str | None = None,
     alignment: str | None = None,
@@ -115,9 +116,9 @@ def merge_workload(
     tolerance: a task's target is tolerance x unmerged_acc (default 0.95; a task's own entry wins).
     strategy: "adaptive", "gemel", "all" or "stem". device: "auto", "cpu" or "cuda". time_budget: seconds after which no
     new round begins and the one in flight is put off. fresh: start anew although the folder holds a result, which is
-    kept aside. initial_weights: of a tied layer, "least_squares", "mean", "similar" or "first" (default: what is best
-    for the strategy). num_workers: loader processes per task (default: none on a CPU, with CUDA eight or the number of
-    cores among all tasks).
+    kept aside. per_class: every task is also judged class by class. initial_weights: of a tied layer, "least_squares",
+    "mean", "similar" or "first" (default: what is best for the strategy). num_workers: loader processes per task
+    (default: none on a CPU, with CUDA eight or the number of cores among all tasks).
     training: any field of trainer.TrainingOptions, such as learning_rate or max_epochs.
     Raises WorkloadError, before anything is written or trained, with every problem of the input.
     """
@@ -147,6 +148,7 @@ def merge_workload(
             training=options,
             initial_weights=how["initial_weights"],
             alignment=how["alignment"],
+            per_class=per_class,
             seed=seed,
             device=target_device,
             deadline=began + time_budget if time_budget else math.inf,
@@ -159,6 +161,8 @@ def merge_workload(
         print(tables.workload_table(tasks, run.models, run.groups), end="\n\n", flush=True)
         manifest = _run(run, previous, fresh, stack)
     print("\n" + tables.closing_table(manifest), flush=True)
+    if per_class:
+        print("\n" + tables.per_class_table(manifest), flush=True)
     if not manifest["run"]["finished"]:
         print("the time is over before everything was tried: the same command goes on from here", flush=True)
     return manifest
@@ -199,7 +203,7 @@ def _run(run: merger.Run, previous: dict | None, fresh: bool, stack: contextlib.
         _go_on(run, previous)
         if run.finished:
             print(f"{run.results_path} holds the finished result of this workload (--fresh starts anew)")
-            return previous
+            return merger.confirm(run) if run.per_class else previous
     if run.is_new and (problems := _training_problems(run)):
         raise WorkloadError(problems)
     merger.preflight(run)
@@ -370,6 +374,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--strategy", choices=sorted(STRATEGIES), default="adaptive", help="default: %(default)s")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
     parser.add_argument("--time-budget", type=parse_duration, metavar="TIME", help="such as 90s, 30m or 2h")
+    parser.add_argument("--per-class", action="store_true", help="also say how every class fares")
     parser.add_argument("--fresh", action="store_true", help="start anew; an earlier result is kept aside")
     parser.add_argument("--plan", action="store_true", help="print what could be saved; train nothing")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -400,6 +405,7 @@ def main(arguments: list[str] | None = None) -> int:
                 device=flags.device,
                 time_budget=flags.time_budget,
                 fresh=flags.fresh,
+                per_class=flags.per_class,
                 seed=flags.seed,
             )
     except WorkloadError as error:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import tables
 from dataset_folders import SampleError
 from dataset_manager import TaskData
-from merger_records import Accuracy, history_entry, manifest_of, round_record, run_record, statistics_of
+from merger_records import Accuracy, history_entry, manifest_of, per_class_of, round_record, run_record, statistics_of
 from merger_trial import (
     LEAST_SQUARES,
     fit_weights,
@@ -84,6 +84,7 @@ class Run:
     flags: dict  # what the manifest says of how the run was started
     fingerprint: dict  # what must be equal for another run to go on from this one
     say: Callable[[str], None] = print
+    per_class: bool = False  # whether what was written is judged class by class as well
     stop_asked: Callable[[], bool] = never
     deadline: float = math.inf  # on time.monotonic()
     started: float = field(default_factory=time.monotonic)
@@ -256,7 +257,7 @@ def play_round(run: Run, proposal: Configuration) -> bool:
     if outcome.success:
         run.undo = None
         for name, accuracy in outcome.accuracies.items():
-            run.accuracy[name].merged = accuracy
+            run.accuracy[name].merged, run.accuracy[name].per_class = accuracy, None
         run.history.append(history_entry(run))
         store(run)
         drop_checkpoint(run.results_path)
@@ -332,6 +333,8 @@ def confirm(run: Run) -> dict:
         accuracy.merged = evaluate(task, run.data[name].val, reloaded[name])
         if run.data[name].test is not None:
             accuracy.merged_test = evaluate(task, run.data[name].test, reloaded[name])
+        if run.per_class:
+            accuracy.per_class = per_class_of(task, run.unmerged[name], reloaded[name], run.data[name].val)
         if accuracy.merged < task.target_acc:
             raise RuntimeError(
                 f"{name}: reloaded from {run.results_path} it reaches {accuracy.merged:.4f}, below its target "

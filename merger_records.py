@@ -1,14 +1,16 @@
 """What a merge writes down: the manifest, the statistics for plots, one record per round."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from model_architectures import architecture_of
 from sharing.groups import Configuration, saved_bytes, to_plain
 from sharing.memory import Memory, distinct_bytes
 from trainer import Outcome
-from workload import Task
+from workload import DETECTION, Task
 
 if TYPE_CHECKING:
     from merger import Run
@@ -22,6 +24,7 @@ class Accuracy:
     merged: float
     unmerged_test: float | None = None
     merged_test: float | None = None
+    per_class: dict[str, dict] | None = None  # class id -> {"unmerged": measures, "merged": measures}, on val
 
 
 def manifest_of(run: "Run") -> dict:
@@ -62,8 +65,22 @@ def task_record(task: Task, accuracy: Accuracy, class_names: Sequence[str]) -> d
         "merged_acc": accuracy.merged,
         "unmerged_test_acc": accuracy.unmerged_test,
         "test_acc": accuracy.merged_test,
+        "per_class": accuracy.per_class,
         "met": accuracy.merged >= task.target_acc,
     }
+
+
+def per_class_of(task: Task, unmerged: nn.Module, merged: nn.Module, loader: Iterable) -> dict[str, dict] | None:
+    """What the task's eval method can say class by class, before and after; None if it has no `per_class`.
+
+    Classes are ids of the dataset: the background of a detector is taken off.
+    """
+    measure = getattr(task.eval_method, "per_class", None)
+    if measure is None:
+        return None
+    before, after = measure(unmerged, loader), measure(merged, loader)
+    first = int(task.kind == DETECTION and task.background_class)
+    return {str(label - first): {"unmerged": before[label], "merged": after[label]} for label in before}
 
 
 def run_record(run: "Run") -> dict:

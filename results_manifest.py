@@ -7,9 +7,10 @@ the bytes with the store's header, `met` with the accuracies.
 
 import hashlib
 import json
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from results_files import MANIFEST, STATISTICS, STORE_PATTERN, WEIGHTS_PATTERN, ResultsError, naming
@@ -21,6 +22,7 @@ NORMALISATION = "private"  # normalisation layers are never shared
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CHECKSUM = re.compile(r"[0-9a-f]{16}")
 STORE_KEY = re.compile(r"[0-9a-f]{32}(\.[0-9]{1,9})?")
+CLASS_ID = re.compile(r"-?[0-9]{1,9}")
 SHOWN = 3  # problems in one message
 PARTS = {
     "format": int,
@@ -204,8 +206,24 @@ def _task_problems(name: str, task: object) -> Iterator[str]:
             yield f"{name}: {key}: got {_short(task[key])}; allowed: a number in [0, 1], or null"
     if not _are_names(task.get("class_names")):  # results of before have none
         yield f"{name}: class_names: got {_short(task['class_names'])}; allowed: a list of texts, or null"
+    yield from _per_class_problems(name, task.get("per_class"))
     if not isinstance(task.get("met"), bool):
         yield f"{name}: met: got {_short(task.get('met'))}; allowed: true or false"
+
+
+def _per_class_problems(name: str, classes: object) -> Iterator[str]:
+    if classes is None:
+        return
+    for class_id, measured in classes.items() if isinstance(classes, dict) else [("", classes)]:
+        fits = CLASS_ID.fullmatch(class_id) and isinstance(measured, dict) and set(measured) == {"unmerged", "merged"}
+        fits = fits and all(isinstance(part, dict) and _are_numbers(part.values()) for part in measured.values())
+        if not fits or set(measured["unmerged"]) != set(measured["merged"]):
+            allowed = 'class id -> {"unmerged": numbers by name, "merged": the same}, or null'
+            yield f"{name}: per_class: {_short(class_id)}: got {_short(measured)}; allowed: {allowed}"
+
+
+def _are_numbers(values: Iterable) -> bool:
+    return all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
 
 
 def _tensor_problems(manifest: dict) -> Iterator[str]:

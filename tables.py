@@ -13,6 +13,7 @@ from sharing.strategies import gemel_units
 from workload import Task
 
 MIB = 1 << 20
+COUNTS = ("images", "objects")  # of a class, among its measures
 ROUND_COLUMNS = (
     ("round", 5),
     ("tied", 34),
@@ -122,6 +123,20 @@ def closing_table(manifest: Mapping) -> str:
         f"{share(saved, optimal)} of the optimal {mib(optimal)}, in {manifest['run']['seconds']:.0f} s"
     )
     return f"{table(('task', 'unmerged', 'target', 'merged', 'met', 'on the test split'), rows)}\n{last}"
+
+
+def per_class_table(manifest: Mapping) -> str:
+    """One row per class of every task whose eval method can judge class by class."""
+    rows = []
+    for name, task in manifest["tasks"].items():
+        for class_id, measured in (task["per_class"] or {}).items():
+            names = task["class_names"] or ()
+            called = names[int(class_id)] if int(class_id) < len(names) else class_id
+            before, after = measured["unmerged"], measured["merged"]
+            count = next((str(before[key]) for key in COUNTS if key in before), "-")
+            values = (f"{key} {value:.3f} -> {after[key]:.3f}" for key, value in before.items() if key not in COUNTS)
+            rows.append((name, called, count, "  ".join(values)))
+    return table(("task", "class", "on val", "unmerged -> merged"), rows)
 
 
 def _fit(text: str, width: int) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 import merge_workloads
 import merger
 from dataset_manager import open_task
+from eval_methods import classification_eval
 from merge_workloads import merge_workload
 from results_store import load_merged, read_manifest
 from sharing.groups import Configuration, find_groups
@@ -313,3 +314,21 @@ def test_plan_prints_what_could_be_saved_and_needs_no_dataset(entries, capsys):
     models = {name: entry["model"] for name, entry in entries.items()}
     assert saved == sum(group.saved_bytes for group in find_groups(models)) > 0
     assert "Conv2d(8, 8" in printed and "could save" in printed
+
+
+def test_every_class_before_and_after(entries, datasets, tmp_path, capsys):
+    options = {"datasets": datasets, "device": "cpu", "strategy": "all", **QUICK, "tolerance": 0.3}
+    entries["south_pico"]["eval_method"] = lambda model, loader: classification_eval(model, loader)
+    plain = merge_workload(copy.deepcopy(entries), tmp_path / "results", **options)
+    assert all(task["per_class"] is None for task in plain["tasks"].values())
+    again = merge_workload(entries, tmp_path / "results", per_class=True, **options)
+    tasks = again["tasks"]
+    assert set(tasks["north_pico"]["per_class"]) == {"0", "1", "2"} and tasks["south_pico"]["per_class"] is None
+    assert set(tasks["east_pico"]["per_class"]) == {"0", "1"}
+    merged = [measured["merged"]["ap"] for measured in tasks["east_pico"]["per_class"].values()]
+    assert sum(merged) / 2 == pytest.approx(tasks["east_pico"]["merged_acc"])
+    right = [m["merged"]["top1"] * m["merged"]["images"] for m in tasks["north_pico"]["per_class"].values()]
+    assert sum(right) / 24 == pytest.approx(tasks["north_pico"]["merged_acc"])
+    assert read_manifest(tmp_path / "results")["tasks"] == tasks
+    printed = capsys.readouterr().out
+    assert "unmerged -> merged" in printed and "class2" in printed and "ap50" in printed
