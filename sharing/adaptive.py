@@ -4,9 +4,9 @@ The big jump ties all groups, but for those that are predicted to hurt most for 
 of the saving (early layers, as a rule: their few bytes spoil the input of all that follows). Where it fails, the groups
 that hurt a failing task most for what they save are released *for that task* (a group splits: the others go on sharing)
 and the rest is tried, with more released each time. Once every target is met, what was held back or released is
-tried, the largest savings first, in parts that are halved when they fail. Up to here weights are fitted in closed form
-and not trained, which takes seconds; what is still missing is then filled in with training, in the same way, until
-nothing is left. No trial is made twice.
+tried, in parts that are halved when they fail, what is predicted to hurt less first. Up to here weights are fitted in
+closed form and not trained, which takes seconds; what no one set of weights is predicted to serve is left out. What is
+still missing is then filled in with training, in the same way, until nothing is left. No trial is made twice.
 """
 
 import hashlib
@@ -22,7 +22,9 @@ RELEASED_WHEN_NEAR, RELEASED_WHEN_FAR = (
     0.03,
     0.25,
 )  # of what it shares, in bytes; twice as much each time it fails again
-HELD_BACK = 0.002  # of the possible saving: what the jump leaves out at most
+HELD_BACK = 0.002  # of the possible saving: what the jump leaves out at most, but for what is hopeless
+HOPELESS = 0.25  # predicted harm of a group from which it is left to training (benchmarks/LOG.md) ...
+HOPELESS_SHARE = 0.25  # ... up to this share of the possible saving, the worst first
 WORTH_A_FIT = 0.01  # of the possible saving: smaller parts that a fit does not bring to target are left to training
 JUMP, BACK_OFF, FILL, TRAIN, DONE = "jump", "back off", "fill in", "fill in with training", "done"
 
@@ -35,6 +37,7 @@ class Adaptive(Adopting):
     def __init__(self, models: Mapping[str, nn.Module]):
         self.groups = find_groups(models)
         self.held_back: Configuration = ()
+        self.foreseen: list[float] = []  # predicted harm of each of `groups` for the task that it hurts most
         self.own: Configuration = ()
         self.phase = JUMP
         self.working: Configuration = ()  # what a failed trial of this descent has left to try, or to train
@@ -79,15 +82,26 @@ class Adaptive(Adopting):
         return None
 
     def foresee(self, harm: Harm) -> None:
-        """Chooses what the jump leaves out: the most harm per byte first."""
+        """Chooses what the jump leaves out: what no fit can serve, and of the rest the most harm per byte first."""
         left = HELD_BACK * saved_bytes(self.groups)
-        held = []
         worst = {group: max(harm.get((group, task), 0.0) for task in group.tasks) for group in self.groups}
-        for group in sorted(self.groups, key=lambda group: -worst[group] / group.bytes):
+        self.foreseen = list(worst.values())
+        held = self._hopeless(worst)
+        for group in sorted(set(self.groups) - set(held), key=lambda g: (-worst[g] / g.bytes, g.occurrences)):
             if group.saved_bytes <= left:
                 held.append(group)
                 left -= group.saved_bytes
         self.held_back = ordered(held)
+
+    def _hopeless(self, worst: Mapping[Group, float]) -> list[Group]:
+        """Groups that no one set of weights is predicted to serve."""
+        left = HOPELESS_SHARE * saved_bytes(self.groups)
+        chosen = []
+        for group in sorted(worst, key=lambda group: (-worst[group], group.occurrences)):
+            if worst[group] > HOPELESS and group.saved_bytes <= left:
+                chosen.append(group)
+                left -= group.saved_bytes
+        return chosen
 
     def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Harm = NONE) -> None:
         trial = self.propose()
@@ -123,10 +137,12 @@ class Adaptive(Adopting):
         self.phase = BACK_OFF
 
     def _begin_filling(self, phase: str) -> None:
-        """One part of all that is missing, the largest savings first."""
+        """One part of all that is missing; of what no fit can serve only where there is training."""
         tied = {occurrence for group in self.kept for occurrence in group.occurrences}
         missing = {i: tuple(o.task for o in group.occurrences if o not in tied) for i, group in enumerate(self.groups)}
-        part = {i: tasks for i, tasks in missing.items() if tasks}
+        worst = dict(zip(self.groups, self.foreseen, strict=False))
+        hopeless = self._hopeless(worst) if phase == FILL else []
+        part = {i: tasks for i, tasks in missing.items() if tasks and self.groups[i] not in hopeless}
         self.phase, self.parts, self.working = phase, [part] if part else [], ()
 
     def _give_up_part(self, met: Collection[str]) -> None:
@@ -139,7 +155,7 @@ class Adaptive(Adopting):
         if not any(good.values()) or not any(bad.values()):
             if len(part) < 2:
                 return
-            indices = sorted(part)
+            indices = sorted(part, key=lambda i: (self.foreseen[i] if self.foreseen else 0.0, i))
             half = (len(indices) + 1) // 2
             good, bad = ({i: part[i] for i in chosen} for chosen in (indices[:half], indices[half:]))
         halves = [{i: tasks for i, tasks in half.items() if tasks} for half in (good, bad)]
@@ -169,6 +185,7 @@ class Adaptive(Adopting):
     def state(self) -> dict:
         return {
             "held_back": to_plain(self.held_back),
+            "foreseen": self.foreseen,
             "own": to_plain(self.own),
             "phase": self.phase,
             "working": to_plain(self.working),
@@ -179,7 +196,7 @@ class Adaptive(Adopting):
         }
 
     def load_state(self, state: dict) -> None:
-        self.held_back = from_plain(state["held_back"])
+        self.held_back, self.foreseen = from_plain(state["held_back"]), list(state["foreseen"])
         self.own, self.working = from_plain(state["own"]), from_plain(state["working"])
         self.phase, self.failures = state["phase"], dict(state["failures"])
         self.parts = [{index: tuple(tasks) for index, tasks in part} for part in state["parts"]]

@@ -192,6 +192,21 @@ def test_adaptive_jumps_first_and_releases_what_hurts_most_for_the_task_that_fai
     assert strategy.propose() == everything and not strategy.prefers_release, "the jump, now with training"
 
 
+def test_what_no_fit_can_serve_is_left_to_training():
+    strategy = Adaptive(workload(1, 1, width=16))
+    groups = find_groups(workload(1, 1, width=16))
+    smallest = min(groups, key=lambda group: group.bytes)
+    strategy.foresee({(group, task): 0.9 if group == smallest else 0.1 for group in groups for task in group.tasks})
+    assert smallest in strategy.held_back and smallest not in strategy.propose()
+    strategy.record(True, tasks_in(strategy.propose()))
+    while strategy.prefers_release and (proposal := strategy.propose()) is not None and strategy.prefers_release:
+        assert smallest not in proposal
+        strategy.record(True, tasks_in(proposal))
+    assert smallest in strategy.propose() and not strategy.prefers_release
+    strategy.foresee({(group, task): 0.9 for group in groups for task in group.tasks})
+    assert saved_bytes(strategy.held_back) <= 0.26 * saved_bytes(groups), "not all is hopeless at once"
+
+
 def test_training_goes_on_from_a_small_part_that_was_fitted(monkeypatch):
     monkeypatch.setattr("sharing.adaptive.WORTH_A_FIT", 0.5)
     strategy = Adaptive(workload(1, 1))
