@@ -28,6 +28,7 @@ from merger_trial import (
     harm_of,
     line_up,
     put_back,
+    refit_frozen,
     rule_of,
     screen_targets,
     screened_ratios,
@@ -279,6 +280,8 @@ def _try(run: Run, before: Configuration, proposal: Configuration, trained: Mapp
     if run.in_flight is None and run.initial_weights == LEAST_SQUARES:
         screened = _fit(run, before, proposal, trained)
         heed(run)
+    elif run.in_flight is None:
+        refit_frozen(run, trained)
     if run.strategy.prefers_release:
         options = replace(options, max_epochs=0)
     teachers = teachers_of(run, trained, proposal)

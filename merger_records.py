@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from merger_trial import LEAST_SQUARES
 from model_architectures import architecture_of
 from sharing.groups import Configuration, saved_bytes, to_plain
 from sharing.memory import Memory, distinct_bytes
+from sharing.statistics import is_frozen
 from trainer import Outcome
 from workload import DETECTION, Task
 
@@ -32,7 +34,8 @@ def manifest_of(run: "Run") -> dict:
     memory = memory_of(run)
     return {
         "tasks": {
-            name: task_record(task, run.accuracy[name], run.data[name].class_names) for name, task in run.tasks.items()
+            name: task_record(task, run.accuracy[name], run.data[name].class_names, _frozen_normalisation(run, name))
+            for name, task in run.tasks.items()
         },
         "shared_layers": to_plain(run.strategy.kept),
         "memory": {**asdict(memory), "saved_bytes": memory.saved_bytes},
@@ -53,11 +56,14 @@ def memory_of(run: "Run") -> Memory:
     return Memory(run.unmerged_bytes, distinct_bytes(run.models), saved_bytes(run.groups))
 
 
-def task_record(task: Task, accuracy: Accuracy, class_names: Sequence[str]) -> dict:
+def task_record(
+    task: Task, accuracy: Accuracy, class_names: Sequence[str], frozen_normalisation: str | None = None
+) -> dict:
     """class_names: by class id, without the background; none are null."""
     return {
         "task": task.kind,
         "class_names": list(class_names) or None,
+        "frozen_normalisation": frozen_normalisation,
         "architecture": architecture_of(task.model),
         "unmerged_acc": task.unmerged_acc,
         "measured_unmerged_acc": accuracy.unmerged,
@@ -68,6 +74,14 @@ def task_record(task: Task, accuracy: Accuracy, class_names: Sequence[str]) -> d
         "per_class": accuracy.per_class,
         "met": accuracy.merged >= task.target_acc,
     }
+
+
+def _frozen_normalisation(run: "Run", name: str) -> str | None:
+    """How frozen batch normalisation was treated: "refitted", or "kept" where layers were fitted to it; else None."""
+    if not any(map(is_frozen, run.models[name].modules())):
+        return None
+    shares = any(name in group.tasks for group in run.strategy.kept)
+    return "refitted" if shares and run.initial_weights != LEAST_SQUARES else "kept"
 
 
 def per_class_of(task: Task, unmerged: nn.Module, merged: nn.Module, loader: Iterable) -> dict[str, dict] | None:

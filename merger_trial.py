@@ -14,6 +14,7 @@ from sharing.alignment import align, moved
 from sharing.groups import Configuration, compared_layers, joined
 from sharing.harm import Harm, predict_harm
 from sharing.lockstep_fit import fit_in_lockstep
+from sharing.statistics import is_frozen, match_statistics
 from sharing.tying import reset, restore_snapshot, retie, take_snapshot
 from trainer import evaluate
 from workload import CLASSIFICATION, DETECTION, Task
@@ -175,6 +176,20 @@ def harm_of(run: "Run", configuration: Configuration) -> Harm:
     images = _images(run, configuration, HARM_PIXELS, *purpose)
     source = generator(run.seed, *purpose)
     return predict_harm(run.models, run.unmerged, configuration, images, method=HARM_METHOD, generator=source)
+
+
+def refit_frozen(run: "Run", trained: Mapping[str, Task]) -> None:
+    """Frozen batch normalisation behind tied layers is made to put out what the unmerged model's does.
+
+    It is not trained and has no statistics to re-estimate, so what a tied layer changes would stay as it is.
+    """
+    for name in trained:
+        if any(map(is_frozen, run.models[name].modules())):
+            images = plain_images(
+                run.data[name], int(DETECTION_SHARE * FIT_PIXELS), run.seed, "frozen", len(run.rounds)
+            )
+            batches = [(batch, None) for batch in images]
+            match_statistics(run.models[name], run.unmerged[name], batches, run.device, frozen_only=True)
 
 
 def teachers_of(run: "Run", trained: Mapping[str, Task], proposal: Configuration) -> dict[str, Teacher]:

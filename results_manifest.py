@@ -206,6 +206,9 @@ def _task_problems(name: str, task: object) -> Iterator[str]:
             yield f"{name}: {key}: got {_short(task[key])}; allowed: a number in [0, 1], or null"
     if not _are_names(task.get("class_names")):  # results of before have none
         yield f"{name}: class_names: got {_short(task['class_names'])}; allowed: a list of texts, or null"
+    if task.get("frozen_normalisation") not in (None, "kept", "refitted"):
+        got = _short(task["frozen_normalisation"])
+        yield f"{name}: frozen_normalisation: got {got}; allowed: 'kept', 'refitted' or null"
     yield from _per_class_problems(name, task.get("per_class"))
     if not isinstance(task.get("met"), bool):
         yield f"{name}: met: got {_short(task.get('met'))}; allowed: true or false"

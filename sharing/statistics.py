@@ -57,16 +57,20 @@ def freeze_statistics(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def match_statistics(model: nn.Module, teacher: nn.Module, batches: list, device: torch.device) -> None:
+def match_statistics(
+    model: nn.Module, teacher: nn.Module, batches: list, device: torch.device, frozen_only: bool = False
+) -> None:
     """Sets every normalisation by stored statistics so that it puts out the teacher's mean and variance per channel.
 
     The statistics become those of the inputs, weight and bias the teacher's deviation and mean of the outputs; each
     layer is judged behind those already matched. Works on frozen batch normalisation, as detectors have it, where
     re-estimating statistics alone would be wrong: what it puts out is not what its weight and bias say. Layers without
-    weight and bias only get statistics. batches: (images, targets).
+    weight and bias only get statistics. batches: (images, targets). frozen_only: other normalisation stays as it is.
     Source: Jordan et al., "REPAIR", ICLR 2023, section 3.
     """
     names = [name for name, module in model.named_modules() if _stores_statistics(module)]
+    if frozen_only:
+        names = [name for name in names if is_frozen(model.get_submodule(name))]
     if not names or not batches:
         return
     wanted: dict[str, _Moments] = {name: _Moments() for name in names}
@@ -82,6 +86,11 @@ def match_statistics(model: nn.Module, teacher: nn.Module, batches: list, device
     for name in names:
         if found[name].calls and wanted[name].calls:
             _set_normalisation(model.get_submodule(name), found[name], wanted[name])
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether the layer normalises by stored statistics without training them: torchvision's FrozenBatchNorm2d."""
+    return _stores_statistics(module) and not isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 class _Moments:

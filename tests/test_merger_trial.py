@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torchvision.ops import FrozenBatchNorm2d
 
 import merger
 import merger_trial
@@ -134,3 +135,24 @@ def test_lined_up_models_compute_the_same(run):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(before, after, strict=True))
     assert set(run.permutations) == set(run.tasks) and any(run.permutations.values())
     assert same(state_of(run), {k: v for k, v in run.unmerged.state_dict().items()}), "teachers are permuted alike"
+
+
+def test_frozen_normalisation_is_refitted_behind_tied_layers(run):
+    """The detector's only normalisation becomes torchvision's frozen one; conv1 in front of it is tied to the mean."""
+    for models in (run.models, run.unmerged):
+        own = models["east_pico"].bn1
+        frozen = FrozenBatchNorm2d(own.num_features, own.eps)
+        frozen.load_state_dict({key: value for key, value in own.state_dict().items() if "tracked" not in key})
+        models["east_pico"].bn1 = frozen
+    retie(run.models, (), run.groups, run.unmerged, "mean")
+    images = torch.stack([run.data["east_pico"].plain.dataset[i][0] for i in range(12)])
+
+    def outputs(model):
+        return model.bn1(model.conv1(images)).mean((0, 2, 3)).detach()
+
+    wanted, tied = outputs(run.unmerged["east_pico"]), outputs(run.models["east_pico"])
+    others = {key: value.clone() for key, value in run.models["north_pico"].state_dict().items()}
+    merger_trial.refit_frozen(run, run.tasks)
+    refitted = outputs(run.models["east_pico"])
+    assert (refitted - wanted).abs().max() < 0.3 * (tied - wanted).abs().max()
+    assert same(others, run.models["north_pico"].state_dict()), "only what is frozen"
