@@ -49,7 +49,7 @@ PREFIXES = {
 MAX_LINES = 450
 FLAGS = {
     *("--workload", "--datasets", "--results", "--tolerance", "--strategy", "--device"),
-    *("--time-budget", "--fresh", "--plan", "--seed"),
+    *("--time-budget", "--fresh", "--per-class", "--plan", "--seed"),
 }
 
 
