@@ -308,10 +308,11 @@ def _try(run: Run, before: Configuration, proposal: Configuration, trained: Mapp
 
 
 def _fit(run: Run, before: Configuration, proposal: Configuration, trained: Mapping[str, Task]) -> dict[str, float]:
-    """Fits what was not fitted yet: as long as nothing that is kept was trained, all that the trial changes at once."""
+    """Fits what the trial newly ties; all that it changes, if the strategy wants that and nothing kept was trained."""
     if run.working == proposal:
         return screened_ratios(run, trained)
-    if any(record["kept"] and record["steps"] for record in run.rounds):
+    trained_before = any(record["kept"] and record["steps"] for record in run.rounds)
+    if trained_before or not run.strategy.fits_anew:
         return fit_weights(run, tuple(group for group in proposal if group not in set(before)), trained)
     groups = tuple(group for group in proposal if set(group.tasks) <= set(trained))
     start_anew(run, groups, trained)

@@ -58,6 +58,11 @@ class Adaptive(Adopting):
         return self.phase in (JUMP, BACK_OFF)
 
     @property
+    def fits_anew(self) -> bool:
+        """Smaller parts are fitted behind what is kept, which is quicker and leaves the targets that were met alone."""
+        return self.phase != FILL or self.parts[:1] == [self._missing(FILL)]
+
+    @property
     def prefers_release(self) -> bool:
         return self.phase != TRAIN
 
@@ -127,23 +132,25 @@ class Adaptive(Adopting):
         failing = sorted({task for group in trial for task in group.tasks} - met)
         released = set()
         for task in failing or sorted({task for group in trial for task in group.tasks}):
-            near = ratios.get(task, 1.0) >= NEAR
-            at_first = RELEASED_WHEN_NEAR if near else RELEASED_WHEN_FAR
+            at_first = RELEASED_WHEN_NEAR if ratios.get(task, 1.0) >= NEAR else RELEASED_WHEN_FAR
             share = min(1.0, at_first * 2 ** self.failures.get(task, 0))
             self.failures[task] = self.failures.get(task, 0) + 1
-            released |= {(group, task) for group in most_harmful(trial, task, share, harm, self.kept, near)}
+            released |= {(group, task) for group in most_harmful(trial, task, share, harm, self.kept)}
         left = (group.restricted_to({t for t in group.tasks if (group, t) not in released}) for group in trial)
         self.working = joined(self.kept, ordered(group for group in left if len(group.occurrences) > 1))
         self.phase = BACK_OFF
 
     def _begin_filling(self, phase: str) -> None:
         """One part of all that is missing; of what no fit can serve only where there is training."""
+        part = self._missing(phase)
+        self.phase, self.parts, self.working = phase, [part] if part else [], ()
+
+    def _missing(self, phase: str) -> Part:
         tied = {occurrence for group in self.kept for occurrence in group.occurrences}
         missing = {i: tuple(o.task for o in group.occurrences if o not in tied) for i, group in enumerate(self.groups)}
         worst = dict(zip(self.groups, self.foreseen, strict=False))
         hopeless = self._hopeless(worst) if phase == FILL else []
-        part = {i: tasks for i, tasks in missing.items() if tasks and self.groups[i] not in hopeless}
-        self.phase, self.parts, self.working = phase, [part] if part else [], ()
+        return {i: tasks for i, tasks in missing.items() if tasks and self.groups[i] not in hopeless}
 
     def _give_up_part(self, met: Collection[str]) -> None:
         """Puts two smaller parts in the place of the first: the tasks that failed apart, or else half of the groups."""
@@ -203,18 +210,14 @@ class Adaptive(Adopting):
         self.tried, self.adopted = set(state["tried"]), from_plain(state["adopted"])
 
 
-def most_harmful(
-    trial: Configuration, task: str, share: float, harm: Harm, kept: Configuration = (), per_byte: bool = True
-) -> list[Group]:
-    """Groups of the task to release until `share` of the bytes it shares is reached: the most harm first.
+def most_harmful(trial: Configuration, task: str, share: float, harm: Harm, kept: Configuration = ()) -> list[Group]:
+    """Groups of the task to release: the most harm per byte first, until `share` of the bytes it shares is reached.
 
-    per_byte: the most harm for what they save, which is best where little is to be released; where much is wrong, what
-    does real harm is large. Groups that are kept already are not released. Without a measure of harm the largest go
-    first.
+    Groups that are kept already are not released. Without a measure of harm the largest go first.
     """
     held = {occurrence for group in kept for occurrence in group.occurrences}
     own = [g for g in trial if task in g.tasks and not {o for o in g.occurrences if o.task == task} <= held]
-    own.sort(key=lambda g: -harm.get((g, task), float(g.bytes)) / (g.bytes if per_byte and harm else 1))
+    own.sort(key=lambda g: -harm.get((g, task), float(g.bytes)) / g.bytes)
     wanted = share * sum(group.bytes for group in own)
     chosen, released = [], 0
     for group in own:

@@ -22,6 +22,7 @@ class Strategy(Protocol):
 
     kept: Configuration
     uses_harm: bool
+    fits_anew: bool  # fitted weights are found for all that a trial changes, not for what it newly ties alone
     prefers_release: bool  # where fitted weights will not do, it would rather release something than train
     goes_on: bool  # the next trial begins with the weights of the last one, which failed, instead of the kept ones
 
@@ -47,7 +48,7 @@ class Strategy(Protocol):
 class Adopting:
     """The part of a strategy that is alike for all: what an earlier run has kept is part of every proposal."""
 
-    uses_harm = prefers_release = goes_on = False
+    uses_harm = fits_anew = prefers_release = goes_on = False
     adopted: Configuration = ()
 
     def foresee(self, harm: Harm) -> None:
