@@ -313,7 +313,8 @@ def _fit(run: Run, before: Configuration, proposal: Configuration, trained: Mapp
         return screened_ratios(run, trained)
     trained_before = any(record["kept"] and record["steps"] for record in run.rounds)
     if trained_before or not run.strategy.fits_anew:
-        return fit_weights(run, tuple(group for group in proposal if group not in set(before)), trained)
+        new = tuple(group for group in proposal if group not in set(before))
+        return fit_weights(run, new, trained, max_fits=2)
     groups = tuple(group for group in proposal if set(group.tasks) <= set(trained))
     start_anew(run, groups, trained)
     return fit_weights(run, groups, trained)

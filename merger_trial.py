@@ -29,7 +29,7 @@ NO_ALIGNMENT = "none"
 WEIGHTS_OF = {"adaptive": LEAST_SQUARES}  # the initial weights of a strategy, where they are not the mean
 ALIGNMENT_OF = {"adaptive": "weights"}  # how a strategy lines up channels, where it does
 FIT_PIXELS = 320 * 96 * 96  # of the images per task that weights are fitted on (benchmarks/LOG.md)
-DETECTION_SHARE = 1.0  # of the pixels, for detectors: .5 is quicker, and too few images (benchmarks/LOG.md)
+DETECTION_SHARE = 0.5  # of the pixels, for detectors (benchmarks/LOG.md)
 FIT_POSITIONS = 4096  # rows per layer and task
 MAX_FITS = 3
 WORTH_A_REFIT = 0.97  # of the targets, that all tasks should reach with the next weights
@@ -85,7 +85,9 @@ def start_anew(run: "Run", groups: Configuration, trained: Mapping[str, Task]) -
     reset(run.models, groups, run.unmerged)
 
 
-def fit_weights(run: "Run", groups: Configuration, trained: Mapping[str, Task]) -> dict[str, float]:
+def fit_weights(
+    run: "Run", groups: Configuration, trained: Mapping[str, Task], max_fits: int = MAX_FITS
+) -> dict[str, float]:
     """Fits the weights of tied groups in closed form to what each task's unmerged layer does.
 
     The first fit counts all tasks alike. While a task is below its target on the screening subset and the others have
@@ -96,7 +98,7 @@ def fit_weights(run: "Run", groups: Configuration, trained: Mapping[str, Task]) 
     container = nn.ModuleDict({name: run.models[name] for name in trained})
     before, best, reached = state_of(container), {}, dict.fromkeys(trained, 0.0)
     balance = Balance(images)
-    for attempt in range(MAX_FITS):
+    for attempt in range(max_fits):
         container.load_state_dict(before)
         source = generator(run.seed, "fit", len(run.rounds))  # the same rows each time
         fit_in_lockstep(

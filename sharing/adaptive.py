@@ -4,9 +4,9 @@ The big jump ties all groups, but for those that are predicted to hurt most for 
 of the saving (early layers, as a rule: their few bytes spoil the input of all that follows). Where it fails, the groups
 that hurt a failing task most for what they save are released *for that task* (a group splits: the others go on sharing)
 and the rest is tried, with more released each time. Once every target is met, what was held back or released is
-tried, in parts that are halved when they fail, what is predicted to hurt less first. Up to here weights are fitted in
-closed form and not trained, which takes seconds; what no one set of weights is predicted to serve is left out. What is
-still missing is then filled in with training, in the same way, until nothing is left. No trial is made twice.
+tried, the largest savings first, in parts that are halved when they fail. Up to here weights are fitted in closed form
+and not trained, which takes seconds; what no one set of weights is predicted to serve is left out. What is missing then
+is filled in with training, in the same way, until nothing is left. No trial is made twice.
 """
 
 import hashlib
@@ -162,7 +162,7 @@ class Adaptive(Adopting):
         if not any(good.values()) or not any(bad.values()):
             if len(part) < 2:
                 return
-            indices = sorted(part, key=lambda i: (self.foreseen[i] if self.foreseen else 0.0, i))
+            indices = sorted(part)  # the largest savings first
             half = (len(indices) + 1) // 2
             good, bad = ({i: part[i] for i in chosen} for chosen in (indices[:half], indices[half:]))
         halves = [{i: tasks for i, tasks in half.items() if tasks} for half in (good, bad)]
