@@ -335,7 +335,7 @@ def _allowed(key: str, default: object) -> tuple[Callable[[object], bool], str]:
         return lambda v: type(v) is int and v >= least, f"a whole number of at least {least}{none}"
     if key == "average_decay":
         return lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 (no average), below 1"
-    if key.endswith("_weight"):
+    if key.endswith("_weight") or key == "private_epochs":
         return lambda v: _is_number(v) and v >= 0, "a number of at least 0"
     return lambda v: _is_number(v) and v > 0, "a number greater than 0"
 
