@@ -62,9 +62,7 @@ class TrainingOptions:
     label_weight: float = 1.0  # of the losses from labels
     feature_weight: float = 0.0  # of the difference to the unmerged model's features; 0: not compared
     probability_weight: float = 0.0  # of the difference to the unmerged classifier's class probabilities
-    screening_images: int = (
-        256  # of val, evaluated first: all of val is evaluated where these meet the target; 0: never
-    )
+    screening_images: int = 256  # of val, evaluated first; all of it only where these meet the target; 0: none
 
     def batch_size(self, task: Task) -> int:
         default = self.classification_batch_size if task.kind == CLASSIFICATION else self.detection_batch_size

@@ -18,13 +18,11 @@ from sharing.groups import Configuration, Group, find_groups, from_plain, joined
 from sharing.strategy import NONE, Adopting, Harm, Ratios
 
 NEAR = 0.93  # of its target: from here on a task that fails needs little
-RELEASED_WHEN_NEAR, RELEASED_WHEN_FAR = (
-    0.03,
-    0.25,
-)  # of what it shares, in bytes; twice as much each time it fails again
+# Of the bytes that it shares; twice as much each time it fails again.
+RELEASED_WHEN_NEAR, RELEASED_WHEN_FAR = 0.03, 0.25
 HELD_BACK = 0.002  # of the possible saving: what the jump leaves out at most, but for what is hopeless
-HOPELESS = 0.25  # predicted harm of a group from which it is left to training (benchmarks/LOG.md) ...
-HOPELESS_SHARE = 0.25  # ... up to this share of the possible saving, the worst first
+HOPELESS = 0.25  # predicted harm of a group from which it is left to training (benchmarks/LOG.md)
+HOPELESS_SHARE = 0.25  # of the possible saving: what is left to training from the start at most, the worst first
 WORTH_A_FIT = 0.01  # of the possible saving: smaller parts that a fit does not bring to target are left to training
 JUMP, BACK_OFF, FILL, TRAIN, DONE = "jump", "back off", "fill in", "fill in with training", "done"
 

@@ -168,7 +168,8 @@ def fit_group(
     layer = models[group.occurrences[0].task].get_submodule(group.occurrences[0].layer)
     norms = {o.task: normalisation_behind(models[o.task], o.layer) for o in group.occurrences}
     counts = {task: (task_weights or {}).get(task, 1.0) for task in sampled}
-    if all(norm is not None for norm in norms.values()):
+    is_scale_free = all(norm is not None for norm in norms.values())
+    if is_scale_free:
         sampled = {task: r.centred() for task, r in sampled.items()}
         sampled, weights = _in_equal_units(sampled, norms, counts)
     else:
@@ -179,7 +180,7 @@ def fit_group(
     change, ridge = solve_weighted(inputs, list(residuals.values()), _shares(weights), ridge)
     set_matrix(layer, start + change)
     for task, norm in norms.items():
-        if norm is not None and norm.affine:
+        if is_scale_free and norm.affine:
             _damp(norm, sampled[task].x @ (start + change), sampled[task].y)
     energy = {task: r.y.square().sum().clamp_min(1e-12) for task, r in sampled.items()}
     before = {task: float(r.square().sum() / energy[task]) for task, r in residuals.items()}

@@ -3,6 +3,7 @@ import torch
 from pico import PicoDetector, PicoNet
 from torch import nn
 
+from model_architectures import build
 from sharing.groups import Occurrence, find_groups, saved_bytes
 from sharing.memory import Memory, distinct_bytes, distinct_tensors
 from sharing.tying import is_tied, restore_snapshot, take_snapshot, tie, untie
@@ -120,3 +121,46 @@ def test_undo_is_exact(models):
     assert not models["b_x"].fc.weight.requires_grad and models["a_x"].fc.weight.requires_grad
     assert not models["b_x"].bn1.weight.requires_grad
     assert not models["a_x"].bn1.training and models["a_x"].conv1.weight.grad is None
+
+
+def test_detectors_and_a_classifier_over_one_backbone_share_it_and_sum_their_gradients():
+    torch.manual_seed(0)
+    size = {"min_size": 64, "max_size": 64, "weights_backbone": None}
+    models = nn.ModuleDict(
+        {
+            "a_frcnn": build("fasterrcnn_resnet50_fpn", 3, **size),
+            "b_retina": build("retinanet_resnet50_fpn", 3, **size),
+            "c_resnet50": build("resnet50", 5),
+        }
+    )
+    for other, share in (("b_retina", 0.371), ("c_resnet50", 0.361)):
+        pair = nn.ModuleDict({name: models[name] for name in ("a_frcnn", other)})
+        assert saved_bytes(find_groups(pair)) / distinct_bytes(pair) == pytest.approx(share, abs=1e-3)
+    tie(models, find_groups(models))
+    images = [torch.rand(3, 64, 64) for _ in range(2)]
+    targets = [{"boxes": torch.tensor([[5.0, 5.0, 40.0, 40.0]]), "labels": torch.tensor([1])} for _ in images]
+
+    def backward(name):
+        torch.manual_seed(1)  # which proposals are sampled
+        if name == "c_resnet50":
+            nn.functional.cross_entropy(models[name](torch.stack(images)), torch.tensor([0, 1])).backward()
+        else:
+            sum(models[name](images, targets).values()).backward()
+
+    separate: dict[str, torch.Tensor] = {}
+    for name in models:
+        models.zero_grad()
+        backward(name)
+        for key, parameter in models.named_parameters():
+            if parameter.grad is not None:
+                separate[key] = separate.get(key, 0) + parameter.grad.double()
+    models.zero_grad()
+    for name in models:
+        backward(name)
+    for key, parameter in models.named_parameters():
+        if parameter.grad is not None:
+            assert (parameter.grad - separate[key]).abs().max() <= 1e-6 * separate[key].abs().max(), key
+    torch.optim.SGD(models.parameters(), 1e-4).step()
+    models.eval()
+    with torch.inference_mode():
+        assert len(models["a_frcnn"](images)) == len(models["b_retina"](images)) == 2
