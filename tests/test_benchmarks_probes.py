@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import harm, initial_weights
+from benchmarks import detectors, harm, initial_weights
 from benchmarks.probes import Probe, load_split, ranks, spearman, take
 from sharing.groups import find_groups
 from sharing.tying import is_tied
@@ -60,3 +60,23 @@ def test_harm_is_measured_without_changing_the_models(probe):
     found = harm.predictions(classifiers, groups, 6, 0)
     assert all(set(scores) == pairs for scores, _ in found.values())
     assert all(torch.equal(states[key], value) for key, value in probe.models.state_dict().items())
+
+
+def test_a_detector_is_built_tied_fitted_and_trained():
+    cells, good = detectors.row_of("fcos_model")
+    assert good and len(cells) == len(detectors.HEADER), cells
+    assert "99." in cells[4] and "100 % of bytes fitted" in cells[5]
+
+
+def test_what_a_detector_cannot_do_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(detectors, "frcnn_eval", lambda model, loader: 1.5)
+    monkeypatch.setattr(detectors, "LEARNING_RATE", 0.0)
+    assert detectors.main(["fcos_model"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED: AssertionError: 1.5" in printed and "the losses rose" in printed
+
+
+def test_a_detector_that_there_is_not_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        detectors.main(["resnet50"])
+    assert "got resnet50; allowed: " in capsys.readouterr().err
