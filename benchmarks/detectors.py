@@ -1,6 +1,6 @@
 """What every detector can do here: is built, evaluates, trains, ties, and is fitted back to what it did before.
 
-    python -m benchmarks.detectors            # all of them, small images: several minutes
+    python -m benchmarks.detectors            # all of them, small images: a quarter of an hour or more
     python -m benchmarks.detectors fcos_resnet50_fpn yolov3
 
 The weights are random: this shows that the parts fit each other, not what a trained detector recovers. Each model is
