@@ -164,8 +164,20 @@ def row_of(name: str) -> tuple[list[str], bool]:
         try:
             found[step] = measure()
         except Exception as problem:  # the table is to say what does not work
-            found[step], good = f"FAILED: {type(problem).__name__}: {' '.join(str(problem).split())[:80]}", False
+            found[step], good = failure(problem), False
     return [*cells, *(found[step] for step in HEADER[2:])], good
+
+
+def failure(problem: Exception) -> str:
+    return f"FAILED: {type(problem).__name__}: {' '.join(str(problem).split())[:80]}"
+
+
+def tried(name: str) -> tuple[list[str], bool]:
+    """`row_of`; a model that cannot even be built is a row as well, and the others go on."""
+    try:
+        return row_of(name)
+    except Exception as problem:
+        return [name, failure(problem), *["-"] * (len(HEADER) - 2)], False
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = parser.parse_args(arguments).names or everything
     if unknown := set(names) - set(everything):
         parser.error(f"names: got {', '.join(sorted(unknown))}; allowed: {', '.join(everything)}")
-    found = [row_of(name) for name in tqdm(names, unit="model", leave=False, disable=None)]
+    found = [tried(name) for name in tqdm(names, unit="model", leave=False, disable=None)]
     print(table(HEADER, [cells for cells, _ in found]))
     return 0 if all(good for _, good in found) else 1
 

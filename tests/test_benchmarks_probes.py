@@ -76,6 +76,15 @@ def test_what_a_detector_cannot_do_is_said(monkeypatch, capsys):
     assert "FAILED: AssertionError: 1.5" in printed and "the losses rose" in printed
 
 
+def test_a_detector_that_cannot_be_built_is_a_row_too(monkeypatch, capsys):
+    def build(name, num_classes, **arguments):
+        raise ValueError("no such part")
+
+    monkeypatch.setattr(detectors, "build", build)
+    assert detectors.main(["fcos_model", "yolov3"]) == 1
+    assert capsys.readouterr().out.count("FAILED: ValueError: no such part") == 2
+
+
 def test_a_detector_that_there_is_not_is_refused(capsys):
     with pytest.raises(SystemExit):
         detectors.main(["resnet50"])
