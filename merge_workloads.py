@@ -33,7 +33,7 @@ from fingerprint import differences, fingerprint, task_changes
 from interrupts import Interrupts
 from losses import task_losses
 from losses_distillation import Teacher
-from merger_trial import ALIGNMENT_OF, LEAST_SQUARES, NO_ALIGNMENT, WEIGHTS_OF
+from merger_trial import ALIGNMENT_OF, LEAST_SQUARES, MAX_PRICE, NO_ALIGNMENT, PRICE_OF, WEIGHTS_OF
 from model_architectures import build, load_weights
 from results_store import ResultsError, foreign_files, has_results, lock, read_manifest, repair
 from sharing.alignment import METHODS as ALIGNMENTS
@@ -107,6 +107,7 @@ def merge_workload(
     seed: int = 0,
     initial_weights: str | None = None,
     alignment: str | None = None,
+    residual_price: float | None = None,
     num_workers: int | None = None,
     **training,
 ) -> dict:
@@ -117,20 +118,28 @@ def merge_workload(
     strategy: "adaptive", "gemel", "all" or "stem". device: "auto", "cpu" or "cuda". time_budget: seconds after which no
     new round begins and the one in flight is put off. fresh: start anew although the folder holds a result, which is
     kept aside. per_class: every task is also judged class by class. initial_weights: of a tied layer, "least_squares",
-    "mean", "similar" or "first" (default: what is best for the strategy). num_workers: loader processes per task
-    (default: none on a CPU, with CUDA eight or the number of cores among all tasks).
+    "mean", "similar" or "first" (default: what is best for the strategy). residual_price: what a task may pay for a
+    low-rank residual of its own beside a shared layer that alone does not serve it, as a share of the layer's bytes; 0:
+    no residuals (default: what is best for the strategy; only "adaptive" has them). num_workers: loader processes per
+    task (default: none on a CPU, with CUDA eight or the number of cores among all tasks).
     training: any field of trainer.TrainingOptions, such as learning_rate or max_epochs.
     Raises WorkloadError, before anything is written or trained, with every problem of the input.
     """
     began, cpu_began = time.monotonic(), time.process_time()
     results_path = Path(os.path.abspath(results_path))  # "." would follow the folder that --fresh sets aside
     roots = [Path(datasets) if datasets else dataset_manager.DEFAULT_ROOT, sample_workload.DATASETS_ROOT]
-    how = {"strategy": strategy, "initial_weights": initial_weights, "alignment": alignment}
+    how = {
+        "strategy": strategy,
+        "initial_weights": initial_weights,
+        "alignment": alignment,
+        "residual_price": residual_price,
+    }
     problems = _option_problems(how, device, time_budget, seed, num_workers, training)
     tasks = _read_tasks(model_dict, tolerance, roots, results_path, problems)
     options = TrainingOptions(**{**TRAINING_OF.get(strategy, {}), **training})
     how["initial_weights"] = initial_weights or WEIGHTS_OF.get(strategy, "mean")
     how["alignment"] = alignment or ALIGNMENT_OF.get(strategy, NO_ALIGNMENT)
+    how["residual_price"] = PRICE_OF.get(strategy, 0.0) if residual_price is None else float(residual_price)
     folders = {name: dataset_manager.find_dataset(task, roots) for name, task in tasks.items()}
     mark = fingerprint(tasks, folders, {**how, "seed": seed, **asdict(options)})
     target_device = pick_device(device)
@@ -148,6 +157,7 @@ def merge_workload(
             training=options,
             initial_weights=how["initial_weights"],
             alignment=how["alignment"],
+            residual_price=how["residual_price"],
             per_class=per_class,
             seed=seed,
             device=target_device,
@@ -308,6 +318,9 @@ def _option_problems(how: dict, device, time_budget, seed, num_workers, training
     }
     for key, values in allowed.items():
         check(how[key] in values, key, how[key], ", ".join(filter(None, values)))
+    price, most = how["residual_price"], MAX_PRICE if how["strategy"] in [*PRICE_OF] else 0.0
+    priced = price is None or (_is_number(price) and 0 <= price <= most)
+    check(priced, "residual_price", price, f"None or a number in [0, {most:g}] with strategy {how['strategy']}")
     check(isinstance(seed, int) and seed >= 0, "seed", seed, "a whole number from 0 on")
     budgeted = time_budget is None or (isinstance(time_budget, (int, float)) and time_budget > 0)
     check(budgeted, "time_budget", time_budget, "seconds, more than 0")

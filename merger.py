@@ -46,6 +46,7 @@ from sharing.groups import (
     restrict,
     to_plain,
 )
+from sharing.low_rank import fold, own_modules
 from sharing.memory import distinct_bytes
 from sharing.strategies import STRATEGIES, Strategy
 from sharing.tying import Snapshot, is_tied, restore_snapshot, retie, take_snapshot
@@ -84,6 +85,7 @@ class Run:
     device: torch.device
     flags: dict  # what the manifest says of how the run was started
     fingerprint: dict  # what must be equal for another run to go on from this one
+    residual_price: float = 0.0  # what a task may pay for a residual of its own, as a share of the layer's bytes
     say: Callable[[str], None] = print
     per_class: bool = False  # whether what was written is judged class by class as well
     stop_asked: Callable[[], bool] = never
@@ -120,7 +122,8 @@ def start(tasks: Mapping[str, Task], data: Mapping[str, TaskData], results_path:
     """A run over the tasks' models, in place and on the device; nothing is evaluated, tied or written yet."""
     models = nn.ModuleDict({name: task.model for name, task in tasks.items()}).to(options["device"])
     unmerged = copy.deepcopy(models).eval().requires_grad_(False)
-    strategy = STRATEGIES[options["strategy_name"]](models)
+    price = {"price": options["residual_price"]} if options.get("residual_price") else {}
+    strategy = STRATEGIES[options["strategy_name"]](models, **price)
     run = Run(tasks, data, models, unmerged, Path(results_path), strategy=strategy, **options)
     run.groups, run.unmerged_bytes = find_groups(models), distinct_bytes(models)
     return run
@@ -185,6 +188,11 @@ def extend(run: Run, manifest: Mapping) -> None:
     common = [name for name in run.tasks if name in manifest["tasks"]]
     _load_kept(run, manifest, common)
     run.strategy.adopt(restrict(from_plain(manifest["shared_layers"]), common))
+    priced = {occurrence for group in run.strategy.kept if group.rank for occurrence in group.occurrences}
+    for name in common:  # what shared a layer at a price with a task that is gone has it for itself
+        for layer, module in list(own_modules(run.models[name])):
+            if (name, layer) not in priced:
+                fold(module)
 
 
 def _load_kept(run: Run, manifest: Mapping, names: list[str]) -> None:

@@ -28,6 +28,8 @@ LEAST_SQUARES = "least_squares"
 NO_ALIGNMENT = "none"
 WEIGHTS_OF = {"adaptive": LEAST_SQUARES}  # the initial weights of a strategy, where they are not the mean
 ALIGNMENT_OF = {"adaptive": "weights"}  # how a strategy lines up channels, where it does
+PRICE_OF = {"adaptive": 0.125}  # what a residual may cost, where a strategy has them (benchmarks/LOG.md)
+MAX_PRICE = 0.45  # from a half on, two tasks would save nothing by sharing
 FIT_PIXELS = 320 * 96 * 96  # of the images per task that weights are fitted on (benchmarks/LOG.md)
 DETECTION_SHARE = 0.5  # of the pixels, for detectors (benchmarks/LOG.md)
 FIT_POSITIONS = 4096  # rows per layer and task
@@ -79,9 +81,9 @@ def rule_of(initial_weights: str) -> str:
 
 
 def start_anew(run: "Run", groups: Configuration, trained: Mapping[str, Task]) -> None:
-    """Gives tied groups the mean of what they were, and everything private the values of the unmerged model."""
+    """Gives tied groups the mean of what they were, everything private the values of the unmerged model."""
     for name in trained:
-        run.models[name].load_state_dict(run.unmerged[name].state_dict())
+        run.models[name].load_state_dict(run.unmerged[name].state_dict(), strict=False)  # it has no residuals
     reset(run.models, groups, run.unmerged)
 
 

@@ -4,6 +4,7 @@ Tensors lie on a private memory map of the store, so a tensor that ten models sh
 nobody changes is the disk cache's own. Training in place works: it copies the pages that it writes, for this process.
 """
 
+import contextlib
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from model_architectures import rebuild
 from results_files import ResultsError, sha256_of
-from results_manifest import read_result
+from results_manifest import priced_layers, read_result
 from results_tensors import Entry, read_tensors
+from sharing.low_rank import LowRank, max_rank, own_modules, put_residual, residual_of, set_rank
 from sharing.memory import named_tensors
 
 
@@ -53,11 +55,15 @@ def load_merged(
         raise ResultsError(f"{store.file}: its sha256 is not the one in the manifest: the file is damaged")
     wanted = _wanted(results_path, manifest, tasks)
     modules = _modules(results_path, manifest, wanted, models or {})
-    slots = {task: _slots(model) for task, model in modules.items()}
-    _check_fit(manifest["tensors"], slots, store.entries)
-    keys = (key for task in wanted for key in manifest["tensors"][task].values())
     device = torch.device(device)
-    stored = read_tensors(store, keys, manifest["store"]["checksums"])
+    with contextlib.ExitStack() as undo:
+        for task, model in modules.items():
+            _set_residuals(task, model, priced_layers(manifest["shared_layers"], task), undo)
+        slots = {task: _slots(model) for task, model in modules.items()}
+        _check_fit(manifest["tensors"], slots, store.entries)
+        keys = (key for task in wanted for key in manifest["tensors"][task].values())
+        stored = read_tensors(store, keys, manifest["store"]["checksums"])
+        undo.pop_all()
     if device.type != "cpu":
         stored = {key: tensor.to(device) for key, tensor in stored.items()}
     placed: dict[str, Tensor] = {}
@@ -151,6 +157,23 @@ class _StandIn(nn.Parameter):
 
 def _on_meta(value: object) -> object:
     return value.to("meta") if isinstance(value, Tensor) and not isinstance(value, _StandIn) else value
+
+
+# ---- residuals ------------------------------------------------------------------------------------------
+
+
+def _set_residuals(task: str, model: nn.Module, ranks: Mapping[str, int], undo: contextlib.ExitStack) -> None:
+    """Gives the model the residuals of layers that are shared at a price, and takes away others that it has."""
+    if not ranks and not any(isinstance(module, LowRank) for module in model.modules()):
+        return
+    layers = dict(own_modules(model))
+    for name in ranks:
+        if name not in layers or ranks[name] > max_rank(layers[name]):
+            raise ResultsError(f"{task}: {name} can have no residual of rank {ranks[name]} in this model")
+    for name, layer in layers.items():
+        if (before := residual_of(layer)) is not None or name in ranks:
+            undo.callback(put_residual, layer, before)
+            set_rank(layer, ranks.get(name, 0))
 
 
 # ---- fitting and placing --------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from results_files import MANIFEST, STATISTICS, STORE_PATTERN, WEIGHTS_PATTERN, ResultsError, naming
-from results_tensors import Store, open_store
+from results_tensors import Entry, Store, open_store
+from sharing.groups import from_plain
+from sharing.low_rank import is_sound, own_part, residual_part
 from workload import CLASSIFICATION, DETECTION, NAME_PATTERN
 
 FORMAT = 1
@@ -119,6 +121,12 @@ def read_result(path: str | Path) -> tuple[dict, Store]:
         raise ResultsError(f"{store.file}: its header has not the sha256 in the manifest: the file is damaged")
     _refuse(Path(path) / MANIFEST, _store_problems(manifest, store))
     return manifest, store
+
+
+def priced_layers(shared_layers: Iterable[Mapping], task: str) -> dict[str, int]:
+    """The task's layers that are shared at a price -> the rank of their residuals."""
+    groups = (group for group in shared_layers if group.get("rank"))
+    return {o["layer"]: group["rank"] for group in groups for o in group["occurrences"] if o["task"] == task}
 
 
 def _without_repeats(pairs: list[tuple]) -> dict:
@@ -287,6 +295,9 @@ def _group_problems(where: str, group: object, tasks: Mapping) -> Iterator[str]:
         yield f"{where}: signature: got {_short(group.get('signature'))}; allowed: a text"
     if not _is_count(group.get("bytes")):
         yield f"{where}: bytes: got {_short(group.get('bytes'))}; allowed: a number of bytes"
+    if {"rank", "residual_bytes"} & set(group) and not all(_is_count(group.get(k)) for k in ("rank", "residual_bytes")):
+        got = _short({key: group.get(key) for key in ("rank", "residual_bytes")})
+        yield f"{where}: got {got}; allowed: whole numbers, or neither of them"
     occurrences = group.get("occurrences")
     if not isinstance(occurrences, list) or len(occurrences) < 2 or not all(map(_is_occurrence, occurrences)):
         yield f"{where}: occurrences: got {_short(occurrences)}; allowed: two or more of {{task, layer}}"
@@ -320,7 +331,7 @@ def _agreement_problems(manifest: dict) -> Iterator[str]:
     if manifest["file_bytes"][manifest["store"]["file"]] != manifest["store"]["bytes"]:
         yield "store: bytes: differ from those in file_bytes"
     memory = manifest["memory"]
-    saved = sum(group["bytes"] * (len(group["occurrences"]) - 1) for group in manifest["shared_layers"])
+    saved = sum(group.saved_bytes for group in from_plain(manifest["shared_layers"]))
     if not memory["saved_bytes"] == memory["unmerged_bytes"] - memory["merged_bytes"] == saved:
         yield f"memory: saved_bytes: got {memory['saved_bytes']}, but the shared layers save {saved}"
     if memory["saved_bytes"] > memory["optimal_saved_bytes"]:
@@ -337,10 +348,12 @@ def _store_problems(manifest: dict, store: Store) -> Iterator[str]:
         return
     merged = sum(sizes.values())
     unmerged = sum(sizes[key] for keys in manifest["tensors"].values() for key in set(keys.values()))
+    unmerged -= sum(g.residual_bytes * len(g.occurrences) for g in from_plain(manifest["shared_layers"]))
     for key, found in (("merged_bytes", merged), ("unmerged_bytes", unmerged)):
         if manifest["memory"][key] != found:
             yield f"memory: {key}: got {manifest['memory'][key]}, but the store's tensors make {found}"
     yield from _sharing_problems(manifest, sizes)
+    yield from _residual_problems(manifest, store.entries)
 
 
 def _sharing_problems(manifest: dict, sizes: Mapping[str, int]) -> Iterator[str]:
@@ -367,6 +380,21 @@ def _sharing_problems(manifest: dict, sizes: Mapping[str, int]) -> Iterator[str]
     for key, tasks in users.items():
         if len(tasks) > 1 and key not in explained:
             yield f"tensors: {', '.join(sorted(tasks))} share {key}, which is in no shared layer"
+
+
+def _residual_problems(manifest: dict, entries: Mapping[str, Entry]) -> Iterator[str]:
+    """Every occurrence of a layer that is shared at a price has its residual, in tensors of so many bytes."""
+    for index, group in enumerate(from_plain(manifest["shared_layers"])):
+        for task, layer in group.occurrences if group.rank else ():
+            keys = manifest["tensors"][task]
+            residual = {part: entries[key] for part, key in residual_part(keys, layer).items()}
+            own = {part: entries[key] for part, key in own_part(keys, layer).items()}
+            shapes = ({part: entry.shape for part, entry in found.items()} for found in (own, residual))
+            alike = len({entry.dtype for entry in (*own.values(), *residual.values())}) == 1
+            size = sum(entry.bytes for entry in residual.values())
+            if not alike or not is_sound(*shapes, group.rank) or size != group.residual_bytes:
+                what = f"residual of rank {group.rank} in {group.residual_bytes} bytes"
+                yield f"shared_layers[{index}]: {task}: {layer} has no {what}"
 
 
 # ---- values ---------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     python results_store.py verify RESULTS [--workload FILE.py] [--datasets DIR] [--device auto|cpu|cuda]
 
     merged-<sha>.safetensors   the store; keys are named by content, one key per tensor object
-    weights/<task>.pt          full state_dict of every task, for whoever wants plain PyTorch files
+    weights/<task>.pt          full state_dict of every task, plain PyTorch, residuals folded in
     workload_stats.json        memory saved over time
     in_flight.pt               a round that is not decided yet, while a run is going on
     merged.json                the manifest, replaced last: a folder without it is not a result
@@ -47,12 +47,14 @@ from results_manifest import (
     assert_valid,
     has_results,
     json_bytes,
+    priced_layers,
     read_manifest,
     read_result,
     seal,
 )
 from results_tensors import checksum, name_by_content, open_store, raw_bytes, read_tensors, store_chunks
 from results_verify import print_checks, verify
+from sharing.low_rank import plain_state
 
 __all__ = [
     "ResultsError",
@@ -98,7 +100,8 @@ def write_results(path: str | Path, models: Mapping[str, nn.Module], manifest: d
             unchanged = before is not None and before["tensors"].get(task) == keys[task]
             written[name] = _carried(path, name, before) if unchanged else None
             if written[name] is None:
-                written[name] = _stage(path, name, _pt_bytes(keys[task], tensors), staged)
+                layers = priced_layers(manifest["shared_layers"], task)
+                written[name] = _stage(path, name, _pt_bytes(keys[task], tensors, layers), staged)
         written[STATISTICS] = _stage(path, STATISTICS, json_bytes(statistics), staged)
         new = _completed(new, written, before)
         assert_valid(new, open_store(path / new["store"]["file"]))
@@ -149,10 +152,10 @@ def _is(file: Path, digest: str) -> bool:
     return size_of(file) is not None and sha256_of(file) == digest
 
 
-def _pt_bytes(keys: Mapping[str, str], tensors: Mapping) -> memoryview:
-    """The state dict of one task as torch.save writes it."""
+def _pt_bytes(keys: Mapping[str, str], tensors: Mapping, layers: Iterable[str]) -> memoryview:
+    """The state dict of one task as torch.save writes it; the residuals of these layers are in their weights."""
     buffer = io.BytesIO()
-    torch.save({name: tensors[key] for name, key in keys.items()}, buffer)
+    torch.save(plain_state({name: tensors[key] for name, key in keys.items()}, layers), buffer)
     return buffer.getbuffer()
 
 
@@ -252,8 +255,10 @@ def repair(path: str | Path) -> list[str]:
 def _rebuilt(manifest: dict, store, name: str) -> bytes | memoryview:
     if name == STATISTICS:
         return json_bytes(statistics_of(manifest))
-    keys = manifest["tensors"][name.removeprefix(f"{files.WEIGHTS}/").removesuffix(".pt")]
-    return _pt_bytes(keys, read_tensors(store, keys.values(), manifest["store"]["checksums"]))
+    task = name.removeprefix(f"{files.WEIGHTS}/").removesuffix(".pt")
+    keys = manifest["tensors"][task]
+    tensors = read_tensors(store, keys.values(), manifest["store"]["checksums"])
+    return _pt_bytes(keys, tensors, priced_layers(manifest["shared_layers"], task))
 
 
 def statistics_of(manifest: Mapping) -> dict:

@@ -18,9 +18,10 @@ from eval_methods import evaluate
 from results_checkpoint import open_checkpoint
 from results_files import ResultsError, first_line, sha256_of, size_of
 from results_load import load_merged
-from results_manifest import read_manifest, read_result
+from results_manifest import priced_layers, read_manifest, read_result
 from results_tensors import Store, raw_bytes, read_tensors
 from sharing.groups import signature_of
+from sharing.low_rank import plain_state
 from sharing.memory import distinct_bytes
 from workload import CLASSIFICATION, Task, WorkloadError, read_workload
 from workload_file import load_model_dict
@@ -149,17 +150,20 @@ def _same_tensors(path: Path, manifest: dict, store: Store, task: str, damaged: 
         return Check(SKIP, f"{path / name}: not compared with the store, as it is not the manifest's")
     try:
         state = torch.load(path / name, map_location="cpu", weights_only=True)
-        stored = read_tensors(store, keys.values(), manifest["store"]["checksums"])
+        tensors = read_tensors(store, keys.values(), manifest["store"]["checksums"])
     except ResultsError as error:
         return Check(FAIL, str(error))
     except Exception as error:  # a damaged file can make the unpickler raise nearly anything
         return Check(FAIL, f"{path / name}: cannot be read: {first_line(error)}")
-    if not isinstance(state, dict) or set(state) != set(keys):
+    layers = priced_layers(manifest["shared_layers"], task)
+    stored = plain_state({name: tensors[key] for name, key in keys.items()}, layers)
+    if not isinstance(state, dict) or set(state) != set(stored):
         return Check(FAIL, f"{path / name}: its names are not those of the manifest")
-    for key in keys:
-        if not _same_bits(state[key], stored[keys[key]]):
+    for key, tensor in stored.items():
+        if not _same_bits(state[key], tensor):
             return Check(FAIL, f"{path / name}: {key!r} is not the tensor in the store")
-    return Check(OK, f"{path / name}: {len(keys)} tensors, all as in the store")
+    with_residuals = f", {len(layers)} with their residuals folded in" if layers else ""
+    return Check(OK, f"{path / name}: {len(stored)} tensors, all as in the store{with_residuals}")
 
 
 def _same_bits(value: object, stored: torch.Tensor) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from sharing.groups import Configuration, Group, find_groups, from_plain, joined, ordered, saved_bytes, to_plain
+from sharing.low_rank import rank_at, residual_bytes
 from sharing.strategy import NONE, Adopting, Harm, Ratios
 
 NEAR = 0.93  # of its target: from here on a task that fails needs little
@@ -24,7 +25,10 @@ HELD_BACK = 0.002  # of the possible saving: what the jump leaves out at most, b
 HOPELESS = 0.25  # predicted harm of a group from which it is left to training (benchmarks/LOG.md)
 HOPELESS_SHARE = 0.25  # of the possible saving: what is left to training from the start at most, the worst first
 WORTH_A_FIT = 0.01  # of the possible saving: smaller parts that a fit does not bring to target are left to training
+WORTH_A_PRICE = 0.03  # of the possible saving: if less is missing, it is left to training without residuals
 JUMP, BACK_OFF, FILL, TRAIN, DONE = "jump", "back off", "fill in", "fill in with training", "done"
+PRICED, TRAIN_PRICED = "fill in at a price", "fill in at a price with training"
+FOLLOWING = {FILL: PRICED, PRICED: TRAIN_PRICED, TRAIN_PRICED: TRAIN, TRAIN: DONE}
 
 Part = dict[int, tuple[str, ...]]  # what is tried as one: index of a group -> tasks that would join it
 
@@ -32,8 +36,9 @@ Part = dict[int, tuple[str, ...]]  # what is tried as one: index of a group -> t
 class Adaptive(Adopting):
     """See the header of this file; what it is worth was measured in benchmarks/LOG.md."""
 
-    def __init__(self, models: Mapping[str, nn.Module]):
+    def __init__(self, models: Mapping[str, nn.Module], price: float = 0.0):
         self.groups = find_groups(models)
+        self.priced = [_at_price(group, models, price) for group in self.groups]
         self.held_back: Configuration = ()
         self.foreseen: list[float] = []  # predicted harm of each of `groups` for the task that it hurts most
         self.own: Configuration = ()
@@ -49,7 +54,7 @@ class Adaptive(Adopting):
 
     @property
     def goes_on(self) -> bool:
-        return self.phase == TRAIN and bool(self.working)
+        return self.phase in (TRAIN_PRICED, TRAIN) and bool(self.working)
 
     @property
     def uses_harm(self) -> bool:
@@ -58,11 +63,11 @@ class Adaptive(Adopting):
     @property
     def fits_anew(self) -> bool:
         """Smaller parts are fitted behind what is kept, which is quicker and leaves the targets that were met alone."""
-        return self.phase != FILL or self.parts[:1] == [self._missing(FILL)]
+        return self.phase not in (FILL, PRICED) or self.parts[:1] == [self._missing(self.phase)]
 
     @property
     def prefers_release(self) -> bool:
-        return self.phase != TRAIN
+        return self.phase not in (TRAIN_PRICED, TRAIN)
 
     def propose(self) -> Configuration | None:
         """The next configuration; what has been tried, or ties nothing new, is passed over."""
@@ -73,11 +78,9 @@ class Adaptive(Adopting):
             return self.working
         if self.phase in (JUMP, BACK_OFF):
             self._begin_filling(FILL)
-        while self.phase in (FILL, TRAIN):
-            if not self.parts and self.phase == FILL:
-                self._begin_filling(TRAIN)
-            elif not self.parts:
-                self.phase = DONE
+        while self.phase in FOLLOWING:
+            if not self.parts:
+                self._begin_filling(FOLLOWING[self.phase])
             elif self._is_new(self._filled(self.parts[0])):
                 return self._filled(self.parts[0])
             else:
@@ -113,16 +116,16 @@ class Adaptive(Adopting):
         self.working = ()
         if kept:
             self.own = trial
-            if self.phase in (FILL, TRAIN):
+            if self.phase in FOLLOWING:
                 self.parts.pop(0)
             else:
                 self._begin_filling(FILL)
-        elif self.phase in (FILL, TRAIN):
+        elif self.phase in FOLLOWING:
             self._give_up_part(met)
-            if self.phase == FILL and not self.parts:
-                self._begin_filling(TRAIN)
-                if self.parts and self._filled(self.parts[0]) == trial:
-                    self.working = trial  # training goes on from what was fitted
+            while self.phase in (FILL, PRICED, TRAIN_PRICED) and not self.parts:
+                self._begin_filling(FOLLOWING[self.phase])
+            if self.phase in (TRAIN_PRICED, TRAIN) and self.parts and self._filled(self.parts[0]) == trial:
+                self.working = trial  # training goes on from what was fitted
         else:
             self._back_off(trial, set(met), ratios, harm)
 
@@ -139,21 +142,29 @@ class Adaptive(Adopting):
         self.phase = BACK_OFF
 
     def _begin_filling(self, phase: str) -> None:
-        """One part of all that is missing; of what no fit can serve only where there is training."""
+        """One part of all that is missing; at a price only where it is worth it."""
         part = self._missing(phase)
         self.phase, self.parts, self.working = phase, [part] if part else [], ()
+        if phase in (PRICED, TRAIN_PRICED) and self._gain(part) < WORTH_A_PRICE * saved_bytes(self.groups):
+            self.parts = []
 
     def _missing(self, phase: str) -> Part:
-        tied = {occurrence for group in self.kept for occurrence in group.occurrences}
+        """What could be tied: not what no fit can serve where there is neither price nor training, at a price only what
+        can have a residual, and with training also what is tied at a price and may do without."""
+        settled = [group for group in self.kept if phase != TRAIN or not group.rank]
+        tied = {occurrence for group in settled for occurrence in group.occurrences}
         missing = {i: tuple(o.task for o in group.occurrences if o not in tied) for i, group in enumerate(self.groups)}
-        worst = dict(zip(self.groups, self.foreseen, strict=False))
-        hopeless = self._hopeless(worst) if phase == FILL else []
-        return {i: tasks for i, tasks in missing.items() if tasks and self.groups[i] not in hopeless}
+        left_out: list[Group] = []
+        if phase == FILL:
+            left_out = self._hopeless(dict(zip(self.groups, self.foreseen, strict=False)))
+        elif phase in (PRICED, TRAIN_PRICED):
+            left_out = [group for group, priced in zip(self.groups, self.priced, strict=True) if not priced.rank]
+        return {i: tasks for i, tasks in missing.items() if tasks and self.groups[i] not in left_out}
 
     def _give_up_part(self, met: Collection[str]) -> None:
         """Puts two smaller parts in the place of the first: the tasks that failed apart, or else half of the groups."""
         part = self.parts.pop(0)
-        if self.phase == FILL and self._gain(part) < WORTH_A_FIT * saved_bytes(self.groups):
+        if self.phase in (FILL, PRICED) and self._gain(part) < WORTH_A_FIT * saved_bytes(self.groups):
             return
         good = {i: tuple(t for t in tasks if t in met) for i, tasks in part.items()}
         bad = {i: tuple(t for t in tasks if t not in met) for i, tasks in part.items()}
@@ -172,8 +183,9 @@ class Adaptive(Adopting):
     def _filled(self, part: Part) -> Configuration:
         """What is kept, and the part: its tasks join those of the group that are tied, or in the part as well."""
         tied = {occurrence for group in self.kept for occurrence in group.occurrences}
+        groups = self.priced if self.phase in (PRICED, TRAIN_PRICED) else self.groups
         added = [
-            self.groups[i].restricted_to({o.task for o in self.groups[i].occurrences if o in tied or o.task in tasks})
+            groups[i].restricted_to({o.task for o in groups[i].occurrences if o in tied or o.task in tasks})
             for i, tasks in part.items()
         ]
         return joined(self.kept, ordered(group for group in added if len(group.occurrences) > 1))
@@ -183,9 +195,9 @@ class Adaptive(Adopting):
 
     def _key(self, trial: Configuration) -> str:
         """A trial is known by what it ties, and by whether it is trained."""
-        named = sorted(",".join(f"{o.task}:{o.layer}" for o in group.occurrences) for group in trial)
+        named = sorted(",".join(f"{o.task}:{o.layer}" for o in g.occurrences) + "+" * bool(g.rank) for g in trial)
         digest = hashlib.sha256(";".join(named).encode()).hexdigest()[:16]
-        return f"{digest} trained" if self.phase == TRAIN else digest
+        return f"{digest} trained" if self.phase in (TRAIN_PRICED, TRAIN) else digest
 
     def state(self) -> dict:
         return {
@@ -206,6 +218,14 @@ class Adaptive(Adopting):
         self.phase, self.failures = state["phase"], dict(state["failures"])
         self.parts = [{index: tuple(tasks) for index, tasks in part} for part in state["parts"]]
         self.tried, self.adopted = set(state["tried"]), from_plain(state["adopted"])
+
+
+def _at_price(group: Group, models: Mapping[str, nn.Module], price: float) -> Group:
+    """The group with the residuals that the price buys; without, where it buys none."""
+    first = group.occurrences[0]
+    layer = models[first.task].get_submodule(first.layer)
+    rank = rank_at(layer, price)
+    return group.at_price(rank, residual_bytes(layer, rank)) if rank else group
 
 
 def most_harmful(trial: Configuration, task: str, share: float, harm: Harm, kept: Configuration = ()) -> list[Group]:

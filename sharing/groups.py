@@ -7,11 +7,13 @@ device can be planned for as well. Everything returned is frozen data.
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from sharing.low_rank import own_modules
 
 NORMALISATION_TYPES = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 NUM_COMPARED = 8  # layers at which a merged model is compared with its unmerged one
@@ -35,15 +37,21 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Occurrences, at most one per task, that can share one set of parameters of `bytes` bytes."""
+    """Occurrences, at most one per task, that can share one set of parameters of `bytes` bytes.
+
+    At a price: every occurrence then has a private residual of `rank` beside them (sharing/low_rank.py).
+    """
 
     signature: str
     bytes: int
     occurrences: tuple[Occurrence, ...]
+    rank: int = 0
+    residual_bytes: int = 0  # of one occurrence
 
     @property
     def saved_bytes(self) -> int:
-        return self.bytes * (len(self.occurrences) - 1)
+        """Net of the residuals."""
+        return self.bytes * (len(self.occurrences) - 1) - self.residual_bytes * len(self.occurrences)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -51,7 +59,11 @@ class Group:
 
     def restricted_to(self, tasks: Collection[str]) -> "Group":
         """The group without the occurrences of other tasks; with fewer than two left it shares nothing."""
-        return Group(self.signature, self.bytes, tuple(o for o in self.occurrences if o.task in tasks))
+        return replace(self, occurrences=tuple(o for o in self.occurrences if o.task in tasks))
+
+    def at_price(self, rank: int, residual_bytes: int) -> "Group":
+        """The group with residuals of that rank, and of so many bytes for an occurrence."""
+        return replace(self, rank=rank, residual_bytes=residual_bytes)
 
 
 Configuration = tuple[Group, ...]  # the groups that are tied
@@ -84,7 +96,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
     layer of the same model (it follows that layer wherever it goes).
     """
     layers, seen = [], set()
-    for name, module in model.named_modules():
+    for name, module in own_modules(model):
         parameters = list(module.parameters(recurse=False))
         repeated = any(id(p) in seen for p in parameters)
         seen.update(map(id, parameters))
@@ -137,14 +149,17 @@ def restrict(groups: Configuration, tasks: Collection[str]) -> Configuration:
 
 
 def joined(*configurations: Configuration) -> Configuration:
-    """One configuration that ties whatever any of these ties; groups with an occurrence in common become one."""
+    """One configuration that ties whatever any of these ties; groups with an occurrence in common become one.
+
+    Its residuals are those of the last of them, since a later configuration says what becomes of an earlier one.
+    """
     merged: list[Group] = []
     for group in (group for configuration in configurations for group in configuration):
         overlapping = [other for other in merged if set(group.occurrences) & set(other.occurrences)]
         parts = sorted([*overlapping, group], key=lambda part: -len(part.occurrences))
         occurrences = dict.fromkeys(occurrence for part in parts for occurrence in part.occurrences)
         merged = [other for other in merged if other not in overlapping]
-        merged.append(Group(group.signature, group.bytes, tuple(occurrences)))
+        merged.append(replace(group, occurrences=tuple(occurrences)))
     return ordered(merged)
 
 
@@ -152,6 +167,7 @@ def to_plain(configuration: Configuration) -> list[dict]:
     """The configuration as JSON values; `shared_layers` of the manifest."""
     return [
         {"signature": g.signature, "bytes": g.bytes, "occurrences": [o._asdict() for o in g.occurrences]}
+        | ({"rank": g.rank, "residual_bytes": g.residual_bytes} if g.rank else {})
         for g in configuration
     ]
 
@@ -159,7 +175,13 @@ def to_plain(configuration: Configuration) -> list[dict]:
 def from_plain(plain: list[dict]) -> Configuration:
     """What `to_plain` made plain."""
     return ordered(
-        Group(g["signature"], g["bytes"], tuple(Occurrence(o["task"], o["layer"]) for o in g["occurrences"]))
+        Group(
+            g["signature"],
+            g["bytes"],
+            tuple(Occurrence(o["task"], o["layer"]) for o in g["occurrences"]),
+            g.get("rank", 0),
+            g.get("residual_bytes", 0),
+        )
         for g in plain
     )
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sharing.low_rank import KINDS, LowRank, own_modules
+
 Batch = Tensor | list[Tensor]  # images of a classifier [N, 3, H, W], or of a detector, whose sizes differ
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -31,7 +32,7 @@ class Rows(NamedTuple):
 
 def is_linear_map(layer: nn.Module) -> bool:
     """Whether the layer computes torch's own linear map or (transposed) convolution, of any dimension."""
-    return any(type(layer).forward is kind.forward for kind in (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))
+    return any(type(layer).forward is kind.forward for kind in (*KINDS, *TRANSPOSED))
 
 
 def normalisation_behind(model: nn.Module, name: str) -> nn.modules.batchnorm._BatchNorm | None:
@@ -39,7 +40,7 @@ def normalisation_behind(model: nn.Module, name: str) -> nn.modules.batchnorm._B
 
     Only by the order of registration, which is that of the blocks of every torchvision model.
     """
-    names = [other for other, module in model.named_modules() if not any(module.children())]
+    names = [other for other, m in own_modules(model) if all(isinstance(child, LowRank) for child in m.children())]
     following = names[names.index(name) + 1 :][:1]
     layer, module = model.get_submodule(name), model.get_submodule(following[0]) if following else None
     batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)

@@ -21,7 +21,8 @@ from sharing.layer_rows import (
     set_matrix,
     shape_of,
 )
-from sharing.ridge import solve_weighted
+from sharing.low_rank import LowRank, residual_of
+from sharing.ridge import solve_ridge, solve_weighted
 
 RIDGE = 0.1  # measured with benchmarks/initial_weights.py; strangers want more than models of one ancestor
 MAX_SYSTEM = 5000  # unknowns of the largest system that is solved
@@ -69,7 +70,7 @@ def fit_least_squares(
     W0 the values it has now, and ridge counts in units of the mean squared input. Where each task normalises the
     layer's outputs itself, their means and scales are free: X_t and Y_t are centred, every channel of Y_t is brought to
     the same scale in all tasks and counts by the square of its gain in the task's normalisation; then that gain is
-    lowered where the fit is bad.
+    lowered where the fit is bad. Low-rank residuals (sharing/low_rank.py) are fitted to what is then left over.
 
     models: tied already. images: batches per task, without labels. own_inputs: X_t is what goes into the layer in the
     teacher instead. num_stages: the layers are fitted in blocks by depth; each sees inputs collected behind the blocks
@@ -179,13 +180,32 @@ def fit_group(
     inputs = [r.x for r in sampled.values()]
     change, ridge = solve_weighted(inputs, list(residuals.values()), _shares(weights), ridge)
     set_matrix(layer, start + change)
+    left = {task: r - sampled[task].x @ change for task, r in residuals.items()}
+    for o in group.occurrences:
+        own = residual_of(models[o.task].get_submodule(o.layer))
+        if own is not None:
+            left[o.task] = _fit_residual(own, sampled[o.task].x, left[o.task], ridge)
     for task, norm in norms.items():
         if is_scale_free and norm.affine:
-            _damp(norm, sampled[task].x @ (start + change), sampled[task].y)
+            _damp(norm, sampled[task].y - left[task], sampled[task].y)
     energy = {task: r.y.square().sum().clamp_min(1e-12) for task, r in sampled.items()}
     before = {task: float(r.square().sum() / energy[task]) for task, r in residuals.items()}
-    after = {task: float((r - sampled[task].x @ change).square().sum() / energy[task]) for task, r in residuals.items()}
+    after = {task: float(r.square().sum() / energy[task]) for task, r in left.items()}
     return Fit("", ridge, before, after)
+
+
+def _fit_residual(residual: LowRank, x: Tensor, left: Tensor, ridge: float) -> Tensor:
+    """Fits a task's residual to what the shared weights leave over; returns what it leaves over in turn.
+
+    Reduced-rank regression: the ridge regression R of left on x, cut to the directions in which x R is largest.
+    Source: Izenman, "Reduced-rank regression for the multivariate linear model", J. Multivariate Analysis 5, 1975.
+    """
+    matrix, _ = solve_ridge(x, left, ridge)
+    found = x @ matrix
+    directions = torch.linalg.eigh(found.mT @ found).eigenvectors[:, :, -residual.rank :]
+    set_matrix(residual.down, matrix @ directions)
+    set_matrix(residual.up, directions.mT)
+    return left - found @ directions @ directions.mT
 
 
 def _in_equal_units(sampled, norms, counts) -> tuple[dict[str, Rows], Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sharing.groups import Configuration, Group, Occurrence
 from sharing.initial_weights import INITIAL_WEIGHTS
+from sharing.low_rank import LowRank, own_modules, put_residual, residual_of, set_rank
 
 
 def tie(
@@ -44,7 +45,7 @@ def retie(
     """Goes from one configuration to another with the weights as they are.
 
     Of a group that splits, the largest part keeps the shared parameters; an occurrence that `after` leaves alone gets
-    the weights that it had in its unmerged model.
+    the weights that it had in its unmerged model. Residuals of another rank than before begin anew.
     """
     group_of = {occurrence: group for group in after for occurrence in group.occurrences}
     for group in set(before) - set(after):
@@ -58,6 +59,9 @@ def retie(
             if occurrence not in group_of:
                 _copy(unmerged[occurrence.task].get_submodule(occurrence.layer), _layer(models, occurrence))
     tie(models, after, initial)
+    ranks = {occurrence: group.rank for group in after for occurrence in group.occurrences}
+    for occurrence in {o for group in set(before) ^ set(after) for o in group.occurrences}:
+        set_rank(_layer(models, occurrence), ranks.get(occurrence, 0))
 
 
 @torch.no_grad()
@@ -109,6 +113,7 @@ class Snapshot:
     """Everything needed to bring models back bit by bit: which tensor stood where, and the values it had."""
 
     places: tuple[tuple[nn.Module, str, Tensor], ...]
+    residuals: tuple[tuple[nn.Module, LowRank | None], ...]
     values: tuple[tuple[Tensor, Tensor], ...]  # (tensor, copy of its values on the CPU)
     flags: tuple[tuple[nn.Parameter, bool], ...]  # requires_grad
     modes: tuple[tuple[nn.Module, bool], ...]  # training
@@ -125,6 +130,7 @@ def take_snapshot(models: nn.Module) -> Snapshot:
     distinct = {id(tensor): tensor for _, _, tensor in places}.values()
     return Snapshot(
         places=tuple(places),
+        residuals=tuple((module, residual_of(module)) for _, module in own_modules(models)),
         values=tuple((tensor, tensor.detach().to("cpu", copy=True)) for tensor in distinct),
         flags=tuple((tensor, tensor.requires_grad) for tensor in distinct if isinstance(tensor, nn.Parameter)),
         modes=tuple((module, module.training) for module in models.modules()),
@@ -134,6 +140,9 @@ def take_snapshot(models: nn.Module) -> Snapshot:
 @torch.no_grad()
 def restore_snapshot(snapshot: Snapshot) -> None:
     """Undoes every tie, training step and change of statistics since the snapshot was taken."""
+    for module, residual in snapshot.residuals:
+        if residual_of(module) is not residual:
+            put_residual(module, residual)
     for module, key, tensor in snapshot.places:
         if getattr(module, key) is not tensor:
             setattr(module, key, tensor)

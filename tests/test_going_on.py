@@ -20,6 +20,7 @@ from losses_distillation import Teacher
 from merge_workloads import merge_workload
 from results_store import ResultsError, load_merged, read_checkpoint, read_manifest
 from sharing.groups import compared_layers, find_groups, from_plain, saved_bytes
+from sharing.low_rank import residual_of
 from trainer import Circumstances, Interrupted, TrainingOptions, recover
 from trainer_batches import Batches
 from workload import WorkloadError, read_workload
@@ -239,6 +240,62 @@ def test_a_second_process_is_refused_before_it_evaluates_anything(entries, datas
     monkeypatch.setattr(merger, "evaluate", None)
     with results_store.lock(tmp_path / "results"), pytest.raises(ResultsError, match="another process is merging"):
         merge(entries, tmp_path / "results", datasets)
+
+
+# ---- residuals ------------------------------------------------------------------------------------------------
+
+
+def refuse_without_residual(monkeypatch) -> None:
+    """conv2 is never at target where it is shared without a residual."""
+    honest = merger.recover
+
+    def recover(models, tasks, *more):
+        layers = [models[name].conv2 for name in tasks]
+        shared = len({id(layer.weight) for layer in layers}) < len(layers)
+        if shared and not all(residual_of(layer) for layer in layers):
+            return trainer.Outcome("needs training", dict.fromkeys(tasks, 0.1), (), 0, 0)
+        return honest(models, tasks, *more)
+
+    monkeypatch.setattr(merger, "recover", recover)
+
+
+PRICED = {"strategy": "adaptive", "initial_weights": None, "alignment": "none", "tolerance": 0.3, "residual_price": 0.3}
+
+
+def test_what_is_shared_at_a_price_goes_through_every_door(trained_entries, datasets, tmp_path, monkeypatch, capsys):
+    """A kill between rounds, a run that goes on, a task that is taken away: residuals are where they were."""
+    refuse_without_residual(monkeypatch)
+    entries = copy.deepcopy(trained_entries)
+    whole = merge(entries, tmp_path / "whole", datasets, **PRICED)
+    images = torch.rand(4, 3, 16, 16)
+    loaded = load_merged(tmp_path / "whole", {n: copy.deepcopy(e["model"]) for n, e in trained_entries.items()})
+    expected = loaded["north_pico"](images)
+    assert torch.equal(expected, entries["north_pico"]["model"].eval()(images))
+    kept = {g.occurrences[0].layer: g for g in from_plain(whole["shared_layers"])}
+    assert kept["conv2"].rank > 0 and kept["conv1"].rank == 0
+    assert whole["memory"]["saved_bytes"] == saved_bytes(from_plain(whole["shared_layers"]))
+    last, play_round = len(whole["run"]["rounds"]) - 1, merger.play_round
+
+    def killed(run, proposal):
+        if len(run.rounds) == last:
+            raise KeyboardInterrupt
+        return play_round(run, proposal)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merger, "play_round", killed)
+        with pytest.raises(KeyboardInterrupt):
+            merge(copy.deepcopy(trained_entries), tmp_path / "halted", datasets, **PRICED)
+    again = merge(copy.deepcopy(trained_entries), tmp_path / "halted", datasets, **PRICED)
+    assert again["tensors"] == whole["tensors"] and again["shared_layers"] == whole["shared_layers"]
+
+    alone = {name: copy.deepcopy(trained_entries[name]) for name in ("north_pico",)}
+    after = merge(alone, tmp_path / "whole", datasets, **PRICED)
+    assert not after["shared_layers"] and not any("low_rank" in name for name in after["tensors"]["north_pico"])
+    assert after["tasks"]["north_pico"]["merged_acc"] == whole["tasks"]["north_pico"]["merged_acc"]
+    plain = torch.load(tmp_path / "whole" / "weights" / "north_pico.pt", weights_only=True)
+    model = copy.deepcopy(trained_entries["north_pico"]["model"])
+    model.load_state_dict(plain)
+    assert torch.allclose(model.eval()(images), expected, atol=1e-4)
 
 
 # ---- faults ---------------------------------------------------------------------------------------------------
