@@ -4,9 +4,13 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -18,6 +22,14 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got 'cuda', but torch sees no CUDA device; allowed here are auto, cpu")
     return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
+
+
+def in_quick_layout(module: M, device: torch.device) -> M:
+    """The module itself; on a CPU with its weights laid out channels-last, in which convolutions are quicker there.
+
+    MobileNetV2 at 96 px, one thread: 1.5 times in evaluation and in training steps; ResNet-18 at 32 px: no difference.
+    """
+    return module.to(memory_format=torch.channels_last) if device.type == "cpu" else module
 
 
 def derive_seed(seed: int, *purpose: object) -> int:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import tables
 from dataset_folders import SampleError
 from dataset_manager import TaskData
+from environment import in_quick_layout
 from merger_records import Accuracy, history_entry, manifest_of, per_class_of, round_record, run_record, statistics_of
 from merger_trial import (
     LEAST_SQUARES,
@@ -121,6 +122,7 @@ class Run:
 def start(tasks: Mapping[str, Task], data: Mapping[str, TaskData], results_path: str | Path, **options) -> Run:
     """A run over the tasks' models, in place and on the device; nothing is evaluated, tied or written yet."""
     models = nn.ModuleDict({name: task.model for name, task in tasks.items()}).to(options["device"])
+    in_quick_layout(models, options["device"])
     unmerged = copy.deepcopy(models).eval().requires_grad_(False)
     price = {"price": options["residual_price"]} if options.get("residual_price") else {}
     strategy = STRATEGIES[options["strategy_name"]](models, **price)
@@ -198,6 +200,7 @@ def extend(run: Run, manifest: Mapping) -> None:
 def _load_kept(run: Run, manifest: Mapping, names: list[str]) -> None:
     state = manifest["run"]
     load_merged(run.results_path, {name: run.models[name] for name in names}, run.device, tasks=names, verify=True)
+    in_quick_layout(run.models, run.device)
     run.accuracy = {name: Accuracy(**state["accuracy"][name]) for name in names}
     run.rounds, run.history = state["rounds"], state["history"]
     run.seconds_before, run.cpu_seconds_before = state["seconds"], state["cpu_seconds"]
@@ -341,6 +344,7 @@ def confirm(run: Run) -> dict:
     Raises RuntimeError if a reloaded task is below its target: what is shipped must hold what was measured.
     """
     reloaded = load_merged(run.results_path, copy.deepcopy(dict(run.models.items())), run.device, verify=True)
+    in_quick_layout(nn.ModuleDict(reloaded), run.device)
     for name, task in _with_bar(run, "evaluating what was written"):
         accuracy = run.accuracy[name]
         accuracy.merged = evaluate(task, run.data[name].val, reloaded[name])

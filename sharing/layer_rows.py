@@ -40,9 +40,9 @@ def normalisation_behind(model: nn.Module, name: str) -> nn.modules.batchnorm._B
 
     Only by the order of registration, which is that of the blocks of every torchvision model.
     """
-    names = [other for other, m in own_modules(model) if all(isinstance(child, LowRank) for child in m.children())]
-    following = names[names.index(name) + 1 :][:1]
-    layer, module = model.get_submodule(name), model.get_submodule(following[0]) if following else None
+    leaves = (pair for pair in own_modules(model) if all(isinstance(child, LowRank) for child in pair[1].children()))
+    layer = next(module for other, module in leaves if other == name)
+    _, module = next(leaves, ("", None))
     batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
     return module if batch_norm and module.num_features == output_width(layer) else None
 

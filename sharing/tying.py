@@ -34,7 +34,8 @@ def tie(
             parameters = [getattr(layer, key) for layer in layers]
             if all(p is parameters[0] for p in parameters):
                 continue
-            shared = nn.Parameter(INITIAL_WEIGHTS[initial](parameters, weights))
+            values = INITIAL_WEIGHTS[initial](parameters, weights)
+            shared = nn.Parameter(torch.empty_like(parameters[0]).copy_(values))  # its layout in memory, too
             for occurrence, parameter in zip(group.occurrences, parameters, strict=True):
                 replace_parameter(models[occurrence.task], parameter, shared)
 
