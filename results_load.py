@@ -18,7 +18,7 @@ from model_architectures import rebuild
 from results_files import ResultsError, sha256_of
 from results_manifest import priced_layers, read_result
 from results_tensors import Entry, read_tensors
-from sharing.low_rank import LowRank, max_rank, own_modules, put_residual, residual_of, set_rank
+from sharing.low_rank import ATTRIBUTE, max_rank, own_modules, put_residual, residual_of, set_rank
 from sharing.memory import named_tensors
 
 
@@ -55,12 +55,15 @@ def load_merged(
         raise ResultsError(f"{store.file}: its sha256 is not the one in the manifest: the file is damaged")
     wanted = _wanted(results_path, manifest, tasks)
     modules = _modules(results_path, manifest, wanted, models or {})
+    slots = {task: _slots(model) for task, model in modules.items()}
     device = torch.device(device)
     with contextlib.ExitStack() as undo:
         for task, model in modules.items():
-            _set_residuals(task, model, priced_layers(manifest["shared_layers"], task), undo)
-        slots = {task: _slots(model) for task, model in modules.items()}
-        _check_fit(manifest["tensors"], slots, store.entries)
+            ranks = priced_layers(manifest["shared_layers"], task)
+            if ranks or any(f"{ATTRIBUTE}." in name for name in slots[task].tensors):
+                _set_residuals(task, model, ranks, undo)
+                slots[task] = _slots(model)
+        is_parameter = _check_fit(manifest["tensors"], slots, store.entries)
         keys = (key for task in wanted for key in manifest["tensors"][task].values())
         stored = read_tensors(store, keys, manifest["store"]["checksums"])
         undo.pop_all()
@@ -68,7 +71,7 @@ def load_merged(
         stored = {key: tensor.to(device) for key, tensor in stored.items()}
     placed: dict[str, Tensor] = {}
     for task, model in modules.items():
-        _place(model, slots[task], manifest["tensors"][task], stored, placed, device)
+        _place(model, slots[task], manifest["tensors"][task], stored, is_parameter, placed, device)
     return modules
 
 
@@ -164,8 +167,6 @@ def _on_meta(value: object) -> object:
 
 def _set_residuals(task: str, model: nn.Module, ranks: Mapping[str, int], undo: contextlib.ExitStack) -> None:
     """Gives the model the residuals of layers that are shared at a price, and takes away others that it has."""
-    if not ranks and not any(isinstance(module, LowRank) for module in model.modules()):
-        return
     layers = dict(own_modules(model))
     for name in ranks:
         if name not in layers or ranks[name] > max_rank(layers[name]):
@@ -179,79 +180,78 @@ def _set_residuals(task: str, model: nn.Module, ranks: Mapping[str, int], undo: 
 # ---- fitting and placing --------------------------------------------------------------------------------
 
 
-class _Slot(NamedTuple):
-    """Where a tensor of the state dict lives in a model; module None: in the state dict alone."""
+class _Slots(NamedTuple):
+    """The tensors of a model's state dict, and where each lives: the module, its dictionary, and the name there."""
 
-    module: nn.Module | None
-    attribute: str
-    tensor: Tensor
-
-
-def _slots(model: nn.Module) -> dict[str, _Slot]:
-    modules, slots = dict(model.named_modules(remove_duplicate=False)), {}
-    for name, tensor in named_tensors(model).items():
-        owner, _, attribute = name.rpartition(".")
-        module = modules.get(owner)
-        found = module is not None and (attribute in module._parameters or attribute in module._buffers)
-        slots[name] = _Slot(module if found else None, attribute, tensor)
-    return slots
+    tensors: dict[str, Tensor]
+    places: dict[str, tuple[nn.Module, dict, str]]
 
 
-def _check_fit(keys: Mapping[str, Mapping], slots: Mapping[str, Mapping[str, _Slot]], entries: Mapping) -> None:
-    """Raises ResultsError if stored tensors are not those of the models; decided on the store's header alone."""
+def _slots(model: nn.Module) -> _Slots:
+    places = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for holder in (module._parameters, module._buffers):
+            for attribute in holder:
+                places[prefix + attribute] = module, holder, attribute
+    return _Slots(named_tensors(model), places)
+
+
+def _check_fit(keys: Mapping[str, Mapping], slots: Mapping[str, _Slots], entries: Mapping) -> dict[str, bool]:
+    """Raises ResultsError if stored tensors are not those of the models; decided on the store's header alone.
+
+    Returns which store keys are of parameters; the others are of buffers.
+    """
     is_parameter: dict[str, bool] = {}
     for task, own in slots.items():
         problems = list(_fit_problems(own, keys[task], entries, is_parameter))
         if problems:
             listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
             raise ResultsError(f"{task}: the results do not fit the model: {listed}")
+    return is_parameter
 
 
 def _fit_problems(
-    slots: Mapping[str, _Slot], keys: Mapping[str, str], entries: Mapping[str, Entry], is_parameter: dict[str, bool]
+    slots: _Slots, keys: Mapping[str, str], entries: Mapping[str, Entry], is_parameter: dict[str, bool]
 ) -> Iterator[str]:
-    for name, (module, _, tensor) in slots.items():
-        if name not in keys:
+    for name, tensor in slots.tensors.items():
+        key = keys.get(name)
+        if key is None:
             yield f"{name} is missing in the results"
             continue
-        entry, parameter = entries[keys[name]], isinstance(tensor, nn.Parameter)
-        if module is None:
+        dtype, shape, _, _ = entries[key]
+        parameter = type(tensor) is not Tensor and isinstance(tensor, nn.Parameter)  # the first alone is quick
+        if name not in slots.places:
             yield f"{name} is a name of the state dict alone: the model holds no such parameter or buffer"
-        elif tensor.shape != entry.shape:
-            yield f"{name}: got {list(entry.shape)}, the model has {list(tensor.shape)}"
-        elif tensor.dtype != entry.dtype and not (tensor.dtype.is_floating_point and entry.dtype.is_floating_point):
-            yield f"{name}: got {entry.dtype}, the model has {tensor.dtype}"
-        elif is_parameter.setdefault(keys[name], parameter) != parameter:
+        elif tensor.shape != shape:
+            yield f"{name}: got {list(shape)}, the model has {list(tensor.shape)}"
+        elif tensor.dtype != dtype and not (tensor.dtype.is_floating_point and dtype.is_floating_point):
+            yield f"{name}: got {dtype}, the model has {tensor.dtype}"
+        elif is_parameter.setdefault(key, parameter) != parameter:
             yield f"{name}: got a tensor that is a parameter in one place and a buffer in another"
-    yield from (f"{name} is unknown to the model" for name in keys if name not in slots)
+    yield from (f"{name} is unknown to the model" for name in keys if name not in slots.tensors)
 
 
 def _place(
     model: nn.Module,
-    slots: Mapping[str, _Slot],
+    slots: _Slots,
     keys: Mapping[str, str],
     stored: Mapping[str, Tensor],
+    is_parameter: Mapping[str, bool],
     placed: dict[str, Tensor],
     device: torch.device,
 ) -> None:
     """Puts the stored tensors into the model; `placed` holds the one object per store key, for all models."""
-    elsewhere = device.type != "cpu" or any(slot.tensor.device.type not in ("cpu", "meta") for slot in slots.values())
-    for name, (module, attribute, tensor) in slots.items():
+    elsewhere = device.type != "cpu" or not all(tensor.is_cpu or tensor.is_meta for tensor in slots.tensors.values())
+    for name, tensor in slots.tensors.items():
         key = keys[name]
         if key not in placed:
-            is_parameter = isinstance(tensor, nn.Parameter)
-            placed[key] = nn.Parameter(stored[key], tensor.requires_grad) if is_parameter else stored[key]
-        _set(module, attribute, placed[key])
+            placed[key] = nn.Parameter(stored[key], tensor.requires_grad) if is_parameter[key] else stored[key]
+        module, holder, attribute = slots.places[name]
+        if type(module).__setattr__ is nn.Module.__setattr__:
+            holder[attribute] = placed[key]
+        else:
+            setattr(module, attribute, placed[key])  # the class listens to it, as recurrent layers do
     if elsewhere:
         model.to(device)  # what is not in the state dict, such as buffers that are not saved
     model.eval()
-
-
-def _set(module: nn.Module, attribute: str, tensor: Tensor) -> None:
-    """setattr, and three times as fast where the class does not listen to it, as recurrent layers do."""
-    if type(module).__setattr__ is not nn.Module.__setattr__:
-        setattr(module, attribute, tensor)
-    elif attribute in module._parameters:
-        module._parameters[attribute] = tensor
-    else:
-        module._buffers[attribute] = tensor

@@ -10,12 +10,11 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from results_files import MANIFEST, STATISTICS, STORE_PATTERN, WEIGHTS_PATTERN, ResultsError, naming
 from results_tensors import Entry, Store, open_store
-from sharing.groups import from_plain
 from sharing.low_rank import is_sound, own_part, residual_part
 from workload import CLASSIFICATION, DETECTION, NAME_PATTERN
 
@@ -263,6 +262,8 @@ def _store_entry_problems(store: dict) -> Iterator[str]:
     if not isinstance(checksums, dict):
         yield f"store: checksums: got {_short(checksums)}; allowed: a dictionary"
         return
+    if _all_match(STORE_KEY, checksums) and _all_match(CHECKSUM, checksums.values()):
+        return
     for key, checksum in checksums.items():
         if not STORE_KEY.fullmatch(key) or not _matches(CHECKSUM, checksum):
             yield f"store: checksums: got {_short(key)}: {_short(checksum)}; allowed: a key of the store: 16 hex digits"
@@ -331,7 +332,8 @@ def _agreement_problems(manifest: dict) -> Iterator[str]:
     if manifest["file_bytes"][manifest["store"]["file"]] != manifest["store"]["bytes"]:
         yield "store: bytes: differ from those in file_bytes"
     memory = manifest["memory"]
-    saved = sum(group.saved_bytes for group in from_plain(manifest["shared_layers"]))
+    saved = sum(g["bytes"] * (len(g["occurrences"]) - 1) for g in manifest["shared_layers"])
+    saved -= sum(g.get("residual_bytes", 0) * len(g["occurrences"]) for g in manifest["shared_layers"])
     if not memory["saved_bytes"] == memory["unmerged_bytes"] - memory["merged_bytes"] == saved:
         yield f"memory: saved_bytes: got {memory['saved_bytes']}, but the shared layers save {saved}"
     if memory["saved_bytes"] > memory["optimal_saved_bytes"]:
@@ -343,12 +345,12 @@ def _agreement_problems(manifest: dict) -> Iterator[str]:
 
 def _store_problems(manifest: dict, store: Store) -> Iterator[str]:
     sizes = {key: entry.bytes for key, entry in store.entries.items()}
-    if set(sizes) != set(manifest["store"]["checksums"]):
+    if sizes.keys() != manifest["store"]["checksums"].keys():
         yield f"store: its tensors are not those of {store.file.name}"
         return
     merged = sum(sizes.values())
-    unmerged = sum(sizes[key] for keys in manifest["tensors"].values() for key in set(keys.values()))
-    unmerged -= sum(g.residual_bytes * len(g.occurrences) for g in from_plain(manifest["shared_layers"]))
+    unmerged = sum(sum(map(sizes.__getitem__, set(keys.values()))) for keys in manifest["tensors"].values())
+    unmerged -= sum(g.get("residual_bytes", 0) * len(g["occurrences"]) for g in manifest["shared_layers"])
     for key, found in (("merged_bytes", merged), ("unmerged_bytes", unmerged)):
         if manifest["memory"][key] != found:
             yield f"memory: {key}: got {manifest['memory'][key]}, but the store's tensors make {found}"
@@ -358,43 +360,53 @@ def _store_problems(manifest: dict, store: Store) -> Iterator[str]:
 
 def _sharing_problems(manifest: dict, sizes: Mapping[str, int]) -> Iterator[str]:
     """Every shared layer shares tensors of its bytes, and every tensor that tasks share is in one shared layer."""
+    common = _in_several(set(keys.values()) for keys in manifest["tensors"].values())
     users: dict[str, set[str]] = defaultdict(set)
-    for task, keys in manifest["tensors"].items():
-        for key in keys.values():
-            users[key].add(task)
     owned: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)  # (task, layer) -> {name within it: store key}
     for task, keys in manifest["tensors"].items():
         for name, key in keys.items():
-            if len(users[key]) > 1:
+            if key in common:
+                users[key].add(task)
                 layer, _, within = name.rpartition(".")
                 owned[task, layer][within] = key
     explained = set()
     for index, group in enumerate(manifest["shared_layers"]):
         layers = [owned.get((o["task"], o["layer"]), {}) for o in group["occurrences"]]
-        shared = {key for name, key in layers[0].items() if all(layer.get(name) == key for layer in layers)}
+        shared = {key for _, key in set.intersection(*(set(layer.items()) for layer in layers))}
+        tasks = {o["task"] for o in group["occurrences"]}
         if not shared or sum(map(sizes.__getitem__, shared)) != group["bytes"]:
             yield f"shared_layers[{index}]: its occurrences do not share {group['bytes']} bytes of tensors"
-        if any(users[key] != {o["task"] for o in group["occurrences"]} for key in shared) or shared & explained:
+        if any(users[key] != tasks for key in shared) or shared & explained:
             yield f"shared_layers[{index}]: its tensors are also used elsewhere"
         explained |= shared
     for key, tasks in users.items():
-        if len(tasks) > 1 and key not in explained:
+        if key not in explained:
             yield f"tensors: {', '.join(sorted(tasks))} share {key}, which is in no shared layer"
 
 
 def _residual_problems(manifest: dict, entries: Mapping[str, Entry]) -> Iterator[str]:
     """Every occurrence of a layer that is shared at a price has its residual, in tensors of so many bytes."""
-    for index, group in enumerate(from_plain(manifest["shared_layers"])):
-        for task, layer in group.occurrences if group.rank else ():
+    for index, group in enumerate(manifest["shared_layers"]):
+        rank, size = group.get("rank", 0), group.get("residual_bytes", 0)
+        for occurrence in group["occurrences"] if rank or size else ():
+            task, layer = occurrence["task"], occurrence["layer"]
             keys = manifest["tensors"][task]
             residual = {part: entries[key] for part, key in residual_part(keys, layer).items()}
             own = {part: entries[key] for part, key in own_part(keys, layer).items()}
             shapes = ({part: entry.shape for part, entry in found.items()} for found in (own, residual))
             alike = len({entry.dtype for entry in (*own.values(), *residual.values())}) == 1
-            size = sum(entry.bytes for entry in residual.values())
-            if not alike or not is_sound(*shapes, group.rank) or size != group.residual_bytes:
-                what = f"residual of rank {group.rank} in {group.residual_bytes} bytes"
-                yield f"shared_layers[{index}]: {task}: {layer} has no {what}"
+            found = sum(entry.bytes for entry in residual.values())
+            if not alike or not is_sound(*shapes, rank) or found != size:
+                yield f"shared_layers[{index}]: {task}: {layer} has no residual of rank {rank} in {size} bytes"
+
+
+def _in_several(sets: Iterable[set]) -> set:
+    """What is in more than one of the sets."""
+    seen, several = set(), set()
+    for members in sets:
+        several |= seen & members
+        seen |= members
+    return several
 
 
 # ---- values ---------------------------------------------------------------------------------------------
@@ -422,6 +434,11 @@ def _is_occurrence(value: object) -> bool:
 
 def _matches(pattern: re.Pattern, value: object) -> bool:
     return isinstance(value, str) and bool(pattern.fullmatch(value))
+
+
+def _all_match(pattern: re.Pattern, values: Collection) -> bool:
+    """Several times as fast as asking for each."""
+    return set(map(type, values)) <= {str} and all(map(pattern.fullmatch, values))
 
 
 def _short(value: object) -> str:

@@ -191,7 +191,7 @@ def _entry(value: dict, data_begin: int) -> Entry:
     dtype, shape, (begin, end) = DTYPES[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
     if shape and not 0 <= min(shape) <= max(shape) < 1 << 62:
         raise ValueError(f"a tensor of shape {str(shape)[:80]}")
-    if end - begin != math.prod(shape) * dtype.itemsize:
+    if end - begin != math.prod(shape, start=dtype.itemsize):
         raise ValueError(f"{end - begin} bytes for {value['dtype']} of shape {str(shape)[:80]}")
     return Entry(dtype, shape, data_begin + begin, data_begin + end)
 
@@ -228,5 +228,6 @@ def read_tensors(store: Store, keys: Iterable[str], checksums: Mapping[str, str]
             tensors[key] = torch.empty(shape, dtype=dtype)
         else:
             count = (end - begin) // dtype.itemsize
-            tensors[key] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin).view(shape)
+            flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin)
+            tensors[key] = flat if len(shape) == 1 else flat.view(shape)
     return tensors

@@ -107,29 +107,33 @@ def modules_of(path: Path) -> dict[str, nn.Module]:
     return {task: build_empty(record["architecture"], len(tensors[task])) for task, record in tasks.items()}
 
 
-def ways(path: Path, modules: dict[str, nn.Module]) -> dict[str, Callable[[], object]]:
-    """By name; modules are those to be handed in."""
+def ways(path: Path) -> dict[str, Callable[[dict], object]]:
+    """By name, as functions of the modules to be handed in."""
     return {
-        "safetensors alone, one byte of every page": lambda: every_page(path),
-        "safetensors alone, every byte": lambda: every_byte(path),
-        "load_merged into modules handed in": lambda: load_merged(path, modules),
-        "load_merged from the architectures": lambda: load_merged(path),
-        "of that, building the models": lambda: modules_of(path),
-        "load_merged, verify=True, from architectures": lambda: load_merged(path, verify=True),
+        "safetensors alone, one byte of every page": lambda modules: every_page(path),
+        "safetensors alone, every byte": lambda modules: every_byte(path),
+        "load_merged into modules handed in": lambda modules: load_merged(path, modules),
+        "load_merged from the architectures": lambda modules: load_merged(path),
+        "of that, building the models": lambda modules: modules_of(path),
+        "load_merged, verify=True, from architectures": lambda modules: load_merged(path, verify=True),
     }
 
 
 def timed(path: Path, repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each way; the ways take turns, so that a disturbance does not fall on one alone."""
-    all_ways = ways(path, load_merged(path))
+    """Median CPU seconds of each way; the ways take turns, so that a disturbance does not fall on one alone.
+
+    No way is charged for letting go of what was read before: modules handed in are new ones every time.
+    """
+    all_ways = ways(path)
     seconds: dict[str, list[float]] = {name: [] for name in all_ways}
     for _ in range(repeats + 1):
         for name, read in all_ways.items():
+            modules = modules_of(path)
             gc.collect()
             began = time.process_time()
-            result = read()
+            result = read(modules)
             seconds[name].append(time.process_time() - began)
-            del result
+            del result, modules
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first one warms up
 
 
