@@ -32,7 +32,7 @@ from merger_trial import (
     refit_frozen,
     rule_of,
     screen_targets,
-    screened_ratios,
+    standings,
     start_anew,
     state_of,
     teachers_of,
@@ -63,6 +63,7 @@ from trainer import (
     recover,
 )
 from trainer_batches import is_out_of_memory
+from trainer_progress import Standing
 from workload import Problem, Task, WorkloadError
 
 CHECKPOINT_SHARE = 0.05  # of the time that writing the state of a round in flight may take
@@ -287,9 +288,9 @@ def _try(run: Run, before: Configuration, proposal: Configuration, trained: Mapp
     if run.undo is None:
         run.undo = take_snapshot(container)
     retie(run.models, run.working or before, proposal, run.unmerged, rule_of(run.initial_weights))
-    options, screened = run.training, {}
+    options, fitted = run.training, {}
     if run.in_flight is None and run.initial_weights == LEAST_SQUARES:
-        screened = _fit(run, before, proposal, trained)
+        fitted = _fit(run, before, proposal, trained)
         heed(run)
     elif run.in_flight is None:
         refit_frozen(run, trained)
@@ -301,7 +302,7 @@ def _try(run: Run, before: Configuration, proposal: Configuration, trained: Mapp
         seed=run.seed,
         purpose=("round", len(run.rounds)),
         deadline=run.deadline,
-        screened=screened,
+        fitted=fitted,
         screen_targets=screen_targets(run, trained),
         save=_throttled(partial(save_checkpoint, run)),
         saved=run.in_flight["state"] if run.in_flight else None,
@@ -318,10 +319,10 @@ def _try(run: Run, before: Configuration, proposal: Configuration, trained: Mapp
             teacher.close()
 
 
-def _fit(run: Run, before: Configuration, proposal: Configuration, trained: Mapping[str, Task]) -> dict[str, float]:
+def _fit(run: Run, before: Configuration, proposal: Configuration, trained: Mapping[str, Task]) -> dict[str, Standing]:
     """Fits what the trial newly ties; all that it changes, if the strategy wants that and nothing kept was trained."""
     if run.working == proposal:
-        return screened_ratios(run, trained)
+        return standings(run, trained)
     trained_before = any(record["kept"] and record["steps"] for record in run.rounds)
     if trained_before or not run.strategy.fits_anew:
         new = tuple(group for group in proposal if group not in set(before))

@@ -13,10 +13,11 @@ from losses_distillation import Teacher
 from sharing.alignment import align, moved
 from sharing.groups import Configuration, compared_layers, joined
 from sharing.harm import Harm, predict_harm
-from sharing.lockstep_fit import fit_in_lockstep
+from sharing.lockstep_fit import ask_teachers, fit_in_lockstep
 from sharing.statistics import is_frozen, match_statistics
 from sharing.tying import reset, restore_snapshot, retie, take_snapshot
 from trainer import evaluate
+from trainer_progress import Standing
 from workload import CLASSIFICATION, DETECTION, Task
 
 if TYPE_CHECKING:
@@ -89,37 +90,35 @@ def start_anew(run: "Run", groups: Configuration, trained: Mapping[str, Task]) -
 
 def fit_weights(
     run: "Run", groups: Configuration, trained: Mapping[str, Task], max_fits: int = MAX_FITS
-) -> dict[str, float]:
+) -> dict[str, Standing]:
     """Fits the weights of tied groups in closed form to what each task's unmerged layer does.
 
-    The first fit counts all tasks alike. While a task is below its target on the screening subset and the others have
-    something to give, the groups are fitted again with other weights of the tasks; what came nearest to all targets is
-    kept. Returns where each trained task then is on the subset, as a share of its target there.
+    The first fit counts all tasks alike. While a task is below its target and the others have something to give, the
+    groups are fitted again with other weights of the tasks; what came nearest to all targets is kept. Returns where
+    each trained task then is.
     """
     images = _images(run, groups, FIT_PIXELS, "fit", len(run.rounds))
     container = nn.ModuleDict({name: run.models[name] for name in trained})
-    before, best, reached = state_of(container), {}, dict.fromkeys(trained, 0.0)
+    before, best, reached = state_of(container), {}, dict.fromkeys(trained, Standing(0.0))
     balance = Balance(images)
+    source = generator(run.seed, "fit", len(run.rounds))
+    asked = ask_teachers(run.unmerged, groups, images, generator=source, positions=FIT_POSITIONS)
     for attempt in range(max_fits):
         container.load_state_dict(before)
-        source = generator(run.seed, "fit", len(run.rounds))  # the same rows each time
-        fit_in_lockstep(
-            run.models,
-            run.unmerged,
-            groups,
-            images,
-            generator=source,
-            task_weights=balance.weights,
-            positions=FIT_POSITIONS,
-        )
-        ratios = screened_ratios(run, trained)
+        fit_in_lockstep(run.models, run.unmerged, groups, images, asked=asked, task_weights=balance.weights)
+        found = standings(run, trained)
+        ratios = {name: standing.ratio for name, standing in found.items()}
         log.debug("fit %d with weights %s: %s of the targets", attempt, balance.weights, ratios)
-        if not best or min(ratios.values()) > min(reached.values()):
-            best, reached = state_of(container), ratios
-        if min(reached.values()) >= 1 or balance.update(ratios) < WORTH_A_REFIT:
+        if not best or _worst(found) > _worst(reached):
+            best, reached = state_of(container), found
+        if _worst(reached) >= 1 or balance.update(ratios) < WORTH_A_REFIT:
             break
     container.load_state_dict(best)
     return reached
+
+
+def _worst(found: Mapping[str, Standing]) -> float:
+    return min(standing.ratio for standing in found.values())
 
 
 class Balance:
@@ -151,14 +150,19 @@ class Balance:
         return level
 
 
-def screened_ratios(run: "Run", trained: Mapping[str, Task]) -> dict[str, float]:
-    """Accuracy on the screening subset, as a share of what the unmerged model reaches there times the tolerance."""
+def standings(run: "Run", trained: Mapping[str, Task]) -> dict[str, Standing]:
+    """Where each trained task is on the screening subset and, if all are at their targets there, on all of val."""
     targets = screen_targets(run, trained)
-    ratios = {}
+    found = {}
     for name, task in trained.items():
         accuracy = evaluate(task, run.data[name].screen)
-        ratios[name] = accuracy / targets.get(name, task.target_acc)
-    return ratios
+        whole = run.data[name].screen is run.data[name].val
+        found[name] = Standing(accuracy / targets.get(name, task.target_acc), accuracy if whole else None)
+    if _worst(found) >= 1:
+        for name in (name for name, standing in found.items() if standing.accuracy is None):
+            accuracy = evaluate(trained[name], run.data[name].val)
+            found[name] = Standing(accuracy / trained[name].target_acc, accuracy)
+    return found
 
 
 def foresee(run: "Run") -> None:

@@ -24,7 +24,7 @@ from losses import task_losses
 from losses_distillation import Teacher
 from sharing.statistics import freeze_statistics, reestimate_statistics
 from trainer_batches import Batches, is_out_of_memory, is_worker_death, smaller, split
-from trainer_progress import Progress, loss_weight
+from trainer_progress import Progress, Standing, loss_weight
 from workload import CLASSIFICATION, Task
 
 NEARLY_THERE = 0.98  # share of the target from which validation is as frequent as it may be
@@ -111,8 +111,8 @@ class Circumstances:
     seed: int
     purpose: tuple = ()  # with the seed, what the random numbers of the round depend on
     deadline: float = math.inf  # on time.monotonic()
-    screened: Mapping[str, float] = field(default_factory=dict)  # what fitted models, statistics included, reach on
-    # TaskData.screen, as a share of the target there; empty: the weights were not fitted
+    fitted: Mapping[str, Standing] = field(default_factory=dict)  # where fitted models are, statistics included; empty:
+    # the weights were not fitted
     screen_targets: Mapping[str, float] | None = None  # accuracy on TaskData.screen that makes all of val worth a look
     save: Callable[[dict, bool], None] | None = None  # (state of the round, whether the run ends here)
     saved: dict | None = None  # a state to go on from
@@ -221,7 +221,7 @@ class _Round:
 
     def begin(self) -> None:
         """What needs no gradient: batch normalisation statistics; then where every task stands."""
-        if not self.around.screened:
+        if not self.around.fitted:
             for member in self.members.values():
                 batches = itertools.islice(member.data.train, self.options.statistics_batches)
                 reestimate_statistics(member.task.model, list(batches), self.around.device)
@@ -366,16 +366,20 @@ class _Round:
         """Accuracy on val; where the screening subset is below its target, an estimate from that alone."""
         name, progress = member.task.name, member.progress
         model = self.averaged.module[name] if self.step else member.task.model
-        if self.screens(member):
-            if self.step == 0 and name in self.around.screened:
-                ratio = self.around.screened[name]
+        known = self.around.fitted.get(name) if self.step == 0 else None
+        accuracy = known.accuracy if known else None
+        if accuracy is None and self.screens(member):
+            if known:
+                ratio = known.ratio
             else:
                 ratio = evaluate(member.task, member.data.screen, model) / self.around.screen_targets[name]
             if ratio < 1:
                 progress.note(self.step, min(ratio, 1.0) * progress.target, confirmed=False)
                 log.debug("step %d: %s about %.4f of %.4f", self.step, name, progress.accuracy, progress.target)
                 return
-        progress.note(self.step, evaluate(member.task, member.data.val, model))
+        if accuracy is None:
+            accuracy = evaluate(member.task, member.data.val, model)
+        progress.note(self.step, accuracy)
         log.debug("step %d: %s %.4f of %.4f", self.step, name, progress.accuracy, progress.target)
 
     def give_up_if_stalled(self, member: _Member) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 from workload import Task
 
@@ -12,6 +13,13 @@ def loss_weight(accuracy: float, target: float) -> float:
     Source: Gemel, NSDI 2023: (target / accuracy) ** 0.75, at most 10.
     """
     return 10.0 if accuracy <= 0 else min(10.0, max(1.0, (target / accuracy) ** 0.75))
+
+
+class Standing(NamedTuple):
+    """Where a task is before a round trains it."""
+
+    ratio: float  # of accuracy to target; on the screening subset, unless the whole val split was evaluated
+    accuracy: float | None = None  # on the whole val split, if that was evaluated
 
 
 @dataclass

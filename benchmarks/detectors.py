@@ -23,7 +23,7 @@ from eval_methods import frcnn_eval
 from losses_distillation import Teacher
 from model_architectures import build
 from sharing.groups import Configuration, compared_layers, find_groups, saved_bytes
-from sharing.lockstep_fit import fit_in_lockstep
+from sharing.lockstep_fit import ask_teachers, fit_in_lockstep
 from sharing.memory import distinct_bytes
 from sharing.statistics import reestimate_statistics
 from sharing.tying import is_tied, tie
@@ -127,7 +127,8 @@ def recovers(models: nn.ModuleDict, teachers: nn.ModuleDict, configuration: Conf
     before = error(models, teachers, configuration)
     images = {name: [drawn(seed)[0]] for seed, name in enumerate(models)}
     source = torch.Generator().manual_seed(0)
-    fits = fit_in_lockstep(models, teachers, configuration, images, generator=source)
+    asked = ask_teachers(teachers, configuration, images, generator=source)
+    fits = fit_in_lockstep(models, teachers, configuration, images, asked=asked)
     after = error(models, teachers, configuration)
     fitted = sum(g.saved_bytes for g in configuration if fits[g].fitted) / saved_bytes(configuration)
     assert after < before, f"the fit made it worse: {before:.3f} -> {after:.3f}"

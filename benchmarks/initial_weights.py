@@ -16,7 +16,7 @@ from environment import generator
 from sharing.groups import Configuration, find_groups
 from sharing.initial_weights import INITIAL_WEIGHTS
 from sharing.least_squares import fit_least_squares
-from sharing.lockstep_fit import fit_in_lockstep
+from sharing.lockstep_fit import ask_teachers, fit_in_lockstep
 from sharing.statistics import match_statistics
 from sharing.tying import restore_snapshot, take_snapshot, tie
 from tables import table
@@ -63,7 +63,8 @@ def in_lockstep(rule: str = "mean", **options) -> Method:
     def method(probe: Probe, groups: Configuration, num_images: int) -> None:
         tie(probe.models, groups, rule)
         images = {task: probe.batches(task, num_images) for task in probe.models}
-        fit_in_lockstep(probe.models, probe.teachers, groups, images, generator=generator(0, "fit"), **options)
+        asked = ask_teachers(probe.teachers, groups, images, generator=generator(0, "fit"))
+        fit_in_lockstep(probe.models, probe.teachers, groups, images, asked=asked, **options)
 
     return method
 

@@ -1,12 +1,13 @@
 """The adaptive strategy: everything at once, back off where a task stays below target, then fill in.
 
-The big jump ties all groups, but for those that are predicted to hurt most for what they save, up to a five-hundredth
-of the saving (early layers, as a rule: their few bytes spoil the input of all that follows). Where it fails, the groups
-that hurt a failing task most for what they save are released *for that task* (a group splits: the others go on sharing)
-and the rest is tried, with more released each time. Once every target is met, what was held back or released is
-tried, the largest savings first, in parts that are halved when they fail. Up to here weights are fitted in closed form
-and not trained, which takes seconds; what no one set of weights is predicted to serve is left out. What is missing then
-is filled in with training, in the same way, until nothing is left. No trial is made twice.
+The first jump ties all groups that one set of weights is predicted to serve. The second leaves out those that hurt most
+for what they save, up to a five-hundredth of the saving (early layers, as a rule: their few bytes spoil the input of all
+that follows). Where that fails as well, the groups that hurt a failing task most for what they save are released *for
+that task* (a group splits: the others go on sharing) and the rest is tried, with more released each time. Once every
+target is met, what was held back or released is tried, the largest savings first, in parts that are halved when they
+fail; if much is missing then, the same at a price (sharing/low_rank.py). Up to here weights are fitted in closed form and
+not trained, which takes seconds. What is missing still is filled in with training, in the same way: at a price, and then
+without, until nothing is left. No trial is made twice.
 """
 
 import hashlib
@@ -39,7 +40,8 @@ class Adaptive(Adopting):
     def __init__(self, models: Mapping[str, nn.Module], price: float = 0.0):
         self.groups = find_groups(models)
         self.priced = [_at_price(group, models, price) for group in self.groups]
-        self.held_back: Configuration = ()
+        self.hopeless: Configuration = ()  # what the first jump leaves out
+        self.held_back: Configuration = ()  # what the second leaves out, should the first fail
         self.foreseen: list[float] = []  # predicted harm of each of `groups` for the task that it hurts most
         self.own: Configuration = ()
         self.phase = JUMP
@@ -71,8 +73,7 @@ class Adaptive(Adopting):
 
     def propose(self) -> Configuration | None:
         """The next configuration; what has been tried, or ties nothing new, is passed over."""
-        jump = joined(self.kept, tuple(group for group in self.groups if group not in self.held_back))
-        if self.phase == JUMP and self._is_new(jump):
+        if self.phase == JUMP and (jump := self._next_jump()) is not None:
             return jump
         if self.phase == BACK_OFF and self._is_new(self.working):
             return self.working
@@ -87,12 +88,20 @@ class Adaptive(Adopting):
                 self._give_up_part(met=())
         return None
 
+    def _next_jump(self) -> Configuration | None:
+        for left_out in (self.hopeless, self.held_back):
+            jump = joined(self.kept, tuple(group for group in self.groups if group not in left_out))
+            if self._is_new(jump):
+                return jump
+        return None
+
     def foresee(self, harm: Harm) -> None:
-        """Chooses what the jump leaves out: what no fit can serve, and of the rest the most harm per byte first."""
+        """Chooses what the jumps leave out: what no fit can serve, and of the rest the most harm per byte first."""
         left = HELD_BACK * saved_bytes(self.groups)
         worst = {group: max(harm.get((group, task), 0.0) for task in group.tasks) for group in self.groups}
         self.foreseen = list(worst.values())
         held = self._hopeless(worst)
+        self.hopeless = ordered(held)
         for group in sorted(set(self.groups) - set(held), key=lambda g: (-worst[g] / g.bytes, g.occurrences)):
             if group.saved_bytes <= left:
                 held.append(group)
@@ -126,7 +135,7 @@ class Adaptive(Adopting):
                 self._begin_filling(FOLLOWING[self.phase])
             if self.phase in (TRAIN_PRICED, TRAIN) and self.parts and self._filled(self.parts[0]) == trial:
                 self.working = trial  # training goes on from what was fitted
-        else:
+        elif self.phase == BACK_OFF or self._next_jump() is None:
             self._back_off(trial, set(met), ratios, harm)
 
     def _back_off(self, trial: Configuration, met: set[str], ratios: Ratios, harm: Harm) -> None:
@@ -201,6 +210,7 @@ class Adaptive(Adopting):
 
     def state(self) -> dict:
         return {
+            "hopeless": to_plain(self.hopeless),
             "held_back": to_plain(self.held_back),
             "foreseen": self.foreseen,
             "own": to_plain(self.own),
@@ -213,7 +223,8 @@ class Adaptive(Adopting):
         }
 
     def load_state(self, state: dict) -> None:
-        self.held_back, self.foreseen = from_plain(state["held_back"]), list(state["foreseen"])
+        self.hopeless, self.held_back = from_plain(state.get("hopeless", [])), from_plain(state["held_back"])
+        self.foreseen = list(state["foreseen"])
         self.own, self.working = from_plain(state["own"]), from_plain(state["working"])
         self.phase, self.failures = state["phase"], dict(state["failures"])
         self.parts = [{index: tuple(tasks) for index, tasks in part} for part in state["parts"]]

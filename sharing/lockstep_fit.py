@@ -7,17 +7,35 @@ until its weights are found, and go on with these, so no layer is fitted on inpu
 import contextlib
 import threading
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from sharing.groups import Configuration, Group
-from sharing.layer_rows import Batch, Rows, Samples, input_rows, of_regions, sample_inputs, sample_outputs
+from sharing.layer_rows import (
+    Batch,
+    Rows,
+    Samples,
+    input_rows,
+    is_linear_map,
+    of_regions,
+    sample_inputs,
+    sample_outputs,
+)
 from sharing.least_squares import RIDGE, Fit, fit_group, quotas, why_unfit
 from sharing.lockstep import run_in_lockstep
 from sharing.statistics import averaged_statistics
 
 Party = tuple[str, int]  # task, number of the batch
+
+
+class Asked(NamedTuple):
+    """What the teachers put out on some images; the same for every fit of the same groups on them."""
+
+    samples: dict[Party, Samples]
+    x: dict[tuple[Party, str], torch.Tensor]  # inputs of layers for which those of the tied model will not do
+    further: dict[tuple[Party, str], torch.Tensor]  # inputs of all calls but the first
 
 
 @torch.no_grad()
@@ -27,14 +45,13 @@ def fit_in_lockstep(
     groups: Configuration,
     images: Mapping[str, Sequence[Batch]],
     *,
-    generator: torch.Generator,
+    asked: Asked,
     task_weights: Mapping[str, float] | None = None,
     ridge: float = RIDGE,
-    positions: int = 2048,
 ) -> dict[Group, Fit]:
     """As sharing.least_squares.fit_least_squares, with as many stages as there are layers, in one forward pass of each
-    model and its teacher. Batch normalisation statistics are re-estimated on the way: each layer's behind the fits
-    before it.
+    model. asked: of `ask_teachers`, for these groups and images. Batch normalisation statistics are re-estimated on the
+    way: each layer's behind the fits before it.
 
     All batches of all tasks are in flight at once: memory is that of the activations at one layer (without gradients)
     for all images. A layer that is called several times in a pass (heads over pyramid levels) is fitted at its first
@@ -43,39 +60,54 @@ def fit_in_lockstep(
     for it there (models may have tied layers in different orders).
     Source: Nguyen et al., "RegMean++", 2025 (inputs of the merged model, layer by layer); targets as in PLeaS.
     """
-    return _Pass(models, teachers, groups, images, generator, task_weights, ridge, positions).run()
+    return _Pass(models, teachers, groups, images, asked, task_weights, ridge).run()
+
+
+@torch.no_grad()
+def ask_teachers(
+    teachers: Mapping[str, nn.Module],
+    groups: Configuration,
+    images: Mapping[str, Sequence[Batch]],
+    *,
+    generator: torch.Generator,
+    positions: int = 2048,
+) -> Asked:
+    """Draws rows of the groups' layers and records what the teachers put out there, in one forward pass of each.
+
+    positions: rows per layer and task.
+    """
+    asked = Asked({}, {}, {})
+    able = [g for g in groups if is_linear_map(teachers[g.occurrences[0].task].get_submodule(g.occurrences[0].layer))]
+    for task in dict.fromkeys(task for group in groups for task in group.tasks):
+        layers, total = quotas(teachers, able, task, positions), sum(map(len, images[task]))
+        for i, batch in enumerate(images[task]):
+            shares = {name: -(-quota * len(batch) // total) for name, quota in layers.items()}
+            samples = asked.samples[task, i] = sample_outputs(teachers[task], shares, batch, generator)
+            regions = {name: calls for name, calls in samples.items() if of_regions(calls, batch)}
+            further = {name: calls for name, calls in samples.items() if len(calls) > 1 and name not in regions}
+            inputs = sample_inputs(teachers[task], regions | further, batch) if regions or further else {}
+            for name, rows in inputs.items():
+                if name in regions:
+                    asked.x[(task, i), name] = rows
+                else:
+                    asked.further[(task, i), name] = rows[:, len(further[name][0].picked) :]
+    return asked
 
 
 class _Pass:
     """One pass: what the teachers put out, the rows that wait to be fitted, and the fits so far."""
 
-    def __init__(self, models, teachers, groups, images, generator, task_weights, ridge, positions):
+    def __init__(self, models, teachers, groups, images, asked, task_weights, ridge):
         self.models, self.teachers, self.task_weights, self.ridge = models, teachers, task_weights, ridge
         self.fits: dict[Group, Fit] = {group: Fit(reason) for group in groups if (reason := why_unfit(models, group))}
         self.open = [group for group in groups if group not in self.fits]
         tasks = list(dict.fromkeys(task for group in groups for task in group.tasks))
         self.batches: dict[Party, Batch] = {(t, i): batch for t in tasks for i, batch in enumerate(images[t])}
-        self.samples: dict[Party, Samples] = {}
-        self.x: dict[tuple[Party, str], torch.Tensor] = {}  # (party, layer) -> rows that wait to be fitted
-        self.further: dict[tuple[Party, str], torch.Tensor] = {}  # rows of the teacher, of all calls but the first
+        self.samples = {party: dict(samples) for party, samples in asked.samples.items()}
+        self.x = dict(asked.x)  # (party, layer) -> rows that wait to be fitted
+        self.further = dict(asked.further)
         self.here = threading.local()  # the party whose forward pass this thread runs
-        for party in self.batches:
-            self.ask_teacher(party, positions, generator)
         self.leave_out_unseen()
-
-    def ask_teacher(self, party: Party, positions: int, generator: torch.Generator) -> None:
-        """Samples the teacher's outputs, and its inputs where those of the tied model will not do."""
-        task, batch = party[0], self.batches[party]
-        total = sum(len(b) for (t, _), b in self.batches.items() if t == task)
-        layers = quotas(self.models, self.open, task, positions)
-        shares = {name: -(-quota * len(batch) // total) for name, quota in layers.items()}
-        samples = self.samples[party] = sample_outputs(self.teachers[task], shares, batch, generator)
-        regions = {name: calls for name, calls in samples.items() if of_regions(calls, batch)}
-        self.keep_teachers_inputs(party, regions)
-        further = {name: calls for name, calls in samples.items() if len(calls) > 1 and name not in regions}
-        if further:
-            x = sample_inputs(self.teachers[task], further, batch)
-            self.further |= {(party, name): rows[:, len(further[name][0].picked) :] for name, rows in x.items()}
 
     def keep_teachers_inputs(self, party: Party, samples: Samples) -> None:
         if samples:

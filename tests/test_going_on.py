@@ -155,18 +155,18 @@ def test_a_failed_trial_that_goes_on_survives_an_interruption(
     def recover(models, tasks, data, options, *more):
         outcome = honest(models, tasks, data, options, *more)
         rounds.append(len(more[0].purpose) and more[0].purpose[1])
-        if rounds[-1] == 1:
+        if rounds[-1] in (0, 2):  # the jump; the part that is filled in at a price
             return trainer.Outcome("needs training", dict.fromkeys(tasks, 0.8), (), 0, 0)
         return outcome
 
     monkeypatch.setattr(merger, "recover", recover)
-    options = {"strategy": "adaptive", "private_epochs": 1.0, "tolerance": 0.3}
+    options = {"strategy": "adaptive", "private_epochs": 1.0, "tolerance": 0.3, "residual_price": 0.3}
     whole = merge(entries, tmp_path / "whole", datasets, **options)
-    assert [row["kept"] for row in whole["run"]["rounds"][:2]] == [True, False] and rounds[:3] == [0, 1, 2]
+    assert [row["kept"] for row in whole["run"]["rounds"][:3]] == [False, True, False] and rounds[:4] == [0, 1, 2, 3]
     halted, play_round = copy.deepcopy(trained_entries), merger.play_round
 
     def killed(run, proposal):
-        if len(run.rounds) == 2:
+        if len(run.rounds) == 3:
             raise KeyboardInterrupt
         return play_round(run, proposal)
 
@@ -270,7 +270,7 @@ def test_what_is_shared_at_a_price_goes_through_every_door(trained_entries, data
     images = torch.rand(4, 3, 16, 16)
     loaded = load_merged(tmp_path / "whole", {n: copy.deepcopy(e["model"]) for n, e in trained_entries.items()})
     expected = loaded["north_pico"](images)
-    assert torch.equal(expected, entries["north_pico"]["model"].eval()(images))
+    assert torch.allclose(expected, entries["north_pico"]["model"].eval()(images), atol=1e-5)
     kept = {g.occurrences[0].layer: g for g in from_plain(whole["shared_layers"])}
     assert kept["conv2"].rank > 0 and kept["conv1"].rank == 0
     assert whole["memory"]["saved_bytes"] == saved_bytes(from_plain(whole["shared_layers"]))

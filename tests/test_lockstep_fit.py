@@ -8,7 +8,7 @@ from torch import nn
 from sharing.groups import Group, Occurrence, find_groups
 from sharing.layer_rows import matrix_of
 from sharing.least_squares import by_depth, fit_least_squares
-from sharing.lockstep_fit import fit_in_lockstep
+from sharing.lockstep_fit import ask_teachers, fit_in_lockstep
 from sharing.statistics import reestimate_statistics
 from sharing.tying import tie
 
@@ -17,6 +17,11 @@ CPU = torch.device("cpu")
 
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+def fit(models, teachers, groups, images, positions=2048, **options):
+    asked = ask_teachers(teachers, groups, images, generator=generator(), positions=positions)
+    return fit_in_lockstep(models, teachers, groups, images, asked=asked, **options)
 
 
 def tied(groups=None, **models):
@@ -41,7 +46,7 @@ def test_it_equals_one_stage_per_layer_with_statistics_in_between():
                 reestimate_statistics(models[task], [(batch, None) for batch in images[task]], CPU)
 
         if in_lockstep:
-            fits = fit_in_lockstep(models, teachers, groups, images, generator=generator(), positions=10_000)
+            fits = fit(models, teachers, groups, images, positions=10_000)
         else:
             statistics()
             options = {"generator": generator(), "positions": 10_000, "num_stages": len(groups)}
@@ -58,7 +63,7 @@ def test_batches_of_a_task_are_fitted_together_and_modes_are_kept():
         models, teachers, groups = tied(a_x=nn.Sequential(nn.Linear(6, 4)), b_x=nn.Sequential(nn.Linear(6, 4)))
         models["a_x"].train()
         images = {t: list(torch.rand(8, 6, generator=generator()).split(size)) for t in models}
-        fit_in_lockstep(models, teachers, groups, images, generator=generator())
+        fit(models, teachers, groups, images)
         assert models["a_x"].training and not models["a_x"][0]._forward_pre_hooks
         results.append(matrix_of(models["b_x"][0]))
     assert torch.allclose(results[0], results[1], atol=1e-5)
@@ -67,7 +72,7 @@ def test_batches_of_a_task_are_fitted_together_and_modes_are_kept():
 def test_detectors_and_classifiers_advance_together():
     models, teachers, groups = tied(a_x=PicoNet(), b_x=PicoDetector())
     images = {"a_x": [torch.rand(4, 3, 16, 16)] * 2, "b_x": [[torch.rand(3, 16, 16)] * 3] * 3}
-    fits = fit_in_lockstep(models, teachers, groups, images, generator=generator())
+    fits = fit(models, teachers, groups, images)
     assert {g.occurrences[0].layer for g in groups} == {"conv1", "conv2", "fc"}
     assert all(fit.fitted and sum(fit.after.values()) < sum(fit.before.values()) for fit in fits.values())
 
@@ -92,7 +97,7 @@ def test_tied_layers_in_different_orders_do_not_wait_for_ever():
     )
     models, teachers, groups = tied(groups, a_x=Crossed("pq"), b_x=Crossed("qp"), c_x=Crossed("pq"))
     images = {t: [torch.rand(20, 4)] for t in models}
-    fits = fit_in_lockstep(models, teachers, groups, images, generator=generator())
+    fits = fit(models, teachers, groups, images)
     assert all(fit.fitted for fit in fits.values())
 
 
@@ -114,7 +119,7 @@ def test_a_head_over_levels_is_fitted_behind_the_stem_and_an_idle_layer_is_named
     torch.manual_seed(0)
     models, teachers, groups = tied(a_x=Levels(), b_x=Levels())
     images = {t: [torch.rand(4, 3, 8, 8)] for t in models}
-    found = fit_in_lockstep(models, teachers, groups, images, generator=generator(), ridge=1e-3)
+    found = fit(models, teachers, groups, images, ridge=1e-3)
     fits = {group.occurrences[0].layer: fit for group, fit in found.items()}
     assert fits["stem"].fitted and fits["head"].fitted and "never called" in fits["idle"].reason
     own = nn.ModuleDict(copy.deepcopy(teachers))
@@ -139,7 +144,7 @@ def test_an_error_of_a_forward_pass_is_raised_and_leaves_no_hooks():
     models, teachers, groups = tied(a_x=Broken(), b_x=PicoNet())
     images = {t: [torch.rand(4, 3, 16, 16)] for t in models}
     with pytest.raises(RuntimeError, match="out of luck"):
-        fit_in_lockstep(models, teachers, groups, images, generator=generator())
+        fit(models, teachers, groups, images)
     assert not models["b_x"].conv1._forward_pre_hooks and models["b_x"].bn1.momentum == 0.1
 
 

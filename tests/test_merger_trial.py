@@ -12,6 +12,7 @@ from sharing.adaptive import HELD_BACK
 from sharing.groups import saved_bytes
 from sharing.tying import is_tied, retie
 from trainer import TrainingOptions
+from trainer_progress import Standing
 
 CPU = torch.device("cpu")
 
@@ -51,16 +52,19 @@ def test_foreseeing_changes_nothing_and_holds_back_a_little(run, monkeypatch):
     merger_trial.foresee(run)
     held = run.strategy.held_back
     assert 0 < saved_bytes(held) <= 0.5 * saved_bytes(run.groups)
+    everything = run.strategy.propose()
+    assert set(everything) == set(run.groups), "the first jump holds nothing back but what is hopeless"
+    run.strategy.record(False, set())
     assert not set(held) & set(run.strategy.propose())
 
 
 def test_fitted_weights_come_near_to_what_each_task_could(run):
     retie(run.models, (), run.groups, run.unmerged, "mean")
-    mean = merger_trial.screened_ratios(run, run.tasks)
+    mean = merger_trial.standings(run, run.tasks)
     fitted = merger_trial.fit_weights(run, run.groups, run.tasks)
     assert all(is_tied(run.models, group) for group in run.groups)
     assert min(fitted.values()) > min(mean.values()), "better than the mean for the task that suffers most"
-    assert fitted == merger_trial.screened_ratios(run, run.tasks), "what is returned is what the models are now"
+    assert fitted == merger_trial.standings(run, run.tasks), "what is returned is what the models are now"
 
 
 def test_fits_depend_on_the_seed_alone(run):
@@ -87,13 +91,13 @@ def test_the_better_of_two_fits_is_kept(run, monkeypatch):
         with torch.no_grad():
             models["north_pico"].conv2.weight += len(given)
 
-    def screened(run, trained):
+    def standings(run, trained):
         first.setdefault("state", state_of(run))
-        return next(answers)
+        return {name: Standing(ratio) for name, ratio in next(answers).items()}
 
     monkeypatch.setattr(merger_trial, "fit_in_lockstep", fit)
-    monkeypatch.setattr(merger_trial, "screened_ratios", screened)
-    assert merger_trial.fit_weights(run, run.groups, run.tasks)["north_pico"] == 0.9
+    monkeypatch.setattr(merger_trial, "standings", standings)
+    assert merger_trial.fit_weights(run, run.groups, run.tasks)["north_pico"].ratio == 0.9
     assert same(first["state"], state_of(run))
     assert set(given[0].values()) == {1.0}
     assert given[1]["north_pico"] > given[1]["east_pico"] > given[1]["south_pico"]

@@ -192,6 +192,21 @@ def test_adaptive_jumps_first_and_releases_what_hurts_most_for_the_task_that_fai
     assert strategy.propose() == everything and not strategy.prefers_release, "the jump, now with training"
 
 
+def test_a_second_jump_holds_back_a_little():
+    strategy = Adaptive(workload(1, 1, 1))
+    everything = strategy.propose()
+    first = next(group for group in everything if group.occurrences[0].layer == "conv1")
+    strategy.held_back = (first,)
+    assert strategy.propose() == everything, "the first jump holds nothing back"
+    strategy.record(False, {"task0_x"})
+    again = Adaptive(workload(1, 1, 1))
+    again.load_state(json.loads(json.dumps(strategy.state())))
+    for each in (strategy, again):
+        assert set(each.propose()) == set(everything) - {first} and each.uses_harm
+    strategy.record(True, tasks_in(strategy.propose()))
+    assert strategy.propose() == everything and not strategy.prefers_release, "no fit did it, so training has to"
+
+
 def test_what_no_fit_can_serve_is_left_to_training():
     strategy = Adaptive(workload(1, 1, width=16))
     groups = find_groups(workload(1, 1, width=16))
@@ -211,7 +226,7 @@ def test_training_goes_on_from_a_small_part_that_was_fitted(monkeypatch):
     monkeypatch.setattr("sharing.adaptive.WORTH_A_FIT", 0.5)
     strategy = Adaptive(workload(1, 1))
     everything = strategy.propose()
-    strategy.held_back = tuple(group for group in everything if group.occurrences[0].layer == "conv1")
+    strategy.hopeless = strategy.held_back = tuple(g for g in everything if g.occurrences[0].layer == "conv1")
     strategy.record(True, tasks_in(strategy.propose()))
     assert strategy.propose() == everything and strategy.prefers_release and not strategy.goes_on
     strategy.record(False, set())
