@@ -1,13 +1,13 @@
 """The adaptive strategy: everything at once, back off where a task stays below target, then fill in.
 
-The first jump ties all groups that one set of weights is predicted to serve. The second leaves out those that hurt most
-for what they save, up to a five-hundredth of the saving (early layers, as a rule: their few bytes spoil the input of all
-that follows). Where that fails as well, the groups that hurt a failing task most for what they save are released *for
-that task* (a group splits: the others go on sharing) and the rest is tried, with more released each time. Once every
-target is met, what was held back or released is tried, the largest savings first, in parts that are halved when they
-fail; if much is missing then, the same at a price (sharing/low_rank.py). Up to here weights are fitted in closed form and
-not trained, which takes seconds. What is missing still is filled in with training, in the same way: at a price, and then
-without, until nothing is left. No trial is made twice.
+The first jump ties all groups that one set of weights is predicted to serve. The second leaves out those that hurt
+most for what they save, up to a five-hundredth of the saving (early layers, as a rule: their few bytes spoil the input
+of all that follows). Where that fails as well, the groups that hurt a failing task most for what they save are released
+*for that task* (a group splits: the others go on sharing) and the rest is tried, with more released each time. Once
+every target is met, what was held back or released is tried, the largest savings first, in parts that are halved when
+they fail; if much is missing then, the same at a price (sharing/low_rank.py). Up to here weights are fitted in closed
+form and not trained, which takes seconds. What is missing still is filled in with training, in the same way: at a
+price, and then without, until nothing is left. No trial is made twice.
 """
 
 import hashlib
