@@ -39,10 +39,11 @@ def load_merged(
 
     Always checked: the manifest in itself and against the store's header (sha256), the length of the store, and a
     64-bit checksum of every tensor that is loaded, computed in the pass that brings it into memory. That finds what
-    goes wrong by accident: truncated files, flipped bits, tensors or pages in each other's place, parts of two results.
-    Somebody who changes tensors on purpose can keep the checksum; with verify=True the sha256 of the whole store is
-    compared too, which reads all of it at the speed of hashing. Neither helps against somebody who also rewrites the
-    manifest. Nothing in the folder is ever executed, and nothing is written.
+    goes wrong by accident: truncated files, flipped bits, tensors in each other's place, parts of two results, and
+    pages in each other's place, unless both lie in one block of 16 KiB of a tensor (of 4 KiB in results of before).
+    What changed its place within a block, or was changed on purpose so as to keep the checksum, only verify=True finds:
+    the sha256 of the whole store is compared too, which reads all of it at the speed of hashing. Neither helps against
+    somebody who also rewrites the manifest. Nothing in the folder is ever executed, and nothing is written.
 
     Ties survive `.to()`, `.half()` and channels_last, also when each model is moved by itself, and a state dict that is
     saved and loaded into them; they do not survive load_state_dict(assign=True), or deepcopy of one model.
@@ -65,7 +66,7 @@ def load_merged(
                 slots[task] = _slots(model)
         is_parameter = _check_fit(manifest["tensors"], slots, store.entries)
         keys = (key for task in wanted for key in manifest["tensors"][task].values())
-        stored = read_tensors(store, keys, manifest["store"]["checksums"])
+        stored = read_tensors(store, keys, manifest["store"])
         undo.pop_all()
     if device.type != "cpu":
         stored = {key: tensor.to(device) for key, tensor in stored.items()}

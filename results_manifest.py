@@ -14,7 +14,7 @@ from pathlib import Path
 
 from results_agreement import store_problems
 from results_files import MANIFEST, STATISTICS, STORE_PATTERN, WEIGHTS_PATTERN, ResultsError, naming
-from results_tensors import Store, open_store
+from results_tensors import KNOWN_BLOCK_BYTES, Store, checksum_block, open_store
 from workload import CLASSIFICATION, DETECTION, NAME_PATTERN
 
 FORMAT = 1
@@ -257,6 +257,9 @@ def _store_entry_problems(store: dict) -> Iterator[str]:
         yield f"store: bytes: got {_short(store.get('bytes'))}; allowed: a number of bytes"
     if not _matches(SHA256, store.get("header_sha256")):
         yield f"store: header_sha256: got {_short(store.get('header_sha256'))}; allowed: 64 hex digits"
+    block = checksum_block(store)
+    if type(block) is not int or block not in KNOWN_BLOCK_BYTES:
+        yield f"store: checksum_block: got {_short(block)}; allowed: {', '.join(map(str, KNOWN_BLOCK_BYTES))}"
     checksums = store.get("checksums")
     if not isinstance(checksums, dict):
         yield f"store: checksums: got {_short(checksums)}; allowed: a dictionary"
