@@ -9,13 +9,12 @@ import hashlib
 import json
 import math
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from results_agreement import store_problems
 from results_files import MANIFEST, STATISTICS, STORE_PATTERN, WEIGHTS_PATTERN, ResultsError, naming
-from results_tensors import Entry, Store, open_store
-from sharing.low_rank import is_sound, own_part, residual_part
+from results_tensors import KNOWN_BLOCK_BYTES, Store, checksum_block, open_store
 from workload import CLASSIFICATION, DETECTION, NAME_PATTERN
 
 FORMAT = 1
@@ -73,7 +72,7 @@ def json_bytes(value: object) -> bytes:
 
 def assert_valid(manifest: dict, store: Store) -> None:
     """What we are about to write would be accepted by whoever reads it."""
-    problems = [*_problems(manifest)] or [*_store_problems(manifest, store)]
+    problems = [*_problems(manifest)] or [*store_problems(manifest, store)]
     assert not problems, f"{MANIFEST} would be invalid: {'; '.join(problems[:SHOWN])}"
 
 
@@ -118,7 +117,7 @@ def read_result(path: str | Path) -> tuple[dict, Store]:
         raise ResultsError(f"{store.file}: got {got}: the file is damaged or truncated")
     if store.header_sha256 != manifest["store"]["header_sha256"]:
         raise ResultsError(f"{store.file}: its header has not the sha256 in the manifest: the file is damaged")
-    _refuse(Path(path) / MANIFEST, _store_problems(manifest, store))
+    _refuse(Path(path) / MANIFEST, store_problems(manifest, store))
     return manifest, store
 
 
@@ -258,6 +257,9 @@ def _store_entry_problems(store: dict) -> Iterator[str]:
         yield f"store: bytes: got {_short(store.get('bytes'))}; allowed: a number of bytes"
     if not _matches(SHA256, store.get("header_sha256")):
         yield f"store: header_sha256: got {_short(store.get('header_sha256'))}; allowed: 64 hex digits"
+    block = checksum_block(store)
+    if type(block) is not int or block not in KNOWN_BLOCK_BYTES:
+        yield f"store: checksum_block: got {_short(block)}; allowed: {', '.join(map(str, KNOWN_BLOCK_BYTES))}"
     checksums = store.get("checksums")
     if not isinstance(checksums, dict):
         yield f"store: checksums: got {_short(checksums)}; allowed: a dictionary"
@@ -338,75 +340,6 @@ def _agreement_problems(manifest: dict) -> Iterator[str]:
         yield f"memory: saved_bytes: got {memory['saved_bytes']}, but the shared layers save {saved}"
     if memory["saved_bytes"] > memory["optimal_saved_bytes"]:
         yield f"memory: saved_bytes: got {memory['saved_bytes']}, more than optimal_saved_bytes"
-
-
-# ---- against the store ----------------------------------------------------------------------------------
-
-
-def _store_problems(manifest: dict, store: Store) -> Iterator[str]:
-    sizes = {key: entry.bytes for key, entry in store.entries.items()}
-    if sizes.keys() != manifest["store"]["checksums"].keys():
-        yield f"store: its tensors are not those of {store.file.name}"
-        return
-    merged = sum(sizes.values())
-    unmerged = sum(sum(map(sizes.__getitem__, set(keys.values()))) for keys in manifest["tensors"].values())
-    unmerged -= sum(g.get("residual_bytes", 0) * len(g["occurrences"]) for g in manifest["shared_layers"])
-    for key, found in (("merged_bytes", merged), ("unmerged_bytes", unmerged)):
-        if manifest["memory"][key] != found:
-            yield f"memory: {key}: got {manifest['memory'][key]}, but the store's tensors make {found}"
-    yield from _sharing_problems(manifest, sizes)
-    yield from _residual_problems(manifest, store.entries)
-
-
-def _sharing_problems(manifest: dict, sizes: Mapping[str, int]) -> Iterator[str]:
-    """Every shared layer shares tensors of its bytes, and every tensor that tasks share is in one shared layer."""
-    common = _in_several(set(keys.values()) for keys in manifest["tensors"].values())
-    users: dict[str, set[str]] = defaultdict(set)
-    owned: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)  # (task, layer) -> {name within it: store key}
-    for task, keys in manifest["tensors"].items():
-        for name, key in keys.items():
-            if key in common:
-                users[key].add(task)
-                layer, _, within = name.rpartition(".")
-                owned[task, layer][within] = key
-    explained = set()
-    for index, group in enumerate(manifest["shared_layers"]):
-        layers = [owned.get((o["task"], o["layer"]), {}) for o in group["occurrences"]]
-        shared = {key for _, key in set.intersection(*(set(layer.items()) for layer in layers))}
-        tasks = {o["task"] for o in group["occurrences"]}
-        if not shared or sum(map(sizes.__getitem__, shared)) != group["bytes"]:
-            yield f"shared_layers[{index}]: its occurrences do not share {group['bytes']} bytes of tensors"
-        if any(users[key] != tasks for key in shared) or shared & explained:
-            yield f"shared_layers[{index}]: its tensors are also used elsewhere"
-        explained |= shared
-    for key, tasks in users.items():
-        if key not in explained:
-            yield f"tensors: {', '.join(sorted(tasks))} share {key}, which is in no shared layer"
-
-
-def _residual_problems(manifest: dict, entries: Mapping[str, Entry]) -> Iterator[str]:
-    """Every occurrence of a layer that is shared at a price has its residual, in tensors of so many bytes."""
-    for index, group in enumerate(manifest["shared_layers"]):
-        rank, size = group.get("rank", 0), group.get("residual_bytes", 0)
-        for occurrence in group["occurrences"] if rank or size else ():
-            task, layer = occurrence["task"], occurrence["layer"]
-            keys = manifest["tensors"][task]
-            residual = {part: entries[key] for part, key in residual_part(keys, layer).items()}
-            own = {part: entries[key] for part, key in own_part(keys, layer).items()}
-            shapes = ({part: entry.shape for part, entry in found.items()} for found in (own, residual))
-            alike = len({entry.dtype for entry in (*own.values(), *residual.values())}) == 1
-            found = sum(entry.bytes for entry in residual.values())
-            if not alike or not is_sound(*shapes, rank) or found != size:
-                yield f"shared_layers[{index}]: {task}: {layer} has no residual of rank {rank} in {size} bytes"
-
-
-def _in_several(sets: Iterable[set]) -> set:
-    """What is in more than one of the sets."""
-    seen, several = set(), set()
-    for members in sets:
-        several |= seen & members
-        seen |= members
-    return several
 
 
 # ---- values ---------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ from results_manifest import (
     read_result,
     seal,
 )
-from results_tensors import checksum, name_by_content, open_store, raw_bytes, read_tensors, store_chunks
+from results_tensors import BLOCK_BYTES, checksum, name_by_content, open_store, raw_bytes, read_tensors, store_chunks
 from results_verify import print_checks, verify
 from sharing.low_rank import plain_state
 
@@ -138,8 +138,8 @@ def _put_store(path: Path, keys: dict, tensors: dict, before: dict | None) -> tu
         raise
     files.sync_folder(path)
     checksums = {key: checksum(raw_bytes(tensor)) for key, tensor in tensors.items()}
-    header = open_store(file).header_sha256
-    return {"file": file.name, "bytes": written.bytes, "header_sha256": header, "checksums": checksums}, written
+    record = {"file": file.name, "bytes": written.bytes, "header_sha256": open_store(file).header_sha256}
+    return {**record, "checksum_block": BLOCK_BYTES, "checksums": checksums}, written
 
 
 def _carried(path: Path, name: str, before: dict) -> Written | None:
@@ -257,7 +257,7 @@ def _rebuilt(manifest: dict, store, name: str) -> bytes | memoryview:
         return json_bytes(statistics_of(manifest))
     task = name.removeprefix(f"{files.WEIGHTS}/").removesuffix(".pt")
     keys = manifest["tensors"][task]
-    tensors = read_tensors(store, keys.values(), manifest["store"]["checksums"])
+    tensors = read_tensors(store, keys.values(), manifest["store"])
     return _pt_bytes(keys, tensors, priced_layers(manifest["shared_layers"], task))
 
 

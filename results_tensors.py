@@ -34,7 +34,9 @@ DTYPES = {
     "C64": torch.complex64,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BLOCK_BYTES = 4096
+BLOCK_BYTES = 16384  # of checksums in new results: summing larger blocks is no faster
+_UNRECORDED_BLOCK_BYTES = 4096  # in results of before, which do not say
+KNOWN_BLOCK_BYTES = (_UNRECORDED_BLOCK_BYTES, BLOCK_BYTES)
 _SMALL_BYTES = 65536
 _MAX_HEADER_BYTES = 100_000_000  # as in safetensors
 
@@ -135,20 +137,26 @@ def store_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         yield raw_bytes(tensors[key])
 
 
-def checksum(data: memoryview) -> str:
-    """64 bits over bytes, as hex. Guards against accidents (truncation, flipped bits, swapped tensors or pages).
+def checksum_block(record: Mapping) -> object:
+    """Bytes of a checksum's block, by what a manifest says of its store; one of KNOWN_BLOCK_BYTES in a valid one."""
+    return record.get("checksum_block", _UNRECORDED_BLOCK_BYTES)
 
-    Up to 64 KiB: BLAKE2b. Above: sum over blocks of 4 KiB of (2 i + 1) x (sum of the block's 64-bit words) modulo 2^64,
-    plus BLAKE2b of what is left. The weights are odd, so that no single flipped bit is lost, and differ, so that blocks
-    cannot change places. It is no guard against intent: sha256 is, and `verify` checks that.
+
+def checksum(data: memoryview, block: int = BLOCK_BYTES) -> str:
+    """64 bits over bytes, as hex. Guards against accidents (truncation, flipped bits, swapped tensors or blocks).
+
+    Up to 64 KiB: BLAKE2b. Above: sum over blocks of (2 i + 1) x (sum of the block's 64-bit words) modulo 2^64, plus
+    BLAKE2b of what is left. The weights are odd, so that no single flipped bit is lost, and differ, so that blocks
+    cannot change places. Words within one block can: pages of 4 KiB in each other's place are found across blocks of
+    16 KiB, and not within one. That, and any intent, is left to sha256, which `verify` checks.
     """
     if data.nbytes <= _SMALL_BYTES:
         return _blake(data).hex()
-    num_blocks = data.nbytes // _BLOCK_BYTES
-    words = torch.frombuffer(data[: num_blocks * _BLOCK_BYTES], dtype=torch.int64)
+    num_blocks = data.nbytes // block
+    words = torch.frombuffer(data[: num_blocks * block], dtype=torch.int64)
     sums = words.view(num_blocks, -1).sum(1)
     weighted = int(torch.dot(sums, torch.arange(1, 2 * num_blocks, 2)))
-    rest = int.from_bytes(_blake(data[num_blocks * _BLOCK_BYTES :]), "little")
+    rest = int.from_bytes(_blake(data[num_blocks * block :]), "little")
     return ((weighted + rest) % (1 << 64)).to_bytes(8, "little").hex()
 
 
@@ -209,20 +217,22 @@ def _check_layout(entries: Mapping[str, Entry], data_begin: int, size: int) -> N
         raise ValueError(f"it describes {position} bytes, the file has {size}")
 
 
-def read_tensors(store: Store, keys: Iterable[str], checksums: Mapping[str, str]) -> dict[str, Tensor]:
+def read_tensors(store: Store, keys: Iterable[str], record: Mapping) -> dict[str, Tensor]:
     """CPU tensors on a private memory map of the store, after each was found to have its checksum.
 
-    Only the pages of these tensors are touched. Raises ResultsError naming the file and the first damaged tensor.
+    record: what a valid manifest says of the store. Only the pages of these tensors are touched. Raises ResultsError
+    naming the file and the first damaged tensor.
     """
     with naming(store.file, "read"), open(store.file, "rb") as opened:
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
     if len(mapped) != store.bytes:
         raise ResultsError(f"{store.file}: changed while it was read")
     data = memoryview(mapped)
+    checksums, block = record["checksums"], checksum_block(record)
     tensors = {}
     for key in dict.fromkeys(keys):
         dtype, shape, begin, end = store.entries[key]
-        if checksum(data[begin:end]) != checksums[key]:
+        if checksum(data[begin:end], block) != checksums[key]:
             raise ResultsError(f"{store.file}: tensor {key} has not the checksum in the manifest: the file is damaged")
         if begin == end:
             tensors[key] = torch.empty(shape, dtype=dtype)

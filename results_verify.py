@@ -150,7 +150,7 @@ def _same_tensors(path: Path, manifest: dict, store: Store, task: str, damaged: 
         return Check(SKIP, f"{path / name}: not compared with the store, as it is not the manifest's")
     try:
         state = torch.load(path / name, map_location="cpu", weights_only=True)
-        tensors = read_tensors(store, keys.values(), manifest["store"]["checksums"])
+        tensors = read_tensors(store, keys.values(), manifest["store"])
     except ResultsError as error:
         return Check(FAIL, str(error))
     except Exception as error:  # a damaged file can make the unpickler raise nearly anything

@@ -28,6 +28,7 @@ from results_verify import verify
 WRONG_NUMBERS = [None, "1", -1, 10**30, 1e308, [], {"a": 1}]
 WRONG_TEXTS = [None, 3, "", "../../evil", "/etc/passwd", "x" * 5000, "\ud800", "a\nb", ["../x"]]
 FREE = {"run", "stale", "unmerged_test_acc", "test_acc"}  # other values there can be right
+OPTIONAL = {"checksum_block"}  # a manifest without it can be right
 SENTINEL = "executed"
 
 Mutation = tuple[str, Callable[[Path], None]]
@@ -79,7 +80,7 @@ def leaves(value: object, where: tuple = ()) -> Iterator[tuple[tuple, object]]:
 
 def dictionaries(value: object, where: tuple = ()) -> Iterator[tuple]:
     if isinstance(value, dict):
-        yield from ((*where, key) for key in value if key not in FREE and key != "sha256")
+        yield from ((*where, key) for key in value if key not in FREE | OPTIONAL and key != "sha256")
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         if key not in FREE:
@@ -147,6 +148,8 @@ def manifest_mutations(manifest: dict, chance: random.Random) -> Iterator[Mutati
     yield "history", sealed(lambda m: m["run"].update(history=[{"seconds": "soon"}]))
     for key in ("layer1.0.conv1.weight", "bn1.weight", "bn1.running_mean"):
         yield f"swapped {key}", sealed(lambda m, key=key: swap(m["tensors"]["a_slim"], key, PARTNER[key]))
+    for block in (0, 1, 8192, 1 << 40, 16384.0, True):
+        yield f"blocks of {block}", sealed(lambda m, block=block: m["store"].update(checksum_block=block))
     for part in ("tasks", "tensors", "files", "memory", "store", "shared_layers"):
         yield f"{part} nested deeply", sealed(lambda m, part=part: m.update({part: nested(400)}))
     yield from text_mutations(chance)

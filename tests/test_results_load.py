@@ -131,6 +131,32 @@ def test_what_is_frozen_stays_frozen(models, tmp_path):
     assert not any(p.requires_grad for model in load_merged(tmp_path, fresh).values() for p in model.parameters())
 
 
+def test_every_module_is_in_eval_mode(models, tmp_path):
+    write(tmp_path, models)
+    loaded = load_merged(tmp_path, {name: model.train() for name, model in fresh_models().items()})
+    assert not any(module.training for model in loaded.values() for module in model.modules())
+
+
+class AlwaysTraining(PicoNet):
+    """Its own way to be in eval mode: the norm stays in training mode."""
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.bn1.train()
+        return self
+
+
+def test_a_model_with_its_own_way_to_be_in_eval_mode_keeps_it(models, tmp_path):
+    """By its class, or by an attribute of one of its modules."""
+    write(tmp_path, models)
+    fresh = {**fresh_models(), "b_x": AlwaysTraining(4)}
+    held = fresh["c_x"].bn1
+    held.train = lambda mode=True: held
+    for name, model in load_merged(tmp_path, fresh).items():
+        in_training = [path for path, module in model.named_modules() if module.training]
+        assert in_training == ([] if name == "a_x" else ["bn1"])
+
+
 # ---- only some tasks ------------------------------------------------------------------------------------
 
 
