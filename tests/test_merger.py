@@ -332,3 +332,13 @@ def test_every_class_before_and_after(entries, datasets, tmp_path, capsys):
     assert read_manifest(tmp_path / "results")["tasks"] == tasks
     printed = capsys.readouterr().out
     assert "unmerged -> merged" in printed and "class2" in printed and "ap50" in printed
+
+
+def test_on_a_cpu_weights_lie_channels_last_and_results_do_not(entries, datasets, tmp_path):
+    """Convolutions are quicker that way; what is stored is laid out as everybody expects it."""
+    merge(entries, tmp_path / "results", datasets, strategy="all")
+    model = entries["north_pico"]["model"]
+    assert model.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    state = torch.load(tmp_path / "results" / "weights" / "north_pico.pt", weights_only=True)
+    assert state["conv2.weight"].is_contiguous()
+    assert torch.equal(state["conv2.weight"], model.conv2.weight)

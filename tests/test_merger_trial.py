@@ -1,6 +1,7 @@
 """What a trial begins with: predicted harm, fitted weights, channels lined up."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -160,3 +161,24 @@ def test_frozen_normalisation_is_refitted_behind_tied_layers(run):
     refitted = outputs(run.models["east_pico"])
     assert (refitted - wanted).abs().max() < 0.3 * (tied - wanted).abs().max()
     assert same(others, run.models["north_pico"].state_dict()), "only what is frozen"
+
+
+def test_models_are_judged_on_all_of_val_only_where_the_subset_is_met(run, monkeypatch):
+    screens = {name: object() for name in run.tasks}
+    run.data = {name: replace(data, screen=screens[name]) for name, data in run.data.items()}
+    looked_at = []
+
+    def evaluate(task, loader, model=None):
+        looked_at.append((task.name, loader is screens[task.name]))
+        return 0.5 if (task.name, loader) == low else 1.0
+
+    monkeypatch.setattr(merger_trial, "evaluate", evaluate)
+    monkeypatch.setattr(merger_trial, "screen_targets", lambda run, trained: dict.fromkeys(trained, 0.9))
+    low = ("south_pico", screens["south_pico"])
+    found = merger_trial.standings(run, run.tasks)
+    assert found["south_pico"] == Standing(0.5 / 0.9) and found["north_pico"].accuracy is None
+    assert all(on_screen for _, on_screen in looked_at)
+    low = ("south_pico", run.data["south_pico"].val)
+    found = merger_trial.standings(run, run.tasks)
+    assert found["south_pico"] == Standing(0.5 / run.tasks["south_pico"].target_acc, 0.5)
+    assert found["north_pico"].accuracy == 1.0

@@ -164,3 +164,12 @@ def test_detectors_and_a_classifier_over_one_backbone_share_it_and_sum_their_gra
     models.eval()
     with torch.inference_mode():
         assert len(models["a_frcnn"](images)) == len(models["b_retina"](images)) == 2
+
+
+def test_a_tied_parameter_keeps_its_layout_in_memory(models):
+    models.to(memory_format=torch.channels_last)
+    groups = find_groups(models)
+    tie(models, groups)
+    untie(models, groups[0].occurrences[0])
+    for model in models.values():
+        assert model.conv2.weight.is_contiguous(memory_format=torch.channels_last)
