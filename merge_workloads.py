@@ -33,14 +33,15 @@ from fingerprint import differences, fingerprint, task_changes
 from interrupts import Interrupts
 from losses import task_losses
 from losses_distillation import Teacher
-from merger_trial import ALIGNMENT_OF, LEAST_SQUARES, MAX_PRICE, NO_ALIGNMENT, PRICE_OF, WEIGHTS_OF
+from merger_trial import ALIGNMENT_OF, LEAST_SQUARES, MATCHING_OF, MAX_PRICE, NO_ALIGNMENT, PRICE_OF, WEIGHTS_OF
 from model_architectures import build, load_weights
 from results_store import ResultsError, foreign_files, has_results, lock, read_manifest, repair
 from sharing.alignment import METHODS as ALIGNMENTS
 from sharing.groups import find_groups
 from sharing.initial_weights import INITIAL_WEIGHTS
+from sharing.matching import BY_ORDER, MATCHINGS
 from sharing.memory import distinct_bytes
-from sharing.strategies import STRATEGIES
+from sharing.strategies import STEM, STRATEGIES
 from sharing.tying import restore_snapshot, take_snapshot
 from trainer import TRAINING_OF, TrainingOptions
 from transforms import classification_transforms, detection_transforms
@@ -107,6 +108,7 @@ def merge_workload(
     seed: int = 0,
     initial_weights: str | None = None,
     alignment: str | None = None,
+    matching: str | None = None,
     residual_price: float | None = None,
     num_workers: int | None = None,
     **training,
@@ -118,10 +120,12 @@ def merge_workload(
     strategy: "adaptive", "gemel", "all" or "stem". device: "auto", "cpu" or "cuda". time_budget: seconds after which no
     new round begins and the one in flight is put off. fresh: start anew although the folder holds a result, which is
     kept aside. per_class: every task is also judged class by class. initial_weights: of a tied layer, "least_squares",
-    "mean", "similar" or "first" (default: what is best for the strategy). residual_price: what a task may pay for a
-    low-rank residual of its own beside a shared layer that alone does not serve it, as a share of the layer's bytes; 0:
-    no residuals (default: what is best for the strategy; only "adaptive" has them). num_workers: loader processes per
-    task (default: none on a CPU, with CUDA eight or the number of cores among all tasks).
+    "mean", "similar" or "first" (default: what is best for the strategy, here and below). alignment: how channels are
+    lined up first, by "weights", "activations" or "none". matching: which layer pairs with which, by "order", or the
+    most alike by "weights" or "activations". residual_price: what a task may pay for a low-rank residual of its own
+    beside a shared layer that alone does not serve it, as a share of the layer's bytes; 0: no residuals (only
+    "adaptive" has them). num_workers: loader processes per task (default: none on a CPU, with CUDA eight or the number
+    of cores among all tasks).
     training: any field of trainer.TrainingOptions, such as learning_rate or max_epochs.
     Raises WorkloadError, before anything is written or trained, with every problem of the input.
     """
@@ -132,6 +136,7 @@ def merge_workload(
         "strategy": strategy,
         "initial_weights": initial_weights,
         "alignment": alignment,
+        "matching": matching,
         "residual_price": residual_price,
     }
     problems = _option_problems(how, device, time_budget, seed, num_workers, training)
@@ -139,6 +144,7 @@ def merge_workload(
     options = TrainingOptions(**{**TRAINING_OF.get(strategy, {}), **training})
     how["initial_weights"] = initial_weights or WEIGHTS_OF.get(strategy, "mean")
     how["alignment"] = alignment or ALIGNMENT_OF.get(strategy, NO_ALIGNMENT)
+    how["matching"] = matching or MATCHING_OF.get(strategy, BY_ORDER)
     how["residual_price"] = PRICE_OF.get(strategy, 0.0) if residual_price is None else float(residual_price)
     folders = {name: dataset_manager.find_dataset(task, roots) for name, task in tasks.items()}
     mark = fingerprint(tasks, folders, {**how, "seed": seed, **asdict(options)})
@@ -157,6 +163,7 @@ def merge_workload(
             training=options,
             initial_weights=how["initial_weights"],
             alignment=how["alignment"],
+            matching=how["matching"],
             residual_price=how["residual_price"],
             per_class=per_class,
             seed=seed,
@@ -315,6 +322,7 @@ def _option_problems(how: dict, device, time_budget, seed, num_workers, training
         "strategy": [*STRATEGIES],
         "initial_weights": [None, *INITIAL_WEIGHTS, LEAST_SQUARES],
         "alignment": [None, NO_ALIGNMENT, *ALIGNMENTS],
+        "matching": [None, *([BY_ORDER] if how["strategy"] == STEM else MATCHINGS)],
     }
     for key, values in allowed.items():
         check(how[key] in values, key, how[key], ", ".join(filter(None, values)))

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 import tables
 from dataset_folders import SampleError
-from dataset_manager import TaskData
+from dataset_manager import TaskData, plain_images
 from environment import in_quick_layout
 from merger_records import Accuracy, history_entry, manifest_of, per_class_of, round_record, run_record, statistics_of
 from merger_trial import (
+    ALIGN_PIXELS,
     LEAST_SQUARES,
     fit_weights,
     foresee,
@@ -42,14 +43,15 @@ from sharing.alignment import move
 from sharing.groups import (
     Configuration,
     affected_tasks,
-    find_groups,
+    around,
     from_plain,
     restrict,
     to_plain,
 )
 from sharing.low_rank import fold, own_modules
+from sharing.matching import BY_ACTIVATIONS, BY_ORDER, match_groups
 from sharing.memory import distinct_bytes
-from sharing.strategies import STRATEGIES, Strategy
+from sharing.strategies import STEM, STRATEGIES, Strategy
 from sharing.tying import Snapshot, is_tied, restore_snapshot, retie, take_snapshot
 from trainer import (
     OUT_OF_MEMORY,
@@ -87,6 +89,7 @@ class Run:
     device: torch.device
     flags: dict  # what the manifest says of how the run was started
     fingerprint: dict  # what must be equal for another run to go on from this one
+    matching: str = BY_ORDER  # which layer of a signature pairs with which
     residual_price: float = 0.0  # what a task may pay for a residual of its own, as a share of the layer's bytes
     say: Callable[[str], None] = print
     per_class: bool = False  # whether what was written is judged class by class as well
@@ -125,11 +128,22 @@ def start(tasks: Mapping[str, Task], data: Mapping[str, TaskData], results_path:
     models = nn.ModuleDict({name: task.model for name, task in tasks.items()}).to(options["device"])
     in_quick_layout(models, options["device"])
     unmerged = copy.deepcopy(models).eval().requires_grad_(False)
-    price = {"price": options["residual_price"]} if options.get("residual_price") else {}
-    strategy = STRATEGIES[options["strategy_name"]](models, **price)
+    by = options.get("matching", BY_ORDER)
+    images = None
+    if by == BY_ACTIVATIONS:
+        images = {name: plain_images(d, ALIGN_PIXELS, options["seed"], "match") for name, d in data.items()}
+    groups = match_groups(models, by, images)
+    strategy = _strategy(models, groups, **options)
     run = Run(tasks, data, models, unmerged, Path(results_path), strategy=strategy, **options)
-    run.groups, run.unmerged_bytes = find_groups(models), distinct_bytes(models)
+    run.groups, run.unmerged_bytes = groups, distinct_bytes(models)
     return run
+
+
+def _strategy(
+    models: nn.ModuleDict, groups: Configuration, strategy_name: str, residual_price: float = 0.0, **_
+) -> Strategy:
+    given = {"price": residual_price} if residual_price else {}
+    return STRATEGIES[strategy_name](models, **given, **({} if strategy_name == STEM else {"groups": groups}))
 
 
 def preflight(run: Run) -> None:
@@ -175,6 +189,9 @@ def resume(run: Run, manifest: Mapping) -> None:
     _load_kept(run, manifest, list(run.tasks))
     state = manifest["run"]
     run.is_new = False
+    if "groups" in state:  # found again, likeness could be another by a hair
+        run.groups = from_plain(state["groups"])
+        run.strategy = _strategy(run.models, run.groups, run.strategy_name, run.residual_price)
     run.strategy.load_state(state["strategy_state"])
     assert all(is_tied(run.models, group) for group in run.strategy.kept), "the store and the search state disagree"
     run.finished = state["finished"]
@@ -190,7 +207,11 @@ def extend(run: Run, manifest: Mapping) -> None:
     """
     common = [name for name in run.tasks if name in manifest["tasks"]]
     _load_kept(run, manifest, common)
-    run.strategy.adopt(restrict(from_plain(manifest["shared_layers"]), common))
+    kept = restrict(from_plain(manifest["shared_layers"]), common)
+    if run.matching != BY_ORDER:  # with other tasks, others may be the most alike
+        run.groups = around(kept, run.groups)
+        run.strategy = _strategy(run.models, run.groups, run.strategy_name, run.residual_price)
+    run.strategy.adopt(kept)
     priced = {occurrence for group in run.strategy.kept if group.rank for occurrence in group.occurrences}
     for name in common:  # what shared a layer at a price with a task that is gone has it for itself
         for layer, module in list(own_modules(run.models[name])):

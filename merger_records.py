@@ -106,6 +106,7 @@ def run_record(run: "Run") -> dict:
         "seconds": run.seconds,
         "cpu_seconds": run.cpu_seconds,
         "finished": run.finished,
+        "groups": to_plain(run.groups),
         "strategy_state": run.strategy.state(),
         "accuracy": {name: asdict(accuracy) for name, accuracy in run.accuracy.items()},
         "permutations": run.permutations,

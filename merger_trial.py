@@ -14,6 +14,7 @@ from sharing.alignment import align, moved
 from sharing.groups import Configuration, compared_layers, joined
 from sharing.harm import Harm, predict_harm
 from sharing.lockstep_fit import ask_teachers, fit_in_lockstep
+from sharing.matching import BY_WEIGHTS
 from sharing.statistics import is_frozen, match_statistics
 from sharing.tying import reset, restore_snapshot, retie, take_snapshot
 from trainer import evaluate
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 LEAST_SQUARES = "least_squares"
 NO_ALIGNMENT = "none"
 WEIGHTS_OF = {"adaptive": LEAST_SQUARES}  # the initial weights of a strategy, where they are not the mean
+MATCHING_OF = {"adaptive": BY_WEIGHTS}  # which layers pair in a strategy, where it is not by order
 ALIGNMENT_OF = {"adaptive": "weights"}  # how a strategy lines up channels, where it does
 PRICE_OF = {"adaptive": 0.125}  # what a residual may cost, where a strategy has them (benchmarks/LOG.md)
 MAX_PRICE = 0.45  # from a half on, two tasks would save nothing by sharing

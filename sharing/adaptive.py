@@ -37,8 +37,8 @@ Part = dict[int, tuple[str, ...]]  # what is tried as one: index of a group -> t
 class Adaptive(Adopting):
     """See the header of this file; what it is worth was measured in benchmarks/LOG.md."""
 
-    def __init__(self, models: Mapping[str, nn.Module], price: float = 0.0):
-        self.groups = find_groups(models)
+    def __init__(self, models: Mapping[str, nn.Module], groups: Configuration | None = None, price: float = 0.0):
+        self.groups = find_groups(models) if groups is None else groups
         self.priced = [_at_price(group, models, price) for group in self.groups]
         self.hopeless: Configuration = ()  # what the first jump leaves out
         self.held_back: Configuration = ()  # what the second leaves out, should the first fail

@@ -163,6 +163,24 @@ def joined(*configurations: Configuration) -> Configuration:
     return ordered(merged)
 
 
+def around(kept: Configuration, groups: Configuration) -> Configuration:
+    """The groups, made to agree with what is kept: what is tied stays together, and no task comes in twice.
+
+    An occurrence joins the kept group with which its group has most in common; what does not fit is left out.
+    """
+    tied, found, left = {o for group in kept for o in group.occurrences}, list(kept), []
+    for group in ordered(groups):
+        partners = [i for i, other in enumerate(found) if set(other.occurrences) & set(group.occurrences)]
+        if not partners:
+            left.append(group)
+            continue
+        best = max(partners, key=lambda i: len(set(found[i].occurrences) & set(group.occurrences)))
+        free = [o for o in group.occurrences if o not in tied and o.task not in found[best].tasks]
+        found[best] = replace(found[best], occurrences=(*found[best].occurrences, *free))
+        tied |= set(free)
+    return ordered(replace(group, rank=0, residual_bytes=0) for group in (*found, *left))
+
+
 def to_plain(configuration: Configuration) -> list[dict]:
     """The configuration as JSON values; `shared_layers` of the manifest."""
     return [

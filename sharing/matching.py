@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sharing.activations import INPUT, OUTPUT, Batch, show, watch
 from sharing.groups import Configuration, Group, Layer, Occurrence, find_groups, find_layers, ordered, saved_bytes
 
+BY_ORDER, BY_WEIGHTS, BY_ACTIVATIONS = MATCHINGS = ("order", "weights", "activations")
 MARGIN = 0.1  # the k-th stays with the k-th unless another pairing costs less by this share
 MAX_SPECTRUM = 1024  # the smaller side of a matrix whose singular values are worth their time
 DEPTH_WEIGHT = 0.2  # of relative depth, which decides between layers that are otherwise about as much alike
@@ -39,21 +40,19 @@ def match_groups(
     """
     _check(models, by, images)
     by_order = find_groups(models)
-    if by == "order":
+    if by == BY_ORDER:
         return by_order
     depths = {task: _depths(model) for task, model in models.items()}
     signatures = [places for places in _by_signature(depths).values() if len(places) > 1]
-    alike = _Likeness(models, images if by == "activations" else None, signatures)
+    alike = _Likeness(models, images if by == BY_ACTIVATIONS else None, signatures)
     groups = ordered(chain.from_iterable(_match(places, list(models), alike) for places in signatures))
     assert saved_bytes(groups) == saved_bytes(by_order)
     return groups
 
 
 def _check(models: Mapping[str, nn.Module], by: str, images: Mapping | None) -> None:
-    problems = (
-        [] if by in ("order", "weights", "activations") else [f"by: got {by!r}; allowed: order, weights, activations"]
-    )
-    if by == "activations":
+    problems = [] if by in MATCHINGS else [f"by: got {by!r}; allowed: {', '.join(MATCHINGS)}"]
+    if by == BY_ACTIVATIONS:
         missing = [task for task in models if not (images or {}).get(task)]
         problems += [f"{task}: images: got none; 'activations' compares layers on images" for task in missing]
     if problems:

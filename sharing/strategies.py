@@ -25,8 +25,8 @@ from sharing.strategy import NONE, Adopting, Harm, Ratios, Strategy
 class All(Adopting):
     """Everything at once; if tasks fail, everything once more among the tasks that met their targets."""
 
-    def __init__(self, models: Mapping[str, nn.Module]):
-        self.groups = find_groups(models)
+    def __init__(self, models: Mapping[str, nn.Module], groups: Configuration | None = None):
+        self.groups = find_groups(models) if groups is None else groups
         self.tasks = tuple(models)
         self.succeeded = self.done = False
 
@@ -64,8 +64,8 @@ class Gemel(Adopting):
     Source: Padmanabhan et al., "Gemel", NSDI 2023, section 5.3.
     """
 
-    def __init__(self, models: Mapping[str, nn.Module]):
-        self.units = gemel_units(find_groups(models))
+    def __init__(self, models: Mapping[str, nn.Module], groups: Configuration | None = None):
+        self.units = gemel_units(find_groups(models) if groups is None else groups)
         self.trimmed: dict[int, tuple[str, ...]] = {}  # kept unit -> the tasks that share it
         self.index = 0
         self.tasks = self._tasks_of(0)
@@ -162,7 +162,8 @@ class Stem(Adopting):
         return len(self.stems) - 1 if untried else (self.longest_kept + self.shortest_failed) // 2
 
 
-STRATEGIES: dict[str, type[Strategy]] = {"adaptive": Adaptive, "gemel": Gemel, "all": All, "stem": Stem}
+STEM = "stem"  # its layers pair by their place, not by likeness
+STRATEGIES: dict[str, type[Strategy]] = {"adaptive": Adaptive, "gemel": Gemel, "all": All, STEM: Stem}
 
 
 def gemel_units(groups: Configuration) -> list[Configuration]:

@@ -5,7 +5,7 @@ import torch
 from pico import PicoDetector, PicoNet
 from torch import nn
 
-from sharing.groups import find_groups, saved_bytes
+from sharing.groups import Group, Occurrence, around, find_groups, saved_bytes
 from sharing.matching import match_groups
 
 BATCH = torch.rand(24, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 0.5
@@ -78,3 +78,16 @@ def test_wrong_input_is_named_all_at_once():
         match_groups({"a_x": net()}, "luck")
     with pytest.raises(ValueError, match="a_x: images.*\n.*b_x: images"):
         match_groups({"a_x": net(), "b_x": net()}, "activations")
+
+
+def test_groups_are_made_to_agree_with_what_is_kept():
+    def group(*names):
+        return Group("x", 4, tuple(Occurrence(*name.split(".")) for name in names))
+
+    kept = (group("a.1", "b.2").at_price(1, 1),)
+    found = around(kept, (group("a.1", "b.1", "c.1"), group("a.2", "b.2", "c.2"), group("a.3", "c.3")))
+    tied = [set(g.occurrences) for g in found]
+    assert any(set(kept[0].occurrences) < occurrences for occurrences in tied), "what is tied stays, and grows"
+    assert all(len(set(g.tasks)) == len(g.tasks) for g in found) and not any(g.rank for g in found)
+    assert sum(map(len, tied)) == len(set().union(*tied)), "an occurrence is in one group"
+    assert set(group("a.3", "c.3").occurrences) in tied
