@@ -13,7 +13,7 @@ from losses_distillation import Teacher
 from sharing.alignment import align, moved
 from sharing.groups import Configuration, compared_layers, joined
 from sharing.harm import Harm, predict_harm
-from sharing.lockstep_fit import ask_teachers, fit_in_lockstep
+from sharing.lockstep_fit import Asked, ask_teachers, fit_in_lockstep, is_short_of_rows
 from sharing.matching import BY_WEIGHTS
 from sharing.statistics import is_frozen, match_statistics
 from sharing.tying import reset, restore_snapshot, retie, take_snapshot
@@ -36,6 +36,7 @@ MAX_PRICE = 0.45  # from a half on, two tasks would save nothing by sharing
 FIT_PIXELS = 320 * 96 * 96  # of the images per task that weights are fitted on (benchmarks/LOG.md)
 DETECTION_SHARE = 0.5  # of the pixels, for detectors (benchmarks/LOG.md)
 FIT_POSITIONS = 4096  # rows per layer and task
+MORE_IMAGES = 4  # times as many, where there would be fewer rows than inputs
 MAX_FITS = 3
 WORTH_A_REFIT = 0.97  # of the targets, that all tasks should reach with the next weights
 USUAL_SLOPE, MIN_SLOPE, MAX_SLOPE = 0.12, 0.08, 0.4  # of a ratio over the logarithm of its weight
@@ -99,12 +100,10 @@ def fit_weights(
     groups are fitted again with other weights of the tasks; what came nearest to all targets is kept. Returns where
     each trained task then is.
     """
-    images = _images(run, groups, FIT_PIXELS, "fit", len(run.rounds))
+    images, asked = _ask(run, groups)
     container = nn.ModuleDict({name: run.models[name] for name in trained})
     before, best, reached = state_of(container), {}, dict.fromkeys(trained, Standing(0.0))
     balance = Balance(images)
-    source = generator(run.seed, "fit", len(run.rounds))
-    asked = ask_teachers(run.unmerged, groups, images, generator=source, positions=FIT_POSITIONS)
     for attempt in range(max_fits):
         container.load_state_dict(before)
         fit_in_lockstep(run.models, run.unmerged, groups, images, asked=asked, task_weights=balance.weights)
@@ -117,6 +116,21 @@ def fit_weights(
             break
     container.load_state_dict(best)
     return reached
+
+
+def _ask(run: "Run", groups: Configuration) -> tuple[dict[str, list], Asked]:
+    """Images to fit groups on, and what the teachers say to them; more images where a layer has fewer rows than inputs.
+
+    Layers deep in a network put out a few positions an image: a fit that has fewer rows than unknowns remembers them.
+    """
+    purpose = ("fit", len(run.rounds))
+    for times in (1, MORE_IMAGES):
+        images = _images(run, groups, times * FIT_PIXELS, *purpose)
+        source = generator(run.seed, *purpose)
+        asked = ask_teachers(run.unmerged, groups, images, generator=source, positions=FIT_POSITIONS)
+        if not is_short_of_rows(run.unmerged, groups, asked, FIT_POSITIONS):
+            break
+    return images, asked
 
 
 def _worst(found: Mapping[str, Standing]) -> float:

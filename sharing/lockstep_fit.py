@@ -22,6 +22,7 @@ from sharing.layer_rows import (
     of_regions,
     sample_inputs,
     sample_outputs,
+    shape_of,
 )
 from sharing.least_squares import RIDGE, Fit, fit_group, quotas, why_unfit
 from sharing.lockstep import run_in_lockstep
@@ -77,7 +78,7 @@ def ask_teachers(
     positions: rows per layer and task.
     """
     asked = Asked({}, {}, {})
-    able = [g for g in groups if is_linear_map(teachers[g.occurrences[0].task].get_submodule(g.occurrences[0].layer))]
+    able = [group for group in groups if _is_able(teachers, group)]
     for task in dict.fromkeys(task for group in groups for task in group.tasks):
         layers, total = quotas(teachers, able, task, positions), sum(map(len, images[task]))
         for i, batch in enumerate(images[task]):
@@ -92,6 +93,23 @@ def ask_teachers(
                 else:
                     asked.further[(task, i), name] = rows[:, len(further[name][0].picked) :]
     return asked
+
+
+def is_short_of_rows(
+    teachers: Mapping[str, nn.Module], groups: Configuration, asked: Asked, positions: int = 2048
+) -> bool:
+    """Whether some layer has fewer rows than inputs, and more images would give it more."""
+    for task in dict.fromkeys(task for task, _ in asked.samples):
+        of_task = [samples for (name, _), samples in asked.samples.items() if name == task]
+        for layer, quota in quotas(teachers, [g for g in groups if _is_able(teachers, g)], task, positions).items():
+            rows = sum(len(sample.picked) for samples in of_task for sample in samples.get(layer, ()))
+            if 0 < rows < min(quota, shape_of(teachers[task].get_submodule(layer))[1]):
+                return True
+    return False
+
+
+def _is_able(teachers: Mapping[str, nn.Module], group: Group) -> bool:
+    return is_linear_map(teachers[group.occurrences[0].task].get_submodule(group.occurrences[0].layer))
 
 
 class _Pass:

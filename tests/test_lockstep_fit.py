@@ -8,7 +8,7 @@ from torch import nn
 from sharing.groups import Group, Occurrence, find_groups
 from sharing.layer_rows import matrix_of
 from sharing.least_squares import by_depth, fit_least_squares
-from sharing.lockstep_fit import ask_teachers, fit_in_lockstep
+from sharing.lockstep_fit import ask_teachers, fit_in_lockstep, is_short_of_rows
 from sharing.statistics import reestimate_statistics
 from sharing.tying import tie
 
@@ -151,3 +151,18 @@ def test_an_error_of_a_forward_pass_is_raised_and_leaves_no_hooks():
 def test_order_of_depth_is_that_of_the_forward_pass():
     models, _, groups = tied(a_x=PicoNet(extra=1), b_x=PicoNet(extra=1))
     assert [g.occurrences[0].layer for g in by_depth(models, groups)] == ["conv1", "conv2", "more.0", "fc"]
+
+
+def test_a_layer_with_fewer_rows_than_inputs_is_noticed():
+    models, teachers, groups = tied(a_x=PicoNet(), b_x=PicoNet())
+    few, enough = ({t: [torch.rand(count, 3, 16, 16, generator=generator())] for t in models} for count in (4, 12))
+
+    def is_short(images, groups, positions=10_000):
+        asked = ask_teachers(teachers, groups, images, generator=generator(), positions=positions)
+        return is_short_of_rows(teachers, groups, asked, positions)
+
+    linear = [group for group in groups if group.occurrences[0].layer == "fc"]
+    assert is_short(few, linear), "4 rows, 9 inputs with the bias"
+    assert not is_short(enough, linear)
+    convolutions = [group for group in groups if group not in linear]
+    assert not is_short(few, convolutions) and not is_short(few, convolutions, positions=30), "no more than is drawn"
