@@ -36,7 +36,7 @@ MAX_PRICE = 0.45  # from a half on, two tasks would save nothing by sharing
 FIT_PIXELS = 320 * 96 * 96  # of the images per task that weights are fitted on (benchmarks/LOG.md)
 DETECTION_SHARE = 0.5  # of the pixels, for detectors (benchmarks/LOG.md)
 FIT_POSITIONS = 4096  # rows per layer and task
-MORE_IMAGES = 4  # times as many, where there would be fewer rows than inputs
+MORE_IMAGES = 4  # times as many, where there would be fewer rows than half the inputs (benchmarks/LOG.md)
 MAX_FITS = 3
 WORTH_A_REFIT = 0.97  # of the targets, that all tasks should reach with the next weights
 USUAL_SLOPE, MIN_SLOPE, MAX_SLOPE = 0.12, 0.08, 0.4  # of a ratio over the logarithm of its weight
@@ -119,9 +119,9 @@ def fit_weights(
 
 
 def _ask(run: "Run", groups: Configuration) -> tuple[dict[str, list], Asked]:
-    """Images to fit groups on, and what the teachers say to them; more images where a layer has fewer rows than inputs.
+    """Images to fit groups on, and what the teachers say to them; more where a layer has far fewer rows than inputs.
 
-    Layers deep in a network put out a few positions an image: a fit that has fewer rows than unknowns remembers them.
+    Layers deep in a network put out a few positions an image: a fit with few rows for its unknowns remembers them.
     """
     purpose = ("fit", len(run.rounds))
     for times in (1, MORE_IMAGES):

@@ -98,12 +98,12 @@ def ask_teachers(
 def is_short_of_rows(
     teachers: Mapping[str, nn.Module], groups: Configuration, asked: Asked, positions: int = 2048
 ) -> bool:
-    """Whether some layer has fewer rows than inputs, and more images would give it more."""
+    """Whether some layer has fewer rows than half its inputs, and more images would give it more."""
     for task in dict.fromkeys(task for task, _ in asked.samples):
         of_task = [samples for (name, _), samples in asked.samples.items() if name == task]
         for layer, quota in quotas(teachers, [g for g in groups if _is_able(teachers, g)], task, positions).items():
             rows = sum(len(sample.picked) for samples in of_task for sample in samples.get(layer, ()))
-            if 0 < rows < min(quota, shape_of(teachers[task].get_submodule(layer))[1]):
+            if 0 < rows < min(quota, shape_of(teachers[task].get_submodule(layer))[1] / 2):
                 return True
     return False
 

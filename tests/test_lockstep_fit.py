@@ -153,7 +153,7 @@ def test_order_of_depth_is_that_of_the_forward_pass():
     assert [g.occurrences[0].layer for g in by_depth(models, groups)] == ["conv1", "conv2", "more.0", "fc"]
 
 
-def test_a_layer_with_fewer_rows_than_inputs_is_noticed():
+def test_a_layer_with_far_fewer_rows_than_inputs_is_noticed():
     models, teachers, groups = tied(a_x=PicoNet(), b_x=PicoNet())
     few, enough = ({t: [torch.rand(count, 3, 16, 16, generator=generator())] for t in models} for count in (4, 12))
 
