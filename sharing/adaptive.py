@@ -197,7 +197,12 @@ class Adaptive(Adopting):
             groups[i].restricted_to({o.task for o in groups[i].occurrences if o in tied or o.task in tasks})
             for i, tasks in part.items()
         ]
-        return joined(self.kept, ordered(group for group in added if len(group.occurrences) > 1))
+        return joined(self.kept, ordered(group for group in added if self._is_worth_it(group)))
+
+    def _is_worth_it(self, group: Group) -> bool:
+        """Whether it saves more than what is kept of it: at a price that all pay, one more task may not pay off."""
+        replaced = [other for other in self.kept if set(other.occurrences) & set(group.occurrences)]
+        return len(group.occurrences) > 1 and group.saved_bytes > saved_bytes(tuple(replaced))
 
     def _is_new(self, trial: Configuration) -> bool:
         return self._key(trial) not in self.tried and saved_bytes(trial) > saved_bytes(self.kept)

@@ -200,6 +200,19 @@ def test_a_task_is_added_to_what_is_shared(trained_entries, datasets, tmp_path, 
     assert after["run"]["rounds"][: len(before["run"]["rounds"])] == before["run"]["rounds"]
 
 
+def test_a_task_is_added_where_layers_pair_by_likeness(trained_entries, datasets, tmp_path):
+    options = {"strategy": "adaptive", "initial_weights": None, "tolerance": 0.3, "matching": "weights"}
+    before = merge(two_of(trained_entries), tmp_path / "results", datasets, **options)
+    assert before["shared_layers"]
+    after = merge(copy.deepcopy(trained_entries), tmp_path / "results", datasets, **options)
+    groups = from_plain(after["shared_layers"])
+    assert all(len(set(group.tasks)) == len(group.tasks) for group in groups)
+    for group in from_plain(before["shared_layers"]):
+        assert any(set(group.occurrences) <= set(g.occurrences) for g in groups), "what is tied stays tied"
+    assert after["memory"]["saved_bytes"] >= before["memory"]["saved_bytes"]
+    assert all(task["met"] for task in after["tasks"].values())
+
+
 def test_tasks_that_share_nothing_with_a_new_one_stay_as_they_are(trained_entries, datasets, tmp_path):
     write_classification(tmp_path / "more", "other_CL", 3, seed=9)
     root = tmp_path / "more"

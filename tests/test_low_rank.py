@@ -293,3 +293,13 @@ def test_without_a_price_nothing_has_a_residual():
     while (proposal := strategy.propose()) is not None:
         assert not any(group.rank for group in proposal) and "price" not in strategy.phase
         strategy.record(False, set())
+
+
+def test_a_price_that_all_pay_for_one_more_task_has_to_pay_off():
+    strategy = Adaptive({f"task{i}_x": PicoNet(extra=1) for i in range(4)}, price=0.3)
+    alone = "task3_x"
+    while (proposal := strategy.propose()) is not None:
+        good = alone not in {task for group in proposal for task in group.tasks}
+        strategy.record(good, {task for group in proposal for task in group.tasks} - {alone})
+        assert saved_bytes(strategy.propose() or strategy.kept) >= saved_bytes(strategy.kept)
+    assert not any(group.rank for group in strategy.kept), "three share for nothing; a fourth would cost four prices"
