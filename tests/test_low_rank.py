@@ -13,7 +13,17 @@ from results_manifest import seal
 from results_store import ResultsError, load_merged, repair, write_results
 from results_verify import FAIL, verify
 from sharing.adaptive import Adaptive
-from sharing.groups import Group, Occurrence, find_groups, find_layers, from_plain, joined, saved_bytes, to_plain
+from sharing.groups import (
+    Group,
+    Occurrence,
+    find_groups,
+    find_layers,
+    from_plain,
+    joined,
+    restrict,
+    saved_bytes,
+    to_plain,
+)
 from sharing.layer_rows import Rows, is_normalised
 from sharing.least_squares import fit_group
 from sharing.low_rank import fold, max_rank, plain_state, rank_at, residual_bytes, residual_of, set_rank
@@ -297,9 +307,8 @@ def test_without_a_price_nothing_has_a_residual():
 
 def test_a_price_that_all_pay_for_one_more_task_has_to_pay_off():
     strategy = Adaptive({f"task{i}_x": PicoNet(extra=1) for i in range(4)}, price=0.3)
-    alone = "task3_x"
-    while (proposal := strategy.propose()) is not None:
-        good = alone not in {task for group in proposal for task in group.tasks}
-        strategy.record(good, {task for group in proposal for task in group.tasks} - {alone})
-        assert saved_bytes(strategy.propose() or strategy.kept) >= saved_bytes(strategy.kept)
-    assert not any(group.rank for group in strategy.kept), "three share for nothing; a fourth would cost four prices"
+    strategy.own, strategy.phase = restrict(strategy.groups, ["task0_x", "task1_x", "task2_x"]), "fill in at a price"
+    assert strategy.priced[0].saved_bytes < strategy.kept[0].saved_bytes, "four prices are more than a layer"
+    assert strategy._filled({0: ("task3_x",)}) == strategy.kept
+    strategy.own = restrict(strategy.groups, ["task0_x", "task1_x"])
+    assert any(group.rank for group in strategy._filled({0: ("task2_x", "task3_x")}))
