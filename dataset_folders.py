@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from dataset_cache import SampleCache
 from dataset_layouts import open_layout
 from dataset_records import Layout, Objects, Source, Split, image_files, visible
 from workload import CLASSIFICATION, Task
@@ -107,11 +108,13 @@ class FolderDataset(Dataset):
     """Samples of one split, by index or by (index, seed).
 
     What a transform draws depends on the seed (without one: on the index), never on the global generators or on the
-    worker process that happens to load the sample. Any failure is a SampleError.
+    worker process that happens to load the sample. So a sample without a seed is always the same, and stays in memory
+    if there is a `cache`. Any failure is a SampleError.
     """
 
     def __init__(self, task: str, samples: list[tuple], transform: Callable):
         self.task, self.samples, self.transform = task, samples, transform
+        self.cache: SampleCache | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -120,10 +123,20 @@ class FolderDataset(Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list) -> list[tuple]:
-        """The samples of one batch: the loader asks for them together, so they share one seeding."""
-        keys = [key if isinstance(key, tuple) else (key, key) for key in keys]
+        """The samples of one batch; those with seeds share one seeding, since the loader asks for them together."""
+        if not isinstance(keys[0], tuple):
+            return [self._fixed_sample(index) for index in keys]
         with _own_draws(keys[0][1]):
             return [self._sample(index) for index, _ in keys]
+
+    def _fixed_sample(self, index: int) -> tuple:
+        if self.cache is not None and (known := self.cache.get(index)) is not None:
+            return known
+        with _own_draws(index):
+            sample = self._sample(index)
+        if self.cache is not None:
+            self.cache.put(index, sample)
+        return sample
 
     def _sample(self, index: int) -> tuple:
         try:

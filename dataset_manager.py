@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler, Subset
 
+from dataset_cache import SampleCache
 from dataset_checks import check
 from dataset_folders import ClassificationFolder, FolderDataset, dataset_class_names, find_dataset, open_split
 from dataset_layouts import open_layout
@@ -52,10 +53,12 @@ def open_task(
     batch_size: int,
     num_workers: int | None = None,
     screening_images: int = 256,
+    cache_bytes: int = 0,
 ) -> TaskData:
     """Loaders of one task: train shuffled and augmented by the seed alone, val and test in order.
 
     screening_images: size of the subset of val that is evaluated first; it never decides that a task is at its target.
+    cache_bytes: of samples of val, and of train without augmentation, that stay in memory once they were read.
     num_workers: processes per loader. None is 0: on a CPU computing is the bottleneck and workers would take cores
     from it; with CUDA the caller divides min(8, cores) among its tasks. Raises ValueError if there is no dataset.
     """
@@ -67,6 +70,8 @@ def open_task(
 
     def loader(split: str, plain: bool = False) -> DataLoader:
         dataset = open_split(task, folder, split, plain, layout)
+        if cache_bytes and (plain or split == "val"):
+            dataset.cache = SampleCache(cache_bytes // 2)
         order = generator(seed, "loader", task.name)
         sampling = _sampling(dataset, "plain" if plain else split, batch_size, order)
         return DataLoader(
@@ -93,17 +98,23 @@ def reseed(data: TaskData, seed: int, *purpose: object) -> None:
     data.train.sampler.generator.manual_seed(derive_seed(seed, *purpose, data.task))
 
 
-def plain_images(data: TaskData, num_pixels: int, seed: int, *purpose: object) -> list[Any]:
+def plain_images(
+    data: TaskData, num_pixels: int, seed: int, *purpose: object, batch_pixels: int = 0
+) -> list[Tensor] | list[list[Tensor]]:
     """Batches of images of train without labels and augmentation: a sample of the task's inputs, by (seed, purpose).
 
-    As many as have `num_pixels` pixels together, at least a batch, at most MOST_PLAIN_IMAGES.
+    As many as have `num_pixels` pixels together, at least a batch, at most MOST_PLAIN_IMAGES. Batches are of the task's
+    size or, where all images have the same size and more fit in, of as many images as have `batch_pixels` pixels.
     """
     dataset, batch_size = data.plain.dataset, data.plain.batch_size
     order = torch.randperm(len(dataset), generator=generator(seed, *purpose, data.task)).tolist()
     height, width = dataset[order[0]][0].shape[-2:]
     wanted = min(len(order), max(batch_size, min(MOST_PLAIN_IMAGES, num_pixels // (height * width))))
-    chosen = DataLoader(Subset(dataset, order[:wanted]), batch_size, collate_fn=data.plain.collate_fn)
-    return [images for images, _ in chosen]
+    images = [dataset[index][0] for index in order[:wanted]]
+    if all(image.shape[-2:] == (height, width) for image in images):
+        batch_size = max(batch_size, batch_pixels // (height * width))
+    batches = [images[start : start + batch_size] for start in range(0, wanted, batch_size)]
+    return batches if data.plain.collate_fn is collate_detection else [torch.stack(batch) for batch in batches]
 
 
 def restarted(loader: DataLoader, **changes: Any) -> DataLoader:
@@ -180,5 +191,8 @@ def _worker_options(dataset: FolderDataset, num_workers: int) -> dict[str, Any]:
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         log.warning("%s: loads in the main process, since its transforms cannot be pickled: %s", dataset.task, error)
         return {"num_workers": 0}
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    return {"num_workers": num_workers, "persistent_workers": True, "multiprocessing_context": method}
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return {"num_workers": num_workers, "persistent_workers": True, "multiprocessing_context": "spawn"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision.transforms.v2"])  # once, not in every worker: seconds each
+    return {"num_workers": num_workers, "persistent_workers": True, "multiprocessing_context": context}

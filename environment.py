@@ -15,11 +15,16 @@ M = TypeVar("M", bound=nn.Module)
 DEVICES = ("auto", "cpu", "cuda")
 
 
+def has_device(name: str) -> bool:
+    """Whether this machine has what a run asks for by one of DEVICES."""
+    return name != "cuda" or torch.cuda.is_available()
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The device of a run; "auto" takes CUDA where there is one. Raises ValueError if "cuda" is asked for in vain."""
     if name not in DEVICES:
         raise ValueError(f"device: got {name!r}, allowed are {', '.join(DEVICES)}")
-    if name == "cuda" and not torch.cuda.is_available():
+    if not has_device(name):
         raise ValueError("device: got 'cuda', but torch sees no CUDA device; allowed here are auto, cpu")
     return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
 

@@ -14,7 +14,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,22 +32,18 @@ from fingerprint import differences, fingerprint, task_changes
 from interrupts import Interrupts
 from losses import task_losses
 from losses_distillation import Teacher
-from merger_trial import ALIGNMENT_OF, LEAST_SQUARES, MATCHING_OF, MAX_PRICE, NO_ALIGNMENT, PRICE_OF, WEIGHTS_OF
+from merger_options import option_problems, with_defaults
 from model_architectures import build, load_weights
 from results_store import ResultsError, foreign_files, has_results, lock, read_manifest, repair
-from sharing.alignment import METHODS as ALIGNMENTS
 from sharing.groups import find_groups
-from sharing.initial_weights import INITIAL_WEIGHTS
-from sharing.matching import BY_ORDER, MATCHINGS
 from sharing.memory import distinct_bytes
-from sharing.strategies import STEM, STRATEGIES
+from sharing.strategies import STRATEGIES
 from sharing.tying import restore_snapshot, take_snapshot
 from trainer import TRAINING_OF, TrainingOptions
 from transforms import classification_transforms, detection_transforms
 from workload import Problem, Task, WorkloadError, read_workload
 from workload_file import load_model_dict
 
-MAY_BE_NONE = ("warmup_steps", "statistics_batches", "screening_images")  # training options that 0 turns off
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -111,6 +106,7 @@ def merge_workload(
     matching: str | None = None,
     residual_price: float | None = None,
     num_workers: int | None = None,
+    cache_bytes: int = 1 << 30,
     **training,
 ) -> dict:
     """Merges a workload, in place, and writes the results folder; returns the manifest (README, "Results").
@@ -125,7 +121,8 @@ def merge_workload(
     most alike by "weights" or "activations". residual_price: what a task may pay for a low-rank residual of its own
     beside a shared layer that alone does not serve it, as a share of the layer's bytes; 0: no residuals (only
     "adaptive" has them). num_workers: loader processes per task (default: none on a CPU, with CUDA eight or the number
-    of cores among all tasks).
+    of cores among all tasks). cache_bytes: of the memory in which images stay as the models get them, those of val
+    and those that weights are fitted on, of all tasks together (0: none).
     training: any field of trainer.TrainingOptions, such as learning_rate or max_epochs.
     Raises WorkloadError, before anything is written or trained, with every problem of the input.
     """
@@ -139,17 +136,14 @@ def merge_workload(
         "matching": matching,
         "residual_price": residual_price,
     }
-    problems = _option_problems(how, device, time_budget, seed, num_workers, training)
+    problems = option_problems(how, device, time_budget, seed, num_workers, cache_bytes, training)
     tasks = _read_tasks(model_dict, tolerance, roots, results_path, problems)
     options = TrainingOptions(**{**TRAINING_OF.get(strategy, {}), **training})
-    how["initial_weights"] = initial_weights or WEIGHTS_OF.get(strategy, "mean")
-    how["alignment"] = alignment or ALIGNMENT_OF.get(strategy, NO_ALIGNMENT)
-    how["matching"] = matching or MATCHING_OF.get(strategy, BY_ORDER)
-    how["residual_price"] = PRICE_OF.get(strategy, 0.0) if residual_price is None else float(residual_price)
+    how = with_defaults(how)
     folders = {name: dataset_manager.find_dataset(task, roots) for name, task in tasks.items()}
     mark = fingerprint(tasks, folders, {**how, "seed": seed, **asdict(options)})
     target_device = pick_device(device)
-    data = _open_data(tasks, roots, target_device, seed, options, num_workers)
+    data = _open_data(tasks, roots, target_device, seed, options, num_workers, cache_bytes)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock(results_path))
         interrupts = Interrupts()
@@ -197,7 +191,7 @@ def _read_tasks(model_dict, tolerance, roots, results_path: Path, problems: list
     return tasks
 
 
-def _open_data(tasks, roots, device: torch.device, seed: int, options: TrainingOptions, num_workers: int | None):
+def _open_data(tasks, roots, device: torch.device, seed: int, options: TrainingOptions, num_workers, cache_bytes):
     if num_workers is None and device.type == "cuda":
         num_workers = max(1, min(8, os.cpu_count() or 1) // len(tasks))
     return {
@@ -209,6 +203,7 @@ def _open_data(tasks, roots, device: torch.device, seed: int, options: TrainingO
             batch_size=options.batch_size(task),
             num_workers=num_workers,
             screening_images=options.screening_images,
+            cache_bytes=cache_bytes // len(tasks),
         )
         for name, task in tasks.items()
     }
@@ -309,60 +304,6 @@ def _set_aside(results_path: Path) -> Path:
         if not aside.exists():
             return results_path.rename(aside)
     raise RuntimeError(f"{results_path}: there are too many earlier results beside it")
-
-
-def _option_problems(how: dict, device, time_budget, seed, num_workers, training) -> list[Problem]:
-    problems = []
-
-    def check(ok: bool, key: str, got: object, allowed: str) -> None:
-        if not ok:
-            problems.append(Problem("options", key, repr(got), allowed))
-
-    allowed = {
-        "strategy": [*STRATEGIES],
-        "initial_weights": [None, *INITIAL_WEIGHTS, LEAST_SQUARES],
-        "alignment": [None, NO_ALIGNMENT, *ALIGNMENTS],
-        "matching": [None, *([BY_ORDER] if how["strategy"] == STEM else MATCHINGS)],
-    }
-    for key, values in allowed.items():
-        check(how[key] in values, key, how[key], ", ".join(filter(None, values)))
-    price, most = how["residual_price"], MAX_PRICE if how["strategy"] in [*PRICE_OF] else 0.0
-    priced = price is None or (_is_number(price) and 0 <= price <= most)
-    check(priced, "residual_price", price, f"None or a number in [0, {most:g}] with strategy {how['strategy']}")
-    check(isinstance(seed, int) and seed >= 0, "seed", seed, "a whole number from 0 on")
-    budgeted = time_budget is None or (isinstance(time_budget, (int, float)) and time_budget > 0)
-    check(budgeted, "time_budget", time_budget, "seconds, more than 0")
-    workers = num_workers is None or (isinstance(num_workers, int) and num_workers >= 0)
-    check(workers, "num_workers", num_workers, "None or a whole number from 0 on")
-    check(device in DEVICES, "device", device, ", ".join(DEVICES))
-    if device == "cuda" and not torch.cuda.is_available():
-        check(False, "device", device, "auto or cpu: torch sees no CUDA device")
-    fields = TrainingOptions.__dataclass_fields__
-    for key, value in training.items():
-        allowed = (
-            _allowed(key, fields[key].default) if key in fields else (lambda v: False, f"one of {', '.join(fields)}")
-        )
-        check(allowed[0](value), key, value, allowed[1])
-    return problems
-
-
-def _allowed(key: str, default: object) -> tuple[Callable[[object], bool], str]:
-    """(check, what is allowed) of one training option."""
-    if isinstance(default, bool):
-        return lambda v: isinstance(v, bool), "True or False"
-    if isinstance(default, int):
-        least = 0 if key in MAY_BE_NONE else 2
-        none = " (none)" * (least == 0)
-        return lambda v: type(v) is int and v >= least, f"a whole number of at least {least}{none}"
-    if key == "average_decay":
-        return lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 (no average), below 1"
-    if key.endswith("_weight") or key == "private_epochs":
-        return lambda v: _is_number(v) and v >= 0, "a number of at least 0"
-    return lambda v: _is_number(v) and v > 0, "a number greater than 0"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _flags(tolerance, device: torch.device, time_budget, datasets, options: TrainingOptions) -> dict:

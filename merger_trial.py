@@ -13,6 +13,7 @@ from losses_distillation import Teacher
 from sharing.alignment import align, moved
 from sharing.groups import Configuration, compared_layers, joined
 from sharing.harm import Harm, predict_harm
+from sharing.layer_rows import normalisation_behind
 from sharing.lockstep_fit import Asked, ask_teachers, fit_in_lockstep, is_short_of_rows
 from sharing.matching import BY_WEIGHTS
 from sharing.statistics import is_frozen, match_statistics
@@ -100,6 +101,7 @@ def fit_weights(
     groups are fitted again with other weights of the tasks; what came nearest to all targets is kept. Returns where
     each trained task then is.
     """
+    groups = _given(run, groups)
     images, asked = _ask(run, groups)
     container = nn.ModuleDict({name: run.models[name] for name in trained})
     before, best, reached = state_of(container), {}, dict.fromkeys(trained, Standing(0.0))
@@ -116,6 +118,25 @@ def fit_weights(
             break
     container.load_state_dict(best)
     return reached
+
+
+def _given(run: "Run", groups: Configuration) -> Configuration:
+    """Gives the groups that are not to be fitted the weights of the task that the strategy names, and the normalisation
+    behind them; returns the others. Only where others of all its tasks are fitted to that."""
+    fitted = [group for group in groups if run.strategy.giver_of(group) is None]
+    for group in (group for group in groups if group not in fitted):
+        giver = run.strategy.giver_of(group)
+        if not set(group.tasks) <= {task for other in fitted for task in other.tasks}:
+            return groups
+        source = next(o.layer for o in group.occurrences if o.task == giver)
+        norm = normalisation_behind(run.unmerged[giver], source)
+        for o in group.occurrences:
+            layer = run.models[o.task].get_submodule(o.layer)
+            layer.load_state_dict(run.unmerged[giver].get_submodule(source).state_dict(), strict=False)
+            own = normalisation_behind(run.models[o.task], o.layer)
+            if norm is not None and own is not None:
+                own.load_state_dict(norm.state_dict())
+    return tuple(fitted)
 
 
 def _ask(run: "Run", groups: Configuration) -> tuple[dict[str, list], Asked]:
@@ -239,4 +260,10 @@ def screen_targets(run: "Run", trained: Mapping[str, Task]) -> dict[str, float]:
 def _images(run: "Run", configuration: Configuration, num_pixels: int, *purpose: object) -> dict[str, list]:
     tasks = dict.fromkeys(task for group in configuration for task in group.tasks)
     share = {CLASSIFICATION: 1.0, DETECTION: DETECTION_SHARE}
-    return {n: plain_images(run.data[n], int(share[run.tasks[n].kind] * num_pixels), run.seed, *purpose) for n in tasks}
+    together = FIT_PIXELS if run.device.type == "cuda" else 0  # small batches leave a GPU waiting for the next kernel
+    return {
+        n: plain_images(
+            run.data[n], int(share[run.tasks[n].kind] * num_pixels), run.seed, *purpose, batch_pixels=together
+        )
+        for n in tasks
+    }

@@ -184,7 +184,8 @@ class _Round:
         self.members = {n: _Member(task, data[n], Batches(data[n]), Progress.of(task)) for n, task in tasks.items()}
         self.container = nn.ModuleDict({name: models[name] for name in tasks})  # yields a tied parameter once
         self.shared, private = shared_and_private(self.container)
-        self.optimizer = torch.optim.AdamW([*self.shared, *private], lr=options.learning_rate)
+        fused = around.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW([*self.shared, *private], lr=options.learning_rate, fused=fused or None)
         self.averaged = AveragedModel(self.container, multi_avg_fn=self.average, use_buffers=True)
         self.learning_rate = options.learning_rate
         self.steps_per_epoch = max(len(member.data.train) for member in self.members.values())
@@ -312,18 +313,17 @@ class _Round:
         weight = loss_weight(member.progress.accuracy, member.progress.target)
         return weight * sum(self.options.weight_of(name, member.task) * loss for name, loss in losses.items())
 
-    def average(self, averages: list[Tensor], values: list[Tensor], num_averaged: int) -> None:
+    def average(self, averages: list[Tensor], values: list[Tensor], num_averaged: Tensor) -> None:
         """Moves the averages towards the values; at first quickly, so that where the trial began is soon forgotten.
 
         What is validated, and kept, is this average: it is as good as what a lowered learning rate would come to, at
         any time. Source: Izmailov et al., "Averaging Weights Leads to Wider Optima", UAI 2018.
         """
-        decay = min(self.options.average_decay, (1 + int(num_averaged)) / (10 + int(num_averaged)))
-        for average, value in zip(averages, values, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value, 1 - decay)
-            else:
-                average.copy_(value)
+        decay = min(self.options.average_decay, (1 + self.step) / (10 + self.step))
+        if averages[0].is_floating_point():  # all are of one dtype
+            torch._foreach_lerp_(averages, values, 1 - decay)
+        else:
+            torch._foreach_copy_(averages, values)
 
     # ---- validation -------------------------------------------------------------------------------------
 

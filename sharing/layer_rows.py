@@ -242,7 +242,10 @@ def _windows(layer: nn.Module, inputs: Tensor, size: Sequence[int], picked: Tens
     else:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
-    image, *place = torch.unravel_index(picked, (len(inputs), *size))
+    image, place = picked, []
+    for length in reversed(size):  # not torch.unravel_index, which waits for the device
+        place.insert(0, image % length)
+        image = image // length
     index = [image.reshape(-1, *[1] * len(size)), slice(None)]
     for i, (start, kernel) in enumerate(zip(place, layer.kernel_size, strict=True)):
         taps = torch.arange(kernel, device=picked.device) * layer.dilation[i]

@@ -19,9 +19,10 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+import dataset_folders
 import dataset_manager
 from dataset_folders import open_split
-from dataset_manager import find_dataset, open_task, reseed
+from dataset_manager import find_dataset, open_task, plain_images, reseed
 from dataset_records import BYTE_ORDER_MARK, WINDOWS_LINES
 from dataset_yolo import TextFile
 from workload import read_workload
@@ -321,6 +322,77 @@ def test_workers_change_nothing_and_stay(tmp_path):
             assert all(map(torch.equal, images, other_images))
             assert [t["image_id"] for t in targets] == [t["image_id"] for t in other_targets]
             assert all(isinstance(t["boxes"], tv_tensors.BoundingBoxes) for t in other_targets)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------
+
+
+def counted(monkeypatch):
+    """The files that are decoded from now on."""
+    read = []
+    load = dataset_folders.load_image
+    monkeypatch.setattr(dataset_folders, "load_image", lambda path: read.append(path) or load(path))
+    return read
+
+
+@pytest.mark.parametrize("kind", ["CL", "OD"])
+def test_what_is_evaluated_is_decoded_once_and_is_the_same_each_time(tmp_path, monkeypatch, kind):
+    write = write_classification if kind == "CL" else write_detection
+    write(tmp_path, f"cars_{kind}", images=3)
+    task = classifier_task() if kind == "CL" else detector_task()
+    plain, data = opened(task, tmp_path), opened(task, tmp_path, cache_bytes=1 << 20)
+    wanted = [(images, targets) for images, targets in plain.val]
+    read = counted(monkeypatch)
+    for _ in range(3):
+        for (images, targets), (other, other_targets) in zip(wanted, data.val, strict=True):
+            assert all(map(torch.equal, images, other)) and str(targets) == str(other_targets)
+            for image in other:
+                image.zero_()  # an eval method may do what it likes with its batch
+            if kind == "OD":
+                [target["boxes"].zero_() for target in other_targets]
+    assert len(read) == len(data.val.dataset) == len(set(read))
+    del read[:]
+    for _ in range(2):
+        plain_images(data, 1 << 20, 0, "fit")
+    assert len(read) == len(set(read)) == len(data.plain.dataset)
+    del read[:]
+    for _ in range(2):
+        list(data.train)
+    assert len(read) > len(set(read)), "augmented images are never the same"
+
+
+def test_no_more_than_the_given_bytes_stay_in_memory(tmp_path, monkeypatch):
+    write_classification(tmp_path, "cars_CL", classes=2, images=4)
+    size = opened(classifier_task(), tmp_path).val.dataset[0][0].nbytes
+    data = opened(classifier_task(), tmp_path, cache_bytes=2 * (3 * size + 1))  # half of it is for train
+    read = counted(monkeypatch)
+    first, second = (torch.cat([images for images, _ in data.val]) for _ in range(2))
+    assert len(read) == 8 + 5 and torch.equal(first, second)
+
+
+def test_a_sample_of_val_depends_on_its_index_alone(tmp_path):
+    """Whether its neighbours come from memory or not, and in whatever batches it is asked for."""
+    write_classification(tmp_path, "cars_CL", classes=2, images=4)
+    task = classifier_task(val=random_transform)
+    data = opened(task, tmp_path, cache_bytes=1 << 20)
+    data.val.dataset[2]
+    plain = opened(task, tmp_path, batch_size=1)
+    assert torch.equal(torch.cat([x for x, _ in data.val]), torch.cat([x for x, _ in plain.val]))
+
+
+def test_plain_images_come_in_large_batches_where_they_are_of_one_size(tmp_path):
+    write_classification(tmp_path, "cars_CL", classes=2, images=4)
+    data = opened(classifier_task(), tmp_path, batch_size=3)
+    pixels = data.plain.dataset[0][0][0].numel()
+    small, large = (plain_images(data, 8 * pixels, 0, "fit", batch_pixels=p) for p in (0, 7 * pixels))
+    assert [len(batch) for batch in small] == [6, 2] and [len(batch) for batch in large] == [7, 1]
+    assert torch.equal(torch.cat(small), torch.cat(large))
+    for split in ("train", "val"):
+        write_detection_split(tmp_path / "vans_OD" / split, {"a": None, "b": None, "c": None})
+    data = opened(detector_task("vans_pico"), tmp_path, batch_size=1)
+    assert [len(batch) for batch in plain_images(data, 600, 0, "fit", batch_pixels=600)] == [3]
+    save_image(tmp_path / "vans_OD" / "train" / "images" / "a.png", size=(30, 10))
+    assert [len(batch) for batch in plain_images(data, 900, 0, "fit", batch_pixels=900)] == [1, 1, 1]
 
 
 def test_transforms_that_cannot_be_pickled_load_in_the_main_process(tmp_path, caplog):

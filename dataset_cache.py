@@ -1,0 +1,42 @@
+"""Samples that stay in memory once they were read: those of splits in which nothing is drawn."""
+
+import copy
+from typing import Any
+
+import torch
+from torch.utils.data import get_worker_info
+
+
+class SampleCache:
+    """Samples by index, up to `limit` bytes of tensors together; what comes after that is read again each time.
+
+    A loader process has a cache of its own, of its share of the bytes: nothing that is kept is sent to it. What `get`
+    returns is a copy, which may be changed.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.num_bytes = limit, 0
+        self.samples: dict[int, tuple] = {}
+
+    def get(self, index: int) -> tuple | None:
+        sample = self.samples.get(index)
+        return None if sample is None else copy.deepcopy(sample)
+
+    def put(self, index: int, sample: tuple) -> None:
+        worker = get_worker_info()
+        limit = self.limit // worker.num_workers if worker is not None else self.limit
+        size = _bytes_of(sample)
+        if index not in self.samples and self.num_bytes + size <= limit:
+            self.samples[index] = copy.deepcopy(sample)
+            self.num_bytes += size
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"limit": self.limit, "num_bytes": 0, "samples": {}}
+
+
+def _bytes_of(value: Any) -> int:
+    if torch.is_tensor(value):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(_bytes_of, value.values()))
+    return sum(map(_bytes_of, value)) if isinstance(value, (tuple, list)) else 0
