@@ -1,13 +1,15 @@
 """The adaptive strategy: everything at once, back off where a task stays below target, then fill in.
 
-The first jump ties all groups that one set of weights is predicted to serve. The second leaves out those that hurt
+The first jump ties all groups that one set of weights is predicted to serve. (Layers that read the images themselves
+are tied even if they are not: they are given the weights of the task that is at most risk, and what follows them in the
+other tasks is fitted to that.) The second leaves out those that hurt
 most for what they save, up to a five-hundredth of the saving (early layers, as a rule: their few bytes spoil the input
 of all that follows). Where that fails as well, the groups that hurt a failing task most for what they save are released
 *for that task* (a group splits: the others go on sharing) and the rest is tried, with more released each time. Once
 every target is met, what was held back or released is tried, the largest savings first, in parts that are halved when
-they fail; if much is missing then, the same at a price (sharing/low_rank.py). Up to here weights are fitted in closed
-form and not trained, which takes seconds. What is missing still is filled in with training, in the same way: at a
-price, and then without, until nothing is left. No trial is made twice.
+they nearly work; if much is missing then, the same at a price (sharing/low_rank.py). Up to here weights are fitted in
+closed form and not trained, which takes seconds. What is missing still is filled in with training, in parts that are
+halved when they fail: at a price, and then without, until nothing is left. No trial is made twice.
 """
 
 import hashlib
@@ -15,7 +17,17 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from sharing.groups import Configuration, Group, find_groups, from_plain, joined, ordered, saved_bytes, to_plain
+from sharing.groups import (
+    Configuration,
+    Group,
+    find_groups,
+    find_layers,
+    from_plain,
+    joined,
+    ordered,
+    saved_bytes,
+    to_plain,
+)
 from sharing.low_rank import rank_at, residual_bytes
 from sharing.strategy import NONE, Adopting, Harm, Ratios
 
@@ -26,6 +38,7 @@ HELD_BACK = 0.002  # of the possible saving: what the jump leaves out at most, b
 HOPELESS = 0.25  # predicted harm of a group from which it is left to training (benchmarks/LOG.md)
 HOPELESS_SHARE = 0.25  # of the possible saving: what is left to training from the start at most, the worst first
 WORTH_A_FIT = 0.01  # of the possible saving: smaller parts that a fit does not bring to target are left to training
+SMALLEST_PART = 0.25  # of what was missing before it was filled in: the same (benchmarks/LOG.md)
 WORTH_A_PRICE = 0.03  # of the possible saving: if less is missing, it is left to training without residuals
 JUMP, BACK_OFF, FILL, TRAIN, DONE = "jump", "back off", "fill in", "fill in with training", "done"
 PRICED, TRAIN_PRICED = "fill in at a price", "fill in at a price with training"
@@ -43,11 +56,15 @@ class Adaptive(Adopting):
         self.hopeless: Configuration = ()  # what the first jump leaves out
         self.held_back: Configuration = ()  # what the second leaves out, should the first fail
         self.foreseen: list[float] = []  # predicted harm of each of `groups` for the task that it hurts most
+        first = {name: next(iter(find_layers(model)), None) for name, model in models.items()}
+        self.stems = [all(first[o.task].name == o.layer for o in group.occurrences) for group in self.groups]
+        self.frailest: str | None = None  # the task that all groups together are predicted to hurt most
         self.own: Configuration = ()
         self.phase = JUMP
         self.working: Configuration = ()  # what a failed trial of this descent has left to try, or to train
         self.failures: dict[str, int] = {}  # task -> trials of this descent in which it failed
         self.parts: list[Part] = []  # to fill in, in this order
+        self.smallest = 0.0  # bytes that a part would have to save to be halved without training
         self.tried: set[str] = set()
 
     @property
@@ -95,9 +112,18 @@ class Adaptive(Adopting):
                 return jump
         return None
 
+    def giver_of(self, group: Group) -> str | None:
+        """Stems that no one set of weights is predicted to serve have those of the task at most risk."""
+        for other, is_stem, harm in zip(self.groups, self.stems, self.foreseen, strict=False):
+            if is_stem and harm > HOPELESS and set(group.occurrences) <= set(other.occurrences):
+                return self.frailest if self.frailest in group.tasks else None
+        return None
+
     def foresee(self, harm: Harm) -> None:
         """Chooses what the jumps leave out: what no fit can serve, and of the rest the most harm per byte first."""
         left = HELD_BACK * saved_bytes(self.groups)
+        risk = {task: sum(h for (_, name), h in harm.items() if name == task) for _, task in harm}
+        self.frailest = max(sorted(risk), key=risk.__getitem__, default=None)
         worst = {group: max(harm.get((group, task), 0.0) for task in group.tasks) for group in self.groups}
         self.foreseen = list(worst.values())
         held = self._hopeless(worst)
@@ -113,7 +139,7 @@ class Adaptive(Adopting):
         left = HOPELESS_SHARE * saved_bytes(self.groups)
         chosen = []
         for group in sorted(worst, key=lambda group: (-worst[group], group.occurrences)):
-            if worst[group] > HOPELESS and group.saved_bytes <= left:
+            if worst[group] > HOPELESS and group.saved_bytes <= left and self.giver_of(group) is None:
                 chosen.append(group)
                 left -= group.saved_bytes
         return chosen
@@ -130,7 +156,7 @@ class Adaptive(Adopting):
             else:
                 self._begin_filling(FILL)
         elif self.phase in FOLLOWING:
-            self._give_up_part(met)
+            self._give_up_part(met, ratios)
             while self.phase in (FILL, PRICED, TRAIN_PRICED) and not self.parts:
                 self._begin_filling(FOLLOWING[self.phase])
             if self.phase in (TRAIN_PRICED, TRAIN) and self.parts and self._filled(self.parts[0]) == trial:
@@ -154,6 +180,7 @@ class Adaptive(Adopting):
         """One part of all that is missing; at a price only where it is worth it."""
         part = self._missing(phase)
         self.phase, self.parts, self.working = phase, [part] if part else [], ()
+        self.smallest = max(WORTH_A_FIT * saved_bytes(self.groups), SMALLEST_PART * self._gain(part))
         if phase in (PRICED, TRAIN_PRICED) and self._gain(part) < WORTH_A_PRICE * saved_bytes(self.groups):
             self.parts = []
 
@@ -170,10 +197,14 @@ class Adaptive(Adopting):
             left_out = [group for group, priced in zip(self.groups, self.priced, strict=True) if not priced.rank]
         return {i: tasks for i, tasks in missing.items() if tasks and self.groups[i] not in left_out}
 
-    def _give_up_part(self, met: Collection[str]) -> None:
-        """Puts two smaller parts in the place of the first: the tasks that failed apart, or else half of the groups."""
+    def _give_up_part(self, met: Collection[str], ratios: Ratios = NONE) -> None:
+        """Puts two smaller parts in the place of the first: the tasks that failed apart, or else half of the groups.
+
+        What is far from its targets after a fit, or small, is left to the phases that follow.
+        """
         part = self.parts.pop(0)
-        if self.phase in (FILL, PRICED) and self._gain(part) < WORTH_A_FIT * saved_bytes(self.groups):
+        is_far = any(ratio < NEAR for ratio in ratios.values())
+        if self.phase in (FILL, PRICED) and (is_far or self._gain(part) < self.smallest):
             return
         good = {i: tuple(t for t in tasks if t in met) for i, tasks in part.items()}
         bad = {i: tuple(t for t in tasks if t not in met) for i, tasks in part.items()}
@@ -218,21 +249,24 @@ class Adaptive(Adopting):
             "hopeless": to_plain(self.hopeless),
             "held_back": to_plain(self.held_back),
             "foreseen": self.foreseen,
+            "frailest": self.frailest,
             "own": to_plain(self.own),
             "phase": self.phase,
             "working": to_plain(self.working),
             "failures": self.failures,
             "parts": [[[index, list(tasks)] for index, tasks in part.items()] for part in self.parts],
+            "smallest": self.smallest,
             "tried": sorted(self.tried),
             "adopted": to_plain(self.adopted),
         }
 
     def load_state(self, state: dict) -> None:
         self.hopeless, self.held_back = from_plain(state.get("hopeless", [])), from_plain(state["held_back"])
-        self.foreseen = list(state["foreseen"])
+        self.foreseen, self.frailest = list(state["foreseen"]), state.get("frailest")
         self.own, self.working = from_plain(state["own"]), from_plain(state["working"])
         self.phase, self.failures = state["phase"], dict(state["failures"])
         self.parts = [{index: tuple(tasks) for index, tasks in part} for part in state["parts"]]
+        self.smallest = state.get("smallest", 0.0)
         self.tried, self.adopted = set(state["tried"]), from_plain(state["adopted"])
 
 

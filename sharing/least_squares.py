@@ -24,7 +24,8 @@ from sharing.layer_rows import (
 from sharing.low_rank import LowRank, residual_of
 from sharing.ridge import solve_ridge, solve_weighted
 
-RIDGE = 0.1  # measured with benchmarks/initial_weights.py; strangers want more than models of one ancestor
+RIDGE = 0.1  # measured with benchmarks/initial_weights.py; less of it where rows abound (benchmarks/LOG.md)
+LEAST_RIDGE = 0.1  # of that
 MAX_SYSTEM = 5000  # unknowns of the largest system that is solved
 MAX_ROWS_BYTES = 1 << 30  # of the rows that are held at a time
 ROWS_PER_INPUT = (
@@ -67,10 +68,11 @@ def fit_least_squares(
         sum_t task_weights_t ||X_t W - Y_t||^2 / ||Y_t||^2 + ridge ||W - W0||^2
 
     where Y_t is what the layer puts out in the teacher (the unmerged model), X_t what goes into it in the tied model,
-    W0 the values it has now, and ridge counts in units of the mean squared input. Where each task normalises the
-    layer's outputs itself, their means and scales are free: X_t and Y_t are centred, every channel of Y_t is brought to
-    the same scale in all tasks and counts by the square of its gain in the task's normalisation; then that gain is
-    lowered where the fit is bad. Low-rank residuals (sharing/low_rank.py) are fitted to what is then left over.
+    W0 the values it has now, and ridge counts in units of the mean squared input (less where there are many rows).
+    Where each task normalises the layer's outputs itself, their means and scales are free: X_t and Y_t are centred,
+    every channel of Y_t is brought to the same scale in all tasks and counts by the square of its gain in the task's
+    normalisation; then that gain is lowered where the fit is bad. Low-rank residuals (sharing/low_rank.py) are fitted
+    to what is then left over.
 
     models: tied already. images: batches per task, without labels. own_inputs: X_t is what goes into the layer in the
     teacher instead. num_stages: the layers are fitted in blocks by depth; each sees inputs collected behind the blocks
@@ -178,6 +180,7 @@ def fit_group(
     start = matrix_of(layer)
     residuals = {task: r.y - r.x @ start for task, r in sampled.items()}
     inputs = [r.x for r in sampled.values()]
+    ridge *= min(1.0, max(LEAST_RIDGE, 2 * inputs[0].shape[2] / sum(x.shape[1] for x in inputs)))
     change, ridge = solve_weighted(inputs, list(residuals.values()), _shares(weights), ridge)
     set_matrix(layer, start + change)
     left = {task: r - sampled[task].x @ change for task, r in residuals.items()}

@@ -38,6 +38,9 @@ class Strategy(Protocol):
         it, if the strategy uses it.
         """
 
+    def giver_of(self, group: Group) -> str | None:
+        """The task whose own weights a group is given, where they are not to be fitted to all of its tasks."""
+
     def adopt(self, kept: Configuration) -> None: ...
 
     def state(self) -> dict: ...
@@ -53,6 +56,9 @@ class Adopting:
 
     def foresee(self, harm: Harm) -> None:
         pass
+
+    def giver_of(self, group: Group) -> str | None:
+        return None
 
     def adopt(self, kept: Configuration) -> None:
         self.adopted = kept

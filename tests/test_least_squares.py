@@ -77,14 +77,16 @@ def test_it_is_the_minimum_of_the_weighted_relative_errors():
     torch.manual_seed(0)
     models, teachers, groups = tied(a_x=nn.Linear(6, 4), b_x=nn.Linear(6, 4))
     start, images = matrix_of(models["a_x"]), {t: [torch.rand(50, 6)] for t in models}
-    fit_least_squares(models, teachers, groups, images, generator=generator(), task_weights={"a_x": 5.0}, ridge=0.1)
+    options = {"generator": generator(), "task_weights": {"a_x": 5.0}, "ridge": 0.1}
+    (fit,) = fit_least_squares(models, teachers, groups, images, **options).values()
+    assert fit.ridge == pytest.approx(0.1 * 2 * 7 / 100)  # less of it where rows abound: 7 inputs, 100 rows
     found = matrix_of(models["a_x"]).requires_grad_()
     rows = {t: collect_rows(teachers[t], {"": 500}, images[t], generator())[""] for t in models}
     energy = {t: r.y.square().sum() for t, r in rows.items()}
     weights = {"a_x": 5.0, "b_x": 1.0}
     scale = sum(weights[t] * r.x.square().sum() / energy[t] for t, r in rows.items()) / 7
     errors = sum(weights[t] * (r.x @ found - r.y).square().sum() / energy[t] for t, r in rows.items())
-    (errors + 0.1 * scale * (found - start).square().sum()).backward()
+    (errors + fit.ridge * scale * (found - start).square().sum()).backward()
     assert found.grad.abs().max() < 1e-4
 
 

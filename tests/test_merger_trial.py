@@ -68,6 +68,22 @@ def test_fitted_weights_come_near_to_what_each_task_could(run):
     assert fitted == merger_trial.standings(run, run.tasks), "what is returned is what the models are now"
 
 
+def test_a_stem_may_be_given_by_one_task_and_the_rest_is_fitted_to_it(run, monkeypatch):
+    stem = next(group for group in run.groups if group.occurrences[0].layer == "conv1" and len(group.tasks) > 1)
+    monkeypatch.setattr(run.strategy, "giver_of", lambda group: "south_pico" if group == stem else None)
+    retie(run.models, (), run.groups, run.unmerged, "mean")
+    before = state_of(run)
+    merger_trial.fit_weights(run, run.groups, run.tasks)
+    giver = run.unmerged["south_pico"]
+    for o in stem.occurrences:
+        layer, norm = (run.models[o.task].get_submodule(name) for name in (o.layer, "bn1"))
+        assert torch.equal(layer.weight, giver.conv1.weight) and torch.equal(norm.weight, giver.bn1.weight)
+    assert is_tied(run.models, stem) and not same({k: v for k, v in before.items() if "conv2" in k}, state_of(run))
+    run.models.load_state_dict(before)
+    merger_trial.fit_weights(run, (stem,), run.tasks)
+    assert not torch.equal(run.models["south_pico"].conv1.weight, giver.conv1.weight), "nothing could be fitted to it"
+
+
 def test_fits_depend_on_the_seed_alone(run):
     retie(run.models, (), run.groups, run.unmerged, "mean")
     start, states = state_of(run), []

@@ -222,6 +222,53 @@ def test_what_no_fit_can_serve_is_left_to_training():
     assert saved_bytes(strategy.held_back) <= 0.26 * saved_bytes(groups), "not all is hopeless at once"
 
 
+def test_a_stem_that_no_fit_can_serve_is_given_the_weights_of_the_task_at_most_risk():
+    models = workload(9, 9, 9)
+    strategy = Adaptive(models)
+    stem, *others = sorted(find_groups(models), key=lambda group: group.occurrences[0].layer != "conv1")
+    harm = {(group, task): 0.2 if task == "task1_x" else 0.1 for group in others for task in group.tasks}
+    strategy.foresee(harm | {(stem, task): 0.9 if task == "task0_x" else 0.2 for task in stem.tasks})
+    again = Adaptive(models)
+    again.load_state(json.loads(json.dumps(strategy.state())))
+    for each in (strategy, again):
+        assert stem in each.propose() and stem not in each.hopeless
+        assert each.giver_of(stem) == "task1_x", "of all layers together"
+        assert each.giver_of(stem.restricted_to({"task0_x", "task1_x"})) == "task1_x"
+        assert each.giver_of(stem.restricted_to({"task0_x", "task2_x"})) is None
+        assert [each.giver_of(group) for group in others] == [None] * len(others)
+    strategy.foresee(harm | {(stem, task): 0.2 for task in stem.tasks})
+    assert strategy.giver_of(stem) is None, "this one can be fitted"
+    deep = others[0]
+    strategy.foresee({key: 0.9 if key[0] == deep else 0.1 for key in harm} | {(stem, t): 0.1 for t in stem.tasks})
+    assert strategy.giver_of(deep) is None and deep in strategy.hopeless, "what is before it would not be fitted to it"
+
+
+@pytest.mark.parametrize("ratio, halved", [(0.5, False), (0.95, True)])
+def test_a_part_that_is_far_from_its_targets_is_not_halved_without_training(ratio, halved):
+    strategy = Adaptive(workload(3, 3))
+    everything = strategy.propose()
+    strategy.hopeless = tuple(everything[len(everything) // 2 :])
+    strategy.record(True, tasks_in(strategy.propose()))
+    assert strategy.phase == "fill in" and strategy.propose() == everything
+    strategy.record(False, set(), {task: ratio for task in tasks_in(everything)})
+    assert (strategy.phase == "fill in") == halved
+    assert strategy.prefers_release == halved and (strategy.propose() == everything) != halved
+
+
+def test_parts_smaller_than_a_share_of_what_was_missing_are_not_halved_without_training():
+    strategy = Adaptive(workload(20, 20))
+    everything = strategy.propose()
+    strategy.hopeless = everything[:1] + everything[3:]
+    strategy.record(True, tasks_in(strategy.propose()))
+    missing, gains = saved_bytes(everything) - saved_bytes(strategy.kept), []
+    while strategy.phase == "fill in":
+        gains.append(saved_bytes(strategy.propose()) - saved_bytes(strategy.kept))
+        strategy.record(False, set(), {task: 0.99 for task in tasks_in(everything)})
+    assert gains[0] == missing and len(gains) < len(strategy.hopeless), "not every layer on its own"
+    for gain, after in zip(gains, gains[1:], strict=False):
+        assert gain >= missing / 4 or after != gain - after
+
+
 def test_training_goes_on_from_a_small_part_that_was_fitted(monkeypatch):
     monkeypatch.setattr("sharing.adaptive.WORTH_A_FIT", 0.5)
     strategy = Adaptive(workload(1, 1))
