@@ -5,8 +5,8 @@
 
 The weights are random: this shows that the parts fit each other, not what a trained detector recovers. Each model is
 built twice; the second has the weights of the first with noise on them, as if both came from one ancestor. A cell says
-what was measured, or why it could not be. Prints one row per model; exit code 1 if anything failed but training of
-models whose losses need more than boxes.
+what was measured, or why it could not be. Prints a line per model as it is done, and the table; exit code 1 if anything
+failed but training of models whose losses need more than boxes.
 """
 
 import argparse
@@ -188,8 +188,11 @@ def main(arguments: list[str] | None = None) -> int:
     names = parser.parse_args(arguments).names or everything
     if unknown := set(names) - set(everything):
         parser.error(f"names: got {', '.join(sorted(unknown))}; allowed: {', '.join(everything)}")
-    found = [tried(name) for name in tqdm(names, unit="model", leave=False, disable=None)]
-    print(table(HEADER, [cells for cells, _ in found]))
+    found = []
+    for name in tqdm(names, unit="model", leave=False, disable=None):
+        found.append(tried(name))
+        tqdm.write(": ".join([name, ", ".join(found[-1][0][1:])]))  # the table comes after what may be an hour
+    print("\n" + table(HEADER, [cells for cells, _ in found]))
     return 0 if all(good for _, good in found) else 1
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import detectors, harm, initial_weights
+from benchmarks import detectors, harm, initial_weights, reading
 from benchmarks.probes import Probe, load_split, ranks, spearman, take
+from dataset_folders import find_dataset, open_split
 from sharing.groups import find_groups
 from sharing.tying import is_tied
 
@@ -82,10 +83,26 @@ def test_a_detector_that_cannot_be_built_is_a_row_too(monkeypatch, capsys):
 
     monkeypatch.setattr(detectors, "build", build)
     assert detectors.main(["fcos_model", "yolov3"]) == 1
-    assert capsys.readouterr().out.count("FAILED: ValueError: no such part") == 2
+    assert capsys.readouterr().out.count("FAILED: ValueError: no such part") == 4, "when it is done, and in the table"
 
 
 def test_a_detector_that_there_is_not_is_refused(capsys):
     with pytest.raises(SystemExit):
         detectors.main(["resnet50"])
     assert "got resnet50; allowed: " in capsys.readouterr().err
+
+
+def test_reading_is_measured_for_classifiers_and_detectors(tasks, datasets):
+    for task in tasks.values():
+        cells = reading.row_of(task, [datasets], 4)
+        assert len(cells) == len(reading.HEADER) and cells[0] == task.name
+        image = open_split(task, find_dataset(task, [datasets]), "val")[0][0]
+        assert cells[2] == f"{image.shape[2]} x {image.shape[1]}"
+        decode, transform, memory, forward = (float(cell.removesuffix(" ms")) for cell in cells[3:7])
+        assert decode > 0 and forward > 0 and transform >= 0 and memory >= 0
+
+
+def test_a_broken_workload_is_listed_instead_of_measured(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def create_model_dict():\n    return {'a b': {}}\n")
+    assert reading.main(["--workload", str(tmp_path / "mine.py"), "--datasets", str(tmp_path)]) == 2
+    assert "a b" in capsys.readouterr().err
