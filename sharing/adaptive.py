@@ -32,6 +32,7 @@ from sharing.low_rank import rank_at, residual_bytes
 from sharing.strategy import NONE, Adopting, Harm, Ratios
 
 NEAR = 0.93  # of its target: from here on a task that fails needs little
+FAR = 0.8  # of its target: below, halving twice would not be enough, if the harm halves along (benchmarks/LOG.md)
 # Of the bytes that it shares; twice as much each time it fails again.
 RELEASED_WHEN_NEAR, RELEASED_WHEN_FAR = 0.03, 0.25
 HELD_BACK = 0.002  # of the possible saving: what the jump leaves out at most, but for what is hopeless
@@ -203,7 +204,7 @@ class Adaptive(Adopting):
         What is far from its targets after a fit, or small, is left to the phases that follow.
         """
         part = self.parts.pop(0)
-        is_far = any(ratio < NEAR for ratio in ratios.values())
+        is_far = any(ratio < FAR for ratio in ratios.values())
         if self.phase in (FILL, PRICED) and (is_far or self._gain(part) < self.smallest):
             return
         good = {i: tuple(t for t in tasks if t in met) for i, tasks in part.items()}
