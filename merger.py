@@ -309,6 +309,16 @@ def _try(run: Run, before: Configuration, proposal: Configuration, trained: Mapp
     if run.undo is None:
         run.undo = take_snapshot(container)
     retie(run.models, run.working or before, proposal, run.unmerged, rule_of(run.initial_weights))
+    try:
+        return _recover(run, before, proposal, trained)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Outcome(OUT_OF_MEMORY, {name: 0.0 for name in trained}, (), 0, 0)
+
+
+def _recover(run: Run, before: Configuration, proposal: Configuration, trained: Mapping[str, Task]) -> Outcome:
+    """What is tied as proposed is fitted, then trained, as far as the strategy asks for either."""
     options, fitted = run.training, {}
     if run.in_flight is None and run.initial_weights == LEAST_SQUARES:
         fitted = _fit(run, before, proposal, trained)
@@ -331,10 +341,6 @@ def _try(run: Run, before: Configuration, proposal: Configuration, trained: Mapp
     )
     try:
         return recover(run.models, trained, run.data, options, around, teachers)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return Outcome(OUT_OF_MEMORY, {name: 0.0 for name in trained}, (), 0, 0)
     finally:
         for teacher in teachers.values():
             teacher.close()

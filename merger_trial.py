@@ -19,6 +19,7 @@ from sharing.matching import BY_WEIGHTS
 from sharing.statistics import is_frozen, match_statistics
 from sharing.tying import reset, restore_snapshot, retie, take_snapshot
 from trainer import evaluate
+from trainer_batches import is_out_of_memory
 from trainer_progress import Standing
 from workload import CLASSIFICATION, DETECTION, Task
 
@@ -36,6 +37,7 @@ PRICE_OF = {"adaptive": 0.125}  # what a residual may cost, where a strategy has
 MAX_PRICE = 0.45  # from a half on, two tasks would save nothing by sharing
 FIT_PIXELS = 320 * 96 * 96  # of the images per task that weights are fitted on (benchmarks/LOG.md)
 DETECTION_SHARE = 0.5  # of the pixels, for detectors (benchmarks/LOG.md)
+FEWEST_PIXELS = FIT_PIXELS // 16  # where memory is short
 FIT_POSITIONS = 4096  # rows per layer and task
 MORE_IMAGES = 4  # times as many, where there would be fewer rows than half the inputs (benchmarks/LOG.md)
 MAX_FITS = 3
@@ -102,10 +104,24 @@ def fit_weights(
     groups are fitted again with other weights of the tasks; what came nearest to all targets is kept. Returns where
     each trained task then is.
     """
-    groups = _given(run, groups)
-    images, asked = _ask(run, groups)
+    groups, num_pixels = _given(run, groups), FIT_PIXELS
     container = nn.ModuleDict({name: run.models[name] for name in trained})
-    before, best, reached = state_of(container), {}, dict.fromkeys(trained, Standing(0.0))
+    before = state_of(container)
+    while True:
+        try:
+            return _fit_on(run, groups, container, before, num_pixels, max_fits)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or num_pixels <= FEWEST_PIXELS:
+                raise
+            num_pixels //= 2
+            log.warning("out of memory; weights are fitted again, on %d pixels a task", num_pixels)
+
+
+def _fit_on(run: "Run", groups, container: nn.ModuleDict, before: dict, num_pixels: int, max_fits: int):
+    """`fit_weights` of the container's tasks, from the state `before`, on so many pixels a task."""
+    trained = {name: run.tasks[name] for name in container}
+    images, asked = _ask(run, groups, num_pixels)
+    best, reached = {}, dict.fromkeys(trained, Standing(0.0))
     balance = Balance(images)
     for attempt in range(max_fits):
         container.load_state_dict(before)
@@ -140,14 +156,14 @@ def _given(run: "Run", groups: Configuration) -> Configuration:
     return tuple(fitted)
 
 
-def _ask(run: "Run", groups: Configuration) -> tuple[dict[str, list], Asked]:
+def _ask(run: "Run", groups: Configuration, num_pixels: int) -> tuple[dict[str, list], Asked]:
     """Images to fit groups on, and what the teachers say to them; more where a layer has far fewer rows than inputs.
 
     Layers deep in a network put out a few positions an image: a fit with few rows for its unknowns remembers them.
     """
     purpose = ("fit", len(run.rounds))
     for times in (1, MORE_IMAGES):
-        images = _images(run, groups, times * FIT_PIXELS, *purpose)
+        images = _images(run, groups, times * num_pixels, *purpose)
         source = generator(run.seed, *purpose)
         asked = ask_teachers(run.unmerged, groups, images, generator=source, positions=FIT_POSITIONS)
         if not is_short_of_rows(run.unmerged, groups, asked, FIT_POSITIONS):

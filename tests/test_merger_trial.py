@@ -121,6 +121,52 @@ def test_the_better_of_two_fits_is_kept(run, monkeypatch):
     assert sum(given[1].values()) == pytest.approx(3.0)
 
 
+def test_a_fit_that_does_not_fit_the_memory_is_made_on_fewer_images(run, monkeypatch, caplog):
+    retie(run.models, (), run.groups, run.unmerged, "mean")
+    start, asked_for = state_of(run), []
+    images_of, fit = merger_trial.plain_images, merger_trial.fit_in_lockstep
+
+    def plain_images(data, num_pixels, *more, **options):
+        asked_for.append(num_pixels)
+        return images_of(data, num_pixels, *more, **options)
+
+    def short_of_memory(models, *more, **options):
+        if len(asked_for) <= 2 * len(run.tasks):
+            with torch.no_grad():
+                models["north_pico"].conv2.weight += 1  # it had begun
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return fit(models, *more, **options)
+
+    monkeypatch.setattr(merger_trial, "MORE_IMAGES", 1)
+    monkeypatch.setattr(merger_trial, "is_short_of_rows", lambda *more: False)
+    monkeypatch.setattr(merger_trial, "plain_images", plain_images)
+    monkeypatch.setattr(merger_trial, "fit_in_lockstep", short_of_memory)
+    merger_trial.fit_weights(run, run.groups, run.tasks)
+    first, second, third = asked_for[:: len(run.tasks)]
+    assert first == 2 * second == 4 * third and "out of memory" in caplog.text
+    found = state_of(run)
+    run.models.load_state_dict(start)
+    monkeypatch.setattr(merger_trial, "fit_in_lockstep", fit)
+    monkeypatch.setattr(merger_trial, "FIT_PIXELS", merger_trial.FIT_PIXELS // 4)
+    merger_trial.fit_weights(run, run.groups, run.tasks)
+    assert same(found, state_of(run)), "as if it had begun with these"
+    monkeypatch.setattr(merger_trial, "fit_in_lockstep", lambda *more, **options: [].missing)
+    with pytest.raises(AttributeError):
+        merger_trial.fit_weights(run, run.groups, run.tasks)
+
+
+def test_a_trial_whose_fit_never_fits_the_memory_is_undone(run, monkeypatch):
+    def fit(*more, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(merger_trial, "fit_in_lockstep", fit)
+    merger.preflight(run)
+    before = state_of(run)
+    manifest = merger.merge(run)
+    assert manifest["memory"]["saved_bytes"] == 0 and all(not record["kept"] for record in manifest["run"]["rounds"])
+    assert same(before, state_of(run))
+
+
 def test_balance_moves_weight_to_what_lacks_and_learns_how_much_it_takes():
     balance = merger_trial.Balance(["a", "b"])
     assert balance.update({"a": 0.96, "b": 1.04}) == pytest.approx(1.0)
