@@ -26,6 +26,7 @@ from sharing.ridge import solve_ridge, solve_weighted
 
 RIDGE = 0.1  # measured with benchmarks/initial_weights.py; less of it where rows abound (benchmarks/LOG.md)
 LEAST_RIDGE = 0.1  # of that
+ROWS_PER_IMAGE = 16  # that say something of their own; further ones of the same image resemble these
 MAX_SYSTEM = 5000  # unknowns of the largest system that is solved
 MAX_ROWS_BYTES = 1 << 30  # of the rows that are held at a time
 ROWS_PER_INPUT = (
@@ -68,7 +69,7 @@ def fit_least_squares(
         sum_t task_weights_t ||X_t W - Y_t||^2 / ||Y_t||^2 + ridge ||W - W0||^2
 
     where Y_t is what the layer puts out in the teacher (the unmerged model), X_t what goes into it in the tied model,
-    W0 the values it has now, and ridge counts in units of the mean squared input (less where there are many rows).
+    W0 the values it has now, and ridge counts in units of the mean squared input (less with rows of many images).
     Where each task normalises the layer's outputs itself, their means and scales are free: X_t and Y_t are centred,
     every channel of Y_t is brought to the same scale in all tasks and counts by the square of its gain in the task's
     normalisation; then that gain is lowered where the fit is bad. Low-rank residuals (sharing/low_rank.py) are fitted
@@ -88,7 +89,9 @@ def fit_least_squares(
         block = order[stage * len(order) // num_stages : (stage + 1) * len(order) // num_stages]
         for part in _parts(models, block, positions):
             rows = _collect(models, teachers, part, images, positions, generator, own_inputs)
-            fits |= {group: fit_group(models, group, rows, task_weights, ridge) for group in part}
+            for group in part:
+                num_images = sum(len(batch) for task in group.tasks for batch in images[task])
+                fits[group] = fit_group(models, group, rows, task_weights, ridge, num_images)
         if after_stage is not None:
             after_stage(stage)
     return fits
@@ -160,8 +163,12 @@ def fit_group(
     rows: dict[tuple[str, str], Rows],
     task_weights: Mapping[str, float] | None,
     ridge: float,
+    num_images: int,
 ) -> Fit:
-    """Solves for one group, writes the result into its layer, and takes its rows out of `rows` to free them."""
+    """Solves for one group, writes the result into its layer, and takes its rows out of `rows` to free them.
+
+    num_images: that the rows of all its tasks come from.
+    """
     unseen = [o for o in group.occurrences if o not in rows]
     sampled = {o.task: rows.pop(o) for o in group.occurrences if o in rows}
     if unseen:
@@ -180,7 +187,8 @@ def fit_group(
     start = matrix_of(layer)
     residuals = {task: r.y - r.x @ start for task, r in sampled.items()}
     inputs = [r.x for r in sampled.values()]
-    ridge *= min(1.0, max(LEAST_RIDGE, 2 * inputs[0].shape[2] / sum(x.shape[1] for x in inputs)))
+    num_rows = min(sum(x.shape[1] for x in inputs), ROWS_PER_IMAGE * num_images)
+    ridge *= min(1.0, max(LEAST_RIDGE, 2 * inputs[0].shape[2] / num_rows))
     change, ridge = solve_weighted(inputs, list(residuals.values()), _shares(weights), ridge)
     set_matrix(layer, start + change)
     left = {task: r - sampled[task].x @ change for task, r in residuals.items()}

@@ -188,4 +188,5 @@ class _Pass:
             x = torch.cat([self.x.pop((party, o.layer)) for party in parties], 1)
             y = torch.cat([s.y for party in parties for s in self.samples[party].pop(o.layer)], 1)
             rows[o.task, o.layer] = Rows(x, y)
-        self.fits[group] = fit_group(self.models, group, rows, self.task_weights, self.ridge)
+        num_images = sum(len(self.batches[party]) for party in self.parties(group))
+        self.fits[group] = fit_group(self.models, group, rows, self.task_weights, self.ridge, num_images)

@@ -112,7 +112,7 @@ def test_a_residual_takes_up_what_the_shared_weights_leave_over():
         if rank:
             group = group.at_price(rank, residual_bytes(models["a"][0], rank))
         retie(models, (), (group,), copy.deepcopy(models))
-        fit = fit_group(models, group, {(n, "0"): r for n, r in rows.items()}, None, 1e-6)
+        fit = fit_group(models, group, {(n, "0"): r for n, r in rows.items()}, None, 1e-6, 800)
         errors.append(sum(fit.after.values()))
         for name, (x, y) in rows.items():
             left = (models[name](x).detach() - y).square().sum() / y.square().sum()
