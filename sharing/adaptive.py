@@ -207,16 +207,18 @@ class Adaptive(Adopting):
         is_far = any(ratio < FAR for ratio in ratios.values())
         if self.phase in (FILL, PRICED) and (is_far or self._gain(part) < self.smallest):
             return
-        good = {i: tuple(t for t in tasks if t in met) for i, tasks in part.items()}
-        bad = {i: tuple(t for t in tasks if t not in met) for i, tasks in part.items()}
-        if not any(good.values()) or not any(bad.values()):
+        good, bad = (
+            {i: left for i, tasks in part.items() if (left := tuple(t for t in tasks if (t in met) == is_good))}
+            for is_good in (True, False)
+        )
+        if not bad or self._gain(good) <= 0:  # those that met their targets share nothing without the others
             if len(part) < 2:
+                self.parts += [bad] if good and bad else []
                 return
             indices = sorted(part)  # the largest savings first
             half = (len(indices) + 1) // 2
             good, bad = ({i: part[i] for i in chosen} for chosen in (indices[:half], indices[half:]))
-        halves = [{i: tasks for i, tasks in half.items() if tasks} for half in (good, bad)]
-        self.parts = [halves[0], *self.parts, halves[1]]
+        self.parts = [good, *self.parts, bad]
 
     def _gain(self, part: Part) -> int:
         return saved_bytes(self._filled(part)) - saved_bytes(self.kept)

@@ -255,6 +255,17 @@ def test_a_part_that_is_far_from_its_targets_is_not_halved_without_training(rati
     assert strategy.prefers_release == halved and (strategy.propose() == everything) != halved
 
 
+def test_a_part_that_one_of_two_tasks_refuses_is_halved_by_its_groups():
+    """To leave that task out would leave the other with nobody to share with."""
+    strategy = Adaptive(workload(1, 1))
+    everything = strategy.propose()
+    strategy.hopeless = everything[1:]
+    strategy.record(True, tasks_in(strategy.propose()))
+    strategy.record(False, {"task0_x"}, {"task0_x": 1.0, "task1_x": 0.95})
+    assert strategy.phase == "fill in"
+    assert contains(everything, strategy.propose()) and strategy.kept != strategy.propose() != everything
+
+
 def test_parts_smaller_than_a_share_of_what_was_missing_are_not_halved_without_training():
     strategy = Adaptive(workload(20, 20))
     everything = strategy.propose()
