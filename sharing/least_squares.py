@@ -26,7 +26,7 @@ from sharing.ridge import solve_ridge, solve_weighted
 
 RIDGE = 0.1  # measured with benchmarks/initial_weights.py; less of it where rows abound (benchmarks/LOG.md)
 LEAST_RIDGE = 0.1  # of that
-ROWS_PER_IMAGE = 16  # that say something of their own; further ones of the same image resemble these
+WIDE, ROWS_PER_IMAGE = 1024, 16  # in layers with so many inputs, more rows of one image say little of their own
 MAX_SYSTEM = 5000  # unknowns of the largest system that is solved
 MAX_ROWS_BYTES = 1 << 30  # of the rows that are held at a time
 ROWS_PER_INPUT = (
@@ -69,7 +69,7 @@ def fit_least_squares(
         sum_t task_weights_t ||X_t W - Y_t||^2 / ||Y_t||^2 + ridge ||W - W0||^2
 
     where Y_t is what the layer puts out in the teacher (the unmerged model), X_t what goes into it in the tied model,
-    W0 the values it has now, and ridge counts in units of the mean squared input (less with rows of many images).
+    W0 the values it has now, and ridge counts in units of the mean squared input (less where rows abound).
     Where each task normalises the layer's outputs itself, their means and scales are free: X_t and Y_t are centred,
     every channel of Y_t is brought to the same scale in all tasks and counts by the square of its gain in the task's
     normalisation; then that gain is lowered where the fit is bad. Low-rank residuals (sharing/low_rank.py) are fitted
@@ -187,8 +187,10 @@ def fit_group(
     start = matrix_of(layer)
     residuals = {task: r.y - r.x @ start for task, r in sampled.items()}
     inputs = [r.x for r in sampled.values()]
-    num_rows = min(sum(x.shape[1] for x in inputs), ROWS_PER_IMAGE * num_images)
-    ridge *= min(1.0, max(LEAST_RIDGE, 2 * inputs[0].shape[2] / num_rows))
+    num_inputs, num_rows = inputs[0].shape[2], sum(x.shape[1] for x in inputs)
+    if num_inputs >= WIDE:
+        num_rows = min(num_rows, ROWS_PER_IMAGE * num_images)
+    ridge *= min(1.0, max(LEAST_RIDGE, 2 * num_inputs / num_rows))
     change, ridge = solve_weighted(inputs, list(residuals.values()), _shares(weights), ridge)
     set_matrix(layer, start + change)
     left = {task: r - sampled[task].x @ change for task, r in residuals.items()}

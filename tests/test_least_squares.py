@@ -90,16 +90,17 @@ def test_it_is_the_minimum_of_the_weighted_relative_errors():
     assert found.grad.abs().max() < 1e-4
 
 
-def test_rows_of_few_images_leave_the_ridge_as_it_is(monkeypatch):
+def test_rows_of_few_images_leave_the_ridge_of_wide_layers_as_it_is(monkeypatch):
     ridges = []
-    for rows_per_image in (1, 4, 1000):
+    for rows_per_image, wide in ((1, 4), (4, 4), (1000, 4), (1, 5)):
         monkeypatch.setattr("sharing.least_squares.ROWS_PER_IMAGE", rows_per_image)
+        monkeypatch.setattr("sharing.least_squares.WIDE", wide)
         torch.manual_seed(0)
         models, teachers, groups = tied(a_x=nn.Conv2d(3, 4, 1), b_x=nn.Conv2d(3, 4, 1))
         images = {t: [torch.rand(2, 3, 16, 16)] for t in models}
         (fit,) = fit_least_squares(models, teachers, groups, images, generator=generator(), ridge=0.1).values()
         ridges.append(fit.ridge)
-    assert ridges == pytest.approx([0.1, 0.1 * 2 * 4 / 16, 0.01]), "4 inputs, rows of 4 images"
+    assert ridges == pytest.approx([0.1, 0.1 * 2 * 4 / 16, 0.01, 0.01]), "4 inputs, rows of 4 images"
 
 
 def test_a_task_that_counts_more_is_served_better():
