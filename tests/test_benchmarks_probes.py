@@ -1,4 +1,5 @@
 import copy
+import sys
 
 import pytest
 import torch
@@ -102,7 +103,9 @@ def test_reading_is_measured_for_classifiers_and_detectors(tasks, datasets):
         assert decode > 0 and forward > 0 and transform >= 0 and memory >= 0
 
 
-def test_a_broken_workload_is_listed_instead_of_measured(tmp_path, capsys):
+def test_a_broken_workload_is_listed_instead_of_measured(tmp_path, capsys, monkeypatch):
     (tmp_path / "mine.py").write_text("def create_model_dict():\n    return {'a b': {}}\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "mine", None)  # what is loaded is forgotten again
     assert reading.main(["--workload", str(tmp_path / "mine.py"), "--datasets", str(tmp_path)]) == 2
     assert "a b" in capsys.readouterr().err
