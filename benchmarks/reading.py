@@ -40,7 +40,6 @@ def timed(function: Callable, *arguments: object) -> tuple[float, Any]:
 def row_of(task: Task, roots: list[Path], num_images: int) -> list[str]:
     """The cells of one task."""
     dataset = open_split(task, dataset_manager.find_dataset(task, roots), "val")
-    dataset.cache = SampleCache(1 << 40)
     indices = torch.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).long().tolist()
     times: dict[str, list[float]] = {"decode": [], "read": [], "memory": [], "forward": []}
     stored, given = [], []

@@ -2,10 +2,10 @@
 
 The first jump ties all groups that one set of weights is predicted to serve. (Layers that read the images themselves
 are tied even if they are not: they are given the weights of the task that is at most risk, and what follows them in the
-other tasks is fitted to that.) The second leaves out those that hurt
-most for what they save, up to a five-hundredth of the saving (early layers, as a rule: their few bytes spoil the input
-of all that follows). Where that fails as well, the groups that hurt a failing task most for what they save are released
-*for that task* (a group splits: the others go on sharing) and the rest is tried, with more released each time. Once
+other tasks is fitted to that.) The second leaves out those that hurt most for what they save, up to a five-hundredth of
+the saving (early layers, as a rule: their few bytes spoil the input of all that follows). Where that fails as well, the
+groups that hurt a failing task most for what they save are released *for that task* (a group splits: the others go on
+sharing) and the rest is tried, with more released each time. Once
 every target is met, what was held back or released is tried, the largest savings first, in parts that are halved when
 they nearly work; if much is missing then, the same at a price (sharing/low_rank.py). Up to here weights are fitted in
 closed form and not trained, which takes seconds. What is missing still is filled in with training, in parts that are
