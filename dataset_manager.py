@@ -22,7 +22,17 @@ from dataset_layouts import open_layout
 from environment import derive_seed, generator
 from workload import CLASSIFICATION, Task
 
-__all__ = ["DEFAULT_ROOT", "TaskData", "check", "find_dataset", "open_task", "plain_images", "reseed", "restarted"]
+__all__ = [
+    "DEFAULT_ROOT",
+    "TaskData",
+    "check",
+    "find_dataset",
+    "open_task",
+    "plain_images",
+    "repeats",
+    "reseed",
+    "restarted",
+]
 
 DEFAULT_ROOT = Path(__file__).resolve().parent.parent / "dataset_formation" / "datasets"
 
@@ -143,6 +153,19 @@ def _screen(val: DataLoader, num_images: int) -> DataLoader:
         return val  # a detector's accuracy on images without objects is undefined
     subset = Subset(val.dataset, chosen)
     return DataLoader(subset, sampler=SequentialSampler(subset), batch_size=val.batch_size, collate_fn=val.collate_fn)
+
+
+def repeats(dataset: FolderDataset, num_images: int = 4, num_draws: int = 4) -> bool:
+    """Whether the transform, if it draws at all, has so few outcomes for an image (a flip has two) that they recur."""
+    for index in range(min(num_images, len(dataset))):
+        outcomes: list[Tensor] = []
+        for seed in range(num_draws):
+            image = dataset[(index, seed)][0]
+            if not any(torch.equal(image, other) for other in outcomes):
+                outcomes.append(image)
+        if 2 * len(outcomes) > num_draws:
+            return False
+    return True
 
 
 class ShuffledKeys(Sampler):

@@ -29,6 +29,7 @@ from merger_trial import (
     foresee,
     harm_of,
     line_up,
+    prefixes_of,
     put_back,
     refit_frozen,
     rule_of,
@@ -51,6 +52,7 @@ from sharing.groups import (
 from sharing.low_rank import fold, own_modules
 from sharing.matching import BY_ACTIVATIONS, BY_ORDER, match_groups
 from sharing.memory import distinct_bytes
+from sharing.prefix import Prefix
 from sharing.strategies import STEM, STRATEGIES, Strategy
 from sharing.tying import Snapshot, is_tied, restore_snapshot, retie, take_snapshot
 from trainer import (
@@ -90,6 +92,7 @@ class Run:
     flags: dict  # what the manifest says of how the run was started
     fingerprint: dict  # what must be equal for another run to go on from this one
     matching: str = BY_ORDER  # which layer of a signature pairs with which
+    prefix_bytes: int = 0  # of the memory in which a task's frozen prefix keeps what it puts out
     residual_price: float = 0.0  # what a task may pay for a residual of its own, as a share of the layer's bytes
     say: Callable[[str], None] = print
     per_class: bool = False  # whether what was written is judged class by class as well
@@ -111,6 +114,7 @@ class Run:
     undo: Snapshot | None = None  # of what is kept, while the models hold something else
     in_flight: dict | None = None  # the state of a round to go on from
     permutations: dict[str, dict] = field(default_factory=dict)  # task -> what was permuted, as sharing.alignment.moved
+    prefixes: dict[str, Prefix] = field(default_factory=dict)  # task -> the last one that was frozen
     originals: dict[str, dict] = field(default_factory=dict)  # task -> state of the permuted models as they came
 
     @property
@@ -335,6 +339,7 @@ def _recover(run: Run, before: Configuration, proposal: Configuration, trained: 
         deadline=run.deadline,
         fitted=fitted,
         screen_targets=screen_targets(run, trained),
+        prefixes=prefixes_of(run, trained, proposal) if options.max_epochs else {},
         save=_throttled(partial(save_checkpoint, run)),
         saved=run.in_flight["state"] if run.in_flight else None,
         stop_asked=run.stop_asked,

@@ -5,17 +5,20 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from dataset_manager import plain_images
+from dataset_manager import plain_images, repeats
 from environment import generator
 from losses_distillation import Teacher
 from sharing.alignment import align, moved
+from sharing.cut import find_cut
 from sharing.groups import Configuration, compared_layers, joined
 from sharing.harm import Harm, predict_harm
 from sharing.layer_rows import normalisation_behind
 from sharing.lockstep_fit import Asked, ask_teachers, fit_in_lockstep, is_short_of_rows
 from sharing.matching import BY_WEIGHTS
+from sharing.prefix import Prefix, prefix_of
 from sharing.statistics import is_frozen, match_statistics
 from sharing.tying import reset, restore_snapshot, retie, take_snapshot
 from trainer import evaluate
@@ -47,6 +50,7 @@ USUAL_SLOPE, MIN_SLOPE, MAX_SLOPE = 0.12, 0.08, 0.4  # of a ratio over the logar
 MIN_MOVE, MAX_MOVE = 0.03, 1.1  # of the logarithm of a weight: less tells nothing of the slope, more is a leap
 HARM_METHOD = "fitted_error"  # cheap, and it finds the layers that do real harm (benchmarks/LOG.md)
 HARM_PIXELS = FIT_PIXELS // 4
+IMAGES_OF_A_CUT = 4
 ALIGN_PIXELS = FIT_PIXELS // 8  # "weights" needs images only to check that each model still computes the same
 
 
@@ -261,6 +265,24 @@ def teachers_of(run: "Run", trained: Mapping[str, Task], proposal: Configuration
         for name, task in trained.items()
         if run.training.teaches or not task.labels
     }
+
+
+def prefixes_of(run: "Run", trained: Mapping[str, Task], proposal: Configuration) -> dict[str, Prefix]:
+    """What the trained classifiers compute before their first tied layers, if that is to stay as it is.
+
+    What was kept of it in an earlier trial is used again where it would be the same.
+    """
+    found = {}
+    for name in trained if run.training.freeze_prefix else ():
+        tied = {o.layer for group in proposal for o in group.occurrences if o.task == name}
+        images = plain_images(run.data[name], 0, run.seed, "prefix")[0][:IMAGES_OF_A_CUT]
+        cut = find_cut(run.models[name], tied, images.to(run.device)) if torch.is_tensor(images) else None
+        if cut is not None:
+            prefix = prefix_of(run.models[name], cut, run.prefix_bytes, repeats(run.data[name].train.dataset))
+            known = run.prefixes.get(name)
+            found[name] = known if prefix.is_like(known) else prefix
+    run.prefixes = {**run.prefixes, **found} if run.in_flight is None else {}  # else the weights are yet to be loaded
+    return found
 
 
 def screen_targets(run: "Run", trained: Mapping[str, Task]) -> dict[str, float]:

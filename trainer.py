@@ -22,6 +22,7 @@ from dataset_manager import TaskData, reseed, restarted
 from environment import random_state, seeded, set_random_state
 from losses import task_losses
 from losses_distillation import Teacher
+from sharing.prefix import Prefix, frozen, frozen_modules
 from sharing.statistics import freeze_statistics, reestimate_statistics
 from trainer_batches import Batches, is_out_of_memory, is_worker_death, smaller, split
 from trainer_progress import Progress, Standing, loss_weight
@@ -62,6 +63,9 @@ class TrainingOptions:
     label_weight: float = 1.0  # of the losses from labels
     feature_weight: float = 0.0  # of the difference to the unmerged model's features; 0: not compared
     probability_weight: float = 0.0  # of the difference to the unmerged classifier's class probabilities
+    freeze_prefix: bool = (
+        False  # what a classifier computes before its first tied layer stays as it is (sharing/prefix.py)
+    )
     screening_images: int = 256  # of val, evaluated first; all of it only where these meet the target; 0: none
 
     def batch_size(self, task: Task) -> int:
@@ -114,6 +118,7 @@ class Circumstances:
     fitted: Mapping[str, Standing] = field(default_factory=dict)  # where fitted models are, statistics included; empty:
     # the weights were not fitted
     screen_targets: Mapping[str, float] | None = None  # accuracy on TaskData.screen that makes all of val worth a look
+    prefixes: Mapping[str, Prefix] = field(default_factory=dict)  # of the tasks whose first layers stay as they are
     save: Callable[[dict, bool], None] | None = None  # (state of the round, whether the run ends here)
     saved: dict | None = None  # a state to go on from
     stop_asked: Callable[[], bool] = never  # whether the user asked for an end
@@ -159,7 +164,7 @@ def recover(
     tasks: those whose weights the new ties change; other models of the workload are not touched. teachers: per task, if
     the options compare with one. Models are left in eval mode. Raises Interrupted after the state was saved.
     """
-    with seeded(around.seed, *around.purpose):
+    with seeded(around.seed, *around.purpose), frozen(models, around.prefixes):
         for name in tasks:
             reseed(data[name], around.seed, *around.purpose)
         return _Round(models, tasks, data, options, around, teachers or {}).run()
@@ -225,7 +230,8 @@ class _Round:
         if not self.around.fitted:
             for member in self.members.values():
                 batches = itertools.islice(member.data.train, self.options.statistics_batches)
-                reestimate_statistics(member.task.model, list(batches), self.around.device)
+                model = member.task.model
+                reestimate_statistics(model, list(batches), self.around.device, but=frozen_modules(model))
         self.validate(everything=True)
         self.due = min(self.interval(), self.max_steps)
 

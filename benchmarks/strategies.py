@@ -25,8 +25,8 @@ from workload import Problem, WorkloadError
 
 BUSY = 0.8  # share of one core that a run on an idle machine gets, and more
 # name -> options of merge_workload. Gemel as published (NSDI 2023): its learning rate, the first model's weights,
-# normalisation statistics left alone, the trained weights themselves, no warm-up. Each strategy is also a variant of
-# its own name, with our settings.
+# normalisation statistics left alone, the trained weights themselves, no warm-up. Gemel ties the late layers first, so
+# it is what the frozen prefix is for. Each strategy is also a variant of its own name, with our settings.
 VARIANTS: dict[str, dict] = {
     "gemel-published": {
         "strategy": "gemel",
@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict] = {
         "average_decay": 0,
         "warmup_steps": 0,
     },
+    "gemel-frozen": {"strategy": "gemel", "freeze_prefix": True},
     **{name: {"strategy": name} for name in STRATEGIES},
 }
 

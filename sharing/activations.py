@@ -5,12 +5,14 @@ would give it: resized for classifiers, as a list for detectors.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from environment import evaluating
 
 Batch = Tensor | Sequence[Tensor]  # images only: [N, C, H, W] of a classifier, a list of [C, H, W] of a detector
 
@@ -95,18 +97,6 @@ def watch(model: nn.Module, layers: Collection[str], batch: Batch) -> dict[tuple
             hooks.callback(handle.remove)
         model(batch.to(device) if torch.is_tensor(batch) else [image.to(device) for image in batch])
     return seen
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _by_channel(module: nn.Module, value: Tensor) -> Tensor:

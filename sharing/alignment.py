@@ -14,8 +14,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from environment import generator
-from sharing.activations import INPUT, OUTPUT, Batch, Moments, compare, evaluating
+from environment import evaluating, generator
+from sharing.activations import INPUT, OUTPUT, Batch, Moments, compare
 from sharing.channels import Space, channels_of, find_channel_spaces, inverse, permute, tensor_at
 from sharing.groups import Configuration
 from sharing.memory import distinct_bytes

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from environment import evaluating
 from sharing.low_rank import KINDS, LowRank, own_modules
 
 Batch = Tensor | list[Tensor]  # images of a classifier [N, 3, H, W], or of a detector, whose sizes differ
@@ -116,13 +117,8 @@ def output_rows(layer: nn.Module, outputs: Tensor, picked: Tensor) -> Tensor:
 def run(model: nn.Module, images: Batch) -> object:
     """The model's output in eval mode, on its own device; every submodule keeps its mode."""
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         return model(images.to(device) if torch.is_tensor(images) else [image.to(device) for image in images])
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class Sample(NamedTuple):

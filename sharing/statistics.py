@@ -1,48 +1,55 @@
 """Running statistics of batch normalisation after tying."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
 
+from environment import evaluating
+
 
 @torch.no_grad()
-def reestimate_statistics(model: nn.Module, batches: list, device: torch.device) -> None:
+def reestimate_statistics(
+    model: nn.Module, batches: list, device: torch.device, but: Collection[nn.Module] = ()
+) -> None:
     """Recomputes running statistics of batch normalisation as plain averages over the given batches of images.
 
     A freshly tied layer feeds its followers other activations than those their statistics describe. Only the
     normalisation layers run in train mode, so dropout is off and detectors take no targets; modes and momentum are
-    restored. batches: (images, targets). Source: Jordan et al., "REPAIR", ICLR 2023.
+    restored. batches: (images, targets). but: modules that keep what they have. Source: Jordan et al., "REPAIR",
+    ICLR 2023.
     """
-    if not batches or not _batch_norms(model):
+    if not batches or not _batch_norms(model, but):
         return
-    with averaged_statistics(model):
+    with averaged_statistics(model, but):
         for batch in batches:
             model(_images_of(batch, device))
 
 
 @contextlib.contextmanager
-def averaged_statistics(model: nn.Module) -> Iterator[None]:
-    """In eval mode but for batch normalisation, which averages anew over the forward passes within."""
-    modes = [(module, module.training) for module in model.modules()]
-    momenta = [(layer, layer.momentum) for layer in _batch_norms(model)]
-    model.eval()
-    for layer, _ in momenta:
-        layer.reset_running_stats()
-        layer.momentum = None  # a cumulative average
-        layer.train()
-    try:
-        yield
-    finally:
-        for layer, momentum in momenta:
-            layer.momentum = momentum
-        for module, training in modes:
-            module.training = training
+def averaged_statistics(model: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[None]:
+    """In eval mode but for batch normalisation, which averages anew over the forward passes within.
+
+    but: modules that keep the statistics they have.
+    """
+    momenta = [(layer, layer.momentum) for layer in _batch_norms(model, but)]
+    with evaluating(model):
+        for layer, _ in momenta:
+            layer.reset_running_stats()
+            layer.momentum = None  # a cumulative average
+            layer.train()
+        try:
+            yield
+        finally:
+            for layer, momentum in momenta:
+                layer.momentum = momentum
 
 
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+def _batch_norms(model: nn.Module, but: Collection[nn.Module] = ()) -> list[nn.Module]:
+    kept = set(but)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    return [module for module in norms if module not in kept]
 
 
 def _images_of(batch, device: torch.device):
@@ -143,9 +150,6 @@ def _set_normalisation(layer: nn.Module, found: _Moments, wanted: _Moments) -> N
 
 def _run_all(model: nn.Module, batches: list, device: torch.device) -> None:
     """Every batch through the model in eval mode; modes are restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for batch in batches:
-        model(_images_of(batch, device))
-    for module, training in modes:
-        module.training = training
+    with evaluating(model):
+        for batch in batches:
+            model(_images_of(batch, device))

@@ -88,22 +88,23 @@ def test_a_round_goes_on_within_bit_for_bit(entries, tasks, data, steps, options
     assert same(expected, state_of(entries))
 
 
+@pytest.mark.parametrize("options", [{}, {"strategy": "gemel", "freeze_prefix": True}])
 @pytest.mark.parametrize("steps", [1, 14])
 def test_an_interrupted_run_ends_where_the_uninterrupted_one_ends(
-    entries, trained_entries, datasets, tmp_path, monkeypatch, steps
+    entries, trained_entries, datasets, tmp_path, monkeypatch, steps, options
 ):
-    whole = merge(entries, tmp_path / "whole", datasets)
+    whole = merge(entries, tmp_path / "whole", datasets, **options)
     halted = copy.deepcopy(trained_entries)
     with monkeypatch.context() as patch:
         stop = StopsAfter(steps)
         patch.setattr("interrupts.Interrupts.asked", lambda self: stop())
         patch.setattr(merger, "heed", lambda run: None)  # only the trainer asks, once a step
         with pytest.raises(KeyboardInterrupt):
-            merge(halted, tmp_path / "halted", datasets)
+            merge(halted, tmp_path / "halted", datasets, **options)
     assert same(state_of(halted), state_of(trained_entries)), "the models are handed back as they were kept"
     assert read_checkpoint(tmp_path / "halted")["state"]["step"] == steps
     resumed = copy.deepcopy(trained_entries)
-    manifest = merge(resumed, tmp_path / "halted", datasets)
+    manifest = merge(resumed, tmp_path / "halted", datasets, **options)
     assert manifest["tensors"] == whole["tensors"] and same(state_of(entries), state_of(resumed))
     assert not (tmp_path / "halted" / "in_flight.pt").exists()
     assert manifest["run"]["rounds"][0]["steps"] == whole["run"]["rounds"][0]["steps"] > steps

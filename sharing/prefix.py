@@ -1,0 +1,103 @@
+"""The part of a classifier before its first tied layer, frozen: it needs no gradients, and what it puts out is kept.
+
+Where a trial ties late layers only, all that runs before them may stay as it is. It then runs in eval mode and without
+gradients, and for an image that was seen before not at all, in training and in evaluation alike. Source of the idea:
+Jiang et al., "Mainstream", ATC 2018 (a stem that is not trained runs once for all that follow).
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharing.cut import Cut
+
+
+@dataclass
+class Prefix:
+    """What lies before a model's cut, with what it put out for images that may come again."""
+
+    cut: Cut
+    weights: str  # digest of the parameters and buffers before the cut
+    limit: int  # bytes of outputs that are kept
+    keeps_training: bool  # whether images of train come again exactly; else they always run
+    outputs: dict[bytes, Tensor] = field(default_factory=dict)  # digest of an image -> [1, ...]
+    num_bytes: int = 0
+
+    def __deepcopy__(self, memo: dict) -> "Prefix":
+        return self  # copies of a model, such as the average of its weights, have the same frozen part
+
+    def is_like(self, other: "Prefix | None") -> bool:
+        """Whether the other one puts out the same."""
+        return other is not None and (self.cut, self.weights) == (other.cut, other.weights)
+
+    def output(self, model: nn.Module, forward: Callable, images: Tensor) -> Tensor:
+        """What comes out at the cut for every image; kept ones ran alone, so that the order of images is no matter."""
+        if not self.keeps_training and any(module.training for module in model.modules()):
+            return self.cut.output(model, forward, images)
+        return torch.cat([self._of_image(model, forward, image.unsqueeze(0)) for image in images])
+
+    def _of_image(self, model: nn.Module, forward: Callable, image: Tensor) -> Tensor:
+        key = _digest([image])
+        if (known := self.outputs.get(key)) is not None:
+            return known
+        output = self.cut.output(model, forward, image)
+        if self.num_bytes + output.nbytes <= self.limit:
+            self.outputs[key] = output
+            self.num_bytes += output.nbytes
+        return output
+
+
+def prefix_of(model: nn.Module, cut: Cut, limit: int, keeps_training: bool) -> Prefix:
+    """The model's part before the cut with its weights as they are now."""
+    tensors = [t for name in cut.skipped for t in model.get_submodule(name).state_dict().values()]
+    return Prefix(cut, _digest(tensors).hex(), limit, keeps_training)
+
+
+def _digest(tensors: list[Tensor]) -> bytes:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.digest()
+
+
+class _WithPrefix(nn.Module):
+    """What is put in front of a model's class while its prefix is frozen; copies of the model are frozen like it."""
+
+    frozen_prefix: Prefix
+
+    def forward(self, images: Tensor) -> Any:
+        prefix, forward = self.frozen_prefix, super().forward
+        with prefix.cut.given(self, prefix.output(self, forward, images)):
+            return forward(images)
+
+
+@contextlib.contextmanager
+def frozen(models: Mapping[str, nn.Module], prefixes: Mapping[str, Prefix]) -> Iterator[None]:
+    """Within, the named models' prefixes are neither trained nor run for images that they keep the outputs of."""
+    before = {name: type(models[name]) for name in prefixes}
+    parameters = [p for name, prefix in prefixes.items() for p in prefix.cut.parameters(models[name])]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for name, prefix in prefixes.items():
+        models[name].frozen_prefix = prefix
+        models[name].__class__ = type(before[name].__name__, (_WithPrefix, before[name]), {})
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for name, kind in before.items():
+            models[name].__class__ = kind
+            del models[name].frozen_prefix
+
+
+def frozen_modules(model: nn.Module) -> list[nn.Module]:
+    """What is frozen of the model, within `frozen`."""
+    return model.frozen_prefix.cut.modules(model) if isinstance(model, _WithPrefix) else []
