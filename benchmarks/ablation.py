@@ -44,6 +44,18 @@ def before_training(result: Result) -> dict[str, float]:
     return first
 
 
+def worst_at_end(result: Result) -> float | None:
+    """Lowest accuracy / target, each task as last validated in the round that ties everything; None if none was."""
+    latest: dict[str, float] = {}
+    step = 0
+    for row in result.validations:
+        if row["step"] < step or (row["step"] == 0 and row["task"] in latest):
+            break  # the next round
+        step = row["step"]
+        latest[row["task"]] = row["accuracy"] / row["target"]
+    return min(latest.values(), default=None)
+
+
 def recovery(result: Result) -> dict:
     """How the round that ties everything went; a cost is infinite if not all tasks came back to their targets.
 
@@ -68,6 +80,7 @@ def summarise(results: Sequence[Result], variant: str) -> dict:
         key: spread([r[key] for r in recovered]).as_json() for key in ("seconds", "cpu_seconds", "steps", "samples")
     }
     tasks = {name for start in starts for name in start}
+    ends = [end for run in runs if (end := worst_at_end(run)) is not None]
     return {
         "seeds": [run.seed for run in runs],
         "reached": sum(math.isfinite(r["steps"]) for r in recovered),
@@ -77,6 +90,7 @@ def summarise(results: Sequence[Result], variant: str) -> dict:
             for name in runs[0].tasks
             if name in tasks
         },
+        "worst_at_end": statistics.median(ends) if ends else None,
         **costs,
     }
 
@@ -92,15 +106,20 @@ def ablation_table(summaries: Mapping[str, Mapping], grid: Mapping[str, Sequence
             (
                 *(str(summary["options"][option]) for option in grid),
                 *("-" if start is None else share(start, 1) for start in (*starts, mean)),
+                "-" if summary["worst_at_end"] is None else share(summary["worst_at_end"], 1),
                 *("-" if cost is None else f"{cost:.0f}" for cost in costs),
                 f"{summary['reached']} of {len(summary['seeds'])}",
                 ", ".join(summary["reasons"]),
             )
         )
     numbered = [f"task {i}" for i in range(1, len(tasks) + 1)]
-    header = (*grid, *numbered, "mean", "seconds", "CPU s", "steps", "samples", "all at target", "ended")
+    header = (*grid, *numbered, "mean", "worst / target", "seconds", "CPU s", "steps", "samples")
+    header += ("all at target", "ended")
     legend = [f"task {i}: {name}" for i, name in enumerate(tasks, 1)]
-    what = "Per task: accuracy / unmerged accuracy before any training. Then: until all tasks were at their targets."
+    what = (
+        "Per task: accuracy / unmerged accuracy before any training. Then: the worst task at the end of the round, and "
+        "what it took until all were at their targets."
+    )
     return "\n".join([table(header, rows), "", what, *legend])
 
 
