@@ -41,6 +41,7 @@ from merger_trial import (
 )
 from results_store import drop_checkpoint, load_merged, read_checkpoint, update_run, write_checkpoint, write_results
 from sharing.alignment import move
+from sharing.cut import Cuts
 from sharing.groups import (
     Configuration,
     affected_tasks,
@@ -114,6 +115,7 @@ class Run:
     undo: Snapshot | None = None  # of what is kept, while the models hold something else
     in_flight: dict | None = None  # the state of a round to go on from
     permutations: dict[str, dict] = field(default_factory=dict)  # task -> what was permuted, as sharing.alignment.moved
+    cuts: dict[str, Cuts] = field(default_factory=dict)  # task -> where its model can be cut, once that is asked
     prefixes: dict[str, Prefix] = field(default_factory=dict)  # task -> the last one that was frozen
     originals: dict[str, dict] = field(default_factory=dict)  # task -> state of the permuted models as they came
 

@@ -5,14 +5,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from dataset_manager import plain_images, repeats
 from environment import generator
 from losses_distillation import Teacher
 from sharing.alignment import align, moved
-from sharing.cut import find_cut
+from sharing.cut import Cuts
 from sharing.groups import Configuration, compared_layers, joined
 from sharing.harm import Harm, predict_harm
 from sharing.layer_rows import normalisation_behind
@@ -275,14 +274,19 @@ def prefixes_of(run: "Run", trained: Mapping[str, Task], proposal: Configuration
     found = {}
     for name in trained if run.training.freeze_prefix else ():
         tied = {o.layer for group in proposal for o in group.occurrences if o.task == name}
-        images = plain_images(run.data[name], 0, run.seed, "prefix")[0][:IMAGES_OF_A_CUT]
-        cut = find_cut(run.models[name], tied, images.to(run.device)) if torch.is_tensor(images) else None
-        if cut is not None:
+        if (cut := _cuts(run, name).before(tied) if run.tasks[name].kind == CLASSIFICATION else None) is not None:
             prefix = prefix_of(run.models[name], cut, run.prefix_bytes, repeats(run.data[name].train.dataset))
             known = run.prefixes.get(name)
             found[name] = known if prefix.is_like(known) else prefix
     run.prefixes = {**run.prefixes, **found} if run.in_flight is None else {}  # else the weights are yet to be loaded
     return found
+
+
+def _cuts(run: "Run", name: str) -> Cuts:
+    if name not in run.cuts:
+        images = plain_images(run.data[name], 0, run.seed, "prefix")[0][:IMAGES_OF_A_CUT]
+        run.cuts[name] = Cuts(run.unmerged[name], images.to(run.device))
+    return run.cuts[name]
 
 
 def screen_targets(run: "Run", trained: Mapping[str, Task]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from environment import evaluating
 
-MIN_SHARE = 0.1  # of a model's multiplications before the cut: with less, keeping what comes out costs as much
+MIN_SHARE = 0.15  # of a model's multiplications before the cut: with less, keeping what comes out costs as much
 
 
 class _Reached(BaseException):
@@ -86,31 +86,40 @@ class _Call:
     began: int
     outer: "_Call | None"
     ended: int = -1
-    output: Any = None
+    shape: torch.Size | None = None  # of its output; None: no tensor
 
 
-def find_cut(model: nn.Module, tied: Collection[str], images: Tensor) -> Cut | None:
-    """The latest cut before all tied layers, found by running a copy on the images [N, 3, H, W], N at least 2.
+class Cuts:
+    """Where one model can be cut, found by running copies of it on the images [N, 3, H, W], N at least 2.
 
-    None if there is none with MIN_SHARE of the multiplications before it, or if the model does not take a tensor.
+    Depends on the model's modules and how they are called, not on its weights.
     """
-    if not torch.is_tensor(images) or len(images) < 2 or not tied:
+
+    def __init__(self, model: nn.Module, images: Tensor):
+        self.model, self.images = model, images
+        with torch.no_grad(), evaluating(model):
+            self.calls = _record_calls(model, images)
+        self.found: dict[int, Cut | None] = {}  # by when the first tied layer is needed
+
+    def before(self, tied: Collection[str]) -> Cut | None:
+        """The latest cut before all tied layers; None without any, or with less than MIN_SHARE of the multiplications
+        before it."""
+        first = _first_call(self.calls, tied) if tied else 0
+        if first not in self.found:
+            self.found[first] = self._search(first)
+        return self.found[first]
+
+    def _search(self, first: int) -> Cut | None:
+        before = _skippable(self.calls, first, len(self.images))
+        if not before:
+            return None
+        probe = copy.deepcopy(self.model)
+        with torch.no_grad(), evaluating(probe):
+            for end in range(len(before), 0, -1):
+                cut = Cut(before[end - 1].name, {call.name: call.shape[1:] for call in before[:end]})
+                if _follows(probe, cut, self.images):
+                    return cut if _share_before(probe, cut, self.images) >= MIN_SHARE else None
         return None
-    probe = copy.deepcopy(model)
-    with torch.no_grad(), evaluating(probe):
-        calls = _record_calls(probe, images)
-        before = _skippable(probe, calls, _first_call(calls, tied), len(images))
-        whole = _multiplications(lambda: probe(images))
-        for end in range(len(before), 0, -1):
-            if isinstance(probe.get_submodule(before[end - 1].name), nn.modules.dropout._DropoutNd):
-                continue  # the rest is trained behind it, and with it
-            cut = Cut(before[end - 1].name, {call.name: call.output.shape[1:] for call in before[:end]})
-            output = before[end - 1].output
-            if not _shares_parameters(probe, cut) and _follows(probe, cut, output, images):
-                with cut.given(probe, output):
-                    rest = _multiplications(lambda: probe(images))
-                return cut if rest <= (1 - MIN_SHARE) * whole else None
-    return None
 
 
 def _record_calls(model: nn.Module, images: Tensor) -> list[_Call]:
@@ -129,7 +138,7 @@ def _record_calls(model: nn.Module, images: Tensor) -> list[_Call]:
     def end(module: nn.Module, inputs: tuple, output: Any) -> None:
         call = open_calls.pop()
         call.ended = next(clock)
-        call.output = output.clone() if torch.is_tensor(output) else output  # a ReLU may work in place on it
+        call.shape = output.shape if torch.is_tensor(output) else None
 
     handles = []
     for name, module in model.named_modules():
@@ -156,7 +165,7 @@ def _first_call(calls: list[_Call], tied: Collection[str]) -> int:
     return min(times)
 
 
-def _skippable(model: nn.Module, calls: list[_Call], first: int, num_images: int) -> list[_Call]:
+def _skippable(calls: list[_Call], first: int, num_images: int) -> list[_Call]:
     """The outermost calls that end before `first`, in order, up to the first that cannot be left out.
 
     A module that is called again later, or that puts out something else than a row per image, cannot.
@@ -168,8 +177,7 @@ def _skippable(model: nn.Module, calls: list[_Call], first: int, num_images: int
     for call in calls:
         if not 0 <= call.ended < first or (call.outer is not None and 0 <= call.outer.ended < first):
             continue
-        output = call.output
-        if times_called[call.name] > 1 or not torch.is_tensor(output) or output.shape[:1] != (num_images,):
+        if times_called[call.name] > 1 or call.shape is None or call.shape[:1] != (num_images,):
             break
         found.append(call)
     return found
@@ -182,12 +190,15 @@ def _shares_parameters(model: nn.Module, cut: Cut) -> bool:
     return any(id(parameter) in others for parameter in cut.parameters(model))
 
 
-def _follows(model: nn.Module, cut: Cut, output: Tensor, images: Tensor) -> bool:
+def _follows(model: nn.Module, cut: Cut, images: Tensor) -> bool:
     """Whether the rest of the model depends on the output at the cut alone, in evaluation and in training.
 
     What stands for all else is no number, and what is computed from that is none either.
     """
+    if isinstance(model.get_submodule(cut.last), nn.modules.dropout._DropoutNd) or _shares_parameters(model, cut):
+        return False  # the rest is trained with dropout before it
     nothing = torch.full_like(images, torch.nan)
+    output = cut.output(model, model.forward, images)
     try:
         if not _is_close(_rest(model, cut, output, nothing), model(images)):
             return False
@@ -216,7 +227,11 @@ def _is_close(outputs: Any, wanted: Any) -> bool:
     )
 
 
-def _multiplications(work: Callable) -> int:
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
+def _share_before(model: nn.Module, cut: Cut, images: Tensor) -> float:
+    """Share of the model's multiplications that lie before the cut."""
+    output = cut.output(model, model.forward, images)
+    with FlopCounterMode(display=False) as whole:
+        model(images)
+    with FlopCounterMode(display=False) as rest:
+        _rest(model, cut, output, images)
+    return 1 - rest.get_total_flops() / max(1, whole.get_total_flops())

@@ -25,7 +25,7 @@ class Prefix:
     weights: str  # digest of the parameters and buffers before the cut
     limit: int  # bytes of outputs that are kept
     keeps_training: bool  # whether images of train come again exactly; else they always run
-    outputs: dict[bytes, Tensor] = field(default_factory=dict)  # digest of an image -> [1, ...]
+    outputs: dict[tuple, Tensor] = field(default_factory=dict)  # (in training, digest of the image) -> [1, ...]
     num_bytes: int = 0
 
     def __deepcopy__(self, memo: dict) -> "Prefix":
@@ -36,17 +36,30 @@ class Prefix:
         return other is not None and (self.cut, self.weights) == (other.cut, other.weights)
 
     def output(self, model: nn.Module, forward: Callable, images: Tensor) -> Tensor:
-        """What comes out at the cut for every image; kept ones ran alone, so that the order of images is no matter."""
-        if not self.keeps_training and any(module.training for module in model.modules()):
-            return self.cut.output(model, forward, images)
-        return torch.cat([self._of_image(model, forward, image.unsqueeze(0)) for image in images])
+        """What comes out at the cut for every image.
 
-    def _of_image(self, model: nn.Module, forward: Callable, image: Tensor) -> Tensor:
-        key = _digest([image])
-        if (known := self.outputs.get(key)) is not None:
-            return known
-        output = self.cut.output(model, forward, image)
-        if self.num_bytes + output.nbytes <= self.limit:
+        In training an image runs alone when it is first seen, so that what it was first in a batch with is no matter.
+        """
+        training = any(module.training for module in model.modules())
+        if training and not self.keeps_training:
+            return self.cut.output(model, forward, images)
+        keys = [(training, _digest([image])) for image in images]
+        if training:
+            return torch.cat([self._alone(key, model, forward, images[[i]]) for i, key in enumerate(keys)])
+        if all(key in self.outputs for key in keys):
+            return torch.cat([self.outputs[key] for key in keys])
+        output = self.cut.output(model, forward, images)
+        for key, row in zip(keys, output.split(1), strict=True):
+            self._keep(key, row.clone())
+        return output
+
+    def _alone(self, key: tuple, model: nn.Module, forward: Callable, image: Tensor) -> Tensor:
+        if key in self.outputs:
+            return self.outputs[key]
+        return self._keep(key, self.cut.output(model, forward, image))
+
+    def _keep(self, key: tuple, output: Tensor) -> Tensor:
+        if key not in self.outputs and self.num_bytes + output.nbytes <= self.limit:
             self.outputs[key] = output
             self.num_bytes += output.nbytes
         return output

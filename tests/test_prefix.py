@@ -18,7 +18,7 @@ from losses import task_losses
 from merge_workloads import merge_workload
 from merger_trial import prefixes_of
 from results_store import load_merged
-from sharing.cut import find_cut
+from sharing.cut import Cut, Cuts
 from sharing.groups import find_groups, find_layers, restrict
 from sharing.prefix import frozen, frozen_modules, prefix_of
 from sharing.statistics import reestimate_statistics
@@ -37,6 +37,10 @@ def torchvision_model(name: str) -> nn.Module:
     for parameter in model.parameters():  # heads and scales of zero would hide what depends on what
         nn.init.normal_(parameter, std=0.1) if not parameter.any() else None
     return model.eval()
+
+
+def find_cut(model: nn.Module, tied, images: torch.Tensor) -> Cut | None:
+    return Cuts(model, images).before(tied)
 
 
 def calls_of(model: nn.Module, layer: str) -> list:
@@ -126,10 +130,15 @@ def test_what_is_used_again_later_is_not_cut_off(how, last):
 def test_nothing_is_cut_off_where_it_would_be_nothing():
     model = PicoNet()
     assert find_cut(model, ["conv1", "fc"], IMAGES) is None, "the first layer is tied"
-    assert find_cut(model, [], IMAGES) is None and find_cut(model, ["conv2"], IMAGES[:1]) is None
-    assert find_cut(model, ["conv2"], list(IMAGES)) is None, "a detector"
+    assert find_cut(model, [], IMAGES) is None
     assert find_cut(model, ["conv2"], IMAGES).last == "bn1"
     assert find_cut(PicoNet(width=64), ["conv2"], IMAGES) is None, "a twentieth of the multiplications"
+
+
+def test_where_a_model_is_cut_is_searched_once():
+    cuts = Cuts(PicoNet(), IMAGES)
+    assert cuts.before(["conv2", "fc"]) is cuts.before(["conv2"]) is not None
+    assert len(cuts.found) == 1 and cuts.before(["fc"]).last == "more"
 
 
 def test_finding_a_cut_leaves_the_model_as_it_is():
@@ -149,17 +158,27 @@ def test_outputs_are_those_of_the_whole_model_and_no_image_runs_twice():
     expected, part = model(IMAGES), prefix(model)
     runs = calls_of(model, "conv1")
     with frozen({"a": model}, {"a": part}):
-        for order in ([0, 1, 2, 3], [2, 0, 2, 1], [3]):
+        for order in ([0, 1, 2], [2, 0, 2, 1], [2, 3], [3]):
             torch.testing.assert_close(model(IMAGES[order]), expected[order])
-        assert runs == [1, 1, 1, 1], "each image alone, once"
+        assert runs == [3, 2], "a batch with a new image runs as it is"
         average = copy.deepcopy(model)
         torch.testing.assert_close(average(IMAGES), expected)
-        assert runs == [1, 1, 1, 1], "a copy has the same frozen part"
+        assert runs == [3, 2], "a copy has the same frozen part"
         average.fc.weight.data.zero_()
         assert not torch.equal(average(IMAGES), model(IMAGES))
     assert type(model) is PicoNet and not hasattr(model, "frozen_prefix")
     model(IMAGES)
-    assert runs == [1, 1, 1, 1, 4]
+    assert runs == [3, 2, 4]
+
+
+def test_in_training_an_image_runs_alone_and_once():
+    """So what comes out for it depends on nothing that came before: a run that is resumed has kept nothing yet."""
+    model = PicoNet()
+    part = prefix(model)
+    runs = calls_of(model, "conv1")
+    with frozen({"a": model}, {"a": part}):
+        model.eval()(IMAGES), model.train()(IMAGES), model(IMAGES.flip(0))
+        assert runs == [4, 1, 1, 1, 1] and len(part.outputs) == 8, "what evaluation kept is not for training"
 
 
 def test_an_image_of_val_may_be_one_of_train():
@@ -195,7 +214,7 @@ def test_images_that_are_drawn_anew_are_not_kept_in_training():
         reestimate_statistics(model, [(IMAGES, None)], CPU, but=frozen_modules(model))
         assert runs == [4, 4, 4] and not part.outputs, "they are images of train"
         model.eval()(IMAGES), model(IMAGES)
-        assert runs == [4, 4, 4, 1, 1, 1, 1]
+        assert runs == [4, 4, 4, 4] and len(part.outputs) == 4
 
 
 def test_a_prefix_is_not_trained_and_its_statistics_stay():
