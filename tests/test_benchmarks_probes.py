@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import detectors, harm, initial_weights, reading
+from benchmarks import detectors, frozen_prefix, harm, initial_weights, reading
 from benchmarks.probes import Probe, load_split, ranks, spearman, take
 from dataset_folders import find_dataset, open_split
 from sharing.groups import find_groups
@@ -109,3 +109,17 @@ def test_a_broken_workload_is_listed_instead_of_measured(tmp_path, capsys, monke
     monkeypatch.setitem(sys.modules, "mine", None)  # what is loaded is forgotten again
     assert reading.main(["--workload", str(tmp_path / "mine.py"), "--datasets", str(tmp_path)]) == 2
     assert "a b" in capsys.readouterr().err
+
+
+def test_a_frozen_prefix_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr(frozen_prefix, "REPEATS", 3)
+    given = ["squeezenet1_0:features.12.squeeze", "resnet18:conv1", "--size", "64"]
+    assert frozen_prefix.main(given) == 0
+    squeezenet, resnet = (line.split() for line in capsys.readouterr().out.splitlines()[2:])
+    assert squeezenet[2] == "features.11" and resnet[2] == "-", "the first layer is tied"
+    whole, frozen, kept = (float(squeezenet[i]) for i in (7, 9, 11))
+    assert kept < whole and frozen < whole
+    for wrong in (["resnet18"], ["resnet17:fc"], ["resnet18:fc2"]):
+        with pytest.raises(SystemExit):
+            frozen_prefix.main(wrong)
+        assert "allowed: " in capsys.readouterr().err
