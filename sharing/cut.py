@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from environment import evaluating
+from environment import evaluating, seeded
 
 MIN_SHARE = 0.15  # of a model's multiplications before the cut: with less, keeping what comes out costs as much
 
@@ -202,7 +202,7 @@ def _follows(model: nn.Module, cut: Cut, images: Tensor) -> bool:
     try:
         if not _is_close(_rest(model, cut, output, nothing), model(images)):
             return False
-        with torch.random.fork_rng(devices=[]):  # dropout
+        with seeded(0, "cut"):  # dropout draws
             trained = copy.deepcopy(model).train()  # a copy: its statistics change
             return _is_finite(_rest(trained, cut, output, nothing))
     except Exception:  # a user's forward may raise anything when modules are left out
