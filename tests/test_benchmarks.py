@@ -163,7 +163,10 @@ def test_a_failing_run_is_reported_and_does_not_stop_the_others(arguments, quick
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (["--strategies", "gemel", "best"], "benchmark: --strategies: got 'best'; allowed: gemel-published, adaptive,"),
+        (
+            ["--strategies", "gemel", "best"],
+            "benchmark: --strategies: got 'best'; allowed: gemel-published, gemel-frozen, adaptive,",
+        ),
         (["--datasets", "nowhere"], "north_pico: dataset: got"),
         (["--workload", "nowhere.py"], "which is no file"),
         (["--tolerance", "1.5"], "tolerance: got 1.5"),
