@@ -122,7 +122,8 @@ def merge_workload(
     beside a shared layer that alone does not serve it, as a share of the layer's bytes; 0: no residuals (only
     "adaptive" has them). num_workers: loader processes per task (default: none on a CPU, with CUDA eight or the number
     of cores among all tasks). cache_bytes: of the memory in which images stay as the models get them, those of val
-    and those that weights are fitted on, of all tasks together (0: none).
+    and those that weights are fitted on, of all tasks together (0: none); with freeze_prefix, half of it is
+    for what the frozen layers put out.
     training: any field of trainer.TrainingOptions, such as learning_rate or max_epochs.
     Raises WorkloadError, before anything is written or trained, with every problem of the input.
     """
@@ -143,7 +144,8 @@ def merge_workload(
     folders = {name: dataset_manager.find_dataset(task, roots) for name, task in tasks.items()}
     mark = fingerprint(tasks, folders, {**how, "seed": seed, **asdict(options)})
     target_device = pick_device(device)
-    data = _open_data(tasks, roots, target_device, seed, options, num_workers, cache_bytes)
+    of_a_task = cache_bytes // len(tasks) // (2 if options.freeze_prefix else 1)  # the other half is the prefix's
+    data = _open_data(tasks, roots, target_device, seed, options, num_workers, of_a_task)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock(results_path))
         interrupts = Interrupts()
@@ -159,6 +161,7 @@ def merge_workload(
             alignment=how["alignment"],
             matching=how["matching"],
             residual_price=how["residual_price"],
+            prefix_bytes=of_a_task,
             per_class=per_class,
             seed=seed,
             device=target_device,
@@ -203,7 +206,7 @@ def _open_data(tasks, roots, device: torch.device, seed: int, options: TrainingO
             batch_size=options.batch_size(task),
             num_workers=num_workers,
             screening_images=options.screening_images,
-            cache_bytes=cache_bytes // len(tasks),
+            cache_bytes=cache_bytes,
         )
         for name, task in tasks.items()
     }

@@ -63,9 +63,7 @@ class TrainingOptions:
     label_weight: float = 1.0  # of the losses from labels
     feature_weight: float = 0.0  # of the difference to the unmerged model's features; 0: not compared
     probability_weight: float = 0.0  # of the difference to the unmerged classifier's class probabilities
-    freeze_prefix: bool = (
-        False  # what a classifier computes before its first tied layer stays as it is (sharing/prefix.py)
-    )
+    freeze_prefix: bool = False  # whether what a classifier computes before its first tied layer stays as it is
     screening_images: int = 256  # of val, evaluated first; all of it only where these meet the target; 0: none
 
     def batch_size(self, task: Task) -> int:

@@ -312,24 +312,33 @@ def test_whether_images_come_again(tasks, datasets):
 
 def test_a_merge_with_frozen_prefixes_holds_what_it_measured(entries, datasets, tmp_path, monkeypatch):
     """Rounds that tie late layers leave the first ones as they were, and the result is as it was judged."""
-    cuts = []
+    cuts, kept = [], []
     real = trainer.recover
 
     def watched(models, tasks, data, options, around, teachers=None):
         cuts.append({name: part.cut.last for name, part in around.prefixes.items()})
-        return real(models, tasks, data, options, around, teachers)
+        try:
+            return real(models, tasks, data, options, around, teachers)
+        finally:
+            for name, part in around.prefixes.items():
+                kept.append(len(part.outputs) == len(data[name].val.dataset) + len(data[name].train.dataset))
+                assert part.limit == CACHE // 2 // 2, "of two tasks, and the other half is for images"
 
     monkeypatch.setattr(merger, "recover", watched)
     del entries["east_pico"]
     options = {"learning_rate": 0.01, "max_epochs": 60, "patience_epochs": 10, "tolerance": 0.85, "strategy": "gemel"}
     results = tmp_path / "results"
-    manifest = merge_workload(entries, results, datasets=datasets, device="cpu", freeze_prefix=True, **options)
+    manifest = merge_workload(
+        entries, results, datasets=datasets, device="cpu", freeze_prefix=True, cache_bytes=CACHE, **options
+    )
     assert {"north_pico": "bn1", "south_pico": "bn1"} in cuts and {} in cuts
+    assert kept and all(kept), "of every image of val and of train"
     assert manifest["memory"]["saved_bytes"] > 0 and all(task["met"] for task in manifest["tasks"].values())
     assert not any(hasattr(entry["model"], "frozen_prefix") for entry in entries.values())
     assert all(type(model) is PicoNet for model in load_merged(results, {n: PicoNet(*a) for n, a in SHAPES}).values())
 
 
+CACHE = 1 << 22
 SHAPES = [("north_pico", (3,)), ("south_pico", (4, 1))]
 
 
