@@ -1,19 +1,13 @@
 """Eval methods for the task dictionary: (model, loader) -> float in [0, 1]."""
 
-import contextlib
-import io
-import logging
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eval_coco import IOU_THRESHOLDS, Precision, detection_rows, precision_of
-
-log = logging.getLogger(__name__)
+from gemel.evaluation.coco import IOU_THRESHOLDS, Precision, detection_rows, precision_of
+from gemel.forward.modes import device_of, evaluation_mode, logits_of
 
 
 def classification_eval(model: nn.Module, loader: Iterable) -> float:
@@ -103,46 +97,3 @@ def _precision(name: str, model: nn.Module, loader: Iterable, iou_thresholds: Se
     if not targets_seen:
         raise ValueError(f"{name}: got a loader without images; allowed: at least one image")
     return precision_of(targets_seen, found, iou_thresholds)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's parameters; the CPU for a model without any."""
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
-def logits_of(output: Any) -> Tensor:
-    """The tensor [N, K] of a classifier's output: the output itself, or its `logits`."""
-    return getattr(output, "logits", output)
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inference mode, with the model in eval mode; afterwards every submodule has the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:  # not model.train(): users may keep a BatchNorm in eval while the rest trains
-            module.training = training
-
-
-def evaluate(task, loader: Iterable, model: nn.Module | None = None) -> float:
-    """The accuracy of a workload.Task by its own eval method, whose prints go to the debug log.
-
-    model: instead of the task's own. Raises ValueError when the eval method returns no number in [0, 1].
-    """
-    printed = io.StringIO()  # pycocotools, for one, prints pages
-    with contextlib.redirect_stdout(printed):
-        value = task.eval_method(task.model if model is None else model, loader)
-    if printed.getvalue():
-        log.debug("%s: eval_method printed:\n%s", task.name, printed.getvalue())
-    try:
-        accuracy = float(value)
-    except (TypeError, ValueError):
-        accuracy = math.nan
-    if not 0 <= accuracy <= 1:
-        raise ValueError(f"{task.name}: eval_method: got {value!r}; allowed: a number in [0, 1]")
-    return accuracy

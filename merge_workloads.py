@@ -7,11 +7,9 @@
 Put your own tasks into create_sample_model_dict(), or into a file of your own.
 """
 
-import argparse
 import contextlib
 import math
 import os
-import re
 import sys
 import time
 from dataclasses import asdict
@@ -23,55 +21,68 @@ import torchvision
 
 import dataset_manager
 import merger
-import sample_workload
-import tables
-from dataset_folders import SampleError
-from environment import DEVICES, pick_device, seeded
 from eval_methods import classification_eval, frcnn_eval
-from fingerprint import differences, fingerprint, task_changes
-from interrupts import Interrupts
-from losses import task_losses
-from losses_distillation import Teacher
-from merger_options import option_problems, with_defaults
+from gemel.datasets.folders import SampleError
+from gemel.environment.device import pick_device
+from gemel.environment.interrupts import Interrupts
+from gemel.environment.seeds import seeded
+from gemel.merging import console as tables
+from gemel.merging.fingerprint import differences, fingerprint, task_changes
+from gemel.merging.flags import parse_arguments
+from gemel.merging.options import option_problems, with_defaults
+from gemel.results_store.files import ResultsError, lock
+from gemel.results_store.manifest import has_results, read_manifest
+from gemel.results_store.write import foreign_files, repair
+from gemel.sample_workload.prepare import prepare
+from gemel.sample_workload.tasks import DATASETS_ROOT, PLAN, SAMPLE_ROOT, Plan, unmerged_acc, weights_path
+from gemel.sample_workload.training import Methods
+from gemel.sharing.groups import find_groups
+from gemel.sharing.memory import distinct_bytes
+from gemel.sharing.tying import restore_snapshot, take_snapshot
+from gemel.training.distillation import Teacher
+from gemel.training.losses import task_losses
+from gemel.training.options import TRAINING_OF, TrainingOptions
+from gemel.workload import Problem, Task, WorkloadError, load_model_dict, read_workload
 from model_architectures import build, load_weights
-from results_store import ResultsError, foreign_files, has_results, lock, read_manifest, repair
-from sharing.groups import find_groups
-from sharing.memory import distinct_bytes
-from sharing.strategies import STRATEGIES
-from sharing.tying import restore_snapshot, take_snapshot
-from trainer import TRAINING_OF, TrainingOptions
 from transforms import classification_transforms, detection_transforms
-from workload import Problem, Task, WorkloadError, read_workload
-from workload_file import load_model_dict
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
-def create_sample_model_dict() -> dict:
+def sample_methods() -> dict[str, Methods]:
+    """How the models of the embedded default are measured when they are trained: as their entries below say."""
+    return {
+        "image_classification": Methods(classification_eval, classification_transforms(size=48)["val"]),
+        "object_detection": Methods(frcnn_eval, detection_transforms()["val"]),
+    }
+
+
+def create_sample_model_dict(root: Path = SAMPLE_ROOT, plan: Plan = PLAN) -> dict:
     """The tasks to merge: one entry per trained model. Replace these four by your own (README, "Your own tasks")."""
-    sample_workload.prepare()  # draws these four's street scenes and trains their models, once; yours are there already
+    # Draws the street scenes of these four and trains their models, once; yours are there already.
+    prepare(sample_methods(), root, plan)
     model_dict = {}
 
     # Which vehicle is it? A classifier of crops from the camera at Main & 2nd.
     name = "main_2nd_vehicles_resnet10"
     model = build("slim_resnet", num_classes=3, layers=(1, 1, 1, 1), width=32)
     model_dict[name] = {
-        "model": load_weights(model, sample_workload.weights_path(name)),
+        "model": load_weights(model, weights_path(name, root)),
         "task": "image_classification",
         "eval_method": classification_eval,
         "transforms": classification_transforms(size=48),
-        "unmerged_acc": sample_workload.unmerged_acc(name),
+        "unmerged_acc": unmerged_acc(name, root),
     }
 
     # Who is on the street? A deeper classifier of crops from the camera at Elm & 1st, at nightfall.
     name = "elm_1st_street_resnet18"
     model = build("slim_resnet", num_classes=4, layers=(2, 2, 2, 2), width=32)
     model_dict[name] = {
-        "model": load_weights(model, sample_workload.weights_path(name)),
+        "model": load_weights(model, weights_path(name, root)),
         "task": "image_classification",
         "eval_method": classification_eval,
         "transforms": classification_transforms(size=48),
-        "unmerged_acc": sample_workload.unmerged_acc(name),
+        "unmerged_acc": unmerged_acc(name, root),
     }
 
     # Where is everybody? One detector per camera: four classes and the background.
@@ -80,11 +91,11 @@ def create_sample_model_dict() -> dict:
             "fcos_model", 4 + 1, backbone="slim_resnet", layers=(1, 1, 1, 1), width=32, out_channels=64, min_size=128
         )
         model_dict[name] = {
-            "model": load_weights(model, sample_workload.weights_path(name)),
+            "model": load_weights(model, weights_path(name, root)),
             "task": "object_detection",
             "eval_method": frcnn_eval,
             "transforms": detection_transforms(),
-            "unmerged_acc": sample_workload.unmerged_acc(name),
+            "unmerged_acc": unmerged_acc(name, root),
         }
     return model_dict
 
@@ -129,7 +140,7 @@ def merge_workload(
     """
     began, cpu_began = time.monotonic(), time.process_time()
     results_path = Path(os.path.abspath(results_path))  # "." would follow the folder that --fresh sets aside
-    roots = [Path(datasets) if datasets else dataset_manager.DEFAULT_ROOT, sample_workload.DATASETS_ROOT]
+    roots = [Path(datasets) if datasets else dataset_manager.DEFAULT_ROOT, DATASETS_ROOT]
     how = {
         "strategy": strategy,
         "initial_weights": initial_weights,
@@ -328,30 +339,6 @@ def _flags(tolerance, device: torch.device, time_budget, datasets, options: Trai
 
 
 # ---- the command line -----------------------------------------------------------------------------------
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Merge vision models so that a workload fits one box.")
-    parser.add_argument("--workload", metavar="FILE.py", help="a file with create_model_dict(); default: this script's")
-    parser.add_argument("--datasets", metavar="DIR", help="default: ../dataset_formation/datasets beside the script")
-    parser.add_argument("--results", metavar="DIR", default="results", help="results folder (default: %(default)s)")
-    parser.add_argument("--tolerance", type=float, help="target accuracy as a share of the unmerged (default: 0.95)")
-    parser.add_argument("--strategy", choices=sorted(STRATEGIES), default="adaptive", help="default: %(default)s")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
-    parser.add_argument("--time-budget", type=parse_duration, metavar="TIME", help="such as 90s, 30m or 2h")
-    parser.add_argument("--per-class", action="store_true", help="also say how every class fares")
-    parser.add_argument("--fresh", action="store_true", help="start anew; an earlier result is kept aside")
-    parser.add_argument("--plan", action="store_true", help="print what could be saved; train nothing")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    return parser.parse_args(arguments)
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of a duration such as 90s, 30m, 1.5h or 45 (seconds)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
-    if not match or float(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a duration such as 90s, 30m or 2h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,12 +17,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import tables
-from dataset_folders import SampleError
-from dataset_manager import TaskData, plain_images
-from environment import in_quick_layout
-from merger_records import Accuracy, history_entry, manifest_of, per_class_of, round_record, run_record, statistics_of
-from merger_trial import (
+from gemel.alignment.align import move
+from gemel.alignment.matching import BY_ACTIVATIONS, BY_ORDER, match_groups
+from gemel.datasets.folders import SampleError
+from gemel.datasets.loaders import TaskData, plain_images
+from gemel.environment.failures import is_out_of_memory
+from gemel.evaluation.eval_method import evaluate
+from gemel.forward.modes import in_quick_layout
+from gemel.merging import console as tables
+from gemel.merging.initialisation import (
     ALIGN_PIXELS,
     LEAST_SQUARES,
     fit_weights,
@@ -39,37 +42,31 @@ from merger_trial import (
     state_of,
     teachers_of,
 )
-from results_store import drop_checkpoint, load_merged, read_checkpoint, update_run, write_checkpoint, write_results
-from sharing.alignment import move
-from sharing.cut import Cuts
-from sharing.groups import (
-    Configuration,
-    affected_tasks,
-    around,
-    from_plain,
-    restrict,
-    to_plain,
+from gemel.merging.records import (
+    Accuracy,
+    history_entry,
+    manifest_of,
+    per_class_of,
+    round_record,
+    run_record,
+    statistics_of,
 )
-from sharing.low_rank import fold, own_modules
-from sharing.matching import BY_ACTIVATIONS, BY_ORDER, match_groups
-from sharing.memory import distinct_bytes
-from sharing.prefix import Prefix
-from sharing.strategies import STEM, STRATEGIES, Strategy
-from sharing.tying import Snapshot, is_tied, restore_snapshot, retie, take_snapshot
-from trainer import (
-    OUT_OF_MEMORY,
-    TIME_OVER,
-    Circumstances,
-    Interrupted,
-    Outcome,
-    TrainingOptions,
-    evaluate,
-    never,
-    recover,
-)
-from trainer_batches import is_out_of_memory
-from trainer_progress import Standing
-from workload import Problem, Task, WorkloadError
+from gemel.results_store.checkpoint import drop_checkpoint, read_checkpoint, write_checkpoint
+from gemel.results_store.load import load_merged
+from gemel.results_store.write import update_run, write_results
+from gemel.sharing.adapters import fold, own_modules
+from gemel.sharing.groups import Configuration, affected_tasks, around, from_plain, restrict, to_plain
+from gemel.sharing.memory import distinct_bytes
+from gemel.sharing.tying import Snapshot, is_tied, restore_snapshot, retie, take_snapshot
+from gemel.strategies import STEM, strategy_class
+from gemel.strategies.base import Strategy
+from gemel.training.cut import Cuts
+from gemel.training.early_stopping import Standing
+from gemel.training.options import TrainingOptions
+from gemel.training.outcome import OUT_OF_MEMORY, TIME_OVER, Circumstances, Interrupted, Outcome, never
+from gemel.training.prefix import Prefix
+from gemel.workload import Problem, Task, WorkloadError
+from trainer import recover
 
 CHECKPOINT_SHARE = 0.05  # of the time that writing the state of a round in flight may take
 
@@ -149,7 +146,7 @@ def _strategy(
     models: nn.ModuleDict, groups: Configuration, strategy_name: str, residual_price: float = 0.0, **_
 ) -> Strategy:
     given = {"price": residual_price} if residual_price else {}
-    return STRATEGIES[strategy_name](models, **given, **({} if strategy_name == STEM else {"groups": groups}))
+    return strategy_class(strategy_name)(models, **given, **({} if strategy_name == STEM else {"groups": groups}))
 
 
 def preflight(run: Run) -> None:

@@ -8,8 +8,8 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,125 +17,34 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-import eval_methods
-from dataset_manager import TaskData, reseed, restarted
-from environment import random_state, seeded, set_random_state
-from losses import task_losses
-from losses_distillation import Teacher
-from sharing.prefix import Prefix, frozen, frozen_modules
-from sharing.statistics import freeze_statistics, reestimate_statistics
-from trainer_batches import Batches, is_out_of_memory, is_worker_death, smaller, split
-from trainer_progress import Progress, Standing, loss_weight
-from workload import CLASSIFICATION, Task
+from gemel.datasets.loaders import TaskData, reseed
+from gemel.environment.failures import is_out_of_memory
+from gemel.environment.seeds import random_state, seeded, set_random_state
+from gemel.evaluation.eval_method import evaluate
+from gemel.fitting.batch_norm import freeze_statistics, reestimate_statistics
+from gemel.training.batches import Batches, split
+from gemel.training.distillation import Teacher
+from gemel.training.early_stopping import Progress, loss_weight
+from gemel.training.losses import task_losses
+from gemel.training.options import TrainingOptions
+from gemel.training.outcome import (
+    EPOCHS_SPENT,
+    GIVEN_UP,
+    MET,
+    NOT_FINITE,
+    OUT_OF_MEMORY,
+    TIME_OVER,
+    UNTRAINED,
+    Circumstances,
+    Interrupted,
+    Outcome,
+)
+from gemel.training.prefix import frozen, frozen_modules
+from gemel.workload import Task
 
 NEARLY_THERE = 0.98  # share of the target from which validation is as frequent as it may be
 
 log = logging.getLogger(__name__)
-
-MET, GIVEN_UP, EPOCHS_SPENT, UNTRAINED = "met", "given up", "epochs spent", "needs training"
-NOT_FINITE, OUT_OF_MEMORY, TIME_OVER = "loss not finite", "out of memory", "time over"
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user asked for an end; the round in flight was saved after its last step."""
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How a round is trained. The defaults were chosen by trying, on models fine-tuned on photographs.
-
-    All 52 layers of three MobileNetV2 tied: 9984 images until all targets were met with batches of 32 and without the
-    average of weights, 3648 with these. Tied heads of three FCOS detectors after 40 steps: mAP 0.36 of 0.43 at this
-    learning rate, 0.23 at 1e-3.
-    """
-
-    learning_rate: float = 3e-4  # of AdamW, reached after `warmup_steps`, a fifth of it after the first stall
-    warmup_steps: int = 10  # 0: none
-    classification_batch_size: int = 16
-    detection_batch_size: int = 4
-    max_epochs: float = 4.0  # an epoch is one pass over the largest train split among the tasks that are trained
-    patience_epochs: float = 0.75  # a stall as long as this first lowers the learning rate, then gives the task up
-    statistics_batches: int = 8  # per task, to re-estimate batch normalisation before a trial is judged; 0: none
-    average_decay: float = 0.95  # of the moving average of weights that is validated and kept; 0: no average
-    validation_share: float = 0.25  # of the time of training that validation may take, as far as can be planned
-    private_epochs: float = 0.0  # at first only what one model holds is trained, with fixed normalisation statistics
-    private_learning_rate: float = 1e-3  # of that
-    label_weight: float = 1.0  # of the losses from labels
-    feature_weight: float = 0.0  # of the difference to the unmerged model's features; 0: not compared
-    probability_weight: float = 0.0  # of the difference to the unmerged classifier's class probabilities
-    freeze_prefix: bool = False  # whether what a classifier computes before its first tied layer stays as it is
-    screening_images: int = 256  # of val, evaluated first; all of it only where these meet the target; 0: none
-
-    def batch_size(self, task: Task) -> int:
-        default = self.classification_batch_size if task.kind == CLASSIFICATION else self.detection_batch_size
-        return task.batch_size or default
-
-    @property
-    def teaches(self) -> bool:
-        return self.feature_weight > 0 or self.probability_weight > 0
-
-    def weight_of(self, loss: str, task: Task) -> float:
-        taught = {"features": self.feature_weight, "probabilities": self.probability_weight}
-        if loss not in taught:
-            return self.label_weight
-        return taught[loss] if task.labels else taught[loss] or 1.0  # without labels there is nothing else
-
-
-# What a strategy trains with, where that is not the default (benchmarks/LOG.md).
-TRAINING_OF = {"adaptive": {"feature_weight": 1.0, "probability_weight": 1.0, "private_epochs": 0.5}}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a trial ended."""
-
-    reason: str
-    accuracies: dict[str, float]  # per trained task, when it was last evaluated
-    met: tuple[str, ...]  # tasks at their target when last evaluated, and not given up
-    steps: int
-    samples: int
-
-    @property
-    def success(self) -> bool:
-        """Every task was at its target with the weights as they are now."""
-        return self.reason == MET
-
-
-def never() -> bool:
-    return False
-
-
-@dataclass(frozen=True)
-class Circumstances:
-    """What a round depends on besides its tasks and options."""
-
-    device: torch.device
-    seed: int
-    purpose: tuple = ()  # with the seed, what the random numbers of the round depend on
-    deadline: float = math.inf  # on time.monotonic()
-    fitted: Mapping[str, Standing] = field(default_factory=dict)  # where fitted models are, statistics included; empty:
-    # the weights were not fitted
-    screen_targets: Mapping[str, float] | None = None  # accuracy on TaskData.screen that makes all of val worth a look
-    prefixes: Mapping[str, Prefix] = field(default_factory=dict)  # of the tasks whose first layers stay as they are
-    save: Callable[[dict, bool], None] | None = None  # (state of the round, whether the run ends here)
-    saved: dict | None = None  # a state to go on from
-    stop_asked: Callable[[], bool] = never  # whether the user asked for an end
-
-
-def evaluate(task: Task, loader, model: nn.Module | None = None) -> float:
-    """The task's accuracy as eval_methods.evaluate gives it.
-
-    Loader processes that died are started again, once; out of memory, the batch is halved until a single image does not
-    fit.
-    """
-    try:
-        return eval_methods.evaluate(task, loader, model)
-    except (RuntimeError, MemoryError) as error:
-        again = smaller(loader) if is_out_of_memory(error) else restarted(loader) if is_worker_death(error) else None
-        if again is None:
-            raise
-        log.warning("%s: evaluated again, with batches of %d, after: %s", task.name, again.batch_size, error)
-    return evaluate(task, again, model)
 
 
 def shared_and_private(models: nn.ModuleDict) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -18,7 +18,7 @@ from benchmarks.conditions import Bench, add_arguments, open_bench
 from benchmarks.one_run import write_json
 from benchmarks.runs import Failure, Result, code_digest, exit_code_of, run_all, versions
 from benchmarks.summary import of_variant, spread, variants_of
-from tables import share, table
+from gemel.merging.console import share, table
 
 # option of merge_workload -> the values to compare, the first one being the plainest; every combination is a row.
 GRID: dict[str, tuple] = {

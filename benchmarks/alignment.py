@@ -16,18 +16,19 @@ import torch
 from torch import nn
 
 import dataset_manager
-import sample_workload
-from dataset_manager import TaskData, open_task
-from environment import DEVICES, pick_device
-from merge_workloads import load_model_dict
-from sharing.alignment import METHODS, Alignment, align
-from sharing.groups import Configuration
-from sharing.matching import match_groups
-from sharing.statistics import reestimate_statistics
-from sharing.tying import tie
-from tables import table
-from trainer import evaluate
-from workload import Task, WorkloadError, read_workload
+from dataset_manager import open_task
+from gemel.alignment.align import METHODS, Alignment, align
+from gemel.alignment.matching import match_groups
+from gemel.datasets.loaders import TaskData
+from gemel.environment import DEVICES
+from gemel.environment.device import pick_device
+from gemel.evaluation.eval_method import evaluate
+from gemel.fitting.batch_norm import reestimate_statistics
+from gemel.merging.console import table
+from gemel.sample_workload.tasks import DATASETS_ROOT
+from gemel.sharing.groups import Configuration
+from gemel.sharing.tying import tie
+from gemel.workload import Task, WorkloadError, load_model_dict, read_workload
 
 BATCH_SIZE = 32
 MATCHINGS = ("order", "weights", "activations")
@@ -46,7 +47,7 @@ def main() -> None:
     tasks, problems = read_workload(load_model_dict(flags.workload))
     if problems:
         raise SystemExit(str(WorkloadError(problems)))
-    roots = [flags.datasets] if flags.datasets else [dataset_manager.DEFAULT_ROOT, sample_workload.DATASETS_ROOT]
+    roots = [flags.datasets] if flags.datasets else [dataset_manager.DEFAULT_ROOT, DATASETS_ROOT]
     device = pick_device(flags.device)
     rows = [row for seed in flags.seeds for row in _rows(tasks, roots, device, seed, flags.batches)]
     print(table(["seed", "matched by", "aligned by", *tasks, "likeness", "spaces moved", "CPU s"], rows))

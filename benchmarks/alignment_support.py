@@ -15,9 +15,9 @@ from torch import nn
 from torchvision import models
 from tqdm import tqdm
 
-from sharing.channels import ChannelSpaces, find_channel_spaces
-from sharing.groups import find_layers
-from tables import table
+from gemel.alignment.permutation import ChannelSpaces, find_channel_spaces
+from gemel.merging.console import table
+from gemel.sharing.groups import find_layers
 
 END = "output"  # why the last layer of a model, or of a part of one, is fixed: no loss of alignment
 

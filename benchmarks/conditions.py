@@ -9,16 +9,17 @@ import torch
 
 import dataset_manager
 import merger
-import sample_workload
-from dataset_manager import TaskData
-from environment import DEVICES, pick_device
-from fingerprint import fingerprint
-from merge_workloads import load_model_dict, parse_duration
-from merger import Accuracy
-from sharing.groups import find_groups, saved_bytes
-from sharing.memory import distinct_bytes
-from trainer import TrainingOptions
-from workload import Problem, Task, WorkloadError, read_workload
+from gemel.datasets.loaders import TaskData
+from gemel.environment import DEVICES
+from gemel.environment.device import pick_device
+from gemel.merging.fingerprint import fingerprint
+from gemel.merging.flags import parse_duration
+from gemel.merging.records import Accuracy
+from gemel.sample_workload.tasks import DATASETS_ROOT
+from gemel.sharing.groups import find_groups, saved_bytes
+from gemel.sharing.memory import distinct_bytes
+from gemel.training.options import TrainingOptions
+from gemel.workload import Problem, Task, WorkloadError, load_model_dict, read_workload
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def open_bench(flags: argparse.Namespace) -> Bench:
         device = pick_device(flags.device)
     except ValueError as error:
         problems.append(Problem("benchmark", "--device", str(error), "one that torch sees"))
-    roots = [Path(flags.datasets) if flags.datasets else dataset_manager.DEFAULT_ROOT, sample_workload.DATASETS_ROOT]
+    roots = [Path(flags.datasets) if flags.datasets else dataset_manager.DEFAULT_ROOT, DATASETS_ROOT]
     problems += dataset_manager.check(tasks, roots)
     if problems:
         raise WorkloadError(problems)

@@ -20,14 +20,14 @@ from torchvision import models as torchvision_models
 from tqdm import tqdm
 
 from eval_methods import frcnn_eval
-from losses_distillation import Teacher
+from gemel.fitting.batch_norm import reestimate_statistics
+from gemel.fitting.sequential_fit import ask_teachers, fit_in_lockstep
+from gemel.merging.console import table
+from gemel.sharing.groups import Configuration, compared_layers, find_groups, saved_bytes
+from gemel.sharing.memory import distinct_bytes
+from gemel.sharing.tying import is_tied, tie
+from gemel.training.distillation import Teacher
 from model_architectures import build
-from sharing.groups import Configuration, compared_layers, find_groups, saved_bytes
-from sharing.lockstep_fit import ask_teachers, fit_in_lockstep
-from sharing.memory import distinct_bytes
-from sharing.statistics import reestimate_statistics
-from sharing.tying import is_tied, tie
-from tables import table
 
 OURS = ("fcos_model", "frcnn_model", "ssd_mobilenet_model", "ssd_vgg_model", "yolov3", "yolov3_tiny")
 SIZE = 128  # of the images; SSD and SSDLite resize them to the one size that they are made for

@@ -17,12 +17,11 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import models as zoo
 
-from environment import in_quick_layout
-from eval_methods import evaluation_mode
-from sharing.cut import Cuts
-from sharing.groups import find_layers
-from sharing.prefix import frozen, prefix_of
-from tables import table
+from gemel.forward.modes import evaluation_mode, in_quick_layout
+from gemel.merging.console import table
+from gemel.sharing.groups import find_layers
+from gemel.training.cut import Cuts
+from gemel.training.prefix import frozen, prefix_of
 
 HEADER = ("model", "tied from", "cut behind", "before it", "training: whole", "frozen", "kept")
 HEADER += ("evaluation: whole", "kept")

@@ -17,14 +17,14 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.probes import Probe, add_arguments, open_probe, spearman
-from environment import generator
-from eval_methods import logits_of
-from sharing.groups import Configuration, Group, find_groups
-from sharing.harm import METHODS, Harm, predict_harm
-from sharing.layer_rows import run
-from sharing.tying import restore_snapshot, take_snapshot, tie
-from tables import table
-from workload import CLASSIFICATION
+from gemel.environment.seeds import generator
+from gemel.fitting.sensitivity import METHODS, Harm, predict_harm
+from gemel.forward.batches import run
+from gemel.forward.modes import logits_of
+from gemel.merging.console import table
+from gemel.sharing.groups import Configuration, Group, find_groups
+from gemel.sharing.tying import restore_snapshot, take_snapshot, tie
+from gemel.workload import CLASSIFICATION
 
 
 def sample_groups(groups: Configuration, count: int, seed: int) -> list[Group]:

@@ -12,15 +12,15 @@ import time
 from collections.abc import Callable
 
 from benchmarks.probes import Probe, add_arguments, open_probe
-from environment import generator
-from sharing.groups import Configuration, find_groups
-from sharing.initial_weights import INITIAL_WEIGHTS
-from sharing.least_squares import fit_least_squares
-from sharing.lockstep_fit import ask_teachers, fit_in_lockstep
-from sharing.statistics import match_statistics
-from sharing.tying import restore_snapshot, take_snapshot, tie
-from tables import table
-from trainer import evaluate
+from gemel.environment.seeds import generator
+from gemel.evaluation.eval_method import evaluate
+from gemel.fitting.batch_norm import match_statistics
+from gemel.fitting.least_squares import fit_least_squares
+from gemel.fitting.sequential_fit import ask_teachers, fit_in_lockstep
+from gemel.merging.console import table
+from gemel.sharing.groups import Configuration, find_groups
+from gemel.sharing.initial_weights import INITIAL_WEIGHTS
+from gemel.sharing.tying import restore_snapshot, take_snapshot, tie
 
 Method = Callable[[Probe, Configuration, int], None]  # (probe, groups, images per task); the models are untied
 

@@ -18,8 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from results_store import has_results, read_manifest
-from results_verify import FAIL, verify
+import torch
+
+from gemel.__main__ import evaluations_of
+from gemel.results_store.manifest import has_results, read_manifest
+from gemel.results_store.verify import FAIL, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKLOAD = """
@@ -41,7 +44,7 @@ def create_model_dict():
 MERGE = """
 import sys
 from merge_workloads import merge_workload
-from workload_file import load_model_dict
+from gemel.workload import load_model_dict
 merge_workload(load_model_dict(sys.argv[1]), sys.argv[2], datasets=sys.argv[3], device="cpu", strategy="gemel",
                tolerance=0.85, learning_rate=0.005, max_epochs=60, patience_epochs=10)
 """
@@ -61,8 +64,8 @@ def prepare(folder: Path) -> Path:
     )
 
     from dataset_manager import open_task
-    from trainer import evaluate
-    from workload import read_workload
+    from gemel.evaluation.eval_method import evaluate
+    from gemel.workload import read_workload
 
     write_classification(folder, "north_CL", 3, seed=1)
     write_classification(folder, "south_CL", 4, seed=2)
@@ -110,7 +113,8 @@ def is_valid(results: Path, workload: Path, datasets: Path) -> bool:
     """Whether the folder holds a valid result, every task re-evaluated at its target; none at all is valid as well."""
     if not has_results(results):
         return True
-    return all(check.status != FAIL for check in verify(results, str(workload), str(datasets), "cpu"))
+    evaluations = evaluations_of(str(workload), str(datasets), torch.device("cpu"))
+    return all(check.status != FAIL for check in verify(results, evaluations, "cpu"))
 
 
 def kill_once(generator, span: tuple[float, float], results: Path, workload: Path, datasets: Path) -> tuple[str, bool]:

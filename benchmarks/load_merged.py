@@ -24,13 +24,14 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from gemel.merging.console import table
+from gemel.results_store.load import build_empty, load_merged
+from gemel.results_store.manifest import read_manifest
+from gemel.results_store.write import write_results
+from gemel.sharing.groups import find_groups, saved_bytes
+from gemel.sharing.memory import distinct_bytes
+from gemel.sharing.tying import tie
 from model_architectures import build, rebuild
-from results_load import build_empty
-from results_store import load_merged, read_manifest, write_results
-from sharing.groups import find_groups, saved_bytes
-from sharing.memory import distinct_bytes
-from sharing.tying import tie
-from tables import table
 
 NUM_CLASSES = 1000
 PAGE = 4096

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from merge_workloads import EXIT_DONE, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, load_model_dict, merge_workload
-from workload import WorkloadError
+from gemel.workload import WorkloadError, load_model_dict
+from merge_workloads import EXIT_DONE, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, merge_workload
 
 SPEC, RESULTS, FINISHED = "spec.json", "results", "finished.json"
 VALIDATION_MESSAGE = "step %d: %s %.4f of %.4f"  # what trainer logs, at level DEBUG, whenever it evaluates a task

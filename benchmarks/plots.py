@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from benchmarks.conditions import Bench
 from benchmarks.runs import Result
 from benchmarks.summary import of_variant, spent, variants_of
-from tables import MIB
+from gemel.merging.console import MIB
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe, Ito: for every eye
 

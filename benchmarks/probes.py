@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import dataset_manager
-import sample_workload
-from dataset_folders import open_split
-from environment import DEVICES, generator, pick_device
-from merge_workloads import load_model_dict
-from sharing.layer_rows import Batch
-from sharing.statistics import reestimate_statistics
-from workload import CLASSIFICATION, Task, WorkloadError, read_workload
+from gemel.datasets.folders import open_split
+from gemel.datasets.loaders import collate_detection
+from gemel.environment import DEVICES
+from gemel.environment.device import pick_device
+from gemel.environment.seeds import generator
+from gemel.fitting.batch_norm import reestimate_statistics
+from gemel.forward.batches import Batch
+from gemel.sample_workload.tasks import DATASETS_ROOT
+from gemel.workload import CLASSIFICATION, Task, WorkloadError, load_model_dict, read_workload
 
 BATCH_SIZE = {True: 40, False: 4}  # of classifiers and of detectors
 
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def open_probe(flags: argparse.Namespace, num_images: int, num_val: int | None = None) -> Probe:
     """Reads the workload and loads `num_images` train and `num_val` val images per task (None: all) into memory."""
     tasks, problems = read_workload(load_model_dict(flags.workload))
-    roots = [flags.datasets or dataset_manager.DEFAULT_ROOT, sample_workload.DATASETS_ROOT]
+    roots = [flags.datasets or dataset_manager.DEFAULT_ROOT, DATASETS_ROOT]
     problems += dataset_manager.check(tasks, roots)
     if problems:
         raise WorkloadError(problems)
@@ -81,7 +83,7 @@ def load_split(task: Task, roots: Sequence[Path], split: str, seed: int) -> Subs
 def take(task: Task, samples: Subset, count: int | None) -> list:
     """The first samples, in batches (images, targets) of one size but for the last."""
     kind = task.kind == CLASSIFICATION
-    collate = None if kind else dataset_manager.collate_detection
+    collate = None if kind else collate_detection
     chosen = Subset(samples, range(min(count or len(samples), len(samples))))
     return list(DataLoader(chosen, BATCH_SIZE[kind], collate_fn=collate))
 

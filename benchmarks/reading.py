@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 import dataset_manager
-import sample_workload
-from dataset_cache import SampleCache
-from dataset_folders import load_image, open_split
-from environment import DEVICES, pick_device
-from eval_methods import device_of, evaluation_mode
-from merge_workloads import load_model_dict
-from tables import table
-from workload import CLASSIFICATION, Task, WorkloadError, read_workload
+from gemel.datasets.cache import SampleCache
+from gemel.datasets.folders import load_image, open_split
+from gemel.environment import DEVICES
+from gemel.environment.device import pick_device
+from gemel.forward.modes import device_of, evaluation_mode
+from gemel.merging.console import table
+from gemel.sample_workload.tasks import DATASETS_ROOT
+from gemel.workload import CLASSIFICATION, Task, WorkloadError, load_model_dict, read_workload
 
 HEADER = ("task", "image", "model gets", "decode", "transform", "from memory", "forward", "val in memory")
 
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     if min(flags.images, flags.threads) < 1:
         parser.error("--images and --threads: allowed are whole numbers from 1 on")
     torch.set_num_threads(flags.threads)
-    roots = [Path(flags.datasets) if flags.datasets else dataset_manager.DEFAULT_ROOT, sample_workload.DATASETS_ROOT]
+    roots = [Path(flags.datasets) if flags.datasets else dataset_manager.DEFAULT_ROOT, DATASETS_ROOT]
     try:
         tasks, problems = read_workload(load_model_dict(flags.workload))
         problems += dataset_manager.check(tasks, roots)

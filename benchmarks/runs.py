@@ -22,11 +22,13 @@ import torch
 
 from benchmarks.conditions import Bench
 from benchmarks.one_run import FINISHED, RESULTS, SPEC, write_json
+from gemel.evaluation.eval_method import evaluate
+from gemel.results_store.load import load_merged
+from gemel.results_store.manifest import read_manifest
+from gemel.sharing.memory import distinct_bytes
+from gemel.training.options import TrainingOptions
+from gemel.workload import Task, WorkloadError
 from merge_workloads import EXIT_DONE, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, merge_workload
-from results_store import load_merged, read_manifest
-from sharing.memory import distinct_bytes
-from trainer import TrainingOptions, evaluate
-from workload import Task, WorkloadError
 
 ROOT = Path(__file__).resolve().parent.parent
 EXIT_A_RUN_FAILED = 1

@@ -19,9 +19,9 @@ from benchmarks.one_run import write_json
 from benchmarks.plots import plot_saving
 from benchmarks.runs import Failure, Result, code_digest, exit_code_of, run_all, versions
 from benchmarks.summary import BASELINES, COSTS, LEVELS, TIMES, Ratio, levels_of, summarise, variants_of
-from sharing.strategies import STRATEGIES
-from tables import MIB, mib, share, table
-from workload import Problem, WorkloadError
+from gemel.merging.console import MIB, mib, share, table
+from gemel.strategies import STRATEGIES
+from gemel.workload import Problem, WorkloadError
 
 BUSY = 0.8  # share of one core that a run on an idle machine gets, and more
 # name -> options of merge_workload. Gemel as published (NSDI 2023): its learning rate, the first model's weights,

@@ -15,9 +15,9 @@ from pico import (
 )
 
 from dataset_manager import open_task
-from environment import derive_seed
-from trainer import evaluate
-from workload import read_workload
+from gemel.environment.seeds import derive_seed
+from gemel.evaluation.eval_method import evaluate
+from gemel.workload import read_workload
 
 CPU = torch.device("cpu")
 

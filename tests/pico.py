@@ -32,6 +32,18 @@ class PicoNet(nn.Module):
         return self.fc(self.more(features).mean((2, 3)))
 
 
+class Mixed(PicoNet):
+    """Besides layers that can be fitted an attention, whose parameters are read without calling it, and a lone one."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, images):
+        features = self.conv2(torch.relu(self.bn1(self.conv1(images)))).mean((2, 3))
+        return self.fc(self.attention(features, features, features)[0])
+
+
 class PicoDetector(nn.Module):
     """Two anchors, the left and the right half of the image, each with scores and a box; class 0 is background."""
 

@@ -6,11 +6,11 @@ import torch
 from pico import PicoDetector, PicoNet
 from torch import nn
 
+from gemel.results_store.write import write_results
+from gemel.sharing.groups import find_groups, saved_bytes
+from gemel.sharing.memory import distinct_bytes
+from gemel.sharing.tying import tie
 from model_architectures import architecture_of, build
-from results_store import write_results
-from sharing.groups import find_groups, saved_bytes
-from sharing.memory import distinct_bytes
-from sharing.tying import tie
 
 HISTORY = [{"seconds": 1.5, "round": 1, "saved_bytes": 10, "tasks_met": 2}]
 

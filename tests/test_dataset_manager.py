@@ -19,13 +19,14 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-import dataset_folders
 import dataset_manager
-from dataset_folders import open_split
-from dataset_manager import find_dataset, open_task, plain_images, reseed
-from dataset_records import BYTE_ORDER_MARK, WINDOWS_LINES
-from dataset_yolo import TextFile
-from workload import read_workload
+from dataset_manager import find_dataset, open_task
+from gemel.datasets import folders as dataset_folders
+from gemel.datasets.folders import open_split
+from gemel.datasets.loaders import plain_images, reseed
+from gemel.datasets.records import BYTE_ORDER_MARK, WINDOWS_LINES
+from gemel.datasets.yolo import TextFile
+from gemel.workload import read_workload
 
 CPU = torch.device("cpu")
 TO_FLOAT = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])

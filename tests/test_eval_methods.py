@@ -12,16 +12,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-import eval_coco
 from eval_methods import (
     classification_eval,
     classification_eval_per_class,
     detection_eval_per_class,
-    evaluate,
-    evaluation_mode,
     frcnn_eval,
     yolo_eval,
 )
+from gemel.evaluation import coco as eval_coco
+from gemel.evaluation.eval_method import evaluate
+from gemel.forward.modes import evaluation_mode
 from model_architectures import build
 
 SIZE = 200  # pixels of the synthetic scenes

@@ -1,5 +1,6 @@
 """The script: flags, exit codes, the workload file, and bad input that leaves nothing behind."""
 
+import argparse
 import copy
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import torch
 from pico import PicoNet
 
 import merge_workloads
-from merge_workloads import main, merge_workload, parse_duration
-from results_store import read_manifest
-from workload import WorkloadError
+from gemel.merging.flags import parse_duration
+from gemel.results_store.manifest import read_manifest
+from gemel.workload import WorkloadError
+from merge_workloads import main, merge_workload
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKLOAD = """
@@ -191,7 +193,7 @@ def test_durations(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "m", "0m", "-3m", "3 days"])
 def test_durations_that_are_none(text):
-    with pytest.raises(merge_workloads.argparse.ArgumentTypeError, match="allowed: a duration such as"):
+    with pytest.raises(argparse.ArgumentTypeError, match="allowed: a duration such as"):
         parse_duration(text)
 
 

@@ -13,12 +13,14 @@ import merge_workloads
 import merger
 from dataset_manager import open_task
 from eval_methods import classification_eval
+from gemel.evaluation.eval_method import evaluate
+from gemel.results_store.load import load_merged
+from gemel.results_store.manifest import read_manifest
+from gemel.sharing.groups import Configuration, find_groups
+from gemel.sharing.memory import distinct_bytes
+from gemel.training.outcome import Outcome
+from gemel.workload import WorkloadError, read_workload
 from merge_workloads import merge_workload
-from results_store import load_merged, read_manifest
-from sharing.groups import Configuration, find_groups
-from sharing.memory import distinct_bytes
-from trainer import Outcome, evaluate
-from workload import WorkloadError, read_workload
 
 QUICK = {"learning_rate": 0.02, "max_epochs": 60, "patience_epochs": 10, "tolerance": 0.85}
 

@@ -11,13 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import trainer
-from environment import seeded
-from losses import task_losses
-from sharing.groups import find_groups
-from sharing.statistics import reestimate_statistics
-from sharing.tying import tie
-from trainer import GIVEN_UP, MET, NOT_FINITE, TIME_OVER, Circumstances, TrainingOptions, evaluate, recover
-from trainer_progress import Progress, loss_weight
+from gemel.environment.seeds import seeded
+from gemel.evaluation.eval_method import evaluate
+from gemel.fitting.batch_norm import reestimate_statistics
+from gemel.sharing.groups import find_groups
+from gemel.sharing.tying import tie
+from gemel.training.early_stopping import Progress, loss_weight
+from gemel.training.losses import task_losses
+from gemel.training.options import TrainingOptions
+from gemel.training.outcome import GIVEN_UP, MET, NOT_FINITE, TIME_OVER, Circumstances
+from trainer import recover
 
 CPU = torch.device("cpu")
 QUICK = TrainingOptions(learning_rate=0.01, max_epochs=60, patience_epochs=10)

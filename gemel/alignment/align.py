@@ -1,0 +1,317 @@
+"""Lines up the channels of independently trained models, so that the layers to be tied mean the same.
+
+A permutation of a channel space does not change what a model computes, so it costs nothing at run time; it only makes
+the weights of different models comparable. Models that already line up (one ancestor) are left as they are.
+"""
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from gemel.alignment.activations import INPUT, OUTPUT, Moments, compare
+from gemel.alignment.permutation import Space, channels_of, find_channel_spaces, inverse, permute, tensor_at
+from gemel.environment.seeds import generator
+from gemel.forward.batches import Batch
+from gemel.forward.modes import evaluating
+from gemel.sharing.groups import Configuration
+from gemel.sharing.memory import distinct_bytes
+
+MARGIN = 0.1  # a space stays as it is unless the best order is better by this share of what it reaches
+MAX_SWEEPS = 50
+TOLERANCE = 1e-3  # of the output's scale, when a permuted model is checked on its own images
+
+log = logging.getLogger(__name__)
+
+
+class SpaceAlignment(NamedTuple):
+    """What was done to one space, and how alike its channels are to those of the models before it, before and after.
+
+    In [-1, 1]: mean correlation of activations, or cosine of weights where these decided.
+    """
+
+    task: str
+    space: str
+    size: int
+    before: float
+    after: float
+    permutation: tuple[int, ...]  # what was at permutation[i] now is at i
+
+    @property
+    def num_moved(self) -> int:
+        return sum(i != j for i, j in enumerate(self.permutation))
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What `align` did; the first task of `order` is the one that the others follow."""
+
+    order: tuple[str, ...]
+    spaces: tuple[SpaceAlignment, ...]
+    unaligned: tuple[tuple[str, str, str], ...]  # (task, layer, reason)
+
+
+class Site(NamedTuple):
+    """A layer to be tied, beside the layer of a model that is aligned already."""
+
+    layer: str
+    other_task: str
+    other_layer: str
+
+
+def align(
+    models: Mapping[str, nn.Module],
+    groups: Configuration,
+    images: Mapping[str, Sequence[Batch]] | None = None,
+    *,
+    method: str = "activations",
+    seed: int = 0,
+    fixed: Collection[str] = (),
+) -> Alignment:
+    """Permutes channels in place so that the layers of `groups` line up; no model's function changes.
+
+    The largest model stays as it is, each further one follows all those before it; so do the models of `fixed`, which
+    come first and stay as they are. images: per task, batches of images
+    without labels as its loader gives them; needed by "activations", and used by both to check that each model still
+    computes the same (else it is put back, and listed). seed: order in which "weights" visits the spaces.
+    Models must not share parameters yet. Raises ValueError.
+
+    "activations": channels that respond alike to the images of both tasks (Li et al., "Convergent Learning", 2015;
+    ZipIt, ICLR 2024, section 4), for spaces whose weights do not line up already. "weights": coordinate descent on the
+    inner product of the layers' weights (Ainsworth et al., "Git Re-Basin", ICLR 2023, algorithm 1), summed over the
+    layers to be tied only.
+    """
+    _check(models, groups, images, method)
+    involved = [task for task in models if any(task in group.tasks for group in groups)]
+    order = sorted(involved, key=lambda task: (task not in fixed, -distinct_bytes({task: models[task]})))  # stable
+    spaces, unaligned = [], []
+    for position, task in enumerate(order):
+        if position == 0 or task in fixed:
+            continue
+        sites = find_sites(groups, task, order[:position])
+        done, left = _align_one(models, task, sites, images, method, seed)
+        spaces += done
+        unaligned += [(task, layer, reason) for layer, reason in left]
+    return Alignment(tuple(order), tuple(spaces), tuple(unaligned))
+
+
+def moved(alignment: Alignment) -> dict[str, dict[str, list[int]]]:
+    """What `align` permuted, as JSON values: task -> {space: permutation}; spaces that stayed are left out."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for space in alignment.spaces:
+        if space.num_moved:
+            found.setdefault(space.task, {})[space.space] = list(space.permutation)
+    return found
+
+
+def move(model: nn.Module, permutations: Mapping[str, Sequence[int]]) -> None:
+    """Permutes a model as `moved` says of its task. Raises ValueError for a space that the model does not have."""
+    spaces = {space.name: space for space in find_channel_spaces(model).spaces} if permutations else {}
+    if unknown := sorted(set(permutations) - set(spaces)):
+        raise ValueError(f"permutations: got {', '.join(unknown)}; allowed: the channel spaces of the model")
+    for name, permutation in permutations.items():
+        permute(model, spaces[name], permutation)
+
+
+def find_sites(groups: Configuration, task: str, others: Sequence[str]) -> list[Site]:
+    """The layers of a task that shall be tied to layers of `others`."""
+    found = []
+    for group in groups:
+        layers = dict(group.occurrences)
+        found += [Site(layers[task], other, layers[other]) for other in others if task in layers and other in layers]
+    return found
+
+
+def _check(models: Mapping[str, nn.Module], groups: Configuration, images: Mapping | None, method: str) -> None:
+    problems = []
+    if method not in METHODS:
+        problems.append(f"method: got {method!r}; allowed: {', '.join(METHODS)}")
+    tasks = sorted({task for group in groups for task in group.tasks})
+    problems += [f"{task}: in a group, but no model is given" for task in tasks if task not in models]
+    if method == "activations":
+        missing = [task for task in tasks if not (images or {}).get(task)]
+        problems += [f"{task}: images: got none; method 'activations' compares models on images" for task in missing]
+    owner: dict[int, str] = {}
+    for task, model in models.items():
+        if others := {owner.setdefault(id(p), task) for p in model.parameters()} - {task}:
+            problems.append(f"{task}: holds parameters of {', '.join(sorted(others))}; align before tying")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _align_one(models, task: str, sites: list[Site], images, method: str, seed: int):
+    """(what was done per space, layers left as they are with the reason) for one task."""
+    model, own = models[task], (images or {}).get(task) or ()
+    example = own[0][:2] if own and torch.is_tensor(own[0]) else None
+    found = find_channel_spaces(model, example)
+    before = _outputs(model, own)
+    tied = {site.layer for site in sites}
+    touched = [s for s in found.spaces if any(m.key.rpartition(".")[0] in tied for m in s.members)]
+    done = METHODS[method](models, task, touched, sites, images, seed) if touched else []
+    left = [(layer, reason) for layer, reason in found.unaligned if layer in tied]
+    if not _alike(before, _outputs(model, own)):
+        for space, result in zip(touched, done, strict=True):
+            permute(model, space, inverse(result.permutation))
+        log.warning("%s: computed something else once its channels were permuted; they are put back", task)
+        return [], [*left, ("", "the model computed something else once its channels were permuted")]
+    return done, left
+
+
+# ---- methods -----------------------------------------------------------------------------------------------
+
+
+def _by_activations(models, task: str, spaces: list[Space], sites: list[Site], images, seed: int):
+    """The best order of each space by itself, where the weights do not say that it lines up already.
+
+    Fine-tuned models of one ancestor respond to each other's images so differently that correlation alone would
+    reorder them, and spoil what they have in common; their weights tell.
+    """
+    model = models[task]
+    by_weights = _by_weights_now(models, task, spaces, sites)
+    moving = {space.name for space in spaces if best_order(by_weights[space.name]) != list(range(space.size))}
+    likeness = _correlations(models, task, [space for space in spaces if space.name in moving], sites, images)
+    results = []
+    for space in spaces:
+        scores = likeness.get(space.name, by_weights[space.name])
+        permutation = best_order(scores) if space.name in likeness else list(range(space.size))
+        permute(model, space, permutation)
+        values = float(scores.trace()), float(scores[range(space.size), permutation].sum())
+        results.append(SpaceAlignment(task, space.name, space.size, *values, tuple(permutation)))
+    return results
+
+
+def _by_weights_now(models, task: str, spaces: list[Space], sites: list[Site]) -> dict[str, Tensor]:
+    targets = _targets(models, sites)
+    return {space.name: _weight_likeness(models[task], space, targets) for space in spaces}
+
+
+def _correlations(models, task: str, spaces: list[Space], sites: list[Site], images) -> dict[str, Tensor]:
+    """Space -> [channels of the models before, channels of the model]: correlations, averaged over layers and models.
+
+    Divided by the number of channels, so that the trace is the mean over channels.
+    """
+    layers = {member.key.rpartition(".")[0] for space in spaces for member in space.members}
+    likeness: dict[str, list[Tensor]] = {}
+    for other in dict.fromkeys(site.other_task for site in sites):
+        pairs = [(site.other_layer, site.layer) for site in sites if site.other_task == other and site.layer in layers]
+        moments = compare((models[other], models[task]), pairs, (images[other], images[task])) if pairs else {}
+        for space in spaces:
+            if found := _channel_correlations(models[task], space, moments):
+                likeness.setdefault(space.name, []).extend(found)
+    return {name: torch.stack(found).mean(0) / len(found[0]) for name, found in likeness.items()}
+
+
+def _channel_correlations(model: nn.Module, space: Space, moments: Mapping[tuple, Moments]) -> list[Tensor]:
+    """One [channels, channels] matrix for every place where a tied layer takes in, or puts out, the space."""
+    found = []
+    for (_, layer, side), moment in moments.items():
+        correlation = moment.correlation()
+        for member in space.members:
+            if side not in _sides(model, layer, member.key, member.axis):
+                continue
+            length = space.size * member.inner
+            if correlation.shape[0] != correlation.shape[1] or member.offset + length > len(correlation):
+                continue
+            block = correlation.narrow(0, member.offset, length).narrow(1, member.offset, length)
+            blocks = block.unflatten(1, (space.size, member.inner)).unflatten(0, (space.size, member.inner))
+            found.append(blocks.diagonal(dim1=1, dim2=3).mean(-1).cpu())
+    return found
+
+
+def _sides(model: nn.Module, layer: str, key: str, axis: int) -> tuple[str, ...]:
+    """Whether an axis of a parameter lies along what the layer takes in or puts out (depthwise: both)."""
+    if key != (f"{layer}.weight" if layer else "weight"):
+        return ()
+    module = model.get_submodule(layer)
+    if getattr(module, "groups", 1) > 1:
+        return (INPUT, OUTPUT) if module.in_channels == module.out_channels else (OUTPUT,)
+    return (INPUT,) if (axis == 0) == bool(getattr(module, "transposed", False)) else (OUTPUT,)
+
+
+def _by_weights(models, task: str, spaces: list[Space], sites: list[Site], images, seed: int):
+    """Coordinate descent: the best order of one space while the others stay, until no space gains any more."""
+    model = models[task]
+    targets = _targets(models, sites)
+    orders = [list(range(space.size)) for space in spaces]
+    first = [_weight_likeness(model, space, targets) for space in spaces]
+    random = generator(seed, "alignment", task)
+    for _ in range(MAX_SWEEPS):
+        moved = False
+        for i in torch.randperm(len(spaces), generator=random).tolist():
+            permutation = best_order(_weight_likeness(model, spaces[i], targets))
+            if permutation != list(range(spaces[i].size)):
+                permute(model, spaces[i], permutation)
+                orders[i] = [orders[i][j] for j in permutation]
+                moved = True
+        if not moved:
+            break
+    last = [_weight_likeness(model, space, targets) for space in spaces]
+    values = [(float(a.trace()), float(b.trace())) for a, b in zip(first, last, strict=True)]
+    return [
+        SpaceAlignment(task, space.name, space.size, *value, tuple(order))
+        for space, value, order in zip(spaces, values, orders, strict=True)
+    ]
+
+
+def _targets(models: Mapping[str, nn.Module], sites: list[Site]) -> dict[str, Tensor]:
+    """Key of a parameter to be tied -> the mean of what the models before hold there."""
+    found: dict[str, list[Tensor]] = {}
+    for site in sites:
+        for key, parameter in models[site.other_task].get_submodule(site.other_layer).named_parameters(recurse=False):
+            found.setdefault(f"{site.layer}.{key}" if site.layer else key, []).append(parameter.detach())
+    return {key: torch.stack([value.to(values[0]) for value in values]).mean(0) for key, values in found.items()}
+
+
+def _weight_likeness(model: nn.Module, space: Space, targets: Mapping[str, Tensor]) -> Tensor:
+    """[channels of the target, channels of the model]: inner products, so that the trace is the mean cosine."""
+    members = [member for member in space.members if member.key in targets]
+    matrices = [member for member in members if targets[member.key].ndim > 1]
+    total = torch.zeros(space.size, space.size)
+    for member in matrices or members:
+        one, other = (
+            channels_of(t.detach(), space, member).movedim(member.axis, 0).flatten(1).float()
+            for t in (targets[member.key], tensor_at(model, member.key))
+        )
+        total += (one @ other.T / (one.norm() * other.norm()).clamp_min(1e-12)).cpu()
+    return total / len(matrices or members)
+
+
+METHODS = {"activations": _by_activations, "weights": _by_weights}
+
+
+def best_order(scores: Tensor) -> list[int]:
+    """permutation[i]: the column that suits row i, for the largest sum; the identity unless that gains enough."""
+    permutation = linear_sum_assignment(scores.double().numpy(), maximize=True)[1].tolist()
+    best, now = float(scores[range(len(scores)), permutation].sum()), float(scores.trace())
+    return permutation if best - now > MARGIN * abs(best) else list(range(len(scores)))
+
+
+# ---- the function stays ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
+    """What the model says to its first batch; of detections their scores, as near ties may change places."""
+    if not batches:
+        return []
+    device = next(model.parameters()).device
+    batch = batches[0]
+    with evaluating(model):
+        output = model(batch.to(device) if torch.is_tensor(batch) else [image.to(device) for image in batch])
+    if isinstance(output, list) and all(isinstance(item, dict) and "scores" in item for item in output):
+        return [item["scores"].sort(descending=True).values for item in output]
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _alike(before: list[Tensor], after: list[Tensor]) -> bool:
+    for one, other in zip(before, after, strict=True):
+        length = min(len(one), len(other))  # a detection at the threshold may come or go
+        one, other = one[:length].float(), other[:length].float()
+        if one.numel() and float((one - other).abs().max()) > TOLERANCE * max(float(one.abs().max()), 1e-6):
+            return False
+    return True

@@ -1,0 +1,168 @@
+"""Which occurrence of a signature pairs with which: the k-th with the k-th, or the most alike.
+
+Layers are compared before their channels are lined up (trying every order of channels for every pair would cost too
+much), so everything here is blind to the order of channels: norms and spectra of weights, or how a layer tells images
+apart. However layers are paired, the same number of bytes is saved.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gemel.alignment.activations import INPUT, OUTPUT, show, watch
+from gemel.forward.batches import Batch
+from gemel.sharing.groups import Configuration, Group, Layer, Occurrence, find_groups, find_layers, ordered, saved_bytes
+
+BY_ORDER, BY_WEIGHTS, BY_ACTIVATIONS = MATCHINGS = ("order", "weights", "activations")
+MARGIN = 0.1  # the k-th stays with the k-th unless another pairing costs less by this share
+MAX_SPECTRUM = 1024  # the smaller side of a matrix whose singular values are worth their time
+DEPTH_WEIGHT = 0.2  # of relative depth, which decides between layers that are otherwise about as much alike
+PLACES = 3  # feature maps are averaged down to at most 3 x 3 places
+
+Places = dict[
+    str, list[tuple[float, Layer]]
+]  # task -> its layers of one signature, with their relative depth in [0, 1]
+
+
+def match_groups(
+    models: Mapping[str, nn.Module], by: str = "order", images: Mapping[str, Sequence[Batch]] | None = None
+) -> Configuration:
+    """Every group of a workload, largest saving first; per signature each task follows the one that has it most often.
+
+    by: "order" (`find_groups`); "weights" (sorted norms of the channels, singular values, relative depth);
+    "activations" (linear CKA on the images of all tasks, Kornblith et al., ICML 2019, and relative depth), which needs
+    images: task -> batches of images without labels. Raises ValueError.
+    """
+    _check(models, by, images)
+    by_order = find_groups(models)
+    if by == BY_ORDER:
+        return by_order
+    depths = {task: _depths(model) for task, model in models.items()}
+    signatures = [places for places in _by_signature(depths).values() if len(places) > 1]
+    alike = _Likeness(models, images if by == BY_ACTIVATIONS else None, signatures)
+    groups = ordered(chain.from_iterable(_match(places, list(models), alike) for places in signatures))
+    assert saved_bytes(groups) == saved_bytes(by_order)
+    return groups
+
+
+def _check(models: Mapping[str, nn.Module], by: str, images: Mapping | None) -> None:
+    problems = [] if by in MATCHINGS else [f"by: got {by!r}; allowed: {', '.join(MATCHINGS)}"]
+    if by == BY_ACTIVATIONS:
+        missing = [task for task in models if not (images or {}).get(task)]
+        problems += [f"{task}: images: got none; 'activations' compares layers on images" for task in missing]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _depths(model: nn.Module) -> list[tuple[float, Layer]]:
+    layers = find_layers(model)
+    return [(i / max(1, len(layers) - 1), layer) for i, layer in enumerate(layers)]
+
+
+def _by_signature(depths: Mapping[str, list[tuple[float, Layer]]]) -> dict[str, Places]:
+    found: dict[str, Places] = defaultdict(lambda: defaultdict(list))
+    for task, layers in depths.items():
+        for depth, layer in layers:
+            found[layer.signature][task].append((depth, layer))
+    return found
+
+
+def _match(places: Places, tasks: list[str], alike: "_Likeness") -> list[Group]:
+    """The groups of one signature: every task's occurrences are assigned to those of the task that has most."""
+    anchor = max(places, key=lambda task: len(places[task]))
+    members = [[Occurrence(anchor, layer.name)] for _, layer in places[anchor]]
+    for task in places:
+        if task != anchor:
+            for slot, (_, layer) in zip(_assign(places, anchor, task, alike), places[task], strict=True):
+                members[slot].append(Occurrence(task, layer.name))
+    layer = places[anchor][0][1]
+    found = (tuple(sorted(slot, key=lambda o: tasks.index(o.task))) for slot in members if len(slot) > 1)
+    return [Group(layer.signature, layer.bytes, occurrences) for occurrences in found]
+
+
+def _assign(places: Places, anchor: str, task: str, alike: "_Likeness") -> list[int]:
+    """For each layer of the task, the layer of the anchor that it pairs with."""
+    own, others = places[task], places[anchor]
+    in_order = list(range(len(own)))
+    if len(others) == 1:
+        return in_order
+    cost = np.array([[alike.cost((task, a), (anchor, b)) for b in others] for a in own])
+    best = linear_sum_assignment(cost)[1].tolist()
+    gain = cost[in_order, in_order].sum() - cost[in_order, best].sum()
+    return best if gain > MARGIN * cost[in_order, in_order].sum() else in_order
+
+
+class _Likeness:
+    """How unlike two layers are; descriptors of layers are computed once."""
+
+    def __init__(self, models: Mapping[str, nn.Module], images: Mapping | None, signatures: Sequence[Places]):
+        self.models, self.by_images = models, images is not None
+        self.known: dict[tuple[str, str], list[Tensor]] = {}
+        if images is not None:
+            choices = [places for places in signatures if max(map(len, places.values())) > 1]
+            for task in models:
+                layers = [layer.name for places in choices for _, layer in places.get(task, ())]
+                self.known |= _grams(models[task], task, layers, images)
+
+    def cost(self, one: tuple[str, tuple[float, Layer]], other: tuple[str, tuple[float, Layer]]) -> float:
+        """Distance of the descriptors, each scaled to length 1 (mean over them), and of the relative depths."""
+        (task, (depth, layer)), (other_task, (other_depth, other_layer)) = one, other
+        pairs = zip(self._of(task, layer.name), self._of(other_task, other_layer.name), strict=False)
+        distances = [float((a - b).norm()) for a, b in pairs if a.shape == b.shape]
+        unlike = sum(distances) / len(distances) if distances else 0.0
+        return unlike + DEPTH_WEIGHT * abs(depth - other_depth)
+
+    def _of(self, task: str, layer: str) -> list[Tensor]:
+        if (task, layer) not in self.known:
+            module = self.models[task].get_submodule(layer)
+            found = [] if self.by_images else _weight_descriptors(module)
+            self.known[task, layer] = [F.normalize(descriptor, dim=0) for descriptor in found]
+        return self.known[task, layer]
+
+
+@torch.no_grad()
+def _weight_descriptors(module: nn.Module) -> list[Tensor]:
+    """Sorted norms along each of the first two axes and the singular values of the layer's largest parameter."""
+    weight = max(module.parameters(recurse=False), key=Tensor.numel).float().cpu()
+    if weight.ndim < 2:
+        return [weight.flatten().sort().values]
+    matrix = weight.flatten(1)
+    found = [weight.transpose(0, axis).flatten(1).norm(dim=1).sort().values for axis in (0, 1)]
+    if min(matrix.shape) <= MAX_SPECTRUM:
+        gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+        found.append(torch.linalg.eigvalsh(gram).clamp_min(0).sqrt())
+    return found
+
+
+def _grams(model: nn.Module, task: str, layers: Sequence[str], images: Mapping) -> dict[tuple[str, str], list[Tensor]]:
+    """Per layer, how alike it finds every two images, by what it takes in and by what it puts out.
+
+    The cosine of two such matrices, centred, is the linear CKA of the layers; here they are scaled to length 1. A layer
+    that is not run once per image (the box heads of a detector) has none.
+    """
+    seen: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+    num_images = 0
+    for batch in chain.from_iterable(images.values()):
+        shown = show(batch, images[task][0])
+        num_images += len(shown)
+        for key, calls in watch(model, layers, shown).items():
+            size = [min(PLACES, length) for length in calls[0].shape[2:]]
+            seen[key].append(F.adaptive_avg_pool2d(calls[0].float(), size).movedim(1, 0).flatten(1).cpu())
+    found = {}
+    for layer in layers:
+        parts = [seen[layer, side] for side in (INPUT, OUTPUT)]
+        if all(part and len({rows.shape[1] for rows in part}) == 1 for part in parts):
+            features = [torch.cat(part) for part in parts]
+            found[task, layer] = [_centred_gram(rows) for rows in features if len(rows) == num_images]
+    return found
+
+
+def _centred_gram(rows: Tensor) -> Tensor:
+    rows = rows - rows.mean(0)
+    return F.normalize((rows @ rows.T).flatten(), dim=0)

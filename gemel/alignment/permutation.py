@@ -1,0 +1,275 @@
+"""What moves together: the channel spaces of a model, and permuting them without changing what it computes.
+
+The model is traced with torch.fx in both modes and walked by channel_rules. A model that cannot be traced as a whole
+(detectors, code that branches on values) is taken apart: each traceable submodule is followed by itself, with its input
+and output fixed. Code that neither trace shows, such as a parent that reads its child's parameters, is not seen.
+"""
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gemel.alignment.channel_layouts import Layout, Layouts, identity_of
+from gemel.alignment.graph_rules import RULES
+from gemel.alignment.graph_walk import DoesNotRun, Walk
+
+BATCH = 2
+IMAGE_SIZES = (224, 299, 32, 28, 64, 96, 128, 256, 384, 512)  # tried in turn; some networks take one size only
+
+
+class Member(NamedTuple):
+    """Where the channels of a space lie: along `axis` of a parameter or buffer, each `inner` places wide."""
+
+    key: str
+    axis: int
+    offset: int
+    inner: int
+
+
+@dataclass(frozen=True)
+class Space:
+    """Channels that can be permuted, all members alike, without changing the function."""
+
+    name: str  # the first layer that puts them out
+    size: int
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class ChannelSpaces:
+    """The channel spaces of a model, and the layers whose output channels are left as they are, with the reason."""
+
+    spaces: tuple[Space, ...]
+    unaligned: tuple[tuple[str, str], ...]
+
+
+@dataclass
+class _Search:
+    """What was found so far, in every part and mode."""
+
+    layouts: Layouts = field(default_factory=Layouts)
+    produced: dict[str, Layout] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)
+    visited: set[tuple[int, str]] = field(default_factory=set)  # (module, name of its parameter or buffer)
+
+
+def find_channel_spaces(model: nn.Module, example: Tensor | None = None) -> ChannelSpaces:
+    """The spaces of a model; nothing is run on data, and weights are not looked at.
+
+    example: an input of the model, of which only shape and type matter; without it usual image sizes are tried. The
+    model's inputs and outputs are fixed, and so is whatever an operation without a rule touches.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    search = _Search()
+    try:
+        _explore(model, "", search, example)
+    finally:
+        for module, training in modes:
+            module.training = training
+    _fix_unseen(model, search)
+    return ChannelSpaces(_collect(model, search), _unaligned(search))
+
+
+@torch.no_grad()
+def permute(model: nn.Module, space: Space, permutation: Sequence[int]) -> None:
+    """Reorders the channels of a space in place: what was at permutation[i] comes to i. Parameter objects stay."""
+    if sorted(map(int, permutation)) != list(range(space.size)):
+        raise ValueError(f"{space.name}: permutation: got no order of 0 to {space.size - 1}")
+    order = torch.as_tensor(list(map(int, permutation)))
+    for member in space.members:
+        part = channels_of(tensor_at(model, member.key), space, member)
+        part.copy_(part.index_select(member.axis, order.to(part.device)))
+
+
+def channels_of(tensor: Tensor, space: Space, member: Member) -> Tensor:
+    """A view of a member, its axis taken apart into (channels of the space, `inner`)."""
+    part = tensor.narrow(member.axis, member.offset, space.size * member.inner)
+    return part.unflatten(member.axis, (space.size, member.inner))
+
+
+def inverse(permutation: Sequence[int]) -> tuple[int, ...]:
+    """The permutation that undoes one."""
+    return tuple(sorted(range(len(permutation)), key=lambda i: permutation[i]))
+
+
+def tensor_at(model: nn.Module, key: str) -> Tensor:
+    owner, _, name = key.rpartition(".")
+    return getattr(model.get_submodule(owner), name)
+
+
+# ---- tracing -----------------------------------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    """Besides torch's own layers, FrozenBatchNorm2d is one operation."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, torchvision.ops.FrozenBatchNorm2d) or super().is_leaf_module(module, name)
+
+
+def _explore(part: nn.Module, prefix: str, search: _Search, example: Tensor | None) -> None:
+    """Follows a part as a whole, or else each of its children by itself."""
+    if next(part.parameters(), None) is None:
+        return
+    if not any(True for _ in part.children()):
+        search.unknown[prefix] = "used by code that cannot be traced"
+        return
+    walks = _follow(part, search.layouts, example)
+    if walks is None:
+        for name, child in part.named_children():
+            _explore(child, f"{prefix}{name}" if not prefix else f"{prefix}.{name}", search, None)
+        return
+    search.layouts = walks[-1].spaces
+    for walk in walks:
+        _note(part, walk, f"{prefix}." if prefix else "", search)
+
+
+def _note(part: nn.Module, walk: Walk, prefix: str, search: _Search) -> None:
+    search.produced.update({prefix + name: layout for name, layout in walk.produced.items()})
+    search.unknown.update({prefix + name: reason for name, reason in walk.unknown.items()})
+    for node in walk.graph.nodes:
+        if node.op == "call_module":
+            for module in walk.modules[node.target].modules():
+                search.visited |= {(id(module), key) for key in (*module._parameters, *module._buffers)}
+        elif node.op == "get_attr":
+            owner, _, key = node.target.rpartition(".")
+            search.visited.add((id(part.get_submodule(owner)), key))
+
+
+def _follow(part: nn.Module, layouts: Layouts, example: Tensor | None) -> list[Walk] | None:
+    """Walks of the part in eval and in train mode (auxiliary heads), or None if either cannot be traced.
+
+    The second goes on from the spaces of the first; both change copies, so that a failure leaves no half-known space.
+    """
+    walks = []
+    for training in (False, True):
+        traced = _trace(part, training)
+        walk = traced and _walk(traced, part, walks[-1].spaces if walks else layouts, example)
+        if walk is None:
+            return None
+        walks.append(walk)
+    return walks
+
+
+def _trace(part: nn.Module, training: bool) -> fx.GraphModule | None:
+    part.train(training)
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(part.forward).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    try:
+        return fx.GraphModule(part, _Tracer().trace(part, defaults or None)).eval()
+    except Exception:  # a user's code that is handed proxies may raise whatever it likes; it then is not traceable
+        return None
+    finally:
+        part.eval()
+
+
+def _walk(traced: fx.GraphModule, part: nn.Module, layouts: Layouts, example: Tensor | None) -> Walk | None:
+    """The walk on the first input that runs."""
+    shapes = [tuple(example.shape)] if example is not None else _input_shapes(part)
+    parameter = next(part.parameters())
+    defaults = [p.default for p in inspect.signature(part.forward).parameters.values()]
+    for shape in shapes:
+        walk = Walk(traced, layouts.copy(), RULES)
+        with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(DoesNotRun):
+            inputs = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+            walk.run(*(inputs if d is inspect.Parameter.empty else d for d in defaults))
+            return walk
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's log of each shape that does not fit."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
+
+
+def _input_shapes(part: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Shapes that the part's first layer might take."""
+    for module in part.modules():
+        if isinstance(module, nn.Linear):
+            yield from ((BATCH, module.in_features), (BATCH, 16, module.in_features))
+        elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+            channels = getattr(module, "num_features", None) or module.num_channels
+            yield from ((BATCH, channels, size, size) for size in IMAGE_SIZES)
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            dims = len(module.kernel_size)
+            yield from ((BATCH, module.in_channels, *[size] * dims) for size in IMAGE_SIZES)
+        else:
+            continue
+        return
+
+
+# ---- what was found ----------------------------------------------------------------------------------------
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(full key, owner, key, tensor) of every parameter and buffer, also of those that stand in several places."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield (f"{name}.{key}" if name else key), module, key, tensor
+
+
+def _fix_unseen(model: nn.Module, search: _Search) -> None:
+    """A tensor that also stands where no trace came must not move."""
+    for _, module, key, tensor in _slots(model):
+        if (id(module), key) not in search.visited and identity_of(tensor) in search.layouts.bound:
+            search.layouts.fix_tensor(tensor, "a parameter that is also used by code that cannot be traced")
+
+
+def _collect(model: nn.Module, search: _Search) -> tuple[Space, ...]:
+    members: dict[int, list[Member]] = {}
+    sizes: dict[int, int] = {}
+    seen = set()
+    for key, _, _, tensor in _slots(model):
+        identity = identity_of(tensor)
+        if identity in seen:
+            continue
+        seen.add(identity)
+        for axis, layout in sorted(search.layouts.bound.get(identity, {}).items()):
+            offset = 0
+            for segment in layout:
+                root = search.layouts.root(segment.space)
+                if segment.size > 1 and search.layouts.reason(root) is None:
+                    members.setdefault(root, []).append(Member(key, axis, offset, segment.inner))
+                    sizes[root] = segment.size
+                offset += segment.length
+    names = _names(search)
+    return tuple(
+        Space(names.get(root, found[0].key.rpartition(".")[0]), sizes[root], tuple(found))
+        for root, found in members.items()
+    )
+
+
+def _names(search: _Search) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for name, layout in search.produced.items():
+        if len(layout) == 1:
+            names.setdefault(search.layouts.root(layout[0].space), name)
+    return names
+
+
+def _unaligned(search: _Search) -> tuple[tuple[str, str], ...]:
+    """Layers whose output channels are fixed, with the first reason of each."""
+    found: dict[str, Any] = {}
+    for name, layout in search.produced.items():
+        reasons = [search.layouts.reason(segment.space) for segment in layout]
+        if any(reasons):
+            found[name] = next(reason for reason in reasons if reason)
+    return tuple({**found, **search.unknown}.items())

@@ -1,0 +1,284 @@
+"""Datasets described by a data.yaml, as Ultralytics reads and Roboflow exports them.
+
+`train`, `val` and, if there is one, `test` are each a folder (searched through), a text file with an image per line, or
+a list of these; an image's annotations lie where "labels" stands in place of the last "images" of its path. Source:
+docs.ultralytics.com/datasets/detect. Paths may be absolute or point beside the folder: images are only read.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.constructor import SafeConstructor
+
+from gemel.datasets.records import Fault, Layout, Source, Split, file_exists, is_image, read_text, shown, visible
+from gemel.datasets.yolo import MAX_CLASS_ID, TextFile, annotation_files, orphan_faults, stem_faults
+
+NAME = "data.yaml"
+SUFFIXES = {".yaml", ".yml"}
+SPLITS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}  # our name: theirs
+PLACE = "a folder of images, a text file with an image per line, or a list of these"
+TRAIN_KEY = re.compile(r"^train\s*:", re.MULTILINE)
+MAX_YAML, MAX_DEPTH = 1 << 20, 20
+MOVED = "the 'path' of the yaml file does not exist here, so its own folder was taken"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the yaml file says; lines: of its keys, for messages."""
+
+    file: Path
+    values: dict[str, Any]
+    lines: dict[str, int]
+
+    def fault(self, key: str, got: str, allowed: str) -> Fault:
+        place = f"line {self.lines[key]}: {key}" if key in self.lines else key
+        return Fault(self.file, place, got, allowed)
+
+
+def evidence(folder: Path) -> str | None:
+    """The name of the yaml file that describes the folder: data.yaml, or any that has a `train`."""
+    files = [path for path in visible(folder) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    if (folder / NAME) in files:
+        return NAME
+    found = [path.name for path in files if TRAIN_KEY.search(path.read_text("utf-8", "replace"))]
+    return ", ".join(found) or None
+
+
+def open_layout(folder: Path) -> Layout:
+    names = evidence(folder).split(", ")
+    if len(names) > 1:
+        return _refused([Fault(folder, "", " and ".join(names), "one yaml file that describes the dataset")])
+    about, repairs, faults = read_yaml(folder / names[0])
+    if faults:
+        return _refused(faults)
+    class_names, num_classes, faults = _class_names(about)
+    root, moved, path_faults = _root(about)
+    repairs[MOVED] += moved
+    faults += path_faults
+    splits = {}
+    for split, keys in SPLITS.items():
+        key = next((key for key in keys if about.values.get(key) not in (None, "", [])), None)
+        if key:
+            splits[split] = partial(_split, about, root, key, num_classes)
+        elif split != "test":
+            splits[split] = Split
+            faults.append(about.fault(split, "nothing", PLACE))
+    return Layout(
+        NAME,
+        splits,
+        images="images that the yaml file names",
+        objects="text files beside the images, with 'labels' in place of 'images' in their paths",
+        class_names=class_names,
+        faults=faults,
+        repairs=+repairs,
+    )
+
+
+def _refused(faults: Sequence[Fault]) -> Layout:
+    return Layout(NAME, {}, "", "", faults=faults)
+
+
+# ---- the yaml file ----------------------------------------------------------------------------------------
+
+
+def read_yaml(file: Path) -> tuple[Description, Counter, list[Fault]]:
+    """The top level of a yaml file, with the lines of its keys; a key that stands twice is refused."""
+    text, repairs, faults = read_text(file)
+    about = Description(file, {}, {})
+    if faults:
+        return about, repairs, faults
+    try:
+        if faults := _bomb_faults(file, text):
+            return about, repairs, faults
+        node = yaml.compose(text, yaml.SafeLoader)
+        if not isinstance(node, yaml.MappingNode):
+            got = "an empty file" if node is None else f"a {node.id}"
+            return about, repairs, [Fault(file, "", got, "keys such as train, val and names")]
+        faults = [*_repeated_keys(file, node)]
+        about.lines.update({key.value: key.start_mark.line + 1 for key, _ in node.value if _is_scalar(key)})
+        values = SafeConstructor().construct_document(node)
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        return about, repairs, [_yaml_fault(file, text, error)]
+    about.values.update({key: value for key, value in values.items() if isinstance(key, str)})
+    return about, repairs, faults
+
+
+def _bomb_faults(file: Path, text: str) -> list[Fault]:
+    """Aliases can blow up a small file, and the time of the parser grows with the square of the depth."""
+    if len(text) > MAX_YAML:
+        return [Fault(file, "", f"{len(text)} characters", f"at most {MAX_YAML}")]
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
+            got = "an alias" if depth <= MAX_DEPTH else f"{depth} levels"
+            place = f"line {event.start_mark.line + 1}"
+            return [Fault(file, place, got, f"YAML without aliases, of at most {MAX_DEPTH} levels")]
+    return []
+
+
+def _yaml_fault(file: Path, text: str, error: Exception) -> Fault:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
+    said = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error) or type(error).__name__
+    return Fault(file, f"line {line + 1}", " ".join(str(said).split())[:200], "valid YAML")
+
+
+def _repeated_keys(file: Path, node: yaml.MappingNode) -> Iterator[Fault]:
+    """A second `train`, or a second name of one class, would silently replace the first."""
+    seen: set[str] = set()
+    for key, value in node.value:
+        if _is_scalar(key):
+            if key.value in seen:
+                yield Fault(file, f"line {key.start_mark.line + 1}", f"{shown(key.value)} again", "every key once")
+            seen.add(key.value)
+            if key.value == "names" and isinstance(value, yaml.MappingNode):
+                yield from _repeated_keys(file, value)
+
+
+def _is_scalar(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode)
+
+
+def _class_names(about: Description) -> tuple[tuple[str, ...], int | None, list[Fault]]:
+    """The names by class id, which `names` lists or maps, and their number; () if there is only the number `nc`."""
+    names, count = about.values.get("names"), about.values.get("nc")
+    faults = []
+    if count is not None and (type(count) is not int or not 0 < count < MAX_CLASS_ID):
+        faults.append(about.fault("nc", shown(count), "the number of classes"))
+        count = None
+    if names is None:
+        if count is None and not faults:
+            faults.append(about.fault("names", "nothing", "the names of the classes, or their number as nc"))
+        return (), count, faults
+    if isinstance(names, dict):
+        if set(names) != set(range(len(names))) or any(type(key) is not int for key in names):
+            faults.append(about.fault("names", shown(list(names)), "the class ids 0, 1, 2, ... without a hole"))
+            return (), count, faults
+        names = [names[key] for key in range(len(names))]
+    if not isinstance(names, list) or not names:
+        return (), count, [*faults, about.fault("names", shown(names), "a list, or a mapping from class ids")]
+    wrong = [name for name in names if type(name) not in (str, int, float) or name == ""]
+    if wrong:
+        got = f"the name {shown(wrong[0])}"
+        return (), count, [*faults, about.fault("names", got, "texts (in quotes: 'no', 'null')")]
+    if count is not None and count != len(names):
+        faults.append(about.fault("nc", str(count), f"{len(names)}, the number of names"))
+    return tuple(map(str, names)), len(names), faults
+
+
+# ---- paths ------------------------------------------------------------------------------------------------
+
+
+def _root(about: Description) -> tuple[Path, bool, list[Fault]]:
+    """The folder that the splits are relative to, whether it is another than `path`, and what is wrong with that.
+
+    `path` is taken from the yaml file's folder or the one above. One that does not exist, such as that of the machine
+    where the dataset was made, gives way to the yaml file's folder.
+    """
+    path, own = about.values.get("path"), about.file.parent
+    if path in (None, ""):
+        return own, False, []
+    if not isinstance(path, str) or "\0" in path:
+        return own, False, [about.fault("path", shown(path), "the dataset's folder")]
+    found = [joined for base in (own, own.parent) if (joined := _joined(base, path)).is_dir()]
+    return (found[0], False, []) if found else (own, True, [])
+
+
+def _joined(base: Path, path: str) -> Path:
+    return Path(os.path.normpath(base / path))
+
+
+def _entries(about: Description, root: Path, key: str) -> Iterator[Path | Fault]:
+    """Folders and list files of one split, or what is wrong with them."""
+    value = about.values[key]
+    for entry in value if isinstance(value, list) else [value]:
+        if not isinstance(entry, str) or not entry or "\0" in entry:
+            yield about.fault(key, shown(entry), PLACE)
+            continue
+        tried = [_joined(root, entry)]
+        if entry.startswith("../"):  # Roboflow writes ../train/images beside train/images; Ultralytics reads it so
+            tried.append(_joined(root, entry[3:]))
+        found = next((path for path in tried if path.is_dir() or file_exists(path)), None)
+        yield found or about.fault(key, f"{shown(entry)}, which does not exist in {root}", PLACE)
+
+
+def _split(about: Description, root: Path, key: str, num_classes: int | None) -> Split:
+    split, images = Split(), []
+    for entry in _entries(about, root, key):
+        if isinstance(entry, Fault):
+            split.faults.append(entry)
+        elif entry.is_dir():
+            images += _folder_images(entry, split)
+        elif entry.suffix.lower() == ".txt":
+            images += _listed_images(entry, root, split)
+        else:
+            split.faults.append(about.fault(key, shown(entry.name), PLACE))
+    split.faults += _repeated_images(images)
+    split.samples = [(image, _source(image, num_classes)) for image in images]
+    return split
+
+
+def _folder_images(folder: Path, split: Split) -> list[Path]:
+    """The images in a folder and all below it; their annotation files must each have an image."""
+    images = []
+    entered = {os.path.realpath(folder)}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        inner = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders) if name[0] != "."}
+        folders[:] = [name for name, real in inner.items() if real not in entered]  # a link may lead back up
+        entered.update(inner.values())
+        here = [Path(parent, name) for name in sorted(files)]
+        here = [path for path in here if is_image(path)]
+        labels = label_file(Path(parent, "any.jpg")).parent
+        split.faults += stem_faults(here)
+        split.faults += orphan_faults(annotation_files(labels), here) if labels != Path(parent) else []
+        images += here
+    return images
+
+
+def _listed_images(file: Path, root: Path, split: Split) -> list[Path]:
+    """The images of a text file, a path per line: absolute, or from the file's folder, or from the dataset's."""
+    text, repairs, faults = read_text(file)
+    split.repairs += repairs
+    split.faults += faults
+    images = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        name = line.strip()
+        if not name:
+            continue
+        tried = [_joined(base, name) for base in (file.parent, root)]
+        found = next((path for path in tried if file_exists(path)), None)
+        if found is None or not is_image(found):
+            got = f"no image {shown(name)}" if found is None else shown(name)
+            split.faults.append(Fault(file, f"line {number}", got, "paths of images that exist"))
+        else:
+            images.append(found)
+    return images
+
+
+def _repeated_images(images: Sequence[Path]) -> Iterator[Fault]:
+    for path, count in Counter(images).items():
+        if count > 1:
+            yield Fault(path, "", f"the image {count} times in a split", "every image once")
+
+
+def label_file(image: Path) -> Path:
+    """Where the annotations of an image lie: the last folder "images" of its path is "labels", else beside it."""
+    parts = list(image.parts)
+    for index in range(len(parts) - 2, 0, -1):
+        if parts[index] == "images":
+            parts[index] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+def _source(image: Path, num_classes: int | None) -> Source:
+    file = label_file(image)
+    return TextFile(file if os.path.lexists(file) else None, num_classes, polygons=True)

@@ -1,0 +1,304 @@
+"""Pascal VOC's XML, one file per image: its size, and objects with a name and the corners of a box in pixels.
+
+Two layouts: Annotations/*.xml, JPEGImages/ and ImageSets/Main/<split>.txt (VOC's own), and a folder per split with the
+files beside its images (Roboflow's). Images and files pair by stem; <filename> is not read.
+
+VOC counts pixels from 1, and xmax and ymax are still in the box (devkit_doc of VOC2012: "the top-left pixel in the
+image has coordinates (1,1)"). So 1 is taken from xmin and ymin alone, as detectron2 does (data/datasets/pascal_voc.py);
+a file whose tool counted from 0 is off by that pixel, and clipped at the edge.
+
+Objects marked as difficult are ignored where they are evaluated, as VOC does, and not trained on, as in Fast R-CNN's
+code (pascal_voc.py, use_diff=False): they are handed on as crowds.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from xml.parsers import expat
+
+from gemel.datasets.records import (
+    AREA,
+    BYTE_ORDER_MARK,
+    Box,
+    Fault,
+    Layout,
+    Objects,
+    Split,
+    header_size,
+    image_files,
+    is_empty,
+    is_number,
+    read_text,
+    settle,
+    shown,
+    visible,
+)
+from gemel.datasets.yolo import orphan_faults, stem_faults
+
+NAME = "Pascal VOC XML"
+SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
+CLASSES_FILE = "classes.txt"
+MAX_XML_BYTES = 4 << 20  # of one image
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+PIXELS = 1.0  # by which a box may leave the image and is clipped
+NO_SIZE = "the size of an image was taken from the image, as its annotation has none"
+NO_FILE = "an image without an annotation file was taken as one without objects"
+INSIDE = "boxes inside the image, in pixels from 1"
+
+
+def evidence(folder: Path) -> str | None:
+    """What shows that a folder has one of the layouts; None if nothing does."""
+    for part in ("Annotations", *SPLIT_FOLDERS["train"]):
+        if any(path.suffix.lower() == ".xml" for path in visible(folder / part)):
+            return f"{part}/*.xml"
+    return None
+
+
+def open_layout(folder: Path) -> Layout:
+    in_folders = evidence(folder) != "Annotations/*.xml"
+    pairs_of = partial(_folder_pairs if in_folders else _listed_pairs, folder)
+    there = [
+        split
+        for split, names in SPLIT_FOLDERS.items()
+        if split != "test" or (folder / ("test" if in_folders else "ImageSets/Main/test.txt")).exists()
+    ]
+    names, faults = _class_names(folder, pairs_of("train", Split()))
+    ids = {name: index for index, name in enumerate(names)}
+    return Layout(
+        NAME,
+        {split: partial(_split, pairs_of, split, ids) for split in there},
+        images="{split}/*.jpg" if in_folders else "images that ImageSets/Main/{split}.txt lists",
+        objects="XML files named after the images",
+        class_names=names,
+        crowds=True,
+        faults=faults,
+    )
+
+
+def _split(pairs_of: Callable, split: str, ids: Mapping[str, int]) -> Split:
+    found = Split()
+    found.samples = [(image, XmlFile(file, image, ids)) for image, file in pairs_of(split, found)]
+    return found
+
+
+def _class_names(folder: Path, pairs: list[tuple[Path, Path | None]]) -> tuple[tuple[str, ...], list[Fault]]:
+    """The lines of classes.txt, where the folder has one; else the names of the train split's objects, sorted."""
+    if not (folder / CLASSES_FILE).is_file():
+        names = {name for _, file in pairs if file for name in _names_in(file)}
+        return tuple(sorted(names)), []
+    text, _, faults = read_text(folder / CLASSES_FILE)
+    names = [line.strip() for line in text.rstrip("\n").split("\n")]
+    for number, name in enumerate(names, start=1):
+        if not name or name in names[: number - 1]:
+            got = f"{shown(name)} again" if name else "an empty line"
+            faults.append(Fault(folder / CLASSES_FILE, f"line {number}", got, "one class name per line"))
+    return tuple(dict.fromkeys(filter(None, names))), faults
+
+
+def _names_in(file: Path) -> tuple[str, ...]:
+    try:
+        state = file.stat()
+        return _names_of_state(file, state.st_mtime_ns, state.st_size)
+    except OSError:
+        return ()
+
+
+@lru_cache(maxsize=1 << 18)
+def _names_of_state(file: Path, modified: int, size: int) -> tuple[str, ...]:
+    root, faults = parse(file)
+    return () if faults else tuple({name for item in root.all("object") if (name := item.text("name"))})
+
+
+# ---- which files ------------------------------------------------------------------------------------------
+
+
+def _folder_pairs(folder: Path, split: str, found: Split) -> list[tuple[Path, Path | None]]:
+    """(image, its file) of a split's folder."""
+    there = [folder / name for name in SPLIT_FOLDERS[split] if (folder / name).is_dir()]
+    if len(there) != 1:
+        names = " or ".join(SPLIT_FOLDERS[split])
+        found.faults.append(Fault(folder, "", f"{len(there) or 'no'} folders {names}", f"one folder {names}"))
+    if not there:
+        return []
+    images = image_files(there[0])
+    files = [path for path in visible(there[0]) if path.suffix.lower() == ".xml"]
+    found.faults += [*stem_faults(images), *orphan_faults(files, images)]
+    by_stem = {path.stem: path for path in files}
+    found.repairs += Counter({NO_FILE: sum(image.stem not in by_stem for image in images)})
+    return [(image, by_stem.get(image.stem)) for image in images]
+
+
+def _listed_pairs(folder: Path, split: str, found: Split) -> list[tuple[Path, Path | None]]:
+    """(image, its file) of every stem that ImageSets/Main/<split>.txt lists."""
+    listing = folder / "ImageSets" / "Main" / f"{split}.txt"
+    if not listing.is_file():
+        found.faults.append(Fault(listing, "", "no such file", "the stems of the split's images, one per line"))
+        return []
+    text, repairs, faults = read_text(listing)
+    found.repairs += repairs
+    found.faults += faults
+    images = {path.stem: path for path in image_files(folder / "JPEGImages")}
+    files = {path.stem: path for path in visible(folder / "Annotations") if path.suffix.lower() == ".xml"}
+    pairs, seen = [], set()
+    for number, line in enumerate(text.split("\n"), start=1):
+        stem = line.strip()
+        if not stem:
+            continue
+        wrong = f"{shown(stem)} again" if stem in seen else None
+        wrong = wrong or (f"no image JPEGImages/{stem[:80]}.*" if stem not in images else None)
+        wrong = wrong or (f"no file Annotations/{stem[:80]}.xml" if stem not in files else None)
+        if wrong:
+            allowed = "stems of images with an annotation file, each once, one per line"
+            found.faults.append(Fault(listing, f"line {number}", wrong, allowed))
+        else:
+            pairs.append((images[stem], files[stem]))
+        seen.add(stem)
+    return pairs
+
+
+# ---- one file ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Element:
+    """An XML element: its line, text and children, without attributes."""
+
+    tag: str
+    line: int
+    words: list[str] = field(default_factory=list)
+    children: list["Element"] = field(default_factory=list)
+
+    def all(self, tag: str) -> list["Element"]:
+        return [child for child in self.children if child.tag == tag]
+
+    def text(self, tag: str) -> str | None:
+        """The text of the one child of that name; None if there is none, or another."""
+        found = self.all(tag)
+        return "".join(found[0].words).strip() if len(found) == 1 else None
+
+    def number(self, tag: str) -> float | None:
+        text = self.text(tag) or ""
+        try:
+            value = float(text) if text.isascii() and "_" not in text else None
+        except ValueError:
+            return None
+        return value if is_number(value) else None
+
+
+def parse(file: Path) -> tuple[Element, list[Fault]]:
+    """The root element. A DOCTYPE is refused: it could define entities that grow without limit or read other files."""
+    content, top = file.read_bytes(), Element("", 0)
+    if len(content) > MAX_XML_BYTES:
+        return top, [Fault(file, "", f"{len(content)} bytes", f"at most {MAX_XML_BYTES} bytes")]
+    parser, open_elements = expat.ParserCreate(), [top]
+
+    def start(tag: str, attributes: dict) -> None:
+        element = Element(tag, parser.CurrentLineNumber)
+        open_elements[-1].children.append(element)
+        open_elements.append(element)
+
+    def refuse(*_: object) -> None:
+        raise _Doctype
+
+    parser.StartElementHandler, parser.StartDoctypeDeclHandler = start, refuse
+    parser.EndElementHandler = lambda tag: open_elements.pop()
+    parser.CharacterDataHandler = lambda text: open_elements[-1].words.append(text)
+    try:
+        parser.Parse(content, True)
+    except _Doctype:
+        return top, [Fault(file, f"line {parser.CurrentLineNumber}", "a DOCTYPE", "XML without a DOCTYPE")]
+    except (expat.ExpatError, ValueError, LookupError) as error:  # the latter two: an encoding that there is not
+        got = expat.ErrorString(error.code) if isinstance(error, expat.ExpatError) else str(error)[:200]
+        return top, [Fault(file, f"line {parser.ErrorLineNumber}", got, "valid XML")]
+    root = top.children[0]
+    if root.tag != "annotation":
+        return root, [Fault(file, f"line {root.line}", f"the element {shown(root.tag)}", "the element 'annotation'")]
+    return root, []
+
+
+class _Doctype(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class XmlFile:
+    """The objects of one image in an XML file; no file has none. ids: class id by name."""
+
+    file: Path | None
+    image: Path
+    ids: Mapping[str, int]
+
+    def content(self) -> bytes:
+        return self.file.read_bytes() if self.file else b"None\n"
+
+    def read(self) -> Objects:
+        objects = Objects()
+        if self.file is None:
+            return objects
+        root, objects.faults = parse(self.file)
+        if objects.faults:
+            return objects
+        with self.file.open("rb") as opened:
+            objects.repairs[BYTE_ORDER_MARK] += opened.read(3) == b"\xef\xbb\xbf"
+        items = root.all("object")
+        size = self._size(root, objects)
+        for item in items if size else []:
+            self._add(objects, item, size)
+        return objects
+
+    def _fault(self, objects: Objects, element: Element, got: str, allowed: str) -> None:
+        objects.faults.append(Fault(self.file, f"line {element.line}", got, allowed))
+
+    def _size(self, root: Element, objects: Objects) -> tuple[int, int] | None:
+        """As the file states it; some tools state none, or 0 x 0."""
+        stated = root.all("size")
+        if stated and (stated[0].text("width"), stated[0].text("height")) not in ((None, None), ("0", "0"), ("", "")):
+            width, height = stated[0].number("width"), stated[0].number("height")
+            if len(stated) == 1 and all(side and side >= 1 and side == int(side) for side in (width, height)):
+                objects.size = int(width), int(height)
+                return objects.size
+            got = f"the size {shown(stated[0].text('width'))} x {shown(stated[0].text('height'))}"
+            self._fault(objects, stated[0], got, "one <size> with whole numbers of pixels from 1")
+            return None
+        size = header_size(self.image)
+        objects.repairs[NO_SIZE] += size is not None
+        if size is None:
+            self._fault(objects, root, "no <size>, and an image that cannot be read", "images that can be decoded")
+        return size
+
+    def _add(self, objects: Objects, item: Element, size: tuple[int, int]) -> None:
+        before = len(objects.faults)
+        name, difficult = item.text("name"), item.text("difficult") or "0"
+        if name not in self.ids:
+            got = f"the object {shown(name)}" if name else "an object without a <name>"
+            self._fault(objects, item, got, f"the classes of {CLASSES_FILE} or of the train split: {_some(self.ids)}")
+        if difficult not in ("0", "1"):
+            self._fault(objects, item, f"difficult {shown(difficult)}", "difficult 0 or 1")
+        frames = item.all("bndbox")
+        corners = [frames[0].number(tag) for tag in CORNERS] if len(frames) == 1 else [None]
+        if None in corners:
+            got = ", ".join(f"{tag} {shown(frames[0].text(tag))}" for tag in CORNERS) if len(frames) == 1 else None
+            got = got or f"{len(frames) or 'no'} <bndbox>"
+            self._fault(objects, item, got, "one <bndbox> with finite numbers xmin, ymin, xmax, ymax")
+            return
+        box = self._placed(objects, item, corners, size)
+        if box is not None and len(objects.faults) == before:
+            objects.boxes.append(Box(f"line {item.line}", self.ids[name], box, difficult == "1"))
+
+    def _placed(self, objects: Objects, item: Element, corners: list[float], size: tuple[int, int]) -> tuple | None:
+        x1, y1, x2, y2 = corners
+        shares = ((x1 - 1) / size[0], (y1 - 1) / size[1], x2 / size[0], y2 / size[1])
+        got = f"the box {' '.join(f'{value:g}' for value in corners)} in an image of {size[0]} x {size[1]}"
+        if x2 < x1 or y2 < y1 or is_empty(shares):
+            self._fault(objects, item, got, AREA)
+            return None
+        inside = settle(shares, (PIXELS / size[0], PIXELS / size[1]), objects.repairs)
+        if inside is None:
+            self._fault(objects, item, got, INSIDE)
+        return inside
+
+
+def _some(names: Mapping[str, int]) -> str:
+    return ", ".join(list(names)[:20]) + (", ..." if len(names) > 20 else "") or "none"

@@ -1,0 +1,256 @@
+"""What goes into and out of a layer, as rows of the linear map that the layer is.
+
+A convolution is a matrix product over windows of its input (im2col). For a random subsample of output positions this
+file gives the windows X [groups, n, d] and outputs Y [groups, n, o] with Y = X @ M, M [groups, d, o] the layer's
+matrix. Groups are those of a grouped convolution (1 for a dense or linear layer); a bias is the last row of M, and X
+then ends in a column of ones.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gemel.forward.batches import Batch, run
+from gemel.sharing.adapters import KINDS, LowRank, own_modules
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class Rows(NamedTuple):
+    """Sampled rows of one layer of one task; y = x @ matrix_of(teacher's layer) where x are the teacher's inputs."""
+
+    x: Tensor  # [groups, n, d]
+    y: Tensor  # [groups, n, o]
+
+    def centred(self) -> "Rows":
+        """Without the mean of each column: what is left if a normalisation of the task's own takes the means away."""
+        return Rows(self.x - self.x.mean(1, keepdim=True), self.y - self.y.mean(1, keepdim=True))
+
+
+def is_linear_map(layer: nn.Module) -> bool:
+    """Whether the layer computes torch's own linear map or (transposed) convolution, of any dimension."""
+    return any(type(layer).forward is kind.forward for kind in (*KINDS, *TRANSPOSED))
+
+
+def normalisation_behind(model: nn.Module, name: str) -> nn.modules.batchnorm._BatchNorm | None:
+    """The batch normalisation that is registered right behind the layer, so that its outputs' mean and scale are free.
+
+    Only by the order of registration, which is that of the blocks of every torchvision model.
+    """
+    leaves = (pair for pair in own_modules(model) if all(isinstance(child, LowRank) for child in pair[1].children()))
+    layer = next(module for other, module in leaves if other == name)
+    _, module = next(leaves, ("", None))
+    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return module if batch_norm and module.num_features == output_width(layer) else None
+
+
+def is_normalised(model: nn.Module, name: str) -> bool:
+    """Whether a batch normalisation follows the layer, so that the means of its outputs have no effect."""
+    return normalisation_behind(model, name) is not None
+
+
+def output_width(layer: nn.Module) -> int:
+    """Output channels or features."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def shape_of(layer: nn.Module) -> tuple[int, int, int]:
+    """(groups, d, o): the shape of the layer's matrix."""
+    extra = layer.bias is not None
+    if isinstance(layer, nn.Linear):
+        return 1, layer.in_features + extra, layer.out_features
+    taps = layer.weight[0, 0].numel()
+    return layer.groups, layer.in_channels // layer.groups * taps + extra, layer.out_channels // layer.groups
+
+
+def matrix_of(layer: nn.Module) -> Tensor:
+    """The matrix [groups, d, o] by which the layer multiplies its rows; a copy."""
+    groups, _, width = shape_of(layer)
+    weight = layer.weight.detach()
+    if isinstance(layer, TRANSPOSED):
+        taps = weight.flip(tuple(range(2, weight.dim()))).reshape(groups, -1, width, weight[0, 0].numel())
+        matrix = taps.transpose(2, 3).reshape(groups, -1, width)
+    else:
+        matrix = weight.reshape(groups, width, -1).transpose(1, 2)
+    if layer.bias is None:
+        return matrix.clone()
+    return torch.cat([matrix, layer.bias.detach().reshape(groups, 1, width)], 1)
+
+
+@torch.no_grad()
+def set_matrix(layer: nn.Module, matrix: Tensor) -> None:
+    """Writes a matrix [groups, d, o] into the layer's parameters, in place: tied layers change with it."""
+    weight, width = layer.weight, matrix.shape[2]
+    if layer.bias is not None:
+        layer.bias.copy_(matrix[:, -1].reshape(-1))
+        matrix = matrix[:, :-1]
+    if isinstance(layer, TRANSPOSED):
+        inputs = weight.shape[0] // len(matrix)
+        taps = matrix.reshape(len(matrix), inputs, -1, width).transpose(2, 3).reshape(weight.shape)
+        weight.copy_(taps.flip(tuple(range(2, weight.dim()))))
+    else:
+        weight.copy_(matrix.transpose(1, 2).reshape(weight.shape))
+
+
+def input_rows(layer: nn.Module, inputs: Tensor, shape: Sequence[int], picked: Tensor) -> Tensor:
+    """[groups, n, d]: what the layer multiplies by its matrix at the picked positions of an output of that shape."""
+    if isinstance(layer, nn.Linear):
+        rows = inputs.reshape(-1, layer.in_features)[picked].unsqueeze(0)
+    else:
+        rows = _windows(layer, _batched(layer, inputs), shape[-len(layer.kernel_size) :], picked)
+    return rows if layer.bias is None else torch.cat([rows, torch.ones_like(rows[..., :1])], 2)
+
+
+def output_rows(layer: nn.Module, outputs: Tensor, picked: Tensor) -> Tensor:
+    """[groups, n, o]: the layer's outputs at the picked positions."""
+    groups, _, width = shape_of(layer)
+    if not isinstance(layer, nn.Linear):
+        outputs = _batched(layer, outputs).movedim(1, -1)
+    return outputs.reshape(-1, groups, width)[picked].transpose(0, 1)
+
+
+class Sample(NamedTuple):
+    """Some positions of one call of a layer, and what it puts out there."""
+
+    picked: Tensor  # positions in the flattened output
+    input_shape: torch.Size
+    output_shape: torch.Size
+    y: Tensor  # [groups, n, o]
+
+
+Samples = dict[str, list[Sample]]  # layer -> one sample of each call
+
+
+def sample_outputs(model: nn.Module, quotas: Mapping[str, int], images: Batch, generator: torch.Generator) -> Samples:
+    """Runs the model once and draws about as many positions per layer as its quota says, over all calls together.
+
+    A layer that is never called through its forward (attention reads its parameters itself) is left out.
+    """
+    samples: Samples = {}
+
+    def hook(name: str, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+        total, quota = outputs.numel() // output_width(layer), quotas[name]
+        drawn = torch.randint(total, (quota,), generator=generator) if total > quota else torch.arange(total)
+        picked = drawn.to(outputs.device)
+        sample = Sample(picked, inputs.shape, outputs.shape, output_rows(layer, outputs, picked))
+        samples.setdefault(name, []).append(sample)
+
+    _run_hooked(model, quotas, images, hook)
+    return {name: _thinned(calls, quotas[name]) for name, calls in samples.items()}
+
+
+def sample_inputs(model: nn.Module, samples: Samples, images: Batch) -> dict[str, Tensor]:
+    """Runs the model once and returns x [groups, n, d] of each layer at the positions of its samples.
+
+    A layer whose calls have other shapes here than when the samples were taken is left out.
+    """
+    found: dict[str, list[Tensor | None]] = {name: [] for name in samples}
+
+    def hook(name: str, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+        calls = found[name]
+        sample = samples[name][len(calls)] if len(calls) < len(samples[name]) else None
+        fits = sample is not None and sample.input_shape == inputs.shape
+        calls.append(input_rows(layer, inputs, sample.output_shape, sample.picked) if fits else None)
+
+    _run_hooked(model, samples, images, hook)
+    whole = {n: x for n, x in found.items() if len(x) == len(samples[n]) and all(part is not None for part in x)}
+    return {name: torch.cat(parts, 1) for name, parts in whole.items()}
+
+
+def of_regions(calls: list[Sample], images: Batch) -> bool:
+    """Whether a layer sees no row block per image but regions, which a two-stage detector chooses by its weights."""
+    return any(sample.input_shape[0] != len(images) for sample in calls)
+
+
+def collect_rows(
+    teacher: nn.Module,
+    quotas: Mapping[str, int],
+    batches: Sequence[Batch],
+    generator: torch.Generator,
+    student: nn.Module | None = None,
+) -> dict[str, Rows]:
+    """Rows of several layers over all batches: y of the teacher, x of the student (without one, of the teacher).
+
+    quotas: layer -> about how many rows; all positions where there are fewer. Where the student's rows could be of
+    other places than the teacher's (regions, other shapes), x is the teacher's too. Layers never called are left out.
+    """
+    total = sum(len(batch) for batch in batches)
+    parts: dict[str, list[Rows]] = {name: [] for name in quotas}
+    for batch in batches:
+        shares = {name: -(-quota * len(batch) // total) for name, quota in quotas.items()}
+        samples = sample_outputs(teacher, shares, batch, generator)
+        alike = {n: calls for n, calls in samples.items() if not of_regions(calls, batch)}
+        x = sample_inputs(student, alike, batch) if student is not None else {}
+        if missing := {name: calls for name, calls in samples.items() if name not in x}:
+            x |= sample_inputs(teacher, missing, batch)
+        for name, calls in samples.items():
+            parts[name].append(Rows(x[name], torch.cat([sample.y for sample in calls], 1)))
+    return {
+        name: Rows(*(torch.cat(part, 1) for part in zip(*rows, strict=True))) for name, rows in parts.items() if rows
+    }
+
+
+def _run_hooked(model: nn.Module, names: Collection[str], images: Batch, hook: Callable) -> None:
+    """Runs the model and calls hook(name, layer, input, output) at each call of the named layers, before a ReLU that
+    works in place can change what they put out."""
+    handles = []
+    for name in names:
+        layer = model.get_submodule(name)
+        handles.append(layer.register_forward_hook(lambda m, x, y, name=name: hook(name, m, x[0], y)))
+    try:
+        run(model, images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _thinned(calls: list[Sample], quota: int) -> list[Sample]:
+    """Of the positions drawn in each call only its share of the quota, by the number of positions it has."""
+    if len(calls) == 1:
+        return calls
+    totals = [sample.output_shape.numel() for sample in calls]
+    keep = [-(-quota * total // sum(totals)) for total in totals]
+    return [s._replace(picked=s.picked[:n], y=s.y[:, :n]) for s, n in zip(calls, keep, strict=True)]
+
+
+def _batched(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """A convolution also takes a single image without a batch dimension."""
+    return tensor.unsqueeze(0) if tensor.dim() == len(layer.kernel_size) + 1 else tensor
+
+
+def _windows(layer: nn.Module, inputs: Tensor, size: Sequence[int], picked: Tensor) -> Tensor:
+    """[groups, n, d] windows of the padded input, gathered at the picked positions only."""
+    stride = layer.stride
+    if isinstance(layer, TRANSPOSED):
+        padded, stride = _stuffed(layer, inputs, size), (1,) * len(size)
+    else:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    image, place = picked, []
+    for length in reversed(size):  # not torch.unravel_index, which waits for the device
+        place.insert(0, image % length)
+        image = image // length
+    index = [image.reshape(-1, *[1] * len(size)), slice(None)]
+    for i, (start, kernel) in enumerate(zip(place, layer.kernel_size, strict=True)):
+        taps = torch.arange(kernel, device=picked.device) * layer.dilation[i]
+        shape = [1] * len(size)
+        shape[i] = kernel
+        index.append((start * stride[i]).reshape(-1, *[1] * len(size)) + taps.reshape(1, *shape))
+    windows = padded[tuple(index)].movedim(-1, 1)  # [n, channels, *kernel]
+    return windows.reshape(len(picked), layer.groups, -1).transpose(0, 1)
+
+
+def _stuffed(layer: nn.Module, inputs: Tensor, size: Sequence[int]) -> Tensor:
+    """Input of the plain convolution that equals a transposed one: zeros between pixels, and around them."""
+    spread = [(n - 1) * stride + 1 for n, stride in zip(inputs.shape[2:], layer.stride, strict=True)]
+    stuffed = inputs.new_zeros(*inputs.shape[:2], *spread)
+    stuffed[(..., *(slice(None, None, stride) for stride in layer.stride))] = inputs
+    pads: list[int] = []
+    for i in reversed(range(len(size))):
+        reach = layer.dilation[i] * (layer.kernel_size[i] - 1)
+        left = reach - layer.padding[i]
+        pads += [left, size[i] + reach - left - spread[i]]
+    return F.pad(stuffed, pads)

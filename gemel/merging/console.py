@@ -1,0 +1,147 @@
+"""The tables that people read: the workload and what it could save, one row per round, the closing report.
+
+Every function returns text; the merger and the script print it.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from gemel.sharing.groups import Configuration, find_layers, saved_bytes
+from gemel.sharing.memory import distinct_bytes
+from gemel.strategies.baselines import gemel_units
+from gemel.workload import Task
+
+MIB = 1 << 20
+COUNTS = ("images", "objects")  # of a class, among its measures
+ROUND_COLUMNS = (
+    ("round", 5),
+    ("tied", 34),
+    ("at target", 24),
+    ("saved", 10),
+    ("of optimal", 10),
+    ("steps", 6),
+    ("time", 7),
+)
+
+
+def mib(num_bytes: int) -> str:
+    """Bytes as MiB."""
+    return f"{num_bytes / MIB:.2f} MiB"
+
+
+def share(part: float, whole: float) -> str:
+    """A percentage; 0 of 0 is 100 %."""
+    return f"{100 * part / whole if whole else 100:.1f} %"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned first column, right-aligned others, widths by content."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            str(cell).ljust(width) if i == 0 else str(cell).rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [header, ["-" * width for width in widths], *rows]
+    ]
+    return "\n".join(lines)
+
+
+def workload_table(tasks: Mapping[str, Task], models: Mapping[str, nn.Module], groups: Configuration) -> str:
+    """One row per task, and what the workload could save."""
+    shared = {task: sum(group.bytes for group in groups if task in group.tasks) for task in tasks}
+    rows = []
+    for name, task in tasks.items():
+        size = distinct_bytes({name: models[name]})
+        rows.append(
+            (
+                name,
+                task.kind.replace("_", " "),
+                type(task.model).__name__,
+                len(find_layers(models[name])),
+                mib(size),
+                share(shared[name], size),
+                f"{task.unmerged_acc:.3f}",
+                f"{task.target_acc:.3f}",
+            )
+        )
+    total, optimal = distinct_bytes(models), saved_bytes(groups)
+    header = ("task", "kind", "model", "layers", "size", "shareable", "unmerged", "target")
+    last = f"{mib(total)} in all; sharing every identical layer would save {mib(optimal)} ({share(optimal, total)})"
+    return f"{table(header, rows)}\n{last}"
+
+
+def plan_table(groups: Configuration, total_bytes: int, limit: int = 20) -> str:
+    """What could be saved, by unit of equal signature and tasks, largest first."""
+    units = gemel_units(groups)
+    rows = [
+        (_shorten(unit[0].signature.split(":")[0], 70), len(unit), len(unit[0].tasks), mib(saved_bytes(unit)))
+        for unit in units[:limit]
+    ]
+    text = table(("identical layers", "groups", "tasks", "could save"), rows)
+    rest = units[limit:]
+    more = f"\nand {len(rest)} more, {mib(sum(map(saved_bytes, rest)))}" if rest else ""
+    optimal = saved_bytes(groups)
+    return f"{text}{more}\nin all {mib(optimal)} of {mib(total_bytes)} ({share(optimal, total_bytes)})"
+
+
+def round_header() -> str:
+    return "  ".join([*(_fit(title, width) for title, width in ROUND_COLUMNS), "below target"])
+
+
+def round_row(row: Mapping) -> str:
+    """One round, as the merger records it (`merger.round_record`), in fixed columns; last, who was below the target."""
+    groups = f"{row['num_new_groups']} group{'s' * (row['num_new_groups'] != 1)}"
+    tied = f"{groups}, {len(row['tasks'])} tasks: {row['what']}"
+    verdict = f"{len(row['met'])}/{len(row['trained'])} {'kept' if row['kept'] else 'undone: ' + row['reason']}"
+    cells = (
+        str(row["round"]),
+        tied,
+        verdict,
+        mib(row["saved_bytes"]),
+        share(row["saved_bytes"], row["optimal_saved_bytes"]),
+        str(row["steps"]),
+        f"{row['seconds']:.0f} s",
+    )
+    line = "  ".join(_fit(cell, width) for cell, (_, width) in zip(cells, ROUND_COLUMNS, strict=True))
+    below = [task for task in row["trained"] if task not in row["met"]]
+    return f"{line}  {', '.join(below)}".rstrip()
+
+
+def closing_table(manifest: Mapping) -> str:
+    """Accuracy per task and memory, from the manifest of a finished run."""
+    rows = []
+    for name, task in manifest["tasks"].items():
+        on_test = "-" if task["test_acc"] is None else f"{task['unmerged_test_acc']:.3f} -> {task['test_acc']:.3f}"
+        unmerged, merged = f"{task['measured_unmerged_acc']:.3f}", f"{task['merged_acc']:.3f}"
+        rows.append((name, unmerged, f"{task['target_acc']:.3f}", merged, "yes" if task["met"] else "NO", on_test))
+    memory = manifest["memory"]
+    saved, optimal, unmerged = memory["saved_bytes"], memory["optimal_saved_bytes"], memory["unmerged_bytes"]
+    last = (
+        f"memory {mib(unmerged)} -> {mib(memory['merged_bytes'])}: saved {mib(saved)} ({share(saved, unmerged)}), "
+        f"{share(saved, optimal)} of the optimal {mib(optimal)}, in {manifest['run']['seconds']:.0f} s"
+    )
+    return f"{table(('task', 'unmerged', 'target', 'merged', 'met', 'on the test split'), rows)}\n{last}"
+
+
+def per_class_table(manifest: Mapping) -> str:
+    """One row per class of every task whose eval method can judge class by class."""
+    rows = []
+    for name, task in manifest["tasks"].items():
+        for class_id, measured in (task["per_class"] or {}).items():
+            names = task["class_names"] or ()
+            called = names[int(class_id)] if int(class_id) < len(names) else class_id
+            before, after = measured["unmerged"], measured["merged"]
+            count = next((str(before[key]) for key in COUNTS if key in before), "-")
+            values = (f"{key} {value:.3f} -> {after[key]:.3f}" for key, value in before.items() if key not in COUNTS)
+            rows.append((name, called, count, "  ".join(values)))
+    return table(("task", "class", "on val", "unmerged -> merged"), rows)
+
+
+def _fit(text: str, width: int) -> str:
+    return _shorten(text, width).ljust(width)
+
+
+def _shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 2] + ".."

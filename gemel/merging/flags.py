@@ -1,0 +1,31 @@
+"""The command line of merge_workloads.py. Imports no torch, so that --help and a wrong flag answer at once."""
+
+import argparse
+import re
+
+from gemel.environment import DEVICES
+from gemel.strategies import STRATEGIES
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Merge vision models so that a workload fits one box.")
+    parser.add_argument("--workload", metavar="FILE.py", help="a file with create_model_dict(); default: this script's")
+    parser.add_argument("--datasets", metavar="DIR", help="default: ../dataset_formation/datasets beside the script")
+    parser.add_argument("--results", metavar="DIR", default="results", help="results folder (default: %(default)s)")
+    parser.add_argument("--tolerance", type=float, help="target accuracy as a share of the unmerged (default: 0.95)")
+    parser.add_argument("--strategy", choices=sorted(STRATEGIES), default="adaptive", help="default: %(default)s")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
+    parser.add_argument("--time-budget", type=parse_duration, metavar="TIME", help="such as 90s, 30m or 2h")
+    parser.add_argument("--per-class", action="store_true", help="also say how every class fares")
+    parser.add_argument("--fresh", action="store_true", help="start anew; an earlier result is kept aside")
+    parser.add_argument("--plan", action="store_true", help="print what could be saved; train nothing")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    return parser.parse_args(arguments)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a duration such as 90s, 30m, 1.5h or 45 (seconds)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if not match or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a duration such as 90s, 30m or 2h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]

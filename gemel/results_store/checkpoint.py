@@ -1,0 +1,76 @@
+"""The state of a round in flight: one file beside the result, bound to the store that the round began from."""
+
+import io
+import logging
+from pathlib import Path
+
+import torch
+
+from gemel.results_store import files
+from gemel.results_store.files import ResultsError, first_line
+from gemel.results_store.manifest import has_results, read_manifest
+
+log = logging.getLogger(__name__)
+
+
+def write_checkpoint(path: str | Path, state: dict) -> None:
+    """Writes the state of a round in flight, atomically, bound to the result that the round began from.
+
+    state: dictionaries with str or int keys, lists, tuples, str, numbers, bool, None and tensors, nested at will.
+    Raises ResultsError if there is no result yet or the file cannot be written, TypeError for anything else in state.
+    """
+    path = Path(path)
+    _check_plain(state, "state")
+    store = read_manifest(path)["store"]["file"]
+    buffer = io.BytesIO()
+    torch.save({"store": store, "state": state}, buffer)
+    files.write(path / files.IN_FLIGHT, [buffer.getbuffer()])
+
+
+def read_checkpoint(path: str | Path) -> dict | None:
+    """The state of the round in flight, with its tensors on the CPU; None if there is none that can be used.
+
+    One that does not read, or belongs to another store, is removed: a round is lost then, never a result.
+    """
+    file = Path(path) / files.IN_FLIGHT
+    if not file.is_file():
+        return None
+    store = read_manifest(path)["store"]["file"] if has_results(path) else None
+    try:
+        bound_to, state = open_checkpoint(file)
+    except ResultsError as error:
+        log.warning("%s: that round begins anew", error)
+    else:
+        if bound_to == store:
+            return state
+        log.warning("%s: is of another result: that round begins anew", file)
+    drop_checkpoint(path)
+    return None
+
+
+def open_checkpoint(file: Path) -> tuple[str, dict]:
+    """(name of the store that it is bound to, state). Raises ResultsError if it does not read; runs no code of it."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make the unpickler raise nearly anything
+        raise ResultsError(f"{file}: cannot be read: {first_line(error)}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("state"), dict) or "store" not in content:
+        raise ResultsError(f"{file}: cannot be read: it is not the state of a round")
+    return content["store"], content["state"]
+
+
+def drop_checkpoint(path: str | Path) -> None:
+    """Removes the state of a round in flight, where there is one."""
+    files.remove(Path(path) / files.IN_FLIGHT)
+
+
+def _check_plain(value: object, where: str) -> None:
+    """What torch.load(weights_only=True) gives back as it was."""
+    if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
+        for key, item in value.items():
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    elif not (value is None or type(value) in (str, int, float, bool) or isinstance(value, torch.Tensor)):
+        raise TypeError(f"{where}: got a {type(value).__name__}; allowed: dict, list, tuple, str, number, tensor")

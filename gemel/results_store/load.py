@@ -1,0 +1,280 @@
+"""Loading a results folder back: models built without drawing random weights, and shared layers as one parameter.
+
+Tensors lie on a private memory map of the store, so a tensor that ten models share is in memory once, and a page that
+nobody changes is the disk cache's own. Training in place works: it copies the pages that it writes, for this process.
+"""
+
+import contextlib
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from gemel.results_store.files import ResultsError, sha256_of
+from gemel.results_store.manifest import priced_layers, read_result
+from gemel.results_store.tensors import Entry, read_tensors
+from gemel.sharing.adapters import ATTRIBUTE, max_rank, own_modules, put_residual, residual_of, set_rank
+from gemel.sharing.memory import named_tensors
+from model_architectures import rebuild
+
+
+def load_merged(
+    results_path: str | Path,
+    models: Mapping[str, nn.Module] | None = None,
+    device: torch.device | str = "cpu",
+    tasks: Collection[str] | None = None,
+    verify: bool = False,
+) -> dict[str, nn.Module]:
+    """The merged models by task, in eval mode, in which shared layers *are* one parameter object.
+
+    models: modules to load into, by task. A task without one is rebuilt from the architecture in the manifest, without
+    any code of yours and without drawing random weights first.
+    device: on the CPU tensors stay on a private memory map of the store; for any other device each goes there straight
+    from the map, once.
+    tasks: only these; the tensors of the others are not read.
+
+    Always checked: the manifest in itself and against the store's header (sha256), the length of the store, and a
+    64-bit checksum of every tensor that is loaded, computed in the pass that brings it into memory. That finds what
+    goes wrong by accident: truncated files, flipped bits, tensors in each other's place, parts of two results, and
+    pages in each other's place, unless both lie in one block of 16 KiB of a tensor (of 4 KiB in results of before).
+    What changed its place within a block, or was changed on purpose so as to keep the checksum, only verify=True finds:
+    the sha256 of the whole store is compared too, which reads all of it at the speed of hashing. Neither helps against
+    somebody who also rewrites the manifest. Nothing in the folder is ever executed, and nothing is written.
+
+    Ties survive `.to()`, `.half()` and channels_last, also when each model is moved by itself, and a state dict that is
+    saved and loaded into them; they do not survive load_state_dict(assign=True), or deepcopy of one model.
+    Raises ResultsError, one line that names the file or the task, if the folder is not a valid result, if a task's
+    architecture is unknown and no model was handed in, or if tensors do not fit the model. Models handed in are then as
+    they were.
+    """
+    manifest, store = read_result(results_path)
+    if verify and sha256_of(store.file) != manifest["files"][store.file.name]:
+        raise ResultsError(f"{store.file}: its sha256 is not the one in the manifest: the file is damaged")
+    wanted = _wanted(results_path, manifest, tasks)
+    modules = _modules(results_path, manifest, wanted, models or {})
+    slots = {task: _slots(model) for task, model in modules.items()}
+    device = torch.device(device)
+    with contextlib.ExitStack() as undo:
+        for task, model in modules.items():
+            ranks = priced_layers(manifest["shared_layers"], task)
+            if ranks or any(f"{ATTRIBUTE}." in name for name in slots[task].tensors):
+                _set_residuals(task, model, ranks, undo)
+                slots[task] = _slots(model)
+        is_parameter = _check_fit(manifest["tensors"], slots, store.entries)
+        keys = (key for task in wanted for key in manifest["tensors"][task].values())
+        stored = read_tensors(store, keys, manifest["store"])
+        undo.pop_all()
+    if device.type != "cpu":
+        stored = {key: tensor.to(device) for key, tensor in stored.items()}
+    placed: dict[str, Tensor] = {}
+    for task, model in modules.items():
+        _place(model, slots[task], manifest["tensors"][task], stored, is_parameter, placed, device)
+    return modules
+
+
+def _wanted(results_path: str | Path, manifest: Mapping, tasks: Collection[str] | None) -> list[str]:
+    if tasks is None:
+        return list(manifest["tensors"])
+    asked = [tasks] if isinstance(tasks, str) else list(tasks)
+    if unknown := [task for task in asked if task not in manifest["tensors"]]:
+        raise ResultsError(
+            f"{results_path}: tasks: got {', '.join(map(str, unknown))}; allowed: {', '.join(manifest['tensors'])}"
+        )
+    return [task for task in manifest["tensors"] if task in asked]
+
+
+def _modules(
+    results_path: str | Path, manifest: Mapping, wanted: Iterable[str], models: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """A module per task: the one handed in, else one that is built here."""
+    entries = manifest["tasks"]
+    if unknown := [task for task in wanted if task not in models and entries[task]["architecture"] is None]:
+        raise ResultsError(
+            f"{results_path}: no model was handed in for {', '.join(unknown)}, and the manifest holds no architecture, "
+            "as they were not built by model_architectures.build: load_merged(path, models={task: module, ...})"
+        )
+    modules = {}
+    for task in wanted:
+        try:
+            num_tensors = len(manifest["tensors"][task])
+            modules[task] = models[task] if task in models else build_empty(entries[task]["architecture"], num_tensors)
+        except ValueError as error:
+            raise ResultsError(f"{results_path}: {task}: architecture: {' '.join(str(error).split())}") from None
+    return modules
+
+
+# ---- building without initialisation --------------------------------------------------------------------
+
+
+def build_empty(architecture: Mapping, num_tensors: int) -> nn.Module:
+    """`rebuild`, without the time and memory that random weights take: parameters have shapes, and no values.
+
+    Buffers and plain attributes are those that the builder makes (anchors, position indices): only parameters are
+    stand-ins on the meta device, on which in-place initialisation does nothing. A builder for which that does not work
+    out is run as it is. num_tensors: of the state dict that will be loaded; an architecture with far more parameters
+    is given up. Raises ValueError as `rebuild` does.
+    """
+    thread, made = threading.get_ident(), 0  # the hook is torch's for all threads
+
+    def stand_in(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        nonlocal made
+        if parameter is None or isinstance(parameter, _StandIn) or threading.get_ident() != thread:
+            return parameter
+        made += 1
+        if made > limit:
+            raise ValueError(f"more than {limit} parameters, where {num_tensors} tensors are stored")
+        return _StandIn(parameter.detach().to("meta"), parameter.requires_grad)
+
+    limit = 1000 + 4 * num_tensors  # builders may make a head twice
+    hook = register_module_parameter_registration_hook(stand_in)
+    try:
+        model = rebuild(architecture)
+    except ValueError:
+        if made > limit:
+            raise
+        model = None
+    finally:
+        hook.remove()
+    if model is None or any(buffer.is_meta for buffer in model.buffers()):
+        return rebuild(architecture)
+    for parameter in model.parameters():
+        parameter.__class__ = nn.Parameter  # as torch's lazy modules do
+    return model
+
+
+class _StandIn(nn.Parameter):
+    """A parameter on the meta device, while a model is being built."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """Skips in-place work (initialisation); anything else computes shapes, since some builders run the model."""
+        kwargs = kwargs or {}
+        if func.__name__.endswith("_") and not func.__name__.startswith("__"):
+            return args[0] if args else kwargs["tensor"]
+        args = tuple(map(_on_meta, args))
+        return super().__torch_function__(func, types, args, {key: _on_meta(value) for key, value in kwargs.items()})
+
+
+def _on_meta(value: object) -> object:
+    return value.to("meta") if isinstance(value, Tensor) and not isinstance(value, _StandIn) else value
+
+
+# ---- residuals ------------------------------------------------------------------------------------------
+
+
+def _set_residuals(task: str, model: nn.Module, ranks: Mapping[str, int], undo: contextlib.ExitStack) -> None:
+    """Gives the model the residuals of layers that are shared at a price, and takes away others that it has."""
+    layers = dict(own_modules(model))
+    for name in ranks:
+        if name not in layers or ranks[name] > max_rank(layers[name]):
+            raise ResultsError(f"{task}: {name} can have no residual of rank {ranks[name]} in this model")
+    for name, layer in layers.items():
+        if (before := residual_of(layer)) is not None or name in ranks:
+            undo.callback(put_residual, layer, before)
+            set_rank(layer, ranks.get(name, 0))
+
+
+# ---- fitting and placing --------------------------------------------------------------------------------
+
+
+class _Slots(NamedTuple):
+    """The tensors of a model's state dict, and where each lives: the module, its dictionary, and the name there."""
+
+    tensors: dict[str, Tensor]
+    places: dict[str, tuple[nn.Module, dict, str]]
+    modules: list[nn.Module]  # one that occurs twice is here twice
+
+
+def _slots(model: nn.Module) -> _Slots:
+    slots = _Slots(named_tensors(model), {}, [])
+    _add_places(slots, model, "")
+    return slots
+
+
+def _add_places(slots: _Slots, module: nn.Module, prefix: str) -> None:
+    slots.modules.append(module)
+    for holder in (module._parameters, module._buffers):
+        for attribute in holder:
+            slots.places[prefix + attribute] = module, holder, attribute
+    for name, child in module._modules.items():
+        if child is not None:
+            _add_places(slots, child, f"{prefix}{name}.")
+
+
+def _check_fit(keys: Mapping[str, Mapping], slots: Mapping[str, _Slots], entries: Mapping) -> dict[str, bool]:
+    """Raises ResultsError if stored tensors are not those of the models; decided on the store's header alone.
+
+    Returns which store keys are of parameters; the others are of buffers.
+    """
+    is_parameter: dict[str, bool] = {}
+    for task, own in slots.items():
+        problems = list(_fit_problems(own, keys[task], entries, is_parameter))
+        if problems:
+            listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+            raise ResultsError(f"{task}: the results do not fit the model: {listed}")
+    return is_parameter
+
+
+def _fit_problems(
+    slots: _Slots, keys: Mapping[str, str], entries: Mapping[str, Entry], is_parameter: dict[str, bool]
+) -> Iterator[str]:
+    for name, tensor in slots.tensors.items():
+        key = keys.get(name)
+        if key is None:
+            yield f"{name} is missing in the results"
+            continue
+        dtype, shape, _, _ = entries[key]
+        parameter = type(tensor) is not Tensor and isinstance(tensor, nn.Parameter)  # the first alone is quick
+        if name not in slots.places:
+            yield f"{name} is a name of the state dict alone: the model holds no such parameter or buffer"
+        elif tensor.shape != shape:
+            yield f"{name}: got {list(shape)}, the model has {list(tensor.shape)}"
+        elif tensor.dtype != dtype and not (tensor.dtype.is_floating_point and dtype.is_floating_point):
+            yield f"{name}: got {dtype}, the model has {tensor.dtype}"
+        elif is_parameter.setdefault(key, parameter) != parameter:
+            yield f"{name}: got a tensor that is a parameter in one place and a buffer in another"
+    yield from (f"{name} is unknown to the model" for name in keys if name not in slots.tensors)
+
+
+def _place(
+    model: nn.Module,
+    slots: _Slots,
+    keys: Mapping[str, str],
+    stored: Mapping[str, Tensor],
+    is_parameter: Mapping[str, bool],
+    placed: dict[str, Tensor],
+    device: torch.device,
+) -> None:
+    """Puts the stored tensors into the model; `placed` holds the one object per store key, for all models."""
+    elsewhere = device.type != "cpu" or not all(tensor.is_cpu or tensor.is_meta for tensor in slots.tensors.values())
+    for name, tensor in slots.tensors.items():
+        key = keys[name]
+        if key not in placed:
+            placed[key] = nn.Parameter(stored[key], tensor.requires_grad) if is_parameter[key] else stored[key]
+        module, holder, attribute = slots.places[name]
+        if type(module).__setattr__ is nn.Module.__setattr__:
+            holder[attribute] = placed[key]
+        else:
+            setattr(module, attribute, placed[key])  # the class listens to it, as recurrent layers do
+    if elsewhere:
+        model.to(device)  # what is not in the state dict, such as buffers that are not saved
+    _set_eval(model, slots.modules)
+
+
+def _set_eval(model: nn.Module, modules: Collection[nn.Module]) -> None:
+    """model.eval(), in a fraction of its time where no module has a way of its own to do a part of that."""
+    own_way = not all(map(_evaluates_plainly, set(map(type, modules))))
+    if own_way or any("train" in vars(module) or "eval" in vars(module) for module in modules):
+        model.eval()
+        return
+    for module in modules:
+        vars(module)["training"] = False
+
+
+def _evaluates_plainly(kind: type[nn.Module]) -> bool:
+    steps = ("eval", "train", "children", "named_children", "__setattr__")
+    return not hasattr(kind, "training") and all(getattr(kind, step) is getattr(nn.Module, step) for step in steps)

@@ -1,0 +1,139 @@
+"""The pen: turns solid objects into strokes on a canvas, with their light, shadows and the glow of their lamps."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+from gemel.sample_workload.camera import CANVAS, Camera, eye, hazed, light_on, project
+from gemel.sample_workload.objects import Face, Limb, Part
+
+SHADOW = 130  # of 255
+LIMB_NORMAL = (0.0, -0.5, 0.75)  # a limb is round: lit from most sides
+
+
+class Stroke(NamedTuple):
+    """One movement of the pen in canvas pixels: a polygon, or a line with round ends where there is a reach."""
+
+    corners: list[tuple[float, float]]
+    reach: float
+    ink: tuple[int, int, int]
+    lamp: float  # radius of a lamp that shines at the camera, else 0
+
+
+def draw(camera: Camera, image: Image.Image, layers: list[list[Stroke]]) -> tuple[Image.Image, np.ndarray, list[int]]:
+    """The layers on the image, back to front; which layer (from 1) each pixel shows; pixels of each if none hid it."""
+    owners = Image.new("L", image.size)
+    pen, owner_pen, counts, lamps = ImageDraw.Draw(image), ImageDraw.Draw(owners), [], []
+    for number, strokes in enumerate(layers, start=1):
+        for stroke in strokes:
+            _apply(pen, stroke.corners, stroke.reach, stroke.ink)
+            _apply(owner_pen, stroke.corners, stroke.reach, number)
+            if stroke.lamp:
+                lamps.append((number, stroke))
+        counts.append(owners.histogram()[number])
+    owner_map = np.asarray(owners)
+    if camera.night:
+        image = _glow(image, [lamp for number, lamp in lamps if _shows(owner_map, number, lamp)])
+    return image, owner_map, counts
+
+
+def shade_ground(camera: Camera, image: Image.Image, objects: list[list[Part]]) -> Image.Image:
+    """A copy of the image with the shadows of the objects on the ground."""
+    shapes = [shape for parts in objects for part in parts for shape in part.shapes]
+    if not shapes:
+        return image.copy()
+    mask = Image.new("L", image.size)
+    pen = ImageDraw.Draw(mask)
+    points = np.concatenate([_points(shape) for shape in shapes])
+    pixels, depth = project(camera, points - points[:, 2:] * np.array(camera.sun) / camera.sun[2])
+    first = 0
+    for shape in shapes:
+        last = first + (len(shape.points) if isinstance(shape, Face) else 2)
+        _apply(pen, _corners(pixels[first:last]), _reach(camera, shape, depth[first]), SHADOW)
+        first = last
+    mask = mask.filter(ImageFilter.GaussianBlur(5 if camera.night else 2))
+    dark = (np.asarray(image) * np.array(camera.sky_light) * 0.9).astype(np.uint8)
+    return Image.composite(Image.fromarray(dark), image, mask)
+
+
+def strokes_of(camera: Camera, parts: list[Part]) -> list[Stroke]:
+    """The pen's movements for one object in world coordinates, back to front, without the faces that look away."""
+    shapes, normals = _back_to_front(camera, parts)
+    corners = [_points(shape) for shape in shapes]
+    ends = np.cumsum([len(points) for points in corners])
+    starts = ends - [len(points) for points in corners]
+    points = np.concatenate(corners)
+    pixels, depth = project(camera, points)
+    shines = np.array([camera.night and isinstance(shape, Face) and shape.lamp for shape in shapes])
+    light = np.where(shines[:, None], 1.0, light_on(camera, normals, points[starts]))
+    inks = hazed(camera, np.array([shape.colour for shape in shapes]) * light, depth[starts])
+    inks = np.clip(inks, 0, 255).astype(int).tolist()
+    faces_us = (normals * (eye(camera) - points[starts])).sum(1) > 0
+    strokes = []
+    for number, (shape, start, end) in enumerate(zip(shapes, starts, ends, strict=True)):
+        if depth[start:end].min() > 1 and (isinstance(shape, Limb) or faces_us[number]):
+            lamp = 0.35 * camera.focal * CANVAS / depth[start] if shines[number] else 0.0
+            reach = _reach(camera, shape, depth[start])
+            strokes.append(Stroke(_corners(pixels[start:end]), reach, tuple(inks[number]), lamp))
+    return strokes
+
+
+def _back_to_front(camera: Camera, parts: list[Part]) -> tuple[list[Face | Limb], np.ndarray]:
+    """The shapes in the order in which they are drawn, and their normals [n, 3]."""
+    middles = [np.concatenate([_points(shape) for shape in part.shapes]).mean(0) for part in parts]
+    order = [(part.layer, -np.linalg.norm(middle - eye(camera))) for part, middle in zip(parts, middles, strict=True)]
+    shapes, normals = [], []
+    for index in sorted(range(len(parts)), key=order.__getitem__):
+        shapes += parts[index].shapes
+        normals += [_normal(shape, middles[index]) for shape in parts[index].shapes]
+    return shapes, np.array(normals)
+
+
+def _normal(shape: Face | Limb, middle: np.ndarray) -> np.ndarray:
+    """The unit normal that points away from the middle of the part."""
+    if isinstance(shape, Limb):
+        return np.array(LIMB_NORMAL)
+    points = shape.points
+    (ax, ay, az), (bx, by, bz) = points[1] - points[0], points[2] - points[0]
+    normal = np.array([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx])
+    normal /= max(math.sqrt(normal @ normal), 1e-9)
+    return -normal if normal @ (points.mean(0) - middle) < 0 else normal
+
+
+def _points(shape: Face | Limb) -> np.ndarray:
+    return shape.points if isinstance(shape, Face) else np.stack([shape.start, shape.end])
+
+
+def _corners(pixels: np.ndarray) -> list[tuple[float, float]]:
+    return [tuple(pixel) for pixel in pixels.tolist()]
+
+
+def _reach(camera: Camera, shape: Face | Limb, depth: float) -> float:
+    """Half the width of a limb in canvas pixels; 0 for a face."""
+    return max(0.6, shape.radius * camera.focal * CANVAS / max(depth, 1.0)) if isinstance(shape, Limb) else 0.0
+
+
+def _apply(pen: ImageDraw.ImageDraw, corners: list[tuple[float, float]], reach: float, ink: tuple | int) -> None:
+    if not reach:
+        pen.polygon(corners, fill=ink)
+        return
+    pen.line(corners, fill=ink, width=max(1, round(2 * reach)))
+    for x, y in corners:
+        pen.ellipse((x - reach, y - reach, x + reach, y + reach), fill=ink)
+
+
+def _shows(owner_map: np.ndarray, number: int, lamp: Stroke) -> bool:
+    column, row = np.mean(lamp.corners, axis=0).astype(int)
+    return 0 <= row < CANVAS and 0 <= column < CANVAS and owner_map[row, column] == number
+
+
+def _glow(image: Image.Image, lamps: list[Stroke]) -> Image.Image:
+    """Light that spreads around lamps."""
+    spread = Image.new("RGB", (CANVAS // 4, CANVAS // 4))
+    pen = ImageDraw.Draw(spread)
+    for lamp in lamps:
+        (x, y), reach = np.mean(lamp.corners, axis=0) / 4, max(1.0, lamp.lamp / 4)
+        pen.ellipse((x - reach, y - reach, x + reach, y + reach), fill=lamp.ink)
+    return ImageChops.screen(image, spread.filter(ImageFilter.GaussianBlur(3)).resize(image.size))

@@ -1,0 +1,179 @@
+"""Street scenes as a fixed camera sees them: drawing only, nothing of models or files.
+
+`draw_scene` gives one moment in front of a camera, with the boxes of what can be seen; `frame` and `crop` are what is
+stored of it, as JPEG. The same generator gives the same picture.
+"""
+
+import functools
+import io
+import math
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from gemel.sample_workload.camera import (
+    CANVAS,
+    CROSSING,
+    LAMP_FIRST,
+    LAMP_STEP,
+    Camera,
+    axes,
+    empty_street,
+    eye,
+    project,
+)
+from gemel.sample_workload.objects import BUILD, Face, Limb, Part, street_lamp, tree
+from gemel.sample_workload.pen import Stroke, draw, shade_ground, strokes_of
+
+MIN_SIDES = (12, 24)  # canvas pixels, shorter and longer side: what is smaller is not labelled
+MIN_VISIBLE = 0.35  # share of an object that must not be hidden for it to be labelled
+EMPTY = 0.08  # share of scenes without traffic
+SHARES = {"car": 0.26, "motorcycle": 0.24, "person": 0.32, "truck": 0.18}
+FOOTPRINTS = {"car": (5.0, 2.1), "motorcycle": (2.4, 0.9), "person": (0.8, 0.8), "truck": (7.2, 2.5)}  # along, across
+ATTEMPTS = 8  # to find a free place for an object
+
+
+class Thing(NamedTuple):
+    """An object in a scene: its box on the canvas (left, top, right, bottom) covers what can be seen of it."""
+
+    kind: str
+    box: tuple[float, float, float, float]
+
+
+class Scene(NamedTuple):
+    camera: Camera
+    image: Image.Image
+    things: list[Thing]
+
+
+class _Placed(NamedTuple):
+    """An object at its place: parts in world coordinates. kind None: street furniture, which only hides things."""
+
+    kind: str | None
+    parts: list[Part]
+    spot: np.ndarray
+
+
+def draw_scene(camera: Camera, rng: np.random.Generator) -> Scene:
+    """One moment in front of the camera: the canvas and what can be seen on it. About one in twelve shows nobody."""
+    street, furniture = _stage(camera)
+    traffic = _traffic(camera, rng) if rng.random() > EMPTY else []
+    image = shade_ground(camera, street, [one.parts for one in traffic])
+    layers = [*furniture, *((one, strokes_of(camera, one.parts)) for one in traffic)]
+    layers.sort(key=lambda layer: -(axes(camera)[2] @ (layer[0].spot - eye(camera))))
+    image, owners, counts = draw(camera, image, [strokes for _, strokes in layers])
+    gain = rng.uniform(0.75, 1.12) * rng.uniform(0.95, 1.05, 3)  # clouds, exposure, white balance
+    image = Image.fromarray(np.clip(np.asarray(image) * gain, 0, 255).astype(np.uint8))
+    return Scene(camera, image, _seen([one for one, _ in layers], owners, counts))
+
+
+def frame(scene: Scene, size: int, rng: np.random.Generator) -> bytes:
+    """The whole scene as a JPEG of size x size pixels."""
+    return _record(scene.image.resize((size, size), Image.Resampling.BOX), scene.camera, rng)
+
+
+def crop(scene: Scene, thing: Thing, size: int, rng: np.random.Generator) -> bytes:
+    """One object and a little of what is around it, not quite in the middle, as a JPEG of size x size pixels."""
+    left, top, right, bottom = thing.box
+    side = min(max(right - left, bottom - top) * rng.uniform(1.0, 1.4), CANVAS)
+    middle = np.array([left + right, top + bottom]) / 2 + side * rng.normal(0, 0.05, 2)
+    x, y = np.clip(middle - side / 2, 0, CANVAS - side)
+    box = (x, y, x + side, y + side)
+    cut = scene.image.transform((size, size), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
+    return _record(cut, scene.camera, rng)
+
+
+def _record(image: Image.Image, camera: Camera, rng: np.random.Generator) -> bytes:
+    """What the sensor makes of it: blur, noise, the loss of JPEG."""
+    blurred = image.filter(ImageFilter.GaussianBlur(camera.blur * rng.uniform(0.5, 1.6)))
+    pixels = np.asarray(blurred, dtype=np.float64)
+    grain = rng.normal(0, camera.noise, pixels.shape) * np.sqrt(0.3 + pixels / 255)
+    file = io.BytesIO()
+    noisy = Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))
+    noisy.save(file, "JPEG", quality=int(rng.integers(*camera.quality)))
+    return file.getvalue()
+
+
+def _seen(placed: list[_Placed], owners: np.ndarray, counts: list[int]) -> list[Thing]:
+    things = []
+    for number, (one, count) in enumerate(zip(placed, counts, strict=True), start=1):
+        if one.kind is None:
+            continue
+        rows, columns = np.nonzero(owners == number)
+        if len(rows) < max(1, MIN_VISIBLE * count):
+            continue
+        box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+        shorter, longer = sorted((box[2] - box[0], box[3] - box[1]))
+        if shorter >= MIN_SIDES[0] and longer >= MIN_SIDES[1]:
+            things.append(Thing(one.kind, box))
+    return things
+
+
+@functools.cache
+def _stage(camera: Camera) -> tuple[Image.Image, list[tuple[_Placed, list[Stroke]]]]:
+    """What is the same in all scenes of a camera: the street, the furniture and its shadows."""
+    furniture = _furniture(camera)
+    street = shade_ground(camera, empty_street(camera), [one.parts for one in furniture])
+    return street, [(one, strokes_of(camera, one.parts)) for one in furniture]
+
+
+def _traffic(camera: Camera, rng: np.random.Generator) -> list[_Placed]:
+    """Objects that do not stand in one another, most of them in view."""
+    placed: list[_Placed] = []
+    for _ in range(rng.integers(3, 10)):
+        kind = str(rng.choice(list(SHARES), p=list(SHARES.values())))
+        parts = BUILD[kind](rng)
+        for _ in range(ATTEMPTS):
+            spot, heading = _spot(camera, kind, rng)
+            if _in_view(camera, spot) and not any(_overlap(kind, spot, other) for other in placed):
+                placed.append(_place(kind, parts, spot, heading))
+                break
+    return placed
+
+
+def _in_view(camera: Camera, spot: np.ndarray) -> bool:
+    pixel, depth = project(camera, spot[None] + (0, 0, 0.8))
+    return bool(depth[0] > 5 and (np.abs(pixel - CANVAS / 2) < CANVAS * 0.47).all())
+
+
+def _overlap(kind: str, spot: np.ndarray, other: _Placed) -> bool:
+    room = (np.array(FOOTPRINTS[kind]) + FOOTPRINTS[other.kind]) / 2
+    return bool((np.abs(spot - other.spot)[:2] <= room).all())
+
+
+def _spot(camera: Camera, kind: str, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """A place and a heading that suit the kind: lanes, parked at the kerb, pavements, the crossing."""
+    along, side = rng.uniform(camera.first, camera.last), rng.choice((-1, 1))
+    if kind != "person":
+        lane = rng.uniform(0.3, 0.5) if rng.random() < 0.75 else 0.78  # parked
+        across = side * (camera.road * lane + rng.normal(0, 0.25))
+        return np.array([along, across, 0]), (0 if side < 0 else math.pi) + rng.normal(0, 0.06)
+    if rng.random() < 0.35:  # crosses the road
+        along, across = CROSSING + rng.uniform(-1.5, 1.5), rng.uniform(-1, 1) * camera.road
+        return np.array([along, across, 0]), side * math.pi / 2
+    across = side * rng.uniform(camera.road + 0.5, min(camera.houses - 0.6, camera.road + 3))
+    return np.array([along, across, 0]), rng.choice((0, math.pi)) + rng.normal(0, 0.4)
+
+
+def _furniture(camera: Camera) -> list[_Placed]:
+    """Street lamps and trees along the kerbs."""
+    placed = []
+    for number, along in enumerate(np.arange(LAMP_FIRST - 2 * LAMP_STEP, camera.last + 20, LAMP_STEP / 2)):
+        side = 1 if number // 2 % 2 else -1
+        spot = np.array([along, side * (camera.road + 0.7), 0.0])
+        parts = street_lamp(side) if number % 2 else tree(number)
+        if project(camera, spot[None])[1][0] > 6:
+            placed.append(_place(None, parts, spot, 0.0))
+    return placed
+
+
+def _place(kind: str | None, parts: list[Part], spot: np.ndarray, heading: float) -> _Placed:
+    turn = np.array([[math.cos(heading), math.sin(heading), 0], [-math.sin(heading), math.cos(heading), 0], [0, 0, 1]])
+
+    def moved(shape: Face | Limb) -> Face | Limb:
+        if isinstance(shape, Face):
+            return shape._replace(points=shape.points @ turn + spot)
+        return shape._replace(start=np.asarray(shape.start) @ turn + spot, end=np.asarray(shape.end) @ turn + spot)
+
+    return _Placed(kind, [Part([moved(shape) for shape in part.shapes], part.layer) for part in parts], spot)

@@ -1,0 +1,103 @@
+"""What is drawn and trained for the embedded default, and where it lies.
+
+All backbones descend from one ancestor, as in practice they do from ImageNet: a classifier of both cameras' crops, and
+a detector of both cameras' frames grown from it. Each task starts there and is then trained on its own camera alone, so
+their weights differ but are related, as those of fine-tuned models are.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from gemel.sample_workload.objects import KINDS
+from gemel.workload import CLASSIFICATION, DETECTION
+from model_architectures import build, load_weights
+
+SAMPLE_ROOT = Path(__file__).resolve().parents[2] / "sample_data"
+DATASETS_ROOT = SAMPLE_ROOT / "datasets"
+CROP_SIZE, FRAME_SIZE = 48, 128  # pixels a side
+WIDTH = 32  # channels of the first stage, the same in all models
+SHALLOW, DEEP = (1, 1, 1, 1), (2, 2, 2, 2)
+SPLITS = ("train", "val", "test")
+
+
+class SampleTask(NamedTuple):
+    """One task of the workload, or an ancestor: what it looks at, how it is built, how long it is trained."""
+
+    cameras: tuple[str, ...]
+    kind: str
+    classes: tuple[str, ...]  # in the order of the class ids
+    builder: str
+    num_classes: int  # as the builder counts: a detector's includes the background
+    kwargs: dict[str, Any]
+    epochs: int
+    learning_rate: float
+    parent: str | None  # the ancestor whose weights it starts from
+
+
+class Plan(NamedTuple):
+    """How much is drawn and trained; the splits are train, val, test."""
+
+    scenes: tuple[int, int, int] = (250, 80, 60)  # per camera, one frame each
+    crops: tuple[int, int, int] = (160, 60, 40)  # per camera and class at most, cut out of those scenes
+    epochs: float = 1.0  # times those of the task
+
+
+PLAN = Plan()
+
+
+def _classifier(cameras: tuple, classes: tuple, layers: tuple, rate: float, parent: str | None) -> SampleTask:
+    kwargs = {"layers": layers, "width": WIDTH}
+    return SampleTask(cameras, CLASSIFICATION, classes, "slim_resnet", len(classes), kwargs, 8, rate, parent)
+
+
+def _detector(cameras: tuple, classes: tuple, epochs: int, parent: str) -> SampleTask:
+    kwargs = {"backbone": "slim_resnet", "layers": SHALLOW, "width": WIDTH, "out_channels": 64, "min_size": FRAME_SIZE}
+    return SampleTask(cameras, DETECTION, classes, "fcos_model", len(classes) + 1, kwargs, epochs, 2e-3, parent)
+
+
+MAIN, ELM, VEHICLES = ("main_2nd",), ("elm_1st",), ("car", "motorcycle", "truck")
+ANCESTORS = {
+    "ancestor_resnet18": _classifier(MAIN + ELM, KINDS, DEEP, 2e-3, None),
+    "ancestor_fcos": _detector(MAIN + ELM, KINDS, 5, "ancestor_resnet18"),
+}
+TASKS = {
+    "main_2nd_vehicles_resnet10": _classifier(MAIN, VEHICLES, SHALLOW, 1e-3, "ancestor_resnet18"),
+    "elm_1st_street_resnet18": _classifier(ELM, KINDS, DEEP, 1e-3, "ancestor_resnet18"),
+    "main_2nd_traffic_fcos": _detector(MAIN, KINDS, 9, "ancestor_fcos"),
+    "elm_1st_traffic_fcos": _detector(ELM, KINDS, 9, "ancestor_fcos"),
+}
+
+
+def load_trained(name: str, root: Path = SAMPLE_ROOT) -> nn.Module:
+    """The trained model of a task that is prepared."""
+    return load_weights(new_model(name), weights_path(name, root))
+
+
+def weights_path(name: str, root: Path = SAMPLE_ROOT) -> Path:
+    """The file with the trained weights of a task, a state dict."""
+    return Path(root) / "weights" / f"{name}.pt"
+
+
+def unmerged_acc(name: str, root: Path = SAMPLE_ROOT) -> float:
+    """The accuracy of a task on val, measured by its eval method when it was trained. Prepare it first."""
+    return json.loads(stamp_path(name, root).read_text())["unmerged_acc"]
+
+
+def task_named(name: str) -> SampleTask:
+    known = {**ANCESTORS, **TASKS}
+    if name not in known:
+        raise ValueError(f"sample workload: got the task {name!r}; allowed: {', '.join(TASKS)}")
+    return known[name]
+
+
+def new_model(name: str) -> nn.Module:
+    task = task_named(name)
+    return build(task.builder, task.num_classes, **task.kwargs)
+
+
+def stamp_path(name: str, root: Path) -> Path:
+    """Written after the weights: without it they are not finished."""
+    return weights_path(name, root).with_suffix(".json")

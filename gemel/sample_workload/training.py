@@ -1,0 +1,168 @@
+"""Trains the models of the embedded default, plainly and briefly, and measures them."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from tqdm import tqdm
+
+from gemel.environment.seeds import seeded
+from gemel.sample_workload.drawing import dataset_folders
+from gemel.sample_workload.made import SEED, is_made, recipe, replaced
+from gemel.sample_workload.tasks import (
+    CROP_SIZE,
+    FRAME_SIZE,
+    Plan,
+    SampleTask,
+    new_model,
+    stamp_path,
+    task_named,
+    weights_path,
+)
+from gemel.workload import CLASSIFICATION, DETECTION
+
+BATCH_SIZES = {CLASSIFICATION: 32, DETECTION: 4}
+MAX_GRADIENT = 5.0  # norm
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as transforms.py normalises
+
+Samples = tuple[Tensor, list[Tensor], list[Tensor]]  # uint8 images [N, 3, H, W], labels and boxes of each
+
+
+class Methods(NamedTuple):
+    """How the tasks of one kind are judged: as their dictionary entries say."""
+
+    eval_method: Callable[[nn.Module, Any], float]
+    transform: Callable  # of val
+
+
+def is_trained(root: Path, name: str, plan: Plan) -> bool:
+    return weights_path(name, root).is_file() and is_made(stamp_path(name, root), plan)
+
+
+def train(root: Path, name: str, plan: Plan, methods: Mapping[str, Methods], position: int = 0) -> None:
+    """Trains a task, whose ancestor is trained, measures it on val, and writes weights and accuracy, in this order."""
+    task = task_named(name)
+    with seeded(SEED, "train", name):
+        model = new_model(name)
+        if task.parent:
+            _inherit(model, torch.load(weights_path(task.parent, root), weights_only=True))
+        epochs = max(1, round(task.epochs * plan.epochs))
+        _fit(model, name, _samples(root, task, "train"), epochs, position)
+    own = methods[task.kind]
+    accuracy = own.eval_method(model, _val_loader(task, own.transform, _samples(root, task, "val")))
+    with replaced(weights_path(name, root)) as unfinished, unfinished.open("wb") as file:
+        torch.save(model.state_dict(), file)  # given a path, it would store the path's name in the file
+    with replaced(stamp_path(name, root)) as unfinished:
+        unfinished.write_text(json.dumps({"recipe": recipe(plan), "unmerged_acc": accuracy}, indent=1))
+
+
+def _inherit(model: nn.Module, ancestor: dict[str, Tensor]) -> None:
+    """Copies what model and ancestor have in common: a detector's backbone is a classifier without its output layer."""
+    own = model.state_dict()
+    for key, value in ancestor.items():
+        for name in (key, f"backbone.body.{key}"):
+            if name in own and own[name].shape == value.shape and not name.startswith("fc."):
+                own[name].copy_(value)
+
+
+def _samples(root: Path, task: SampleTask, split: str) -> Samples:
+    """All files of one split, of all the cameras that the task looks at, decoded."""
+    read = _read_crops if task.kind == CLASSIFICATION else _read_frames
+    cameras = [dataset_folders(root, camera) for camera in task.cameras]
+    folders = [folder for camera in cameras for folder, other in camera.items() if other.kind == task.kind]
+    samples = [sample for folder in folders for sample in read(folder / split, task.classes)]
+    images, labels, boxes = zip(*samples, strict=True)
+    return torch.stack(images), list(labels), list(boxes)
+
+
+def _read_crops(split: Path, classes: tuple[str, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for path in sorted(split.glob("*/*.jpg")):
+        yield _read_image(path), torch.tensor(classes.index(path.parent.name)), torch.empty(0, 4)
+
+
+def _read_frames(split: Path, classes: tuple[str, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for path in sorted(split.glob("images/*.jpg")):
+        text = (split / "annotations" / f"{path.stem}.txt").read_text()
+        rows = torch.tensor([[float(word) for word in line.split()] for line in text.splitlines()]).reshape(-1, 5)
+        corners = torch.cat([rows[:, 1:3] - rows[:, 3:] / 2, rows[:, 1:3] + rows[:, 3:] / 2], 1).clamp(0, 1)
+        yield _read_image(path), rows[:, 0].long() + 1, corners * FRAME_SIZE
+
+
+def _read_image(path: Path) -> Tensor:
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _val_loader(task: SampleTask, transform: Callable, samples: Samples, batch_size: int = 32) -> list[tuple]:
+    """What a data loader would yield: the val transform of the task on every image."""
+    batches = []
+    for images, labels, boxes in _batches(samples, torch.arange(len(samples[0])), batch_size):
+        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        if task.kind == CLASSIFICATION:
+            batches.append((torch.stack([transform(picture) for picture in pictures]), torch.stack(labels)))
+        else:
+            pairs = [transform(p, t) for p, t in zip(pictures, _targets(labels, boxes), strict=True)]
+            batches.append(([image for image, _ in pairs], [target for _, target in pairs]))
+    return batches
+
+
+def _targets(labels: list[Tensor], boxes: list[Tensor]) -> list[dict]:
+    size = (FRAME_SIZE, FRAME_SIZE)
+    return [
+        {"boxes": tv_tensors.BoundingBoxes(b, format="XYXY", canvas_size=size), "labels": lab, "image_id": number}
+        for number, (lab, b) in enumerate(zip(labels, boxes, strict=True))
+    ]
+
+
+def _batches(samples: Samples, order: Tensor, batch_size: int) -> Iterator[Samples]:
+    images, labels, boxes = samples
+    for indices in order.split(batch_size):
+        yield images[indices], [labels[i] for i in indices], [boxes[i] for i in indices]
+
+
+def _fit(model: nn.Module, name: str, samples: Samples, epochs: int, position: int) -> None:
+    """A plain short training: AdamW with one cycle of the learning rate; a trailing smaller batch is left out."""
+    task = task_named(name)
+    loss_of = _classifier_loss if task.kind == CLASSIFICATION else _detector_loss
+    num_samples, batch_size = len(samples[0]), BATCH_SIZES[task.kind]
+    num_batches = max(1, num_samples // batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), task.learning_rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, total_steps=epochs * num_batches)
+    model.train()
+    for _ in tqdm(range(epochs), f"training {name}", leave=False, position=position):
+        order = torch.randperm(num_samples)[: num_batches * batch_size]
+        for images, labels, boxes in _batches(samples, order, batch_size):
+            optimizer.zero_grad()
+            loss_of(model, _augmented(images), labels, boxes).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT)
+            optimizer.step()
+            schedule.step()
+
+
+def _augmented(images: Tensor) -> Tensor:
+    """Floats in [0, 1] with brightness and contrast a little off."""
+    gain = torch.empty(len(images), 3, 1, 1).uniform_(0.8, 1.2)
+    return (images / 255 * gain + torch.empty(len(images), 1, 1, 1).uniform_(-0.08, 0.08)).clamp(0, 1)
+
+
+def _classifier_loss(model: nn.Module, images: Tensor, labels: list[Tensor], boxes: list[Tensor]) -> Tensor:
+    if torch.rand(()) < 0.5:
+        images = images.flip(-1)
+    top, left = torch.randint(0, 9, (2,)).tolist()
+    images = nn.functional.pad(images, (4, 4, 4, 4), "reflect")[..., top : top + CROP_SIZE, left : left + CROP_SIZE]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return nn.functional.cross_entropy(model((images - mean) / std), torch.stack(labels))
+
+
+def _detector_loss(model: nn.Module, images: Tensor, labels: list[Tensor], boxes: list[Tensor]) -> Tensor:
+    if torch.rand(()) < 0.5:
+        images = images.flip(-1)
+        boxes = [torch.stack([FRAME_SIZE - b[:, 2], b[:, 1], FRAME_SIZE - b[:, 0], b[:, 3]], 1) for b in boxes]
+    targets = [{"boxes": b, "labels": lab} for lab, b in zip(labels, boxes, strict=True)]
+    return sum(model(list(images), targets).values())

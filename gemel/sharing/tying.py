@@ -1,0 +1,156 @@
+"""Tying layers at the level of parameters, and undoing it exactly.
+
+A group is tied when every occurrence holds the *same* nn.Parameter objects. Modules stay apart, so train/eval mode,
+hooks and statistics stay private. Hold the models in one nn.ModuleDict: `.parameters()` then yields a tied parameter
+once, and `.to()` moves it once. `load_state_dict(assign=True)` and `deepcopy` of a single model break ties.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gemel.sharing.adapters import LowRank, own_modules, put_residual, residual_of, set_rank
+from gemel.sharing.groups import Configuration, Group, Occurrence
+from gemel.sharing.initial_weights import INITIAL_WEIGHTS
+
+
+def tie(
+    models: nn.ModuleDict,
+    configuration: Configuration,
+    initial: str = "mean",
+    task_weights: Mapping[str, float] | None = None,
+) -> None:
+    """Ties every group of the configuration; groups that are tied already keep their parameters as they are.
+
+    initial: the name of a data-free rule. task_weights: how much each task counts in it (default: all the same).
+    """
+    for group in configuration:
+        weights = None if task_weights is None else [task_weights[task] for task in group.tasks]
+        layers = [_layer(models, occurrence) for occurrence in group.occurrences]
+        for key, _ in layers[0].named_parameters(recurse=False):
+            parameters = [getattr(layer, key) for layer in layers]
+            if all(p is parameters[0] for p in parameters):
+                continue
+            values = INITIAL_WEIGHTS[initial](parameters, weights)
+            shared = nn.Parameter(torch.empty_like(parameters[0]).copy_(values))  # its layout in memory, too
+            for occurrence, parameter in zip(group.occurrences, parameters, strict=True):
+                replace_parameter(models[occurrence.task], parameter, shared)
+
+
+def retie(
+    models: nn.ModuleDict, before: Configuration, after: Configuration, unmerged: nn.ModuleDict, initial: str = "mean"
+) -> None:
+    """Goes from one configuration to another with the weights as they are.
+
+    Of a group that splits, the largest part keeps the shared parameters; an occurrence that `after` leaves alone gets
+    the weights that it had in its unmerged model. Residuals of another rank than before begin anew.
+    """
+    group_of = {occurrence: group for group in after for occurrence in group.occurrences}
+    for group in set(before) - set(after):
+        parts: dict[Group | None, list[Occurrence]] = defaultdict(list)
+        for occurrence in group.occurrences:
+            parts[group_of.get(occurrence)].append(occurrence)
+        staying = max((part for g, part in parts.items() if g is not None), key=len, default=[])
+        for occurrence in group.occurrences:
+            if occurrence not in staying:
+                untie(models, occurrence)
+            if occurrence not in group_of:
+                _copy(unmerged[occurrence.task].get_submodule(occurrence.layer), _layer(models, occurrence))
+    tie(models, after, initial)
+    ranks = {occurrence: group.rank for group in after for occurrence in group.occurrences}
+    for occurrence in {o for group in set(before) ^ set(after) for o in group.occurrences}:
+        set_rank(_layer(models, occurrence), ranks.get(occurrence, 0))
+
+
+@torch.no_grad()
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    own = dict(target.named_parameters(recurse=False))
+    for key, parameter in source.named_parameters(recurse=False):
+        own[key].copy_(parameter)
+
+
+@torch.no_grad()
+def reset(models: nn.ModuleDict, configuration: Configuration, unmerged: nn.ModuleDict, initial: str = "mean") -> None:
+    """Gives tied groups the values that the rule makes of their unmerged models' weights, whatever they are now."""
+    for group in configuration:
+        layers = [_layer(unmerged, occurrence) for occurrence in group.occurrences]
+        for key, shared in _layer(models, group.occurrences[0]).named_parameters(recurse=False):
+            shared.copy_(INITIAL_WEIGHTS[initial]([getattr(layer, key) for layer in layers], None))
+
+
+def is_tied(models: nn.ModuleDict, group: Group) -> bool:
+    """Whether all occurrences of the group hold the same parameter objects."""
+    owned = [
+        tuple(id(p) for p in _layer(models, occurrence).parameters(recurse=False)) for occurrence in group.occurrences
+    ]
+    return len(set(owned)) == 1
+
+
+def untie(models: nn.ModuleDict, occurrence: Occurrence) -> None:
+    """Gives one occurrence parameters of its own again, with the values that it has now."""
+    model = models[occurrence.task]
+    for _, parameter in list(_layer(models, occurrence).named_parameters(recurse=False)):
+        own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        replace_parameter(model, parameter, own)
+
+
+def replace_parameter(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Puts `new` wherever the model holds `old` (a model may use one parameter in several places)."""
+    for module in model.modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is old:
+                setattr(module, key, new)  # not through _parameters: recurrent layers listen to setattr
+
+
+def _layer(models: nn.ModuleDict, occurrence: Occurrence) -> nn.Module:
+    return models[occurrence.task].get_submodule(occurrence.layer)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything needed to bring models back bit by bit: which tensor stood where, and the values it had."""
+
+    places: tuple[tuple[nn.Module, str, Tensor], ...]
+    residuals: tuple[tuple[nn.Module, LowRank | None], ...]
+    values: tuple[tuple[Tensor, Tensor], ...]  # (tensor, copy of its values on the CPU)
+    flags: tuple[tuple[nn.Parameter, bool], ...]  # requires_grad
+    modes: tuple[tuple[nn.Module, bool], ...]  # training
+
+
+def take_snapshot(models: nn.Module) -> Snapshot:
+    """A snapshot of parameters, buffers, ties, requires_grad and train/eval modes; the copies lie in CPU memory."""
+    places = [
+        (module, key, tensor)
+        for module in models.modules()
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if tensor is not None
+    ]
+    distinct = {id(tensor): tensor for _, _, tensor in places}.values()
+    return Snapshot(
+        places=tuple(places),
+        residuals=tuple((module, residual_of(module)) for _, module in own_modules(models)),
+        values=tuple((tensor, tensor.detach().to("cpu", copy=True)) for tensor in distinct),
+        flags=tuple((tensor, tensor.requires_grad) for tensor in distinct if isinstance(tensor, nn.Parameter)),
+        modes=tuple((module, module.training) for module in models.modules()),
+    )
+
+
+@torch.no_grad()
+def restore_snapshot(snapshot: Snapshot) -> None:
+    """Undoes every tie, training step and change of statistics since the snapshot was taken."""
+    for module, residual in snapshot.residuals:
+        if residual_of(module) is not residual:
+            put_residual(module, residual)
+    for module, key, tensor in snapshot.places:
+        if getattr(module, key) is not tensor:
+            setattr(module, key, tensor)
+    for tensor, values in snapshot.values:
+        tensor.copy_(values)
+    for parameter, requires_grad in snapshot.flags:
+        parameter.requires_grad_(requires_grad)
+        parameter.grad = None
+    for module, training in snapshot.modes:
+        module.training = training

@@ -1,0 +1,67 @@
+"""What a strategy is: it decides which configuration to try next, and what all strategies have in common.
+
+A strategy sees groups and outcomes, never weights or data. `propose()` names the next configuration to try, in which
+all that it has kept is tied as well, or None when it is done; `record()` tells it how the last proposal went. `state()`
+and `load_state()` carry it through JSON, so that an interrupted run goes on where it was. `adopt()` starts it from what
+an earlier run over some of these tasks has kept.
+"""
+
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import Protocol
+
+from gemel.sharing.groups import Configuration, Group, joined
+
+NONE: Mapping = MappingProxyType({})
+Ratios = Mapping[str, float]  # task -> what it reached, as a share of its target
+Harm = Mapping[tuple[Group, str], float]  # (group, task) -> how much the group hurts the task
+
+
+class Strategy(Protocol):
+    """What the merger asks of a strategy."""
+
+    kept: Configuration
+    uses_harm: bool
+    fits_anew: bool  # fitted weights are found for all that a trial changes, not for what it newly ties alone
+    prefers_release: bool  # where fitted weights will not do, it would rather release something than train
+    goes_on: bool  # the next trial begins with the weights of the last one, which failed, instead of the kept ones
+
+    def foresee(self, harm: Harm) -> None:
+        """harm: predicted, of every group on every task in it; before the first proposal, if the strategy uses it."""
+
+    def propose(self) -> Configuration | None: ...
+
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Harm = NONE) -> None:
+        """kept: the whole proposal met its targets. met: the tasks that met their target in the trial.
+
+        ratios: of the tasks whose weights the trial changed. harm: of every group of a failed trial on every task in
+        it, if the strategy uses it.
+        """
+
+    def giver_of(self, group: Group) -> str | None:
+        """The task whose own weights a group is given, where they are not to be fitted to all of its tasks."""
+
+    def adopt(self, kept: Configuration) -> None: ...
+
+    def state(self) -> dict: ...
+
+    def load_state(self, state: dict) -> None: ...
+
+
+class Adopting:
+    """The part of a strategy that is alike for all: what an earlier run has kept is part of every proposal."""
+
+    uses_harm = fits_anew = prefers_release = goes_on = False
+    adopted: Configuration = ()
+
+    def foresee(self, harm: Harm) -> None:
+        pass
+
+    def giver_of(self, group: Group) -> str | None:
+        return None
+
+    def adopt(self, kept: Configuration) -> None:
+        self.adopted = kept
+
+    def with_adopted(self, configuration: Configuration) -> Configuration:
+        return joined(self.adopted, configuration) if self.adopted else configuration

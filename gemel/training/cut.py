@@ -1,0 +1,238 @@
+"""Where a classifier is cut: behind the last module before its tied layers whose output is all that the rest needs.
+
+Found by running a copy of the model, whatever it is built of, and proved by running what lies behind the cut on NaN
+for all else. Not for detectors: their images are padded to those beside them, and their necks read from early layers.
+"""
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from gemel.environment.seeds import seeded
+from gemel.forward.modes import evaluating
+
+MIN_SHARE = 0.15  # of a model's multiplications before the cut: with less, keeping what comes out costs as much
+
+
+class _Reached(BaseException):
+    """Ends a forward pass at the cut; no `except Exception` of a model's forward may stop it."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a model is cut."""
+
+    last: str  # the module whose output is all that the rest needs
+    skipped: dict[str, torch.Size]  # modules that need not run, `last` among them -> shape of their output for an image
+
+    def modules(self, model: nn.Module) -> list[nn.Module]:
+        """All modules before the cut."""
+        return [module for name in self.skipped for module in model.get_submodule(name).modules()]
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        return [p for name in self.skipped for p in model.get_submodule(name).parameters()]
+
+    def output(self, model: nn.Module, forward: Callable, images: Tensor) -> Tensor:
+        """What comes out at the cut, in eval mode, without gradients."""
+
+        def stop(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            reached.append(output)
+            raise _Reached
+
+        reached: list[Tensor] = []
+        handle = model.get_submodule(self.last).register_forward_hook(stop)
+        try:
+            with torch.no_grad(), evaluating(model):
+                forward(images)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return reached[0]
+
+    @contextlib.contextmanager
+    def given(self, model: nn.Module, output: Tensor) -> Iterator[None]:
+        """Within, the modules before the cut do not run: the last one puts out what is given, the others no numbers."""
+        modules = {name: model.get_submodule(name) for name in self.skipped}
+        own = {name: vars(module).get("forward") for name, module in modules.items()}
+        for name, module in modules.items():
+            nothing = output.new_full((), torch.nan).expand(len(output), *self.skipped[name])
+            value = output if name == self.last else nothing
+            module.forward = lambda *args, value=value, **kwargs: value
+        try:
+            yield
+        finally:
+            for name, module in modules.items():
+                del module.forward
+                if own[name] is not None:
+                    module.forward = own[name]
+
+
+# ---- where to cut ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Call:
+    """One call of a module in a forward pass."""
+
+    name: str
+    began: int
+    outer: "_Call | None"
+    ended: int = -1
+    shape: torch.Size | None = None  # of its output; None: no tensor
+
+
+class Cuts:
+    """Where one model can be cut, found by running copies of it on the images [N, 3, H, W], N at least 2.
+
+    Depends on the model's modules and how they are called, not on its weights.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor):
+        self.model, self.images = model, images
+        with torch.no_grad(), evaluating(model):
+            self.calls = _record_calls(model, images)
+        self.found: dict[int, Cut | None] = {}  # by when the first tied layer is needed
+
+    def before(self, tied: Collection[str]) -> Cut | None:
+        """The latest cut before all tied layers; None without any, or with less than MIN_SHARE of the multiplications
+        before it."""
+        first = _first_call(self.calls, tied) if tied else 0
+        if first not in self.found:
+            self.found[first] = self._search(first)
+        return self.found[first]
+
+    def _search(self, first: int) -> Cut | None:
+        before = _skippable(self.calls, first, len(self.images))
+        if not before:
+            return None
+        probe = copy.deepcopy(self.model)
+        with torch.no_grad(), evaluating(probe):
+            for end in range(len(before), 0, -1):
+                cut = Cut(before[end - 1].name, {call.name: call.shape[1:] for call in before[:end]})
+                if _follows(probe, cut, self.images):
+                    return cut if _share_before(probe, cut, self.images) >= MIN_SHARE else None
+        return None
+
+
+def _record_calls(model: nn.Module, images: Tensor) -> list[_Call]:
+    """Every call of a module within one forward pass, in the order in which they begin."""
+    calls: list[_Call] = []
+    open_calls: list[_Call] = []
+    clock = itertools.count()
+
+    def begin(name: str):
+        def hook(module: nn.Module, inputs: tuple) -> None:
+            calls.append(_Call(name, next(clock), open_calls[-1] if open_calls else None))
+            open_calls.append(calls[-1])
+
+        return hook
+
+    def end(module: nn.Module, inputs: tuple, output: Any) -> None:
+        call = open_calls.pop()
+        call.ended = next(clock)
+        call.shape = output.shape if torch.is_tensor(output) else None
+
+    handles = []
+    for name, module in model.named_modules():
+        if name:
+            handles += [module.register_forward_pre_hook(begin(name)), module.register_forward_hook(end)]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _first_call(calls: list[_Call], tied: Collection[str]) -> int:
+    """When the first tied layer is needed; one that is never called (attention reads its parameters) with its owner."""
+    began: dict[str, int] = {}
+    for call in calls:
+        began.setdefault(call.name, call.began)
+    times = []
+    for layer in tied:
+        while layer and layer not in began:
+            layer = layer.rpartition(".")[0]
+        times.append(began.get(layer, 0))
+    return min(times)
+
+
+def _skippable(calls: list[_Call], first: int, num_images: int) -> list[_Call]:
+    """The outermost calls that end before `first`, in order, up to the first that cannot be left out.
+
+    A module that is called again later, or that puts out something else than a row per image, cannot.
+    """
+    times_called: dict[str, int] = {}
+    for call in calls:
+        times_called[call.name] = times_called.get(call.name, 0) + 1
+    found = []
+    for call in calls:
+        if not 0 <= call.ended < first or (call.outer is not None and 0 <= call.outer.ended < first):
+            continue
+        if times_called[call.name] > 1 or call.shape is None or call.shape[:1] != (num_images,):
+            break
+        found.append(call)
+    return found
+
+
+def _shares_parameters(model: nn.Module, cut: Cut) -> bool:
+    """Whether something behind the cut uses a parameter of what lies before it."""
+    before = {id(module) for module in cut.modules(model)}
+    others = {id(p) for m in model.modules() if id(m) not in before for p in m.parameters(recurse=False)}
+    return any(id(parameter) in others for parameter in cut.parameters(model))
+
+
+def _follows(model: nn.Module, cut: Cut, images: Tensor) -> bool:
+    """Whether the rest of the model depends on the output at the cut alone, in evaluation and in training.
+
+    What stands for all else is no number, and what is computed from that is none either.
+    """
+    if isinstance(model.get_submodule(cut.last), nn.modules.dropout._DropoutNd) or _shares_parameters(model, cut):
+        return False  # the rest is trained with dropout before it
+    nothing = torch.full_like(images, torch.nan)
+    output = cut.output(model, model.forward, images)
+    try:
+        if not _is_close(_rest(model, cut, output, nothing), model(images)):
+            return False
+        with seeded(0, "cut"):  # dropout draws
+            trained = copy.deepcopy(model).train()  # a copy: its statistics change
+            return _is_finite(_rest(trained, cut, output, nothing))
+    except Exception:  # a user's forward may raise anything when modules are left out
+        return False
+
+
+def _rest(model: nn.Module, cut: Cut, output: Tensor, images: Tensor) -> Any:
+    with cut.given(model, output.clone()):
+        return model(images)
+
+
+def _is_finite(outputs: Any) -> bool:
+    tensors = [value for value in pytree.tree_leaves(outputs) if torch.is_tensor(value)]
+    return bool(tensors) and all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _is_close(outputs: Any, wanted: Any) -> bool:
+    pairs = list(zip(pytree.tree_leaves(outputs), pytree.tree_leaves(wanted), strict=True))
+    scales = [float(b.abs().max()) for _, b in pairs]
+    return _is_finite(outputs) and all(
+        float((a - b).abs().max()) <= 1e-3 * scale for (a, b), scale in zip(pairs, scales, strict=True)
+    )
+
+
+def _share_before(model: nn.Module, cut: Cut, images: Tensor) -> float:
+    """Share of the model's multiplications that lie before the cut."""
+    output = cut.output(model, model.forward, images)
+    with FlopCounterMode(display=False) as whole:
+        model(images)
+    with FlopCounterMode(display=False) as rest:
+        _rest(model, cut, output, images)
+    return 1 - rest.get_total_flops() / max(1, whole.get_total_flops())

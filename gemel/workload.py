@@ -1,0 +1,282 @@
+"""The task dictionary as validated Task records: what every floor may know.
+
+`read_workload(model_dict)` is the only way from a user's dictionary to records. It reports every problem at once and
+touches neither datasets nor disk; dataset_manager.check does that for the records which could be read.
+"""
+
+import difflib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+CLASSIFICATION = "image_classification"
+DETECTION = "object_detection"
+DATASET_SUFFIX = {CLASSIFICATION: "_CL", DETECTION: "_OD"}
+REQUIRED_KEYS = ("model", "task", "eval_method", "transforms", "unmerged_acc")
+OPTIONAL_KEYS = ("dataset", "tolerance", "batch_size", "background_class", "labels")
+DEFAULT_TOLERANCE = 0.95
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong with the input."""
+
+    task: str
+    key: str
+    got: str
+    allowed: str
+
+    def __str__(self) -> str:
+        return f"{self.task}: {self.key}: got {self.got}; allowed: {self.allowed}"
+
+
+class WorkloadError(ValueError):
+    """The input is wrong; `problems` lists everything that was found."""
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = problems
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        super().__init__(f"{len(problems)} problem{'s' * (len(problems) != 1)} in the workload:\n{lines}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One entry of the dictionary: a model, its dataset, how it is evaluated, the accuracy it had."""
+
+    name: str
+    model: nn.Module
+    kind: str  # CLASSIFICATION or DETECTION
+    eval_method: Callable[[nn.Module, Any], float]
+    train_transform: Callable
+    val_transform: Callable
+    unmerged_acc: float
+    tolerance: float
+    dataset: str  # name of the dataset's folder
+    batch_size: int | None  # None: the trainer's default for the kind
+    background_class: bool  # detectors: class id 0 of the model means background
+    labels: bool = True  # whether the images of train have labels; those of val always have
+
+    @property
+    def target_acc(self) -> float:
+        """The accuracy that a merged model must reach."""
+        return self.tolerance * self.unmerged_acc
+
+
+def load_model_dict(path: str | Path) -> dict:
+    """The task dictionary of a workload file; runs the file. Raises WorkloadError if it is none."""
+    file = Path(os.path.abspath(path))  # as import writes it, so that a second load is recognised
+    allowed = "a Python file that defines create_model_dict()"
+    if not file.is_file():
+        raise WorkloadError([Problem("workload", "--workload", f"{path}, which is no file", allowed)])
+    loaded = sys.modules.get(file.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) != str(file):
+        got = f"{path}, whose name is that of a module in use here"
+        raise WorkloadError([Problem("workload", "--workload", got, "another file name")])
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # loader processes import what the file defines by this name, from this folder
+    sys.path.append(str(file.parent))
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "create_model_dict", None)):
+        raise WorkloadError([Problem("workload", "--workload", f"{path} without it", allowed)])
+    return module.create_model_dict()
+
+
+def read_workload(model_dict: object, tolerance: float | None = None) -> tuple[dict[str, Task], list[Problem]]:
+    """Task records by name, and every problem of the dictionary; a task with a problem has no record.
+
+    tolerance: for tasks that bring none of their own (default 0.95). Raises nothing: the caller adds the problems
+    of the datasets and raises one WorkloadError for all.
+    """
+    if not isinstance(model_dict, Mapping) or not model_dict:
+        got = "an empty dictionary" if isinstance(model_dict, Mapping) else _describe(model_dict)
+        return {}, [Problem("workload", "dictionary", got, "{task name: {model, task, ...}} with at least one task")]
+    default = DEFAULT_TOLERANCE if tolerance is None else tolerance
+    tasks, problems = {}, []
+    if not _is_share(default):
+        problems.append(Problem("workload", "tolerance", _describe(default), "a number in (0, 1]"))
+        default = DEFAULT_TOLERANCE
+    for name, entry in model_dict.items():
+        found = _name_problems(name) + _entry_problems(str(name), entry)
+        problems += found
+        if not found:
+            tasks[name] = _record(name, entry, default)
+    return tasks, problems + _clashes(model_dict) + _shared_models(tasks)
+
+
+def canonical_kind(text: object) -> str | None:
+    """The task kind for either spelling ("object detection", "object_detection", any case), or None."""
+    kind = text.strip().lower().replace(" ", "_") if isinstance(text, str) else None
+    return kind if kind in DATASET_SUFFIX else None
+
+
+def _record(name: str, entry: Mapping, tolerance: float) -> Task:
+    kind = canonical_kind(entry["task"])
+    own_tolerance = entry.get("tolerance")
+    background_class = entry.get("background_class")
+    return Task(
+        name=name,
+        model=entry["model"],
+        kind=kind,
+        eval_method=entry["eval_method"],
+        train_transform=entry["transforms"]["train"],
+        val_transform=entry["transforms"]["val"],
+        unmerged_acc=float(entry["unmerged_acc"]),
+        tolerance=float(tolerance if own_tolerance is None else own_tolerance),
+        dataset=entry.get("dataset") or name.rsplit("_", 1)[0] + DATASET_SUFFIX[kind],
+        batch_size=None if entry.get("batch_size") is None else int(entry["batch_size"]),
+        background_class=True if background_class is None else background_class,
+        labels=entry.get("labels") is not False,
+    )
+
+
+def _name_problems(name: object) -> list[Problem]:
+    rule = "letters, digits, '_' and '-', ending in _<model>, such as main_2nd_cars_resnet18"
+    if not isinstance(name, str):
+        return [Problem(str(name), "name", _describe(name), rule)]
+    dataset, _, model = name.rpartition("_")
+    if not NAME_PATTERN.fullmatch(name) or not dataset.strip("_") or not model:
+        return [Problem(name, "name", repr(name), rule)]
+    if hasattr(nn.ModuleDict(), name):
+        return [Problem(name, "name", repr(name), "a name that is not an attribute of torch.nn.Module")]
+    return []
+
+
+def _clashes(model_dict: Mapping) -> list[Problem]:
+    """Names that differ only in case would be one file on some file systems."""
+    seen: dict[str, str] = {}
+    problems = []
+    for name in filter(lambda n: isinstance(n, str), model_dict):
+        other = seen.setdefault(name.lower(), name)
+        if other != name:
+            problems.append(Problem(name, "name", f"{name!r} beside {other!r}", "names that differ in more than case"))
+    return problems
+
+
+def _shared_models(tasks: Mapping[str, Task]) -> list[Problem]:
+    """A module, or a parameter, that stands in two tasks would be trained for both without anybody asking for it."""
+    owner: dict[int, str] = {}
+    problems = []
+    for task in tasks.values():
+        others = {owner.setdefault(id(p), task.name) for p in task.model.parameters()} - {task.name}
+        for other in sorted(others):
+            got = f"parameters that are also those of {other}"
+            problems.append(Problem(task.name, "model", got, "a model of its own for every task (copy.deepcopy)"))
+    return problems
+
+
+def _entry_problems(name: str, entry: object) -> list[Problem]:
+    if not isinstance(entry, Mapping):
+        return [Problem(name, "entry", _describe(entry), f"a dictionary with {', '.join(REQUIRED_KEYS)}")]
+    checks = {
+        "model": _check_model,
+        "task": _check_kind,
+        "eval_method": _check_callable,
+        "transforms": _check_transforms,
+        "unmerged_acc": _check_share,
+        "tolerance": _check_share,
+        "dataset": _check_dataset,
+        "batch_size": _check_batch_size,
+        "background_class": _check_flag,
+        "labels": _check_flag,
+    }
+    problems = [Problem(name, key, "nothing", _ALLOWED[key]) for key in REQUIRED_KEYS if key not in entry]
+    for key in entry:
+        if key not in checks:
+            near = difflib.get_close_matches(str(key), checks, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            problems.append(Problem(name, str(key), f"an unknown key{hint}", ", ".join(checks)))
+        elif key in OPTIONAL_KEYS and entry[key] is None:
+            continue  # None asks for the default
+        elif (got := checks[key](entry[key])) is not None:
+            problems.append(Problem(name, key, got, _ALLOWED[key]))
+    return problems
+
+
+_ALLOWED = {
+    "model": "a torch.nn.Module with its weights loaded",
+    "task": "'image_classification' or 'object_detection' (underscore or space)",
+    "eval_method": "a callable f(model, data_loader) -> float in [0, 1]",
+    "transforms": "a dictionary {'train': callable, 'val': callable}",
+    "unmerged_acc": "a number in (0, 1]",
+    "tolerance": "a number in (0, 1]",
+    "dataset": "the name of a folder in the datasets root",
+    "batch_size": "a whole number of at least 2",
+    "background_class": "True or False",
+    "labels": "True or False (the images of train have none)",
+}
+
+
+# Each check returns what was got when it is wrong, else None.
+
+
+def _check_model(model: object) -> str | None:
+    if not isinstance(model, nn.Module):
+        return _describe(model)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if not any(True for _ in model.parameters()):
+        return "a module without parameters"
+    if lazy := [key for key, tensor in tensors if isinstance(tensor, nn.parameter.UninitializedTensorMixin)]:
+        return f"a module whose {lazy[0]} is not initialised yet (a lazy module that has seen no input)"
+    if meta := [key for key, tensor in tensors if tensor.is_meta]:
+        return f"a module whose {meta[0]} is on the meta device and so holds no weights"
+    if bad := [key for key, value in model.state_dict().items() if not torch.is_tensor(value)]:
+        return f"a module whose state_dict entry {bad[0]} is not a tensor"
+    if bad := [key for key, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(p).all()]:
+        return f"a module whose {bad[0]} holds values that are not finite"
+    return None
+
+
+def _check_kind(text: object) -> str | None:
+    if canonical_kind(text):
+        return None
+    spelled = text.strip().lower().replace(" ", "_") if isinstance(text, str) else ""
+    near = difflib.get_close_matches(spelled, DATASET_SUFFIX, 1)
+    return _describe(text) + (f" (did you mean {near[0]!r}?)" if near else "")
+
+
+def _check_callable(value: object) -> str | None:
+    return None if callable(value) else _describe(value)
+
+
+def _check_transforms(value: object) -> str | None:
+    if not isinstance(value, Mapping):
+        return _describe(value)
+    wrong = [f"{key!r}: {_describe(value.get(key))}" for key in ("train", "val") if not callable(value.get(key))]
+    return "{" + ", ".join(wrong) + "}" if wrong else None
+
+
+def _check_share(value: object) -> str | None:
+    return None if _is_share(value) else _describe(value)
+
+
+def _check_dataset(value: object) -> str | None:
+    usable = isinstance(value, str) and value not in ("", ".", "..") and not set("/\\\0") & set(value)
+    return None if usable else _describe(value)
+
+
+def _check_batch_size(value: object) -> str | None:
+    return None if isinstance(value, Integral) and not isinstance(value, bool) and value >= 2 else _describe(value)
+
+
+def _check_flag(value: object) -> str | None:
+    return None if isinstance(value, bool) else _describe(value)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, (str, Real)) or value is None:
+        return repr(value)
+    return f"{'the class' if isinstance(value, type) else 'a'} {getattr(value, '__name__', type(value).__name__)}"

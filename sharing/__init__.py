@@ -1,1 +1,0 @@
-"""What can be shared and how: groups, tying, strategies, memory. No datasets, no training loop."""

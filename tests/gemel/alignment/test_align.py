@@ -1,0 +1,219 @@
+import copy
+
+import pytest
+import torch
+from pico import PicoDetector, PicoNet
+from torch import nn
+from torch.nn import functional as F
+
+from gemel.alignment import align as align_module
+from gemel.alignment.activations import INPUT, OUTPUT, Moments, compare, show, watch
+from gemel.alignment.align import METHODS, align, best_order
+from gemel.alignment.permutation import find_channel_spaces, permute
+from gemel.sharing.groups import Group, Occurrence, find_groups
+from gemel.sharing.tying import tie
+
+SEED = 3
+BATCH = torch.rand(24, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 0.5
+
+
+class Detector(nn.Module):
+    """A traceable backbone with a space inside, and code around it that cannot be traced."""
+
+    def __init__(self, width: int = 8, reads_its_child: bool = False):
+        super().__init__()
+        self.backbone = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
+        )
+        self.reads_its_child = reads_its_child
+
+    def forward(self, images, targets=None):
+        features = self.backbone(torch.stack(list(images)))
+        if self.reads_its_child:
+            features = features + self.backbone[0].bias[:, None, None]
+        return [{"boxes": f[:4, 0].T, "scores": f.mean((1, 2)), "labels": f[0, 0]} for f in features]
+
+
+def net(seed: int, **more) -> nn.Module:
+    torch.manual_seed(seed)
+    return PicoNet(**more).eval()
+
+
+def shuffled(model: nn.Module, seed: int = 1) -> nn.Module:
+    """The same function with its channels in another order."""
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for space in find_channel_spaces(other).spaces:
+        permute(other, space, torch.randperm(space.size, generator=generator).tolist())
+    return other
+
+
+def images_of(models) -> dict:
+    return {task: [BATCH] for task in models}
+
+
+def unlike(one: nn.Module, other: nn.Module) -> float:
+    return max(
+        float((a - b).abs().max()) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shuffled_channels_are_put_back_in_order(method):
+    first = net(0)
+    second = shuffled(first)
+    assert unlike(first, second) > 0.1
+    models = {"a_x": first, "b_x": second}
+    done = align(models, find_groups(models), images_of(models), method=method, seed=SEED)
+    assert unlike(first, second) < 1e-6
+    assert done.order == ("a_x", "b_x") and done.unaligned == (("b_x", "fc", "output"),)
+    assert {space.space for space in done.spaces} == {"conv1", "conv2"}
+    assert all(space.after > 0.99 > space.before and space.num_moved > 1 for space in done.spaces)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_models_of_one_ancestor_stay_as_they_are(method):
+    first, second = net(0), net(0)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.add_(0.2 * parameter.std() * torch.randn_like(parameter))
+    before = copy.deepcopy(second)
+    models = {"a_x": first, "b_x": second}
+    done = align(models, find_groups(models), images_of(models), method=method, seed=SEED)
+    assert unlike(before, second) == 0 and all(space.num_moved == 0 for space in done.spaces)
+    assert all(space.before == pytest.approx(space.after) for space in done.spaces)
+
+
+def test_models_of_one_ancestor_need_no_images_to_be_compared(monkeypatch):
+    """Measured: by correlation alone, fine-tuned models of one ancestor are reordered, and are worse when tied."""
+    models = {"a_x": net(0), "b_x": net(0)}
+    monkeypatch.setattr(align_module, "compare", None)
+    assert not any(s.num_moved for s in align(models, find_groups(models), images_of(models), seed=SEED).spaces)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_strangers_compute_the_same_and_come_closer(method):
+    models = {"a_x": net(1), "b_x": net(2, num_classes=4), "c_x": net(3, extra=2)}
+    originals = {task: copy.deepcopy(model) for task, model in models.items()}
+    parameters = {task: list(map(id, model.parameters())) for task, model in models.items()}
+    done = align(models, find_groups(models), images_of(models), method=method, seed=SEED)
+    assert done.order == ("c_x", "b_x", "a_x")  # the largest leads
+    assert unlike(models["c_x"], originals["c_x"]) == 0
+    for task, model in models.items():
+        assert torch.allclose(model(BATCH), originals[task](BATCH), atol=1e-5)
+        assert parameters[task] == list(map(id, model.parameters()))
+    assert {space.task for space in done.spaces} == {"a_x", "b_x"}
+    assert all(space.after >= space.before for space in done.spaces) and any(s.num_moved for s in done.spaces)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_order_of_channels(method):
+    results = []
+    for _ in range(2):
+        models = {"a_x": net(1, width=12), "b_x": net(2, width=12)}
+        results.append(align(models, find_groups(models), images_of(models), method=method, seed=SEED))
+    assert results[0] == results[1]
+
+
+def test_only_spaces_of_layers_to_be_tied_move():
+    models = {"a_x": net(0, extra=1), "b_x": shuffled(net(0, extra=1))}
+    groups = [g for g in find_groups(models) if g.occurrences[0].layer == "conv1"]
+    before = copy.deepcopy(models["b_x"])
+    done = align(models, groups, images_of(models), seed=SEED)
+    assert [space.space for space in done.spaces] == ["conv1"]
+    assert torch.equal(before.fc.weight, models["b_x"].fc.weight)
+    assert torch.allclose(models["a_x"].conv1.weight, models["b_x"].conv1.weight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_detector_follows_a_classifier_on_each_others_images(method):
+    detector, classifier = Detector(), net(0, extra=4)
+    with torch.no_grad():
+        detector.backbone[0].weight.copy_(classifier.conv1.weight.flip(0))
+        detector.backbone[0].bias.copy_(classifier.conv1.bias.flip(0))
+    group = Group("conv", 4, (Occurrence("a_x", "conv1"), Occurrence("b_x", "backbone.0")))
+    images = {"a_x": [BATCH[:, :, :12]], "b_x": [[*BATCH[:9]], [*BATCH[9:18]]]}
+    before = detector.eval()(images["b_x"][0])
+    done = align({"a_x": classifier, "b_x": detector}, (group,), images, method=method, seed=SEED)
+    assert [space.permutation for space in done.spaces] == [tuple(reversed(range(8)))]
+    for one, other in zip(before, detector(images["b_x"][0]), strict=True):
+        assert torch.allclose(one["scores"], other["scores"], atol=1e-5)
+
+
+def test_a_model_that_would_compute_something_else_is_put_back(caplog):
+    models = {"a_x": net(0, extra=4), "b_x": Detector(reads_its_child=True).eval()}
+    group = Group("conv", 4, (Occurrence("a_x", "conv1"), Occurrence("b_x", "backbone.0")))
+    before = copy.deepcopy(models["b_x"])
+    done = align(models, (group,), {"a_x": [BATCH], "b_x": [[*BATCH]]}, method="weights", seed=SEED)
+    assert unlike(before, models["b_x"]) == 0 and not done.spaces
+    assert "put back" in caplog.text and "something else" in done.unaligned[-1][-1]
+
+
+def test_a_layer_that_cannot_be_aligned_is_listed():
+    models = {"a_x": PicoDetector(), "b_x": PicoDetector()}
+    images = {task: [[*BATCH]] for task in models}
+    done = align(models, find_groups(models), images, seed=SEED)
+    assert not done.spaces and {layer for _, layer, _ in done.unaligned} >= {"conv1", "conv2"}
+
+
+def test_wrong_input_is_named_all_at_once():
+    models = {"a_x": net(0), "b_x": net(1)}
+    groups = find_groups(models)
+    with pytest.raises(ValueError, match="method: got 'magic'"):
+        align(models, groups, method="magic")
+    with pytest.raises(ValueError, match="a_x: images.*\n.*b_x: images"):
+        align(models, groups)
+    with pytest.raises(ValueError, match="b_x: in a group, but no model"):
+        align({"a_x": models["a_x"]}, groups, method="weights")
+    tie(nn.ModuleDict(models), groups)
+    with pytest.raises(ValueError, match="b_x: holds parameters of a_x"):
+        align(models, groups, method="weights")
+
+
+def test_the_best_order_needs_to_gain_enough():
+    scores = torch.tensor([[0.90, 0.92], [0.92, 0.90]])
+    assert best_order(scores) == [0, 1]
+    assert best_order(torch.tensor([[0.1, 0.9, 0.0], [0.0, 0.1, 0.9], [0.9, 0.0, 0.1]])) == [1, 2, 0]
+
+
+# ---- activations -------------------------------------------------------------------------------------------
+
+
+def test_correlation_is_that_of_torch():
+    x, y = torch.randn(3, 40), torch.randn(4, 40)
+    y[0] = 2.0  # a channel that never changes
+    moments = Moments()
+    moments.add(x[:, :15], y[:, :15])
+    moments.add(x[:, 15:], y[:, 15:])
+    expected = torch.corrcoef(torch.cat([x, y[1:]]))[:3, 3:]
+    assert torch.allclose(moments.correlation()[:, 1:], expected, atol=1e-5)
+    assert torch.equal(moments.correlation()[:, 0], torch.zeros(3))
+
+
+def test_images_are_shown_as_the_task_would_get_them():
+    plain, normalised = [torch.rand(3, 10, 8), torch.rand(3, 6, 6)], torch.randn(5, 3, 16, 16) * 2 + 1
+    shown = show(plain, normalised)
+    assert shown.shape == (2, 3, 16, 16)
+    assert shown.mean() == pytest.approx(1, abs=0.3) and shown.std() == pytest.approx(2, rel=0.3)
+    back = show(normalised, plain)
+    assert isinstance(back, list) and back[0].shape == (3, 16, 16)
+    same = show(normalised, torch.randn(2, 3, 16, 16))
+    assert torch.equal(same, normalised)
+
+
+def test_layers_are_watched_in_eval_mode_and_modes_and_hooks_restored():
+    model = net(0).train()
+    before = copy.deepcopy(model.state_dict())
+    seen = watch(model, ["conv2", "fc"], BATCH)
+    assert model.training and not model.conv2._forward_hooks
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert seen["conv2", INPUT][0].shape == (8, 24, 16, 16) and seen["fc", OUTPUT][0].shape == (3, 24, 1, 1)
+    expected = F.relu(model.eval().bn1(model.conv1(BATCH))).movedim(1, 0)
+    assert torch.allclose(seen["conv2", INPUT][0], expected)
+
+
+def test_maps_of_different_size_are_compared_at_the_same_places():
+    models = (net(0), net(0))
+    large = F.interpolate(BATCH, size=32, mode="bilinear")
+    moments = compare(models, [("conv2", "conv2")], ([BATCH], [large]), [OUTPUT])
+    (correlation,) = (m.correlation() for m in moments.values())
+    assert correlation.diagonal().mean() > 0.7 and correlation.argmax(1).tolist() == list(range(8))

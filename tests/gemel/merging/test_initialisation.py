@@ -1,0 +1,246 @@
+"""What a trial begins with: predicted harm, fitted weights, channels lined up."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torchvision.ops import FrozenBatchNorm2d
+
+import merger
+from gemel.merging import initialisation as merger_trial
+from gemel.sharing.groups import saved_bytes
+from gemel.sharing.tying import is_tied, retie
+from gemel.strategies.adaptive import HELD_BACK
+from gemel.training.early_stopping import Standing
+from gemel.training.options import TrainingOptions
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run(tasks, data, tmp_path):
+    return merger.start(
+        tasks,
+        data,
+        tmp_path / "results",
+        strategy_name="adaptive",
+        training=TrainingOptions(),
+        initial_weights="least_squares",
+        alignment="weights",
+        seed=0,
+        device=CPU,
+        flags={},
+        fingerprint={},
+    )
+
+
+def state_of(run) -> dict:
+    return {key: value.clone() for key, value in run.models.state_dict().items()}
+
+
+def same(first: dict, second: dict) -> bool:
+    return all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_foreseeing_changes_nothing_and_holds_back_a_little(run, monkeypatch):
+    before = state_of(run)
+    monkeypatch.setattr("gemel.strategies.adaptive.HOPELESS", math.inf)
+    merger_trial.foresee(run)
+    assert same(before, state_of(run)) and not any(is_tied(run.models, group) for group in run.groups)
+    assert saved_bytes(run.strategy.held_back) <= HELD_BACK * saved_bytes(run.groups)
+    monkeypatch.setattr("gemel.strategies.adaptive.HELD_BACK", 0.5)
+    merger_trial.foresee(run)
+    held = run.strategy.held_back
+    assert 0 < saved_bytes(held) <= 0.5 * saved_bytes(run.groups)
+    everything = run.strategy.propose()
+    assert set(everything) == set(run.groups), "the first jump holds nothing back but what is hopeless"
+    run.strategy.record(False, set())
+    assert not set(held) & set(run.strategy.propose())
+
+
+def test_fitted_weights_come_near_to_what_each_task_could(run):
+    retie(run.models, (), run.groups, run.unmerged, "mean")
+    mean = merger_trial.standings(run, run.tasks)
+    fitted = merger_trial.fit_weights(run, run.groups, run.tasks)
+    assert all(is_tied(run.models, group) for group in run.groups)
+    assert min(fitted.values()) > min(mean.values()), "better than the mean for the task that suffers most"
+    assert fitted == merger_trial.standings(run, run.tasks), "what is returned is what the models are now"
+
+
+def test_a_stem_may_be_given_by_one_task_and_the_rest_is_fitted_to_it(run, monkeypatch):
+    stem = next(group for group in run.groups if group.occurrences[0].layer == "conv1" and len(group.tasks) > 1)
+    monkeypatch.setattr(run.strategy, "giver_of", lambda group: "south_pico" if group == stem else None)
+    retie(run.models, (), run.groups, run.unmerged, "mean")
+    before = state_of(run)
+    merger_trial.fit_weights(run, run.groups, run.tasks)
+    giver = run.unmerged["south_pico"]
+    for o in stem.occurrences:
+        layer, norm = (run.models[o.task].get_submodule(name) for name in (o.layer, "bn1"))
+        assert torch.equal(layer.weight, giver.conv1.weight) and torch.equal(norm.weight, giver.bn1.weight)
+    assert is_tied(run.models, stem) and not same({k: v for k, v in before.items() if "conv2" in k}, state_of(run))
+    run.models.load_state_dict(before)
+    merger_trial.fit_weights(run, (stem,), run.tasks)
+    assert not torch.equal(run.models["south_pico"].conv1.weight, giver.conv1.weight), "nothing could be fitted to it"
+
+
+def test_fits_depend_on_the_seed_alone(run):
+    retie(run.models, (), run.groups, run.unmerged, "mean")
+    start, states = state_of(run), []
+    for _ in range(2):
+        run.models.load_state_dict(start)
+        merger_trial.fit_weights(run, run.groups, run.tasks)
+        states.append(state_of(run))
+    assert same(*states)
+
+
+def test_the_better_of_two_fits_is_kept(run, monkeypatch):
+    """The second fit weights tasks by what they lack; where it is worse, the first stays."""
+    retie(run.models, (), run.groups, run.unmerged, "mean")
+    given, answers = (
+        [],
+        iter([{"north_pico": 0.9, "south_pico": 1.1, "east_pico": 0.95}, dict.fromkeys(run.tasks, 0.85)]),
+    )
+    first = {}
+
+    def fit(models, *more, task_weights, **options):
+        given.append(dict(task_weights))
+        with torch.no_grad():
+            models["north_pico"].conv2.weight += len(given)
+
+    def standings(run, trained):
+        first.setdefault("state", state_of(run))
+        return {name: Standing(ratio) for name, ratio in next(answers).items()}
+
+    monkeypatch.setattr(merger_trial, "fit_in_lockstep", fit)
+    monkeypatch.setattr(merger_trial, "standings", standings)
+    assert merger_trial.fit_weights(run, run.groups, run.tasks)["north_pico"].ratio == 0.9
+    assert same(first["state"], state_of(run))
+    assert set(given[0].values()) == {1.0}
+    assert given[1]["north_pico"] > given[1]["east_pico"] > given[1]["south_pico"]
+    assert sum(given[1].values()) == pytest.approx(3.0)
+
+
+def test_a_fit_that_does_not_fit_the_memory_is_made_on_fewer_images(run, monkeypatch, caplog):
+    retie(run.models, (), run.groups, run.unmerged, "mean")
+    start, asked_for = state_of(run), []
+    images_of, fit = merger_trial.plain_images, merger_trial.fit_in_lockstep
+
+    def plain_images(data, num_pixels, *more, **options):
+        asked_for.append(num_pixels)
+        return images_of(data, num_pixels, *more, **options)
+
+    def short_of_memory(models, *more, **options):
+        if len(asked_for) <= 2 * len(run.tasks):
+            with torch.no_grad():
+                models["north_pico"].conv2.weight += 1  # it had begun
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return fit(models, *more, **options)
+
+    monkeypatch.setattr(merger_trial, "MORE_IMAGES", 1)
+    monkeypatch.setattr(merger_trial, "is_short_of_rows", lambda *more: False)
+    monkeypatch.setattr(merger_trial, "plain_images", plain_images)
+    monkeypatch.setattr(merger_trial, "fit_in_lockstep", short_of_memory)
+    merger_trial.fit_weights(run, run.groups, run.tasks)
+    first, second, third = asked_for[:: len(run.tasks)]
+    assert first == 2 * second == 4 * third and "out of memory" in caplog.text
+    found = state_of(run)
+    run.models.load_state_dict(start)
+    monkeypatch.setattr(merger_trial, "fit_in_lockstep", fit)
+    monkeypatch.setattr(merger_trial, "FIT_PIXELS", merger_trial.FIT_PIXELS // 4)
+    merger_trial.fit_weights(run, run.groups, run.tasks)
+    assert same(found, state_of(run)), "as if it had begun with these"
+    monkeypatch.setattr(merger_trial, "fit_in_lockstep", lambda *more, **options: [].missing)
+    with pytest.raises(AttributeError):
+        merger_trial.fit_weights(run, run.groups, run.tasks)
+
+
+def test_a_trial_whose_fit_never_fits_the_memory_is_undone(run, monkeypatch):
+    def fit(*more, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(merger_trial, "fit_in_lockstep", fit)
+    merger.preflight(run)
+    before = state_of(run)
+    manifest = merger.merge(run)
+    assert manifest["memory"]["saved_bytes"] == 0 and all(not record["kept"] for record in manifest["run"]["rounds"])
+    assert same(before, state_of(run))
+
+
+def test_balance_moves_weight_to_what_lacks_and_learns_how_much_it_takes():
+    balance = merger_trial.Balance(["a", "b"])
+    assert balance.update({"a": 0.96, "b": 1.04}) == pytest.approx(1.0)
+    assert balance.weights["a"] > 1 > balance.weights["b"] and sum(balance.weights.values()) == pytest.approx(2)
+    before = dict(balance.weights)
+    assert balance.update({"a": 1.0, "b": 1.0}) == pytest.approx(1.0)
+    assert balance.weights == pytest.approx(before), "level already"
+    steep = merger_trial.Balance(["a", "b"])
+    steep.update({"a": 0.9, "b": 1.1})
+    moved = steep.weights["a"]
+    steep.update({"a": 1.1, "b": 0.9})
+    assert max(steep.slopes.values()) <= merger_trial.MAX_SLOPE
+    assert steep.weights["a"] < moved, "too much was moved, some of it comes back"
+
+
+def test_a_fit_starts_from_the_unmerged_models_whatever_was_tried_before(run):
+    retie(run.models, (), run.groups, run.unmerged, "mean")
+    start = state_of(run)
+    with torch.no_grad():
+        for tensor in run.models.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.mul_(0.5)
+    merger_trial.start_anew(run, run.groups, run.tasks)
+    assert same(start, state_of(run)) and all(is_tied(run.models, group) for group in run.groups)
+
+
+def test_lined_up_models_compute_the_same(run):
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    before = [run.models[name].eval()(images) for name in ("north_pico", "south_pico")]
+    run.alignment = "activations"
+    merger_trial.line_up(run)
+    after = [run.models[name](images) for name in ("north_pico", "south_pico")]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(before, after, strict=True))
+    assert set(run.permutations) == set(run.tasks) and any(run.permutations.values())
+    assert same(state_of(run), {k: v for k, v in run.unmerged.state_dict().items()}), "teachers are permuted alike"
+
+
+def test_frozen_normalisation_is_refitted_behind_tied_layers(run):
+    """The detector's only normalisation becomes torchvision's frozen one; conv1 in front of it is tied to the mean."""
+    for models in (run.models, run.unmerged):
+        own = models["east_pico"].bn1
+        frozen = FrozenBatchNorm2d(own.num_features, own.eps)
+        frozen.load_state_dict({key: value for key, value in own.state_dict().items() if "tracked" not in key})
+        models["east_pico"].bn1 = frozen
+    retie(run.models, (), run.groups, run.unmerged, "mean")
+    images = torch.stack([run.data["east_pico"].plain.dataset[i][0] for i in range(12)])
+
+    def outputs(model):
+        return model.bn1(model.conv1(images)).mean((0, 2, 3)).detach()
+
+    wanted, tied = outputs(run.unmerged["east_pico"]), outputs(run.models["east_pico"])
+    others = {key: value.clone() for key, value in run.models["north_pico"].state_dict().items()}
+    merger_trial.refit_frozen(run, run.tasks)
+    refitted = outputs(run.models["east_pico"])
+    assert (refitted - wanted).abs().max() < 0.3 * (tied - wanted).abs().max()
+    assert same(others, run.models["north_pico"].state_dict()), "only what is frozen"
+
+
+def test_models_are_judged_on_all_of_val_only_where_the_subset_is_met(run, monkeypatch):
+    screens = {name: object() for name in run.tasks}
+    run.data = {name: replace(data, screen=screens[name]) for name, data in run.data.items()}
+    looked_at = []
+
+    def evaluate(task, loader, model=None):
+        looked_at.append((task.name, loader is screens[task.name]))
+        return 0.5 if (task.name, loader) == low else 1.0
+
+    monkeypatch.setattr(merger_trial, "evaluate", evaluate)
+    monkeypatch.setattr(merger_trial, "screen_targets", lambda run, trained: dict.fromkeys(trained, 0.9))
+    low = ("south_pico", screens["south_pico"])
+    found = merger_trial.standings(run, run.tasks)
+    assert found["south_pico"] == Standing(0.5 / 0.9) and found["north_pico"].accuracy is None
+    assert all(on_screen for _, on_screen in looked_at)
+    low = ("south_pico", run.data["south_pico"].val)
+    found = merger_trial.standings(run, run.tasks)
+    assert found["south_pico"] == Standing(0.5 / run.tasks["south_pico"].target_acc, 0.5)
+    assert found["north_pico"].accuracy == 1.0

@@ -1,0 +1,96 @@
+"""What a manifest must be to be believed. (Many more wrong ones: test_results_fuzz.py.)"""
+
+import json
+
+import pytest
+from results_samples import pico_models, write
+
+from gemel.results_store.files import ResultsError
+from gemel.results_store.manifest import digest_of, has_results, read_manifest, read_result, seal
+
+
+def test_a_folder_without_manifest_is_no_result(tmp_path):
+    assert not has_results(tmp_path)
+    with pytest.raises(ResultsError, match="merged.json: not found, so this folder holds no result"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "cannot be read"),
+        ("[]", "format: got 'list'"),
+        ('{"format": 9}', "got 9; allowed: 1"),
+        ('{"format": 1}', "normalisation is missing; tasks is missing; shared_layers is missing; and 8 more"),
+        ('{"format": 1, "format": 1}', "a key is repeated among"),
+        ('{"format": NaN}', "NaN is no number of JSON"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used(tmp_path, text, message):
+    (tmp_path / "merged.json").write_text(text)
+    with pytest.raises(ResultsError, match=f"merged.json: .*{message}"):
+        read_manifest(tmp_path)
+
+
+def test_the_seal_is_over_the_content_not_the_layout():
+    manifest = seal({"b": [1, 2.5, "ä"], "a": (1, 2)})
+    assert manifest["a"] == [1, 2] and manifest["sha256"] == digest_of(manifest)
+    assert digest_of(json.loads(json.dumps(manifest, indent=3, sort_keys=True))) == manifest["sha256"]
+    assert digest_of({**manifest, "a": [2, 1]}) != manifest["sha256"]
+
+
+@pytest.mark.parametrize(
+    "part, change, message",
+    [
+        ("tasks", lambda tasks: tasks["a_x"].update(met=False), "a_x: met: got False, but merged_acc 0.85, target 0.8"),
+        (
+            "tasks",
+            lambda tasks: tasks["a_x"].update(target_acc=0.95, met=False),
+            "target_acc: got 0.95; allowed: up to",
+        ),
+        (
+            "tasks",
+            lambda tasks: tasks["a_x"].update(merged_acc=1.5),
+            r"a_x: merged_acc: got 1.5; allowed: a number in \[",
+        ),
+        ("tasks", lambda tasks: tasks["a_x"].update(class_names="car"), "a_x: class_names: got 'car'; allowed: a list"),
+        (
+            "tasks",
+            lambda tasks: tasks["a_x"].update(class_names=[1]),
+            r"class_names: got \[1\]; allowed: a list of texts",
+        ),
+        ("memory", lambda memory: memory.update(optimal_saved_bytes=0), "more than optimal_saved_bytes"),
+        ("memory", lambda memory: memory.update(merged_bytes=1), "saved_bytes: got .*, but the shared layers save"),
+        ("shared_layers", lambda layers: layers[0]["occurrences"][0].update(layer="fc"), "do not share"),
+        ("shared_layers", lambda layers: layers[0]["occurrences"][0].update(task="d_x"), "there is no task 'd_x'"),
+        ("shared_layers", lambda layers: layers[0]["occurrences"].append(layers[0]["occurrences"][0]), "occurs twice"),
+        ("stale", lambda stale: stale.update({"weights/../x.pt": "0" * 64}), "stale: got 'weights/../x.pt'"),
+        ("files", lambda files: files.update({"../x": "0" * 64}), "files: '../x' is none of ours"),
+        ("files", lambda files: files.pop("weights/a_x.pt"), "files: 'weights/a_x.pt' is missing"),
+    ],
+)
+def test_parts_that_do_not_agree(tmp_path, part, change, message):
+    manifest = write(tmp_path, pico_models())
+    change(manifest[part])
+    (tmp_path / "merged.json").write_text(json.dumps(seal(manifest)))
+    with pytest.raises(ResultsError, match=f"merged.json: .*{message}"):
+        read_result(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["car", "lorry"], None, ...])
+def test_class_names_may_be_there(tmp_path, names):
+    """A manifest of before has none."""
+    manifest = write(tmp_path, pico_models())
+    if names is not ...:
+        manifest["tasks"]["a_x"]["class_names"] = names
+    (tmp_path / "merged.json").write_text(json.dumps(seal(manifest)))
+    read, _ = read_result(tmp_path)
+    assert read["tasks"]["a_x"].get("class_names", ...) == names
+
+
+def test_a_change_by_hand_is_noticed(tmp_path):
+    write(tmp_path, pico_models())
+    file = tmp_path / "merged.json"
+    file.write_text(file.read_text().replace('"merged_acc": 0.85', '"merged_acc": 0.86', 1))
+    with pytest.raises(ResultsError, match="merged.json: sha256: is not that of the content: the file was changed"):
+        read_manifest(tmp_path)

@@ -1,0 +1,316 @@
+"""Low-rank residuals: what a layer computes with one, fits, ties and snapshots, the results folder, the search."""
+
+import copy
+import json
+
+import pytest
+import torch
+from pico import PicoNet
+from results_samples import HISTORY, fresh_models, pico_models, same_state, write
+from torch import nn
+
+from gemel.fitting.least_squares import fit_group
+from gemel.fitting.rows import Rows, is_normalised
+from gemel.results_store.files import ResultsError
+from gemel.results_store.load import load_merged
+from gemel.results_store.manifest import seal
+from gemel.results_store.verify import FAIL, verify
+from gemel.results_store.write import repair, write_results
+from gemel.sharing.adapters import fold, max_rank, plain_state, rank_at, residual_bytes, residual_of, set_rank
+from gemel.sharing.groups import (
+    Group,
+    Occurrence,
+    find_groups,
+    find_layers,
+    from_plain,
+    joined,
+    restrict,
+    saved_bytes,
+    to_plain,
+)
+from gemel.sharing.memory import distinct_bytes
+from gemel.sharing.tying import restore_snapshot, retie, take_snapshot
+from gemel.strategies.adaptive import Adaptive
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 7), (3, 5)),
+    "grouped": (lambda: nn.Conv2d(6, 8, 3, padding=1, groups=2, stride=2), (2, 6, 9, 9)),
+    "circular": (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular", bias=False), (2, 4, 8)),
+    "dilated": (lambda: nn.Conv3d(3, 5, 2, dilation=2, padding="same"), (1, 3, 4, 5, 6)),
+}
+
+
+def filled(layer: nn.Module, rank: int = 2) -> nn.Module:
+    """With a residual that does something."""
+    set_rank(layer, rank)
+    for parameter in residual_of(layer).parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+# ---- one layer ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_and_its_residual_are_the_layer_of_the_folded_weight(name):
+    torch.manual_seed(0)
+    layer, inputs = LAYERS[name][0](), torch.randn(LAYERS[name][1])
+    model = nn.Sequential(layer)
+    alone = model(inputs)
+    set_rank(layer, 2)
+    assert torch.equal(model(inputs), alone), "a new residual adds nothing"
+    both = nn.Sequential(filled(layer))(inputs)
+    assert not torch.allclose(both, alone, atol=1e-2)
+    assert residual_bytes(layer, 2) == sum(p.nbytes for p in residual_of(layer).parameters())
+    plain = plain_state(model.state_dict(), ["0"])
+    fold(layer)
+    assert residual_of(layer) is None and not layer._forward_hooks
+    assert torch.allclose(model(inputs), both, atol=1e-5)
+    assert plain.keys() == model.state_dict().keys()
+    assert all(torch.equal(plain[key], value) for key, value in model.state_dict().items())
+
+
+def test_residuals_move_and_copy_with_their_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(filled(nn.Conv2d(3, 4, 3)))
+    inputs = torch.randn(2, 3, 6, 6)
+    expected = model(inputs)
+    other = copy.deepcopy(model)
+    nn.init.zeros_(other[0].low_rank.up.weight)
+    assert torch.equal(model(inputs), expected) and not torch.allclose(other(inputs), expected)
+    assert torch.allclose(model.double()(inputs.double()).float(), expected, atol=1e-5)
+    assert torch.allclose(model.float().to(memory_format=torch.channels_last)(inputs), expected, atol=1e-5)
+
+
+def test_ranks_and_prices():
+    layer = nn.Conv2d(8, 16, 3, bias=False)  # 1152 numbers, 88 per rank
+    assert rank_at(layer, 0.125) == 1 and rank_at(layer, 0.25) == 3 and rank_at(layer, 0.05) == 0
+    assert max_rank(layer) == 16 and max_rank(nn.Conv2d(8, 8, 3, groups=8)) == 1
+    for other in (nn.ConvTranspose2d(4, 4, 3), nn.Embedding(3, 4), nn.LayerNorm(4)):
+        assert max_rank(other) == 0 and rank_at(other, 0.4) == 0
+        with pytest.raises(ValueError, match="allowed: 0 to 0"):
+            set_rank(other, 1)
+    state = torch.get_rng_state()
+    set_rank(layer, 3)
+    assert torch.equal(torch.get_rng_state(), state), "what is drawn elsewhere stays what it was"
+
+
+def test_a_residual_is_no_layer_of_its_own():
+    model = PicoNet()
+    names, normalised = [layer.name for layer in find_layers(model)], is_normalised(model, "conv1")
+    filled(model.conv1)
+    assert [layer.name for layer in find_layers(model)] == names
+    assert is_normalised(model, "conv1") == normalised is True
+
+
+def test_a_residual_takes_up_what_the_shared_weights_leave_over():
+    """The more rank, the less error; with full rank both tasks are served as if they had a layer each."""
+    torch.manual_seed(0)
+    rows = {name: Rows(torch.randn(1, 400, 10), torch.randn(1, 400, 6)) for name in "ab"}
+    errors = []
+    for rank in (0, 1, 3, 6):
+        models = nn.ModuleDict({name: nn.Sequential(nn.Linear(10, 6, bias=False)) for name in "ab"})
+        group = Group("x", 240, (Occurrence("a", "0"), Occurrence("b", "0")))
+        if rank:
+            group = group.at_price(rank, residual_bytes(models["a"][0], rank))
+        retie(models, (), (group,), copy.deepcopy(models))
+        fit = fit_group(models, group, {(n, "0"): r for n, r in rows.items()}, None, 1e-6, 800)
+        errors.append(sum(fit.after.values()))
+        for name, (x, y) in rows.items():
+            left = (models[name](x).detach() - y).square().sum() / y.square().sum()
+            assert float(left) == pytest.approx(fit.after[name], abs=1e-4), "what is said is what it then does"
+    alone = sum(
+        float((y - x @ torch.linalg.lstsq(x, y).solution).square().sum() / y.square().sum()) for x, y in rows.values()
+    )
+    assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1] + 0.01
+    assert errors[-1] == pytest.approx(alone, abs=1e-3)
+
+
+# ---- configurations -------------------------------------------------------------------------------------
+
+
+def priced(models, price: float = 0.3) -> tuple:
+    """Every group at a price, where that buys a residual."""
+    groups = []
+    for group in find_groups(models):
+        layer = models[group.occurrences[0].task].get_submodule(group.occurrences[0].layer)
+        rank = rank_at(layer, price)
+        groups.append(group.at_price(rank, residual_bytes(layer, rank)) if rank else group)
+    assert any(group.rank for group in groups)
+    return tuple(groups)
+
+
+def test_savings_are_net_and_survive_json():
+    models = nn.ModuleDict({"a_x": PicoNet(), "b_x": PicoNet(), "c_x": PicoNet()})
+    before, free, groups = distinct_bytes(models), find_groups(models), priced(models)
+    assert saved_bytes(groups) < saved_bytes(free)
+    assert set(from_plain(json.loads(json.dumps(to_plain(groups))))) == set(groups)
+    assert "rank" not in to_plain(free)[0]
+    unmerged = copy.deepcopy(models)
+    retie(models, (), groups, unmerged)
+    assert before - distinct_bytes(models) == saved_bytes(groups)
+    assert {group.rank for group in joined(groups, free)} == {0}, "the later configuration decides"
+    retie(models, groups, free, unmerged)
+    assert before - distinct_bytes(models) == saved_bytes(free)
+    retie(models, free, (), unmerged)
+    assert distinct_bytes(models) == before and same_state(unmerged, models)
+
+
+def test_undo_brings_residuals_back_and_takes_them_away():
+    models = nn.ModuleDict({"a_x": PicoNet(), "b_x": PicoNet()}).eval()
+    groups, unmerged = priced(models), copy.deepcopy(models)
+    plain = take_snapshot(models)
+    retie(models, (), groups, unmerged)
+    filled(models["a_x"].conv2, residual_of(models["a_x"].conv2).rank)
+    state, inputs = copy.deepcopy(models.state_dict()), torch.rand(2, 3, 8, 8)
+    expected, with_residuals = models["a_x"](inputs), take_snapshot(models)
+    retie(models, groups, find_groups(models)[:1], unmerged)
+    assert residual_of(models["a_x"].conv2) is None
+    restore_snapshot(with_residuals)
+    assert torch.equal(models["a_x"](inputs), expected)
+    assert all(torch.equal(value, state[key]) for key, value in models.state_dict().items())
+    restore_snapshot(plain)
+    assert same_state(unmerged, models) and torch.equal(models["a_x"](inputs), unmerged["a_x"](inputs))
+    assert not models["a_x"].conv2._forward_hooks
+
+
+# ---- the results folder ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(tmp_path):
+    """(folder, models, manifest) of a result in which some layers are shared at a price."""
+    models = pico_models()
+    groups = priced(models)
+    retie(models, find_groups(models), groups, copy.deepcopy(models))
+    for group in groups:
+        for o in group.occurrences if group.rank else ():
+            filled(models[o.task].get_submodule(o.layer), group.rank)
+    merged = distinct_bytes(models)
+    record = {"unmerged_acc": 0.9, "measured_unmerged_acc": 0.9, "target_acc": 0.8, "merged_acc": 0.85, "met": True}
+    manifest = {
+        "tasks": {n: {"task": "image_classification", "architecture": None, **record} for n in models},
+        "shared_layers": to_plain(groups),
+        "memory": {
+            "unmerged_bytes": merged + saved_bytes(groups),
+            "merged_bytes": merged,
+            "saved_bytes": saved_bytes(groups),
+            "optimal_saved_bytes": saved_bytes(find_groups(models)),
+        },
+        "run": {"history": HISTORY},
+    }
+    memory = manifest["memory"]
+    statistics = {
+        "total_bytes": memory["unmerged_bytes"],
+        "optimal_saved_bytes": memory["optimal_saved_bytes"],
+        "history": HISTORY,
+    }
+    return tmp_path, models, write_results(tmp_path, models, manifest, statistics)
+
+
+def test_residuals_are_loaded_into_modules_that_have_none(written):
+    path, models, _ = written
+    loaded = load_merged(path, fresh_models(), verify=True)
+    assert same_state(models, loaded) and distinct_bytes(loaded) == distinct_bytes(models)
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(loaded["b_x"](images), models["b_x"].eval()(images))
+    again = load_merged(path, loaded)
+    assert same_state(models, again) and torch.equal(again["b_x"](images), models["b_x"](images))
+
+
+def test_plain_files_hold_the_weights_that_the_layers_have_with_their_residuals(written):
+    path, models, _ = written
+    images = torch.rand(2, 3, 16, 16)
+    for name in ("a_x", "b_x"):
+        plain = fresh_models()[name].eval()
+        plain.load_state_dict(torch.load(path / "weights" / f"{name}.pt", weights_only=True))
+        assert torch.allclose(plain(images), models[name].eval()(images), atol=1e-4)
+    checks = list(verify(path))
+    assert not [check for check in checks if check.status == FAIL]
+    assert any("residuals folded in" in check.what for check in checks)
+    content = (path / "weights" / "a_x.pt").read_bytes()
+    (path / "weights" / "a_x.pt").unlink()
+    assert any("a_x.pt: rebuilt" in line for line in repair(path))
+    assert (path / "weights" / "a_x.pt").read_bytes() == content
+
+
+def test_residuals_that_a_model_has_beyond_the_result_are_taken_away(written, tmp_path):
+    models = pico_models(1)
+
+    write(tmp_path / "plain", models)
+    handed_in = fresh_models()
+    filled(handed_in["b_x"].conv2)
+    assert same_state(models, load_merged(tmp_path / "plain", handed_in))
+    assert residual_of(handed_in["b_x"].conv2) is None
+
+
+WRONG = {
+    "another rank": lambda group: group.update(rank=group["rank"] + 1),
+    "a rank that is no number": lambda group: group.update(rank="2"),
+    "a negative rank": lambda group: group.update(rank=-1),
+    "a rank without bytes": lambda group: group.pop("residual_bytes"),
+    "other bytes": lambda group: group.update(residual_bytes=group["residual_bytes"] + 4),
+    "no rank any more": lambda group: (group.pop("rank"), group.pop("residual_bytes")),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_manifest_that_says_other_things_of_residuals_is_refused(written, what):
+    path, _, manifest = written
+    handed_in = fresh_models()
+    before = copy.deepcopy({name: model.state_dict() for name, model in handed_in.items()})
+    group = next(group for group in manifest["shared_layers"] if group.get("rank"))
+    WRONG[what](group)
+    (path / "merged.json").write_text(json.dumps(seal(manifest)))
+    with pytest.raises(ResultsError, match=r"residual|saved_bytes|rank"):
+        load_merged(path, handed_in)
+    assert before.keys() == handed_in.keys()
+    for name, state in before.items():
+        assert handed_in[name].state_dict().keys() == state.keys()
+
+
+def test_a_model_that_does_not_fit_stays_without_residuals(written):
+    path, _, _ = written
+    handed_in = {**fresh_models(), "b_x": PicoNet(9)}
+    with pytest.raises(ResultsError, match="b_x: the results do not fit the model"):
+        load_merged(path, handed_in)
+    assert not any(residual_of(module) for model in handed_in.values() for module in model.modules())
+
+
+# ---- the search -----------------------------------------------------------------------------------------
+
+
+def test_what_refuses_is_tried_at_a_price_and_then_with_training():
+    models = {f"task{i}_x": PicoNet(extra=1) for i in range(3)}
+    strategy = Adaptive(models, price=0.3)
+    refused = max(strategy.groups, key=lambda group: group.bytes)
+    phases, judged = [], []
+    while (proposal := strategy.propose()) is not None:
+        phases.append(strategy.phase)
+        found = next((g for g in proposal if g.occurrences == refused.occurrences), None)
+        judged.append(found and found.rank)
+        good = found is None or found.rank > 0
+        strategy.record(good, {task for g in proposal for task in g.tasks} if good else set())
+    kept = next(g for g in strategy.kept if g.occurrences == refused.occurrences)
+    assert kept.rank > 0 and len(strategy.kept) == len(strategy.groups)
+    assert phases.index("fill in at a price") < phases.index("fill in with training")
+    assert judged[-1] == 0, "whether it can do without is tried last"
+    again = Adaptive(models, price=0.3)
+    again.load_state(json.loads(json.dumps(strategy.state())))
+    assert again.kept == strategy.kept and again.propose() is None
+
+
+def test_without_a_price_nothing_has_a_residual():
+    strategy = Adaptive({f"task{i}_x": PicoNet(extra=1) for i in range(3)})
+    while (proposal := strategy.propose()) is not None:
+        assert not any(group.rank for group in proposal) and "price" not in strategy.phase
+        strategy.record(False, set())
+
+
+def test_a_price_that_all_pay_for_one_more_task_has_to_pay_off():
+    strategy = Adaptive({f"task{i}_x": PicoNet(extra=1) for i in range(4)}, price=0.3)
+    strategy.own, strategy.phase = restrict(strategy.groups, ["task0_x", "task1_x", "task2_x"]), "fill in at a price"
+    assert strategy.priced[0].saved_bytes < strategy.kept[0].saved_bytes, "four prices are more than a layer"
+    assert strategy._filled({0: ("task3_x",)}) == strategy.kept
+    strategy.own = restrict(strategy.groups, ["task0_x", "task1_x"])
+    assert any(group.rank for group in strategy._filled({0: ("task2_x", "task3_x")}))
