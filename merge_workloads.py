@@ -115,7 +115,7 @@ def merge_workload(
     initial_weights: str | None = None,
     alignment: str | None = None,
     matching: str | None = None,
-    residual_price: float | None = None,
+    adapter_budget: float | None = None,
     num_workers: int | None = None,
     cache_bytes: int = 1 << 30,
     **training,
@@ -129,7 +129,7 @@ def merge_workload(
     kept aside. per_class: every task is also judged class by class. initial_weights: of a tied layer, "least_squares",
     "mean", "similar" or "first" (default: what is best for the strategy, here and below). alignment: how channels are
     lined up first, by "weights", "activations" or "none". matching: which layer pairs with which, by "order", or the
-    most alike by "weights" or "activations". residual_price: what a task may pay for a low-rank residual of its own
+    most alike by "weights" or "activations". adapter_budget: what a task may pay for a low-rank residual of its own
     beside a shared layer that alone does not serve it, as a share of the layer's bytes; 0: no residuals (only
     "adaptive" has them). num_workers: loader processes per task (default: none on a CPU, with CUDA eight or the number
     of cores among all tasks). cache_bytes: of the memory in which images stay as the models get them, those of val
@@ -146,7 +146,7 @@ def merge_workload(
         "initial_weights": initial_weights,
         "alignment": alignment,
         "matching": matching,
-        "residual_price": residual_price,
+        "adapter_budget": adapter_budget,
     }
     problems = option_problems(how, device, time_budget, seed, num_workers, cache_bytes, training)
     tasks = _read_tasks(model_dict, tolerance, roots, results_path, problems)
@@ -171,7 +171,7 @@ def merge_workload(
             initial_weights=how["initial_weights"],
             alignment=how["alignment"],
             matching=how["matching"],
-            residual_price=how["residual_price"],
+            adapter_budget=how["adapter_budget"],
             prefix_bytes=of_a_task,
             per_class=per_class,
             seed=seed,

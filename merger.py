@@ -23,22 +23,22 @@ from gemel.datasets.folders import SampleError
 from gemel.datasets.loaders import TaskData, plain_images
 from gemel.environment.failures import is_out_of_memory
 from gemel.evaluation.eval_method import evaluate
-from gemel.forward.modes import in_quick_layout
+from gemel.forward.modes import to_channels_last
 from gemel.merging import console as tables
 from gemel.merging.initialisation import (
     ALIGN_PIXELS,
     LEAST_SQUARES,
+    align_channels,
     fit_weights,
-    foresee,
-    harm_of,
-    line_up,
     prefixes_of,
-    put_back,
     refit_frozen,
+    reset_to_unmerged,
+    restore_channel_order,
     rule_of,
     screen_targets,
+    sensitivity_of,
+    set_sensitivity,
     standings,
-    start_anew,
     state_of,
     teachers_of,
 )
@@ -63,7 +63,7 @@ from gemel.strategies.base import Strategy
 from gemel.training.cut import Cuts
 from gemel.training.early_stopping import Standing
 from gemel.training.options import TrainingOptions
-from gemel.training.outcome import OUT_OF_MEMORY, TIME_OVER, Circumstances, Interrupted, Outcome, never
+from gemel.training.outcome import OUT_OF_MEMORY, TIME_OVER, Interrupted, Outcome, RoundContext, never
 from gemel.training.prefix import Prefix
 from gemel.workload import Problem, Task, WorkloadError
 from trainer import recover
@@ -91,7 +91,7 @@ class Run:
     fingerprint: dict  # what must be equal for another run to go on from this one
     matching: str = BY_ORDER  # which layer of a signature pairs with which
     prefix_bytes: int = 0  # of the memory in which a task's frozen prefix keeps what it puts out
-    residual_price: float = 0.0  # what a task may pay for a residual of its own, as a share of the layer's bytes
+    adapter_budget: float = 0.0  # what a task may pay for a residual of its own, as a share of the layer's bytes
     say: Callable[[str], None] = print
     per_class: bool = False  # whether what was written is judged class by class as well
     stop_asked: Callable[[], bool] = never
@@ -129,7 +129,7 @@ class Run:
 def start(tasks: Mapping[str, Task], data: Mapping[str, TaskData], results_path: str | Path, **options) -> Run:
     """A run over the tasks' models, in place and on the device; nothing is evaluated, tied or written yet."""
     models = nn.ModuleDict({name: task.model for name, task in tasks.items()}).to(options["device"])
-    in_quick_layout(models, options["device"])
+    to_channels_last(models, options["device"])
     unmerged = copy.deepcopy(models).eval().requires_grad_(False)
     by = options.get("matching", BY_ORDER)
     images = None
@@ -143,9 +143,9 @@ def start(tasks: Mapping[str, Task], data: Mapping[str, TaskData], results_path:
 
 
 def _strategy(
-    models: nn.ModuleDict, groups: Configuration, strategy_name: str, residual_price: float = 0.0, **_
+    models: nn.ModuleDict, groups: Configuration, strategy_name: str, adapter_budget: float = 0.0, **_
 ) -> Strategy:
-    given = {"price": residual_price} if residual_price else {}
+    given = {"price": adapter_budget} if adapter_budget else {}
     return strategy_class(strategy_name)(models, **given, **({} if strategy_name == STEM else {"groups": groups}))
 
 
@@ -158,7 +158,7 @@ def preflight(run: Run) -> None:
     for name, task in _with_bar(run, "evaluating the unmerged models"):
         if name in run.accuracy:
             continue
-        heed(run)
+        raise_if_interrupted(run)
         try:
             measured = evaluate(task, run.data[name].val)
         except SampleError:
@@ -181,7 +181,7 @@ def preflight(run: Run) -> None:
         raise WorkloadError(problems)
 
 
-def heed(run: Run) -> None:
+def raise_if_interrupted(run: Run) -> None:
     """Ends the run if the user asked for it. Raises Interrupted."""
     if run.stop_asked():
         raise Interrupted
@@ -194,7 +194,7 @@ def resume(run: Run, manifest: Mapping) -> None:
     run.is_new = False
     if "groups" in state:  # found again, likeness could be another by a hair
         run.groups = from_plain(state["groups"])
-        run.strategy = _strategy(run.models, run.groups, run.strategy_name, run.residual_price)
+        run.strategy = _strategy(run.models, run.groups, run.strategy_name, run.adapter_budget)
     run.strategy.load_state(state["strategy_state"])
     assert all(is_tied(run.models, group) for group in run.strategy.kept), "the store and the search state disagree"
     run.finished = state["finished"]
@@ -213,19 +213,19 @@ def extend(run: Run, manifest: Mapping) -> None:
     kept = restrict(from_plain(manifest["shared_layers"]), common)
     if run.matching != BY_ORDER:  # with other tasks, others may be the most alike
         run.groups = around(kept, run.groups)
-        run.strategy = _strategy(run.models, run.groups, run.strategy_name, run.residual_price)
+        run.strategy = _strategy(run.models, run.groups, run.strategy_name, run.adapter_budget)
     run.strategy.adopt(kept)
-    priced = {occurrence for group in run.strategy.kept if group.rank for occurrence in group.occurrences}
+    adapted = {occurrence for group in run.strategy.kept if group.rank for occurrence in group.occurrences}
     for name in common:  # what shared a layer at a price with a task that is gone has it for itself
         for layer, module in list(own_modules(run.models[name])):
-            if (name, layer) not in priced:
+            if (name, layer) not in adapted:
                 fold(module)
 
 
 def _load_kept(run: Run, manifest: Mapping, names: list[str]) -> None:
     state = manifest["run"]
     load_merged(run.results_path, {name: run.models[name] for name in names}, run.device, tasks=names, verify=True)
-    in_quick_layout(run.models, run.device)
+    to_channels_last(run.models, run.device)
     run.accuracy = {name: Accuracy(**state["accuracy"][name]) for name in names}
     run.rounds, run.history = state["rounds"], state["history"]
     run.seconds_before, run.cpu_seconds_before = state["seconds"], state["cpu_seconds"]
@@ -257,13 +257,13 @@ def merge(run: Run) -> dict:
     if run.is_new:
         store(run)
         drop_checkpoint(run.results_path)
-    line_up(run)
+    align_channels(run)
     if not run.rounds or run.is_new:
-        foresee(run)
+        set_sensitivity(run)
     run.say(tables.round_header())
     try:
         while time.monotonic() < run.deadline:
-            heed(run)
+            raise_if_interrupted(run)
             proposal = run.strategy.propose()
             if proposal is None:
                 run.finished = True
@@ -272,7 +272,7 @@ def merge(run: Run) -> dict:
                 break
     finally:
         _undo(run)
-        put_back(run)
+        restore_channel_order(run)
     return confirm(run)
 
 
@@ -285,10 +285,10 @@ def play_round(run: Run, proposal: Configuration) -> bool:
     if outcome.reason == TIME_OVER:
         return False
     run.in_flight = None
-    harm = harm_of(run, proposal) if not outcome.success and run.strategy.uses_harm else {}
+    harm = sensitivity_of(run, proposal) if not outcome.success and run.strategy.uses_sensitivity else {}
     ratios = {name: accuracy / run.tasks[name].target_acc for name, accuracy in outcome.accuracies.items()}
     run.strategy.record(outcome.success, outcome.met, ratios, harm)
-    run.working = proposal if run.strategy.goes_on and not outcome.success else None
+    run.working = proposal if run.strategy.continues_failed_trial and not outcome.success else None
     run.rounds.append(round_record(run, before, proposal, outcome, time.monotonic() - began))
     run.say(tables.round_row(run.rounds[-1]))
     if outcome.success:
@@ -299,7 +299,7 @@ def play_round(run: Run, proposal: Configuration) -> bool:
         store(run)
         drop_checkpoint(run.results_path)
     else:
-        if not run.strategy.goes_on:
+        if not run.strategy.continues_failed_trial:
             _undo(run)
         save_checkpoint(run, None)
         update_run(run.results_path, run_record(run))
@@ -325,13 +325,13 @@ def _recover(run: Run, before: Configuration, proposal: Configuration, trained: 
     options, fitted = run.training, {}
     if run.in_flight is None and run.initial_weights == LEAST_SQUARES:
         fitted = _fit(run, before, proposal, trained)
-        heed(run)
+        raise_if_interrupted(run)
     elif run.in_flight is None:
         refit_frozen(run, trained)
-    if run.strategy.prefers_release:
+    if run.strategy.releases_before_training:
         options = replace(options, max_epochs=0)
     teachers = teachers_of(run, trained, proposal)
-    around = Circumstances(
+    around = RoundContext(
         device=run.device,
         seed=run.seed,
         purpose=("round", len(run.rounds)),
@@ -355,11 +355,11 @@ def _fit(run: Run, before: Configuration, proposal: Configuration, trained: Mapp
     if run.working == proposal:
         return standings(run, trained)
     trained_before = any(record["kept"] and record["steps"] for record in run.rounds)
-    if trained_before or not run.strategy.fits_anew:
+    if trained_before or not run.strategy.refits_all_changes:
         new = tuple(group for group in proposal if group not in set(before))
         return fit_weights(run, new, trained, max_fits=2)
     groups = tuple(group for group in proposal if set(group.tasks) <= set(trained))
-    start_anew(run, groups, trained)
+    reset_to_unmerged(run, groups, trained)
     return fit_weights(run, groups, trained)
 
 
@@ -376,7 +376,7 @@ def confirm(run: Run) -> dict:
     Raises RuntimeError if a reloaded task is below its target: what is shipped must hold what was measured.
     """
     reloaded = load_merged(run.results_path, copy.deepcopy(dict(run.models.items())), run.device, verify=True)
-    in_quick_layout(nn.ModuleDict(reloaded), run.device)
+    to_channels_last(nn.ModuleDict(reloaded), run.device)
     for name, task in _with_bar(run, "evaluating what was written"):
         accuracy = run.accuracy[name]
         accuracy.merged = evaluate(task, run.data[name].val, reloaded[name])

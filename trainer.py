@@ -35,9 +35,9 @@ from gemel.training.outcome import (
     OUT_OF_MEMORY,
     TIME_OVER,
     UNTRAINED,
-    Circumstances,
     Interrupted,
     Outcome,
+    RoundContext,
 )
 from gemel.training.prefix import frozen, frozen_modules
 from gemel.workload import Task
@@ -63,7 +63,7 @@ def recover(
     tasks: Mapping[str, Task],
     data: Mapping[str, TaskData],
     options: TrainingOptions,
-    around: Circumstances,
+    around: RoundContext,
     teachers: Mapping[str, Teacher] | None = None,
 ) -> Outcome:
     """Trains the given tasks, whose models are tied as they shall be, until all are at target or it is decided.
@@ -91,7 +91,7 @@ class _Member:
 class _Round:
     """One trial: the optimizer, the step count and where each task stands."""
 
-    def __init__(self, models, tasks, data, options: TrainingOptions, around: Circumstances, teachers):
+    def __init__(self, models, tasks, data, options: TrainingOptions, around: RoundContext, teachers):
         self.options, self.around, self.teachers = options, around, teachers
         self.members = {n: _Member(task, data[n], Batches(data[n]), Progress.of(task)) for n, task in tasks.items()}
         self.container = nn.ModuleDict({name: models[name] for name in tasks})  # yields a tied parameter once
@@ -167,7 +167,7 @@ class _Round:
             bar.update()
 
     def set_stage(self) -> None:
-        """What is trained from this step on: at first what is private, which harms no other task; then everything."""
+        """What is trained from this step on: at first what is private, which no other task feels; then everything."""
         private_only = self.step < self.private_steps
         for parameter in self.shared:
             parameter.requires_grad_(not private_only)

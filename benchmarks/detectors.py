@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from eval_methods import frcnn_eval
 from gemel.fitting.batch_norm import reestimate_statistics
-from gemel.fitting.sequential_fit import ask_teachers, fit_in_lockstep
+from gemel.fitting.sequential_fit import fit_sequentially, sample_teachers
 from gemel.merging.console import table
 from gemel.sharing.groups import Configuration, compared_layers, find_groups, saved_bytes
 from gemel.sharing.memory import distinct_bytes
@@ -127,8 +127,8 @@ def recovers(models: nn.ModuleDict, teachers: nn.ModuleDict, configuration: Conf
     before = error(models, teachers, configuration)
     images = {name: [drawn(seed)[0]] for seed, name in enumerate(models)}
     source = torch.Generator().manual_seed(0)
-    asked = ask_teachers(teachers, configuration, images, generator=source)
-    fits = fit_in_lockstep(models, teachers, configuration, images, asked=asked)
+    asked = sample_teachers(teachers, configuration, images, generator=source)
+    fits = fit_sequentially(models, teachers, configuration, images, asked=asked)
     after = error(models, teachers, configuration)
     fitted = sum(g.saved_bytes for g in configuration if fits[g].fitted) / saved_bytes(configuration)
     assert after < before, f"the fit made it worse: {before:.3f} -> {after:.3f}"

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import models as zoo
 
-from gemel.forward.modes import evaluation_mode, in_quick_layout
+from gemel.forward.modes import evaluation_mode, to_channels_last
 from gemel.merging.console import table
 from gemel.sharing.groups import find_layers
 from gemel.training.cut import Cuts
@@ -59,7 +59,7 @@ def costs_of(model: nn.Module, images: torch.Tensor) -> tuple[float, float]:
 def row_of(name: str, first_tied: str, size: int) -> list[str]:
     """The cells of one model. Raises ValueError for a layer that it does not have."""
     torch.manual_seed(0)
-    model = in_quick_layout(zoo.get_model(name, weights=None, num_classes=NUM_CLASSES), torch.device("cpu"))
+    model = to_channels_last(zoo.get_model(name, weights=None, num_classes=NUM_CLASSES), torch.device("cpu"))
     images = torch.rand(NUM_IMAGES, 3, size, size)
     layers = [layer.name for layer in find_layers(model)]
     if first_tied not in layers:

@@ -16,7 +16,7 @@ from gemel.environment.seeds import generator
 from gemel.evaluation.eval_method import evaluate
 from gemel.fitting.batch_norm import match_statistics
 from gemel.fitting.least_squares import fit_least_squares
-from gemel.fitting.sequential_fit import ask_teachers, fit_in_lockstep
+from gemel.fitting.sequential_fit import fit_sequentially, sample_teachers
 from gemel.merging.console import table
 from gemel.sharing.groups import Configuration, find_groups
 from gemel.sharing.initial_weights import INITIAL_WEIGHTS
@@ -57,14 +57,14 @@ def staged(num_stages: int, **options) -> Method:
     return method
 
 
-def in_lockstep(rule: str = "mean", **options) -> Method:
+def sequentially(rule: str = "mean", **options) -> Method:
     """Least squares in lockstep, from a data-free rule."""
 
     def method(probe: Probe, groups: Configuration, num_images: int) -> None:
         tie(probe.models, groups, rule)
         images = {task: probe.batches(task, num_images) for task in probe.models}
-        asked = ask_teachers(probe.teachers, groups, images, generator=generator(0, "fit"))
-        fit_in_lockstep(probe.models, probe.teachers, groups, images, asked=asked, **options)
+        asked = sample_teachers(probe.teachers, groups, images, generator=generator(0, "fit"))
+        fit_sequentially(probe.models, probe.teachers, groups, images, asked=asked, **options)
 
     return method
 
@@ -74,8 +74,8 @@ METHODS: dict[str, Method] = {
     "mean, matched statistics": data_free("mean", match=True),
     "least squares, own inputs": staged(1, own_inputs=True),
     **{f"least squares, stages: {n}": staged(n) for n in (1, 2, 4, 8)},
-    **{f"lockstep, ridge {ridge:g}": in_lockstep(ridge=ridge) for ridge in (0.01, 0.03, 0.1, 0.3)},
-    "lockstep, from first": in_lockstep("first"),
+    **{f"lockstep, ridge {ridge:g}": sequentially(ridge=ridge) for ridge in (0.01, 0.03, 0.1, 0.3)},
+    "lockstep, from first": sequentially("first"),
 }
 
 

@@ -102,8 +102,8 @@ def test_plan_trains_nothing_and_writes_nothing(workload_file, tmp_path, monkeyp
     [
         ({"strategy": "best"}, "options: strategy: got 'best'; allowed: adaptive, gemel, all, stem"),
         ({"initial_weights": "last"}, "options: initial_weights: got 'last'; allowed: first, mean"),
-        ({"residual_price": 0.5}, "residual_price: got 0.5; allowed: None or a number in [0, 0.45]"),
-        ({"residual_price": 0.1, "strategy": "gemel"}, "allowed: None or a number in [0, 0] with strategy gemel"),
+        ({"adapter_budget": 0.5}, "adapter_budget: got 0.5; allowed: None or a number in [0, 0.45]"),
+        ({"adapter_budget": 0.1, "strategy": "gemel"}, "allowed: None or a number in [0, 0] with strategy gemel"),
         ({"learning_rate": -1}, "options: learning_rate: got -1; allowed: a number greater than 0"),
         ({"max_epochs": "many"}, "options: max_epochs: got 'many'; allowed: a number greater than 0"),
         ({"detection_batch_size": 1.5}, "detection_batch_size: got 1.5; allowed: a whole number of at least 2"),

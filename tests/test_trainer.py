@@ -19,7 +19,7 @@ from gemel.sharing.tying import tie
 from gemel.training.early_stopping import Progress, loss_weight
 from gemel.training.losses import task_losses
 from gemel.training.options import TrainingOptions
-from gemel.training.outcome import GIVEN_UP, MET, NOT_FINITE, TIME_OVER, Circumstances
+from gemel.training.outcome import GIVEN_UP, MET, NOT_FINITE, TIME_OVER, RoundContext
 from trainer import recover
 
 CPU = torch.device("cpu")
@@ -32,11 +32,11 @@ def models(tasks):
 
 
 def run(models, tasks, data, options=QUICK, **more):
-    return recover(models, tasks, data, options, Circumstances(device=CPU, seed=0, **more))
+    return recover(models, tasks, data, options, RoundContext(device=CPU, seed=0, **more))
 
 
 def session_of(models, tasks, data, options=QUICK):
-    return trainer._Round(models, tasks, data, options, Circumstances(device=CPU, seed=0), {})
+    return trainer._Round(models, tasks, data, options, RoundContext(device=CPU, seed=0), {})
 
 
 class Given:

@@ -62,7 +62,7 @@ class _Runner:
             raise _Stopped
 
 
-def run_in_lockstep(
+def run_coroutines(
     programs: Mapping[Hashable, Program],
     parties: Mapping[Hashable, Collection[Hashable]],
     meet: Callable[[Hashable, list[Hashable]], None],

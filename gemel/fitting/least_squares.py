@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gemel.fitting.ridge import solve_ridge, solve_weighted
 from gemel.fitting.rows import Rows, collect_rows, is_linear_map, matrix_of, normalisation_behind, set_matrix, shape_of
 from gemel.forward.batches import Batch
-from gemel.sharing.adapters import LowRank, residual_of
+from gemel.sharing.adapters import Adapter, adapter_of
 from gemel.sharing.groups import Configuration, Group, find_layers
 
 RIDGE = 0.1  # measured with benchmarks/initial_weights.py; less of it where rows abound (benchmarks/LOG.md)
@@ -187,9 +187,9 @@ def fit_group(
     set_matrix(layer, start + change)
     left = {task: r - sampled[task].x @ change for task, r in residuals.items()}
     for o in group.occurrences:
-        own = residual_of(models[o.task].get_submodule(o.layer))
+        own = adapter_of(models[o.task].get_submodule(o.layer))
         if own is not None:
-            left[o.task] = _fit_residual(own, sampled[o.task].x, left[o.task], ridge)
+            left[o.task] = _fit_adapter(own, sampled[o.task].x, left[o.task], ridge)
     for task, norm in norms.items():
         if is_scale_free and norm.affine:
             _damp(norm, sampled[task].y - left[task], sampled[task].y)
@@ -199,7 +199,7 @@ def fit_group(
     return Fit("", ridge, before, after)
 
 
-def _fit_residual(residual: LowRank, x: Tensor, left: Tensor, ridge: float) -> Tensor:
+def _fit_adapter(residual: Adapter, x: Tensor, left: Tensor, ridge: float) -> Tensor:
     """Fits a task's residual to what the shared weights leave over; returns what it leaves over in turn.
 
     Reduced-rank regression: the ridge regression R of left on x, cut to the directions in which x R is largest.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemel.forward.batches import Batch, run
-from gemel.sharing.adapters import KINDS, LowRank, own_modules
+from gemel.sharing.adapters import KINDS, Adapter, own_modules
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -40,7 +40,7 @@ def normalisation_behind(model: nn.Module, name: str) -> nn.modules.batchnorm._B
 
     Only by the order of registration, which is that of the blocks of every torchvision model.
     """
-    leaves = (pair for pair in own_modules(model) if all(isinstance(child, LowRank) for child in pair[1].children()))
+    leaves = (pair for pair in own_modules(model) if all(isinstance(child, Adapter) for child in pair[1].children()))
     layer = next(module for other, module in leaves if other == name)
     _, module = next(leaves, ("", None))
     batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)

@@ -1,7 +1,7 @@
 """Which groups will hurt whom: scores of every group and task, without training and without labels.
 
 Each compares a tied layer with the one that the task had: the larger, the more tying this group hurts this task.
-benchmarks/harm.py measures how well they rank groups by the harm that is then seen.
+benchmarks/sensitivity.py measures how well they rank groups by the harm that is then seen.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from gemel.fitting.rows import Rows, collect_rows, is_linear_map, is_normalised,
 from gemel.forward.batches import Batch, run
 from gemel.sharing.groups import Configuration, Group, find_layers
 
-Harm = dict[tuple[Group, str], float]
+Sensitivity = dict[tuple[Group, str], float]
 
 LAST_LAYERS = 0.1  # share of a detector's layers that stand for its output in "response"
 
 
 @torch.no_grad()
-def predict_harm(
+def predict_sensitivity(
     models: nn.ModuleDict,
     teachers: Mapping[str, nn.Module],
     groups: Configuration,
@@ -33,7 +33,7 @@ def predict_harm(
     method: str = "response",
     generator: torch.Generator,
     positions: int = 1024,
-) -> Harm:
+) -> Sensitivity:
     """(group, task) -> harm, by one of METHODS; scores of one method compare with each other only.
 
     models: tied as they would be, with the weights that would be shared (after tie, or after a fit). Groups are judged
@@ -47,7 +47,7 @@ def predict_harm(
     return harm | METHODS[method](models, teachers, groups, images, generator, positions)
 
 
-def weight_distance(models, teachers, groups, images=None, generator=None, positions=0) -> Harm:
+def weight_distance(models, teachers, groups, images=None, generator=None, positions=0) -> Sensitivity:
     """||W - W_t||^2 / ||W_t||^2 over all parameters of the layer; needs no data."""
     harm = {}
     for group in groups:
@@ -59,7 +59,7 @@ def weight_distance(models, teachers, groups, images=None, generator=None, posit
     return harm
 
 
-def output_error(models, teachers, groups, images, generator, positions) -> Harm:
+def output_error(models, teachers, groups, images, generator, positions) -> Sensitivity:
     """||X_t W - X_t W_t||^2 / ||X_t W_t||^2 on the task's own inputs of the layer, means aside where it normalises."""
     harm = {}
     for task, rows in _rows_of_tasks(teachers, groups, images, generator, positions).items():
@@ -69,7 +69,7 @@ def output_error(models, teachers, groups, images, generator, positions) -> Harm
     return harm
 
 
-def fitted_error(models, teachers, groups, images, generator, positions) -> Harm:
+def fitted_error(models, teachers, groups, images, generator, positions) -> Sensitivity:
     """The output error that is left with the least-squares weights of the group (sharing/least_squares.py).
 
     Fitted on one half of the rows and judged on the other: wide layers can fit the rows they see without any error.
@@ -90,7 +90,7 @@ def fitted_error(models, teachers, groups, images, generator, positions) -> Harm
     return harm
 
 
-def response(models, teachers, groups, images, generator, positions) -> Harm:
+def response(models, teachers, groups, images, generator, positions) -> Sensitivity:
     """How much the task's output changes, relative to how much it varies, with this group alone tied and statistics
     re-estimated; costs a forward pass per group and task. Of a detector, the outputs of its last layers.
     """
@@ -108,7 +108,7 @@ def response(models, teachers, groups, images, generator, positions) -> Harm:
     return harm
 
 
-METHODS: dict[str, Callable[..., Harm]] = {
+METHODS: dict[str, Callable[..., Sensitivity]] = {
     "weight_distance": weight_distance,
     "output_error": output_error,
     "fitted_error": fitted_error,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gemel.fitting.batch_norm import averaged_statistics
-from gemel.fitting.coroutines import run_in_lockstep
+from gemel.fitting.coroutines import run_coroutines
 from gemel.fitting.least_squares import RIDGE, Fit, fit_group, quotas, why_unfit
 from gemel.fitting.rows import (
     Rows,
@@ -31,7 +31,7 @@ from gemel.sharing.groups import Configuration, Group
 Party = tuple[str, int]  # task, number of the batch
 
 
-class Asked(NamedTuple):
+class TeacherSamples(NamedTuple):
     """What the teachers put out on some images; the same for every fit of the same groups on them."""
 
     samples: dict[Party, Samples]
@@ -40,18 +40,18 @@ class Asked(NamedTuple):
 
 
 @torch.no_grad()
-def fit_in_lockstep(
+def fit_sequentially(
     models: nn.ModuleDict,
     teachers: Mapping[str, nn.Module],
     groups: Configuration,
     images: Mapping[str, Sequence[Batch]],
     *,
-    asked: Asked,
+    asked: TeacherSamples,
     task_weights: Mapping[str, float] | None = None,
     ridge: float = RIDGE,
 ) -> dict[Group, Fit]:
-    """As sharing.least_squares.fit_least_squares, with as many stages as there are layers, in one forward pass of each
-    model. asked: of `ask_teachers`, for these groups and images. Batch normalisation statistics are re-estimated on the
+    """As `fit_least_squares`, with as many stages as there are layers, in one forward pass of each
+    model. asked: of `sample_teachers`, for these groups and images. Batch normalisation statistics are re-estimated on the
     way: each layer's behind the fits before it.
 
     All batches of all tasks are in flight at once: memory is that of the activations at one layer (without gradients)
@@ -65,19 +65,19 @@ def fit_in_lockstep(
 
 
 @torch.no_grad()
-def ask_teachers(
+def sample_teachers(
     teachers: Mapping[str, nn.Module],
     groups: Configuration,
     images: Mapping[str, Sequence[Batch]],
     *,
     generator: torch.Generator,
     positions: int = 2048,
-) -> Asked:
+) -> TeacherSamples:
     """Draws rows of the groups' layers and records what the teachers put out there, in one forward pass of each.
 
     positions: rows per layer and task.
     """
-    asked = Asked({}, {}, {})
+    asked = TeacherSamples({}, {}, {})
     able = [group for group in groups if _is_able(teachers, group)]
     for task in dict.fromkeys(task for group in groups for task in group.tasks):
         layers, total = quotas(teachers, able, task, positions), sum(map(len, images[task]))
@@ -96,7 +96,7 @@ def ask_teachers(
 
 
 def is_short_of_rows(
-    teachers: Mapping[str, nn.Module], groups: Configuration, asked: Asked, positions: int = 2048
+    teachers: Mapping[str, nn.Module], groups: Configuration, asked: TeacherSamples, positions: int = 2048
 ) -> bool:
     """Whether some layer has fewer rows than half its inputs, and more images would give it more."""
     for task in dict.fromkeys(task for task, _ in asked.samples):
@@ -151,7 +151,7 @@ class _Pass:
                     layer = self.models[o.task].get_submodule(o.layer)
                     stack.callback(layer.register_forward_pre_hook(self.hook(group, o.layer)).remove)
             programs = {party: self.program(party) for party in self.batches}
-            run_in_lockstep(programs, {group: self.parties(group) for group in left}, self.fit)
+            run_coroutines(programs, {group: self.parties(group) for group in left}, self.fit)
         missed = {group: Fit("no forward pass of the tied models came to it") for group in left}
         return {**missed, **self.fits}
 

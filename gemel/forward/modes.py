@@ -10,7 +10,7 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 
-def in_quick_layout(module: M, device: torch.device) -> M:
+def to_channels_last(module: M, device: torch.device) -> M:
     """The module itself; on a CPU with its weights laid out channels-last, in which convolutions are quicker there.
 
     MobileNetV2 at 96 px, one thread: 1.5 times in evaluation and in training steps; ResNet-18 at 32 px: no difference.

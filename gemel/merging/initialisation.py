@@ -15,8 +15,8 @@ from gemel.environment.seeds import generator
 from gemel.evaluation.eval_method import evaluate
 from gemel.fitting.batch_norm import is_frozen, match_statistics
 from gemel.fitting.rows import normalisation_behind
-from gemel.fitting.sensitivity import Harm, predict_harm
-from gemel.fitting.sequential_fit import Asked, ask_teachers, fit_in_lockstep, is_short_of_rows
+from gemel.fitting.sensitivity import Sensitivity, predict_sensitivity
+from gemel.fitting.sequential_fit import TeacherSamples, fit_sequentially, is_short_of_rows, sample_teachers
 from gemel.sharing.groups import Configuration, compared_layers, joined
 from gemel.sharing.tying import reset, restore_snapshot, retie, take_snapshot
 from gemel.training.cut import Cuts
@@ -35,8 +35,8 @@ NO_ALIGNMENT = "none"
 WEIGHTS_OF = {"adaptive": LEAST_SQUARES}  # the initial weights of a strategy, where they are not the mean
 MATCHING_OF = {"adaptive": BY_WEIGHTS}  # which layers pair in a strategy, where it is not by order
 ALIGNMENT_OF = {"adaptive": "weights"}  # how a strategy lines up channels, where it does
-PRICE_OF = {"adaptive": 0.125}  # what a residual may cost, where a strategy has them (benchmarks/LOG.md)
-MAX_PRICE = 0.45  # from a half on, two tasks would save nothing by sharing
+ADAPTER_BUDGET_OF = {"adaptive": 0.125}  # what a residual may cost, where a strategy has them (benchmarks/LOG.md)
+MAX_ADAPTER_BUDGET = 0.45  # from a half on, two tasks would save nothing by sharing
 FIT_PIXELS = 320 * 96 * 96  # of the images per task that weights are fitted on (benchmarks/LOG.md)
 DETECTION_SHARE = 0.5  # of the pixels, for detectors (benchmarks/LOG.md)
 FEWEST_PIXELS = FIT_PIXELS // 16  # where memory is short
@@ -47,13 +47,13 @@ WORTH_ALL_OF_VAL = 0.97  # of the targets on the screening subset, which may be 
 WORTH_A_REFIT = 0.97  # of the targets, that all tasks should reach with the next weights
 USUAL_SLOPE, MIN_SLOPE, MAX_SLOPE = 0.12, 0.08, 0.4  # of a ratio over the logarithm of its weight
 MIN_MOVE, MAX_MOVE = 0.03, 1.1  # of the logarithm of a weight: less tells nothing of the slope, more is a leap
-HARM_METHOD = "fitted_error"  # cheap, and it finds the layers that do real harm (benchmarks/LOG.md)
-HARM_PIXELS = FIT_PIXELS // 4
+SENSITIVITY_METHOD = "fitted_error"  # cheap, and it finds the layers that do real harm (benchmarks/LOG.md)
+SENSITIVITY_PIXELS = FIT_PIXELS // 4
 IMAGES_OF_A_CUT = 4
 ALIGN_PIXELS = FIT_PIXELS // 8  # "weights" needs images only to check that each model still computes the same
 
 
-def line_up(run: "Run") -> None:
+def align_channels(run: "Run") -> None:
     """Permutes the channels of models that share nothing yet so that they line up with the others.
 
     What they compute stays the same; their teachers are permuted alike. What was permuted is part of the run's record,
@@ -78,7 +78,7 @@ def state_of(model: nn.Module) -> dict:
     return {key: value.to("cpu", copy=True) for key, value in model.state_dict().items()}
 
 
-def put_back(run: "Run") -> None:
+def restore_channel_order(run: "Run") -> None:
     """Gives the models that share nothing the order of channels that they came with, bit by bit."""
     tied = {task for group in run.strategy.kept for task in group.tasks}
     for name, state in run.originals.items():
@@ -91,7 +91,7 @@ def rule_of(initial_weights: str) -> str:
     return "mean" if initial_weights == LEAST_SQUARES else initial_weights
 
 
-def start_anew(run: "Run", groups: Configuration, trained: Mapping[str, Task]) -> None:
+def reset_to_unmerged(run: "Run", groups: Configuration, trained: Mapping[str, Task]) -> None:
     """Gives tied groups the mean of what they were, everything private the values of the unmerged model."""
     for name in trained:
         run.models[name].load_state_dict(run.unmerged[name].state_dict(), strict=False)  # it has no residuals
@@ -123,12 +123,12 @@ def fit_weights(
 def _fit_on(run: "Run", groups, container: nn.ModuleDict, before: dict, num_pixels: int, max_fits: int):
     """`fit_weights` of the container's tasks, from the state `before`, on so many pixels a task."""
     trained = {name: run.tasks[name] for name in container}
-    images, asked = _ask(run, groups, num_pixels)
+    images, asked = _sample_teachers(run, groups, num_pixels)
     best, reached = {}, dict.fromkeys(trained, Standing(0.0))
     balance = Balance(images)
     for attempt in range(max_fits):
         container.load_state_dict(before)
-        fit_in_lockstep(run.models, run.unmerged, groups, images, asked=asked, task_weights=balance.weights)
+        fit_sequentially(run.models, run.unmerged, groups, images, asked=asked, task_weights=balance.weights)
         found = standings(run, trained)
         ratios = {name: standing.ratio for name, standing in found.items()}
         log.debug("fit %d with weights %s: %s of the targets", attempt, balance.weights, ratios)
@@ -143,23 +143,23 @@ def _fit_on(run: "Run", groups, container: nn.ModuleDict, before: dict, num_pixe
 def _given(run: "Run", groups: Configuration) -> Configuration:
     """Gives the groups that are not to be fitted the weights of the task that the strategy names, and the normalisation
     behind them; returns the others. Only where others of all its tasks are fitted to that."""
-    fitted = [group for group in groups if run.strategy.giver_of(group) is None]
+    fitted = [group for group in groups if run.strategy.donor_of(group) is None]
     for group in (group for group in groups if group not in fitted):
-        giver = run.strategy.giver_of(group)
+        donor = run.strategy.donor_of(group)
         if not set(group.tasks) <= {task for other in fitted for task in other.tasks}:
             return groups
-        source = next(o.layer for o in group.occurrences if o.task == giver)
-        norm = normalisation_behind(run.unmerged[giver], source)
+        source = next(o.layer for o in group.occurrences if o.task == donor)
+        norm = normalisation_behind(run.unmerged[donor], source)
         for o in group.occurrences:
             layer = run.models[o.task].get_submodule(o.layer)
-            layer.load_state_dict(run.unmerged[giver].get_submodule(source).state_dict(), strict=False)
+            layer.load_state_dict(run.unmerged[donor].get_submodule(source).state_dict(), strict=False)
             own = normalisation_behind(run.models[o.task], o.layer)
             if norm is not None and own is not None:
                 own.load_state_dict(norm.state_dict())
     return tuple(fitted)
 
 
-def _ask(run: "Run", groups: Configuration, num_pixels: int) -> tuple[dict[str, list], Asked]:
+def _sample_teachers(run: "Run", groups: Configuration, num_pixels: int) -> tuple[dict[str, list], TeacherSamples]:
     """Images to fit groups on, and what the teachers say to them; more where a layer has far fewer rows than inputs.
 
     Layers deep in a network put out a few positions an image: a fit with few rows for its unknowns remembers them.
@@ -168,7 +168,7 @@ def _ask(run: "Run", groups: Configuration, num_pixels: int) -> tuple[dict[str, 
     for times in (1, MORE_IMAGES):
         images = _images(run, groups, times * num_pixels, *purpose)
         source = generator(run.seed, *purpose)
-        asked = ask_teachers(run.unmerged, groups, images, generator=source, positions=FIT_POSITIONS)
+        asked = sample_teachers(run.unmerged, groups, images, generator=source, positions=FIT_POSITIONS)
         if not is_short_of_rows(run.unmerged, groups, asked, FIT_POSITIONS):
             break
     return images, asked
@@ -222,25 +222,29 @@ def standings(run: "Run", trained: Mapping[str, Task]) -> dict[str, Standing]:
     return found
 
 
-def foresee(run: "Run") -> None:
+def set_sensitivity(run: "Run") -> None:
     """Tells the strategy how much every group would hurt its tasks if its weights were fitted; changes nothing."""
-    if not run.strategy.uses_harm or not run.groups:
+    if not run.strategy.uses_sensitivity or not run.groups:
         return
     snapshot = take_snapshot(run.models)
     retie(run.models, run.strategy.kept, joined(run.strategy.kept, run.groups), run.unmerged)
-    images = _images(run, run.groups, HARM_PIXELS, "foresee")
+    images = _images(run, run.groups, SENSITIVITY_PIXELS, "foresee")
     source = generator(run.seed, "foresee")
-    harm = predict_harm(run.models, run.unmerged, run.groups, images, method=HARM_METHOD, generator=source)
+    harm = predict_sensitivity(
+        run.models, run.unmerged, run.groups, images, method=SENSITIVITY_METHOD, generator=source
+    )
     restore_snapshot(snapshot)
-    run.strategy.foresee(harm)
+    run.strategy.set_sensitivity(harm)
 
 
-def harm_of(run: "Run", configuration: Configuration) -> Harm:
+def sensitivity_of(run: "Run", configuration: Configuration) -> Sensitivity:
     """How much each group hurts each of its tasks, with the weights as they are now."""
     purpose = ("harm", len(run.rounds))
-    images = _images(run, configuration, HARM_PIXELS, *purpose)
+    images = _images(run, configuration, SENSITIVITY_PIXELS, *purpose)
     source = generator(run.seed, *purpose)
-    return predict_harm(run.models, run.unmerged, configuration, images, method=HARM_METHOD, generator=source)
+    return predict_sensitivity(
+        run.models, run.unmerged, configuration, images, method=SENSITIVITY_METHOD, generator=source
+    )
 
 
 def refit_frozen(run: "Run", trained: Mapping[str, Task]) -> None:

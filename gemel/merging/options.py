@@ -8,12 +8,12 @@ from gemel.alignment.matching import BY_ORDER, MATCHINGS
 from gemel.environment import DEVICES
 from gemel.environment.device import has_device
 from gemel.merging.initialisation import (
+    ADAPTER_BUDGET_OF,
     ALIGNMENT_OF,
     LEAST_SQUARES,
     MATCHING_OF,
-    MAX_PRICE,
+    MAX_ADAPTER_BUDGET,
     NO_ALIGNMENT,
-    PRICE_OF,
     WEIGHTS_OF,
 )
 from gemel.sharing.initial_weights import INITIAL_WEIGHTS
@@ -26,13 +26,13 @@ MAY_BE_NONE = ("warmup_steps", "statistics_batches", "screening_images")  # trai
 
 def with_defaults(how: dict) -> dict:
     """The options given, and for those left open (None) what the strategy does best with."""
-    strategy, price = how["strategy"], how["residual_price"]
+    strategy, price = how["strategy"], how["adapter_budget"]
     return {
         **how,
         "initial_weights": how["initial_weights"] or WEIGHTS_OF.get(strategy, "mean"),
         "alignment": how["alignment"] or ALIGNMENT_OF.get(strategy, NO_ALIGNMENT),
         "matching": how["matching"] or MATCHING_OF.get(strategy, BY_ORDER),
-        "residual_price": PRICE_OF.get(strategy, 0.0) if price is None else float(price),
+        "adapter_budget": ADAPTER_BUDGET_OF.get(strategy, 0.0) if price is None else float(price),
     }
 
 
@@ -52,9 +52,9 @@ def option_problems(how: dict, device, time_budget, seed, num_workers, cache_byt
     }
     for key, values in allowed.items():
         check(how[key] in values, key, how[key], ", ".join(filter(None, values)))
-    price, most = how["residual_price"], MAX_PRICE if how["strategy"] in [*PRICE_OF] else 0.0
-    priced = price is None or (_is_number(price) and 0 <= price <= most)
-    check(priced, "residual_price", price, f"None or a number in [0, {most:g}] with strategy {how['strategy']}")
+    price, most = how["adapter_budget"], MAX_ADAPTER_BUDGET if how["strategy"] in [*ADAPTER_BUDGET_OF] else 0.0
+    adapted = price is None or (_is_number(price) and 0 <= price <= most)
+    check(adapted, "adapter_budget", price, f"None or a number in [0, {most:g}] with strategy {how['strategy']}")
     check(isinstance(seed, int) and seed >= 0, "seed", seed, "a whole number from 0 on")
     budgeted = time_budget is None or (isinstance(time_budget, (int, float)) and time_budget > 0)
     check(budgeted, "time_budget", time_budget, "seconds, more than 0")

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 from gemel.results_store.tensors import Entry, Store
-from gemel.sharing.adapters import is_sound, own_part, residual_part
+from gemel.sharing.adapters import adapter_part, is_sound, own_part
 
 
 def store_problems(manifest: dict, store: Store) -> Iterator[str]:
@@ -18,12 +18,12 @@ def store_problems(manifest: dict, store: Store) -> Iterator[str]:
         return
     merged = sum(sizes.values())
     unmerged = sum(sum(map(sizes.__getitem__, set(keys.values()))) for keys in manifest["tensors"].values())
-    unmerged -= sum(g.get("residual_bytes", 0) * len(g["occurrences"]) for g in manifest["shared_layers"])
+    unmerged -= sum(g.get("adapter_bytes", 0) * len(g["occurrences"]) for g in manifest["shared_layers"])
     for key, found in (("merged_bytes", merged), ("unmerged_bytes", unmerged)):
         if manifest["memory"][key] != found:
             yield f"memory: {key}: got {manifest['memory'][key]}, but the store's tensors make {found}"
     yield from _sharing_problems(manifest, sizes)
-    yield from _residual_problems(manifest, store.entries)
+    yield from _adapter_problems(manifest, store.entries)
 
 
 def _sharing_problems(manifest: dict, sizes: Mapping[str, int]) -> Iterator[str]:
@@ -52,14 +52,14 @@ def _sharing_problems(manifest: dict, sizes: Mapping[str, int]) -> Iterator[str]
             yield f"tensors: {', '.join(sorted(tasks))} share {key}, which is in no shared layer"
 
 
-def _residual_problems(manifest: dict, entries: Mapping[str, Entry]) -> Iterator[str]:
+def _adapter_problems(manifest: dict, entries: Mapping[str, Entry]) -> Iterator[str]:
     """Every occurrence of a layer that is shared at a price has its residual, in tensors of so many bytes."""
     for index, group in enumerate(manifest["shared_layers"]):
-        rank, size = group.get("rank", 0), group.get("residual_bytes", 0)
+        rank, size = group.get("rank", 0), group.get("adapter_bytes", 0)
         for occurrence in group["occurrences"] if rank or size else ():
             task, layer = occurrence["task"], occurrence["layer"]
             keys = manifest["tensors"][task]
-            residual = {part: entries[key] for part, key in residual_part(keys, layer).items()}
+            residual = {part: entries[key] for part, key in adapter_part(keys, layer).items()}
             own = {part: entries[key] for part, key in own_part(keys, layer).items()}
             shapes = ({part: entry.shape for part, entry in found.items()} for found in (own, residual))
             alike = len({entry.dtype for entry in (*own.values(), *residual.values())}) == 1

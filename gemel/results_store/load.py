@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from gemel.results_store.files import ResultsError, sha256_of
-from gemel.results_store.manifest import priced_layers, read_result
+from gemel.results_store.manifest import adapted_layers, read_result
 from gemel.results_store.tensors import Entry, read_tensors
-from gemel.sharing.adapters import ATTRIBUTE, max_rank, own_modules, put_residual, residual_of, set_rank
+from gemel.sharing.adapters import ATTRIBUTE, adapter_of, max_rank, own_modules, set_adapter, set_rank
 from gemel.sharing.memory import named_tensors
 from model_architectures import rebuild
 
@@ -60,9 +60,9 @@ def load_merged(
     device = torch.device(device)
     with contextlib.ExitStack() as undo:
         for task, model in modules.items():
-            ranks = priced_layers(manifest["shared_layers"], task)
+            ranks = adapted_layers(manifest["shared_layers"], task)
             if ranks or any(f"{ATTRIBUTE}." in name for name in slots[task].tensors):
-                _set_residuals(task, model, ranks, undo)
+                _set_adapters(task, model, ranks, undo)
                 slots[task] = _slots(model)
         is_parameter = _check_fit(manifest["tensors"], slots, store.entries)
         keys = (key for task in wanted for key in manifest["tensors"][task].values())
@@ -166,15 +166,15 @@ def _on_meta(value: object) -> object:
 # ---- residuals ------------------------------------------------------------------------------------------
 
 
-def _set_residuals(task: str, model: nn.Module, ranks: Mapping[str, int], undo: contextlib.ExitStack) -> None:
+def _set_adapters(task: str, model: nn.Module, ranks: Mapping[str, int], undo: contextlib.ExitStack) -> None:
     """Gives the model the residuals of layers that are shared at a price, and takes away others that it has."""
     layers = dict(own_modules(model))
     for name in ranks:
         if name not in layers or ranks[name] > max_rank(layers[name]):
             raise ResultsError(f"{task}: {name} can have no residual of rank {ranks[name]} in this model")
     for name, layer in layers.items():
-        if (before := residual_of(layer)) is not None or name in ranks:
-            undo.callback(put_residual, layer, before)
+        if (before := adapter_of(layer)) is not None or name in ranks:
+            undo.callback(set_adapter, layer, before)
             set_rank(layer, ranks.get(name, 0))
 
 

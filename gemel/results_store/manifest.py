@@ -121,7 +121,7 @@ def read_result(path: str | Path) -> tuple[dict, Store]:
     return manifest, store
 
 
-def priced_layers(shared_layers: Iterable[Mapping], task: str) -> dict[str, int]:
+def adapted_layers(shared_layers: Iterable[Mapping], task: str) -> dict[str, int]:
     """The task's layers that are shared at a price -> the rank of their residuals."""
     groups = (group for group in shared_layers if group.get("rank"))
     return {o["layer"]: group["rank"] for group in groups for o in group["occurrences"] if o["task"] == task}
@@ -298,8 +298,8 @@ def _group_problems(where: str, group: object, tasks: Mapping) -> Iterator[str]:
         yield f"{where}: signature: got {_short(group.get('signature'))}; allowed: a text"
     if not _is_count(group.get("bytes")):
         yield f"{where}: bytes: got {_short(group.get('bytes'))}; allowed: a number of bytes"
-    if {"rank", "residual_bytes"} & set(group) and not all(_is_count(group.get(k)) for k in ("rank", "residual_bytes")):
-        got = _short({key: group.get(key) for key in ("rank", "residual_bytes")})
+    if {"rank", "adapter_bytes"} & set(group) and not all(_is_count(group.get(k)) for k in ("rank", "adapter_bytes")):
+        got = _short({key: group.get(key) for key in ("rank", "adapter_bytes")})
         yield f"{where}: got {got}; allowed: whole numbers, or neither of them"
     occurrences = group.get("occurrences")
     if not isinstance(occurrences, list) or len(occurrences) < 2 or not all(map(_is_occurrence, occurrences)):
@@ -335,7 +335,7 @@ def _agreement_problems(manifest: dict) -> Iterator[str]:
         yield "store: bytes: differ from those in file_bytes"
     memory = manifest["memory"]
     saved = sum(g["bytes"] * (len(g["occurrences"]) - 1) for g in manifest["shared_layers"])
-    saved -= sum(g.get("residual_bytes", 0) * len(g["occurrences"]) for g in manifest["shared_layers"])
+    saved -= sum(g.get("adapter_bytes", 0) * len(g["occurrences"]) for g in manifest["shared_layers"])
     if not memory["saved_bytes"] == memory["unmerged_bytes"] - memory["merged_bytes"] == saved:
         yield f"memory: saved_bytes: got {memory['saved_bytes']}, but the shared layers save {saved}"
     if memory["saved_bytes"] > memory["optimal_saved_bytes"]:

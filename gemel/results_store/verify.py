@@ -14,7 +14,7 @@ from gemel.results_store import files
 from gemel.results_store.checkpoint import open_checkpoint
 from gemel.results_store.files import ResultsError, first_line, sha256_of, size_of
 from gemel.results_store.load import load_merged
-from gemel.results_store.manifest import priced_layers, read_manifest, read_result
+from gemel.results_store.manifest import adapted_layers, read_manifest, read_result
 from gemel.results_store.tensors import Store, raw_bytes, read_tensors
 from gemel.sharing.adapters import plain_state
 from gemel.sharing.groups import signature_of
@@ -154,15 +154,15 @@ def _same_tensors(path: Path, manifest: dict, store: Store, task: str, damaged: 
         return Check(FAIL, str(error))
     except Exception as error:  # a damaged file can make the unpickler raise nearly anything
         return Check(FAIL, f"{path / name}: cannot be read: {first_line(error)}")
-    layers = priced_layers(manifest["shared_layers"], task)
+    layers = adapted_layers(manifest["shared_layers"], task)
     stored = plain_state({name: tensors[key] for name, key in keys.items()}, layers)
     if not isinstance(state, dict) or set(state) != set(stored):
         return Check(FAIL, f"{path / name}: its names are not those of the manifest")
     for key, tensor in stored.items():
         if not _same_bits(state[key], tensor):
             return Check(FAIL, f"{path / name}: {key!r} is not the tensor in the store")
-    with_residuals = f", {len(layers)} with their residuals folded in" if layers else ""
-    return Check(OK, f"{path / name}: {len(stored)} tensors, all as in the store{with_residuals}")
+    with_adapters_text = f", {len(layers)} with their residuals folded in" if layers else ""
+    return Check(OK, f"{path / name}: {len(stored)} tensors, all as in the store{with_adapters_text}")
 
 
 def _same_bits(value: object, stored: torch.Tensor) -> bool:

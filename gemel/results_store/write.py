@@ -36,10 +36,10 @@ from gemel.results_store.files import (
 from gemel.results_store.manifest import (
     FORMAT,
     NORMALISATION,
+    adapted_layers,
     assert_valid,
     has_results,
     json_bytes,
-    priced_layers,
     read_manifest,
     read_result,
     seal,
@@ -83,7 +83,7 @@ def write_results(path: str | Path, models: Mapping[str, nn.Module], manifest: d
             unchanged = before is not None and before["tensors"].get(task) == keys[task]
             written[name] = _carried(path, name, before) if unchanged else None
             if written[name] is None:
-                layers = priced_layers(manifest["shared_layers"], task)
+                layers = adapted_layers(manifest["shared_layers"], task)
                 written[name] = _stage(path, name, _pt_bytes(keys[task], tensors, layers), staged)
         written[STATISTICS] = _stage(path, STATISTICS, json_bytes(statistics), staged)
         new = _completed(new, written, before)
@@ -241,7 +241,7 @@ def _rebuilt(manifest: dict, store, name: str) -> bytes | memoryview:
     task = name.removeprefix(f"{files.WEIGHTS}/").removesuffix(".pt")
     keys = manifest["tensors"][task]
     tensors = read_tensors(store, keys.values(), manifest["store"])
-    return _pt_bytes(keys, tensors, priced_layers(manifest["shared_layers"], task))
+    return _pt_bytes(keys, tensors, adapted_layers(manifest["shared_layers"], task))
 
 
 def statistics_of(manifest: Mapping) -> dict:

@@ -20,7 +20,7 @@ PARTS = ("down.weight", "down.bias", "up.weight")
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of layers that can have one
 
 
-class LowRank(nn.Module):
+class Adapter(nn.Module):
     """The residual of one layer, on its device and of its dtype; nothing is added until `up` gets values."""
 
     def __init__(self, layer: nn.Module, rank: int):
@@ -56,14 +56,14 @@ class LowRank(nn.Module):
         return output + self(inputs[0])
 
 
-def residual_of(layer: nn.Module) -> LowRank | None:
+def adapter_of(layer: nn.Module) -> Adapter | None:
     residual = layer._modules.get(ATTRIBUTE)
-    return residual if isinstance(residual, LowRank) else None
+    return residual if isinstance(residual, Adapter) else None
 
 
-def put_residual(layer: nn.Module, residual: LowRank | None) -> None:
+def set_adapter(layer: nn.Module, residual: Adapter | None) -> None:
     """Gives the layer this residual in the place of the one that it has; None: takes it away."""
-    if (old := residual_of(layer)) is not None:
+    if (old := adapter_of(layer)) is not None:
         for number, hook in list(layer._forward_hooks.items()):
             if hook == old.add:
                 del layer._forward_hooks[number]
@@ -75,44 +75,44 @@ def put_residual(layer: nn.Module, residual: LowRank | None) -> None:
 
 def set_rank(layer: nn.Module, rank: int) -> None:
     """Gives the layer a new residual of that rank (0: none), unless it has one; raises ValueError if it cannot."""
-    old = residual_of(layer)
+    old = adapter_of(layer)
     if rank == (old.rank if old else 0):
         return
     if rank and not 0 < rank <= max_rank(layer):
         raise ValueError(f"a residual of rank {rank} for {layer}; allowed: 0 to {max_rank(layer)}")
-    put_residual(layer, LowRank(layer, rank) if rank else None)
+    set_adapter(layer, Adapter(layer, rank) if rank else None)
 
 
 def max_rank(layer: nn.Module) -> int:
     """The rank that its weight can have; 0 for a layer that can have no residual."""
     if not any(type(layer).forward is kind.forward for kind in KINDS):
         return 0
-    if residual_of(layer) is None and hasattr(layer, ATTRIBUTE):
+    if adapter_of(layer) is None and hasattr(layer, ATTRIBUTE):
         return 0
     groups = getattr(layer, "groups", 1)
     return min(len(layer.weight) // groups, layer.weight[0].numel())
 
 
-def residual_bytes(layer: nn.Module, rank: int) -> int:
+def adapter_bytes(layer: nn.Module, rank: int) -> int:
     """Bytes of a residual of that rank."""
     groups = getattr(layer, "groups", 1)
     inputs, outputs = layer.weight[0].numel() + (layer.bias is not None), len(layer.weight)
     return rank * (groups * inputs + outputs) * layer.weight.element_size()
 
 
-def rank_at(layer: nn.Module, price: float) -> int:
+def rank_within(layer: nn.Module, price: float) -> int:
     """The largest rank whose bytes are at most this share of the layer's; 0 if there is none."""
     if max_rank(layer) == 0:
         return 0
     own = sum(parameter.nbytes for parameter in layer.parameters(recurse=False))
-    return min(max_rank(layer), int(price * own / residual_bytes(layer, 1)))
+    return min(max_rank(layer), int(price * own / adapter_bytes(layer, 1)))
 
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """named_modules() without residuals and what is in them: the modules that the model had from the start."""
     residuals: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, LowRank):
+        if isinstance(module, Adapter):
             residuals.append(name + ".")
         elif not name.startswith(tuple(residuals)):
             yield name, module
@@ -120,13 +120,13 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def fold(layer: nn.Module) -> None:
     """Writes the residual into the layer's own parameters, which must not be shared, and takes it away."""
-    residual = residual_of(layer)
+    residual = adapter_of(layer)
     if residual is None:
         return
     own = {name: p.detach() for name, p in layer.named_parameters(recurse=False)}
     for name, values in folded(own, residual.state_dict()).items():
         getattr(layer, name).data.copy_(values)
-    put_residual(layer, None)
+    set_adapter(layer, None)
 
 
 def is_sound(own: Mapping[str, tuple[int, ...]], residual: Mapping[str, tuple[int, ...]], rank: int) -> bool:
@@ -144,7 +144,7 @@ def is_sound(own: Mapping[str, tuple[int, ...]], residual: Mapping[str, tuple[in
 def folded(own: Mapping[str, Tensor], residual: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weight (and bias) of the one layer that computes what a layer and its residual do.
 
-    own: "weight" and, if there is one, "bias"; residual: state dict of a LowRank. Summed rank by rank, element by
+    own: "weight" and, if there is one, "bias"; residual: state dict of a Adapter. Summed rank by rank, element by
     element, so that every machine gets the same bits.
     """
     down, up = residual["down.weight"], residual["up.weight"].flatten(1)
@@ -167,7 +167,7 @@ def plain_state(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[st
     """A state dict without residuals: those of these layers are folded into their weights."""
     found = dict(tensors)
     for layer in layers:
-        residual, at = residual_part(tensors, layer), f"{layer}." if layer else ""
+        residual, at = adapter_part(tensors, layer), f"{layer}." if layer else ""
         found |= {at + key: values for key, values in folded(own_part(tensors, layer), residual).items()}
         for part in residual:
             del found[f"{at}{ATTRIBUTE}.{part}"]
@@ -180,7 +180,7 @@ def own_part(tensors: Mapping[str, T], layer: str) -> dict[str, T]:
     return {part: tensors[at + part] for part in ("weight", "bias") if at + part in tensors}
 
 
-def residual_part(tensors: Mapping[str, T], layer: str) -> dict[str, T]:
+def adapter_part(tensors: Mapping[str, T], layer: str) -> dict[str, T]:
     """The same of a layer's residual, by the names within it."""
     at = f"{layer}.{ATTRIBUTE}." if layer else f"{ATTRIBUTE}."
     return {part: tensors[at + part] for part in PARTS if at + part in tensors}

@@ -46,12 +46,12 @@ class Group:
     bytes: int
     occurrences: tuple[Occurrence, ...]
     rank: int = 0
-    residual_bytes: int = 0  # of one occurrence
+    adapter_bytes: int = 0  # of one occurrence
 
     @property
     def saved_bytes(self) -> int:
         """Net of the residuals."""
-        return self.bytes * (len(self.occurrences) - 1) - self.residual_bytes * len(self.occurrences)
+        return self.bytes * (len(self.occurrences) - 1) - self.adapter_bytes * len(self.occurrences)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -61,9 +61,9 @@ class Group:
         """The group without the occurrences of other tasks; with fewer than two left it shares nothing."""
         return replace(self, occurrences=tuple(o for o in self.occurrences if o.task in tasks))
 
-    def at_price(self, rank: int, residual_bytes: int) -> "Group":
+    def with_adapters(self, rank: int, adapter_bytes: int) -> "Group":
         """The group with residuals of that rank, and of so many bytes for an occurrence."""
-        return replace(self, rank=rank, residual_bytes=residual_bytes)
+        return replace(self, rank=rank, adapter_bytes=adapter_bytes)
 
 
 Configuration = tuple[Group, ...]  # the groups that are tied
@@ -178,14 +178,14 @@ def around(kept: Configuration, groups: Configuration) -> Configuration:
         free = [o for o in group.occurrences if o not in tied and o.task not in found[best].tasks]
         found[best] = replace(found[best], occurrences=(*found[best].occurrences, *free))
         tied |= set(free)
-    return ordered(replace(group, rank=0, residual_bytes=0) for group in (*found, *left))
+    return ordered(replace(group, rank=0, adapter_bytes=0) for group in (*found, *left))
 
 
 def to_plain(configuration: Configuration) -> list[dict]:
     """The configuration as JSON values; `shared_layers` of the manifest."""
     return [
         {"signature": g.signature, "bytes": g.bytes, "occurrences": [o._asdict() for o in g.occurrences]}
-        | ({"rank": g.rank, "residual_bytes": g.residual_bytes} if g.rank else {})
+        | ({"rank": g.rank, "adapter_bytes": g.adapter_bytes} if g.rank else {})
         for g in configuration
     ]
 
@@ -198,7 +198,7 @@ def from_plain(plain: list[dict]) -> Configuration:
             g["bytes"],
             tuple(Occurrence(o["task"], o["layer"]) for o in g["occurrences"]),
             g.get("rank", 0),
-            g.get("residual_bytes", 0),
+            g.get("adapter_bytes", 0),
         )
         for g in plain
     )

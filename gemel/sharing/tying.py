@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gemel.sharing.adapters import LowRank, own_modules, put_residual, residual_of, set_rank
+from gemel.sharing.adapters import Adapter, adapter_of, own_modules, set_adapter, set_rank
 from gemel.sharing.groups import Configuration, Group, Occurrence
 from gemel.sharing.initial_weights import INITIAL_WEIGHTS
 
@@ -114,7 +114,7 @@ class Snapshot:
     """Everything needed to bring models back bit by bit: which tensor stood where, and the values it had."""
 
     places: tuple[tuple[nn.Module, str, Tensor], ...]
-    residuals: tuple[tuple[nn.Module, LowRank | None], ...]
+    residuals: tuple[tuple[nn.Module, Adapter | None], ...]
     values: tuple[tuple[Tensor, Tensor], ...]  # (tensor, copy of its values on the CPU)
     flags: tuple[tuple[nn.Parameter, bool], ...]  # requires_grad
     modes: tuple[tuple[nn.Module, bool], ...]  # training
@@ -131,7 +131,7 @@ def take_snapshot(models: nn.Module) -> Snapshot:
     distinct = {id(tensor): tensor for _, _, tensor in places}.values()
     return Snapshot(
         places=tuple(places),
-        residuals=tuple((module, residual_of(module)) for _, module in own_modules(models)),
+        residuals=tuple((module, adapter_of(module)) for _, module in own_modules(models)),
         values=tuple((tensor, tensor.detach().to("cpu", copy=True)) for tensor in distinct),
         flags=tuple((tensor, tensor.requires_grad) for tensor in distinct if isinstance(tensor, nn.Parameter)),
         modes=tuple((module, module.training) for module in models.modules()),
@@ -142,8 +142,8 @@ def take_snapshot(models: nn.Module) -> Snapshot:
 def restore_snapshot(snapshot: Snapshot) -> None:
     """Undoes every tie, training step and change of statistics since the snapshot was taken."""
     for module, residual in snapshot.residuals:
-        if residual_of(module) is not residual:
-            put_residual(module, residual)
+        if adapter_of(module) is not residual:
+            set_adapter(module, residual)
     for module, key, tensor in snapshot.places:
         if getattr(module, key) is not tensor:
             setattr(module, key, tensor)

@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from gemel.sharing.adapters import rank_at, residual_bytes
+from gemel.sharing.adapters import adapter_bytes, rank_within
 from gemel.sharing.groups import (
     Configuration,
     Group,
@@ -29,21 +29,21 @@ from gemel.sharing.groups import (
     saved_bytes,
     to_plain,
 )
-from gemel.strategies.base import NONE, Adopting, Harm, Ratios
+from gemel.strategies.base import NONE, Adopting, Ratios, Sensitivity
 
 NEAR = 0.93  # of its target: from here on a task that fails needs little
 FAR = 0.8  # of its target: below, halving twice would not be enough, if the harm halves along (benchmarks/LOG.md)
 # Of the bytes that it shares; twice as much each time it fails again.
 RELEASED_WHEN_NEAR, RELEASED_WHEN_FAR = 0.03, 0.25
-HELD_BACK = 0.002  # of the possible saving: what the jump leaves out at most, but for what is hopeless
-HOPELESS = 0.25  # predicted harm of a group from which it is left to training (benchmarks/LOG.md)
-HOPELESS_SHARE = 0.25  # of the possible saving: what is left to training from the start at most, the worst first
+HELD_BACK = 0.002  # of the possible saving: what the jump leaves out at most, but for what is infeasible
+INFEASIBLE = 0.25  # predicted harm of a group from which it is left to training (benchmarks/LOG.md)
+INFEASIBLE_SHARE = 0.25  # of the possible saving: what is left to training from the start at most, the worst first
 WORTH_A_FIT = 0.01  # of the possible saving: smaller parts that a fit does not bring to target are left to training
 SMALLEST_PART = 0.25  # of what was missing before it was filled in: the same (benchmarks/LOG.md)
-WORTH_A_PRICE = 0.03  # of the possible saving: if less is missing, it is left to training without residuals
+WORTH_ADAPTERS = 0.03  # of the possible saving: if less is missing, it is left to training without residuals
 JUMP, BACK_OFF, FILL, TRAIN, DONE = "jump", "back off", "fill in", "fill in with training", "done"
-PRICED, TRAIN_PRICED = "fill in at a price", "fill in at a price with training"
-FOLLOWING = {FILL: PRICED, PRICED: TRAIN_PRICED, TRAIN_PRICED: TRAIN, TRAIN: DONE}
+WITH_ADAPTERS, TRAIN_WITH_ADAPTERS = "fill in at a price", "fill in at a price with training"
+FOLLOWING = {FILL: WITH_ADAPTERS, WITH_ADAPTERS: TRAIN_WITH_ADAPTERS, TRAIN_WITH_ADAPTERS: TRAIN, TRAIN: DONE}
 
 Part = dict[int, tuple[str, ...]]  # what is tried as one: index of a group -> tasks that would join it
 
@@ -53,13 +53,13 @@ class Adaptive(Adopting):
 
     def __init__(self, models: Mapping[str, nn.Module], groups: Configuration | None = None, price: float = 0.0):
         self.groups = find_groups(models) if groups is None else groups
-        self.priced = [_at_price(group, models, price) for group in self.groups]
-        self.hopeless: Configuration = ()  # what the first jump leaves out
+        self.adapted = [_with_adapters(group, models, price) for group in self.groups]
+        self.infeasible: Configuration = ()  # what the first jump leaves out
         self.held_back: Configuration = ()  # what the second leaves out, should the first fail
-        self.foreseen: list[float] = []  # predicted harm of each of `groups` for the task that it hurts most
+        self.predicted: list[float] = []  # predicted harm of each of `groups` for the task that it hurts most
         first = {name: next(iter(find_layers(model)), None) for name, model in models.items()}
         self.stems = [all(first[o.task].name == o.layer for o in group.occurrences) for group in self.groups]
-        self.frailest: str | None = None  # the task that all groups together are predicted to hurt most
+        self.most_sensitive: str | None = None  # the task that all groups together are predicted to hurt most
         self.own: Configuration = ()
         self.phase = JUMP
         self.working: Configuration = ()  # what a failed trial of this descent has left to try, or to train
@@ -73,21 +73,21 @@ class Adaptive(Adopting):
         return self.with_adopted(self.own)
 
     @property
-    def goes_on(self) -> bool:
-        return self.phase in (TRAIN_PRICED, TRAIN) and bool(self.working)
+    def continues_failed_trial(self) -> bool:
+        return self.phase in (TRAIN_WITH_ADAPTERS, TRAIN) and bool(self.working)
 
     @property
-    def uses_harm(self) -> bool:
+    def uses_sensitivity(self) -> bool:
         return self.phase in (JUMP, BACK_OFF)
 
     @property
-    def fits_anew(self) -> bool:
+    def refits_all_changes(self) -> bool:
         """Smaller parts are fitted behind what is kept, which is quicker and leaves the targets that were met alone."""
-        return self.phase not in (FILL, PRICED) or self.parts[:1] == [self._missing(self.phase)]
+        return self.phase not in (FILL, WITH_ADAPTERS) or self.parts[:1] == [self._missing(self.phase)]
 
     @property
-    def prefers_release(self) -> bool:
-        return self.phase not in (TRAIN_PRICED, TRAIN)
+    def releases_before_training(self) -> bool:
+        return self.phase not in (TRAIN_WITH_ADAPTERS, TRAIN)
 
     def propose(self) -> Configuration | None:
         """The next configuration; what has been tried, or ties nothing new, is passed over."""
@@ -107,45 +107,45 @@ class Adaptive(Adopting):
         return None
 
     def _next_jump(self) -> Configuration | None:
-        for left_out in (self.hopeless, self.held_back):
+        for left_out in (self.infeasible, self.held_back):
             jump = joined(self.kept, tuple(group for group in self.groups if group not in left_out))
             if self._is_new(jump):
                 return jump
         return None
 
-    def giver_of(self, group: Group) -> str | None:
+    def donor_of(self, group: Group) -> str | None:
         """Stems that no one set of weights is predicted to serve have those of the task at most risk."""
-        for other, is_stem, harm in zip(self.groups, self.stems, self.foreseen, strict=False):
-            if is_stem and harm > HOPELESS and set(group.occurrences) <= set(other.occurrences):
-                return self.frailest if self.frailest in group.tasks else None
+        for other, is_stem, harm in zip(self.groups, self.stems, self.predicted, strict=False):
+            if is_stem and harm > INFEASIBLE and set(group.occurrences) <= set(other.occurrences):
+                return self.most_sensitive if self.most_sensitive in group.tasks else None
         return None
 
-    def foresee(self, harm: Harm) -> None:
+    def set_sensitivity(self, harm: Sensitivity) -> None:
         """Chooses what the jumps leave out: what no fit can serve, and of the rest the most harm per byte first."""
         left = HELD_BACK * saved_bytes(self.groups)
         risk = {task: sum(h for (_, name), h in harm.items() if name == task) for _, task in harm}
-        self.frailest = max(sorted(risk), key=risk.__getitem__, default=None)
+        self.most_sensitive = max(sorted(risk), key=risk.__getitem__, default=None)
         worst = {group: max(harm.get((group, task), 0.0) for task in group.tasks) for group in self.groups}
-        self.foreseen = list(worst.values())
-        held = self._hopeless(worst)
-        self.hopeless = ordered(held)
+        self.predicted = list(worst.values())
+        held = self._infeasible(worst)
+        self.infeasible = ordered(held)
         for group in sorted(set(self.groups) - set(held), key=lambda g: (-worst[g] / g.bytes, g.occurrences)):
             if group.saved_bytes <= left:
                 held.append(group)
                 left -= group.saved_bytes
         self.held_back = ordered(held)
 
-    def _hopeless(self, worst: Mapping[Group, float]) -> list[Group]:
+    def _infeasible(self, worst: Mapping[Group, float]) -> list[Group]:
         """Groups that no one set of weights is predicted to serve."""
-        left = HOPELESS_SHARE * saved_bytes(self.groups)
+        left = INFEASIBLE_SHARE * saved_bytes(self.groups)
         chosen = []
         for group in sorted(worst, key=lambda group: (-worst[group], group.occurrences)):
-            if worst[group] > HOPELESS and group.saved_bytes <= left and self.giver_of(group) is None:
+            if worst[group] > INFEASIBLE and group.saved_bytes <= left and self.donor_of(group) is None:
                 chosen.append(group)
                 left -= group.saved_bytes
         return chosen
 
-    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Harm = NONE) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Sensitivity = NONE) -> None:
         trial = self.propose()
         assert trial is not None, "a trial is recorded that was never proposed"
         self.tried.add(self._key(trial))
@@ -158,21 +158,21 @@ class Adaptive(Adopting):
                 self._begin_filling(FILL)
         elif self.phase in FOLLOWING:
             self._give_up_part(met, ratios)
-            while self.phase in (FILL, PRICED, TRAIN_PRICED) and not self.parts:
+            while self.phase in (FILL, WITH_ADAPTERS, TRAIN_WITH_ADAPTERS) and not self.parts:
                 self._begin_filling(FOLLOWING[self.phase])
-            if self.phase in (TRAIN_PRICED, TRAIN) and self.parts and self._filled(self.parts[0]) == trial:
+            if self.phase in (TRAIN_WITH_ADAPTERS, TRAIN) and self.parts and self._filled(self.parts[0]) == trial:
                 self.working = trial  # training goes on from what was fitted
         elif self.phase == BACK_OFF or self._next_jump() is None:
             self._back_off(trial, set(met), ratios, harm)
 
-    def _back_off(self, trial: Configuration, met: set[str], ratios: Ratios, harm: Harm) -> None:
+    def _back_off(self, trial: Configuration, met: set[str], ratios: Ratios, harm: Sensitivity) -> None:
         failing = sorted({task for group in trial for task in group.tasks} - met)
         released = set()
         for task in failing or sorted({task for group in trial for task in group.tasks}):
             at_first = RELEASED_WHEN_NEAR if ratios.get(task, 1.0) >= NEAR else RELEASED_WHEN_FAR
             share = min(1.0, at_first * 2 ** self.failures.get(task, 0))
             self.failures[task] = self.failures.get(task, 0) + 1
-            released |= {(group, task) for group in most_harmful(trial, task, share, harm, self.kept)}
+            released |= {(group, task) for group in most_sensitive_groups(trial, task, share, harm, self.kept)}
         left = (group.restricted_to({t for t in group.tasks if (group, t) not in released}) for group in trial)
         self.working = joined(self.kept, ordered(group for group in left if len(group.occurrences) > 1))
         self.phase = BACK_OFF
@@ -182,7 +182,9 @@ class Adaptive(Adopting):
         part = self._missing(phase)
         self.phase, self.parts, self.working = phase, [part] if part else [], ()
         self.smallest = max(WORTH_A_FIT * saved_bytes(self.groups), SMALLEST_PART * self._gain(part))
-        if phase in (PRICED, TRAIN_PRICED) and self._gain(part) < WORTH_A_PRICE * saved_bytes(self.groups):
+        if phase in (WITH_ADAPTERS, TRAIN_WITH_ADAPTERS) and self._gain(part) < WORTH_ADAPTERS * saved_bytes(
+            self.groups
+        ):
             self.parts = []
 
     def _missing(self, phase: str) -> Part:
@@ -193,9 +195,9 @@ class Adaptive(Adopting):
         missing = {i: tuple(o.task for o in group.occurrences if o not in tied) for i, group in enumerate(self.groups)}
         left_out: list[Group] = []
         if phase == FILL:
-            left_out = self._hopeless(dict(zip(self.groups, self.foreseen, strict=False)))
-        elif phase in (PRICED, TRAIN_PRICED):
-            left_out = [group for group, priced in zip(self.groups, self.priced, strict=True) if not priced.rank]
+            left_out = self._infeasible(dict(zip(self.groups, self.predicted, strict=False)))
+        elif phase in (WITH_ADAPTERS, TRAIN_WITH_ADAPTERS):
+            left_out = [group for group, adapted in zip(self.groups, self.adapted, strict=True) if not adapted.rank]
         return {i: tasks for i, tasks in missing.items() if tasks and self.groups[i] not in left_out}
 
     def _give_up_part(self, met: Collection[str], ratios: Ratios = NONE) -> None:
@@ -205,7 +207,7 @@ class Adaptive(Adopting):
         """
         part = self.parts.pop(0)
         is_far = any(ratio < FAR for ratio in ratios.values())
-        if self.phase in (FILL, PRICED) and (is_far or self._gain(part) < self.smallest):
+        if self.phase in (FILL, WITH_ADAPTERS) and (is_far or self._gain(part) < self.smallest):
             return
         good, bad = (
             {i: left for i, tasks in part.items() if (left := tuple(t for t in tasks if (t in met) == is_good))}
@@ -226,7 +228,7 @@ class Adaptive(Adopting):
     def _filled(self, part: Part) -> Configuration:
         """What is kept, and the part: its tasks join those of the group that are tied, or in the part as well."""
         tied = {occurrence for group in self.kept for occurrence in group.occurrences}
-        groups = self.priced if self.phase in (PRICED, TRAIN_PRICED) else self.groups
+        groups = self.adapted if self.phase in (WITH_ADAPTERS, TRAIN_WITH_ADAPTERS) else self.groups
         added = [
             groups[i].restricted_to({o.task for o in groups[i].occurrences if o in tied or o.task in tasks})
             for i, tasks in part.items()
@@ -245,14 +247,14 @@ class Adaptive(Adopting):
         """A trial is known by what it ties, and by whether it is trained."""
         named = sorted(",".join(f"{o.task}:{o.layer}" for o in g.occurrences) + "+" * bool(g.rank) for g in trial)
         digest = hashlib.sha256(";".join(named).encode()).hexdigest()[:16]
-        return f"{digest} trained" if self.phase in (TRAIN_PRICED, TRAIN) else digest
+        return f"{digest} trained" if self.phase in (TRAIN_WITH_ADAPTERS, TRAIN) else digest
 
     def state(self) -> dict:
         return {
-            "hopeless": to_plain(self.hopeless),
+            "infeasible": to_plain(self.infeasible),
             "held_back": to_plain(self.held_back),
-            "foreseen": self.foreseen,
-            "frailest": self.frailest,
+            "predicted": self.predicted,
+            "most_sensitive": self.most_sensitive,
             "own": to_plain(self.own),
             "phase": self.phase,
             "working": to_plain(self.working),
@@ -264,8 +266,8 @@ class Adaptive(Adopting):
         }
 
     def load_state(self, state: dict) -> None:
-        self.hopeless, self.held_back = from_plain(state.get("hopeless", [])), from_plain(state["held_back"])
-        self.foreseen, self.frailest = list(state["foreseen"]), state.get("frailest")
+        self.infeasible, self.held_back = from_plain(state.get("infeasible", [])), from_plain(state["held_back"])
+        self.predicted, self.most_sensitive = list(state["predicted"]), state.get("most_sensitive")
         self.own, self.working = from_plain(state["own"]), from_plain(state["working"])
         self.phase, self.failures = state["phase"], dict(state["failures"])
         self.parts = [{index: tuple(tasks) for index, tasks in part} for part in state["parts"]]
@@ -273,15 +275,17 @@ class Adaptive(Adopting):
         self.tried, self.adopted = set(state["tried"]), from_plain(state["adopted"])
 
 
-def _at_price(group: Group, models: Mapping[str, nn.Module], price: float) -> Group:
+def _with_adapters(group: Group, models: Mapping[str, nn.Module], price: float) -> Group:
     """The group with the residuals that the price buys; without, where it buys none."""
     first = group.occurrences[0]
     layer = models[first.task].get_submodule(first.layer)
-    rank = rank_at(layer, price)
-    return group.at_price(rank, residual_bytes(layer, rank)) if rank else group
+    rank = rank_within(layer, price)
+    return group.with_adapters(rank, adapter_bytes(layer, rank)) if rank else group
 
 
-def most_harmful(trial: Configuration, task: str, share: float, harm: Harm, kept: Configuration = ()) -> list[Group]:
+def most_sensitive_groups(
+    trial: Configuration, task: str, share: float, harm: Sensitivity, kept: Configuration = ()
+) -> list[Group]:
     """Groups of the task to release: the most harm per byte first, until `share` of the bytes it shares is reached.
 
     Groups that are kept already are not released. Without a measure of harm the largest go first.

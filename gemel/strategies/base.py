@@ -14,31 +14,33 @@ from gemel.sharing.groups import Configuration, Group, joined
 
 NONE: Mapping = MappingProxyType({})
 Ratios = Mapping[str, float]  # task -> what it reached, as a share of its target
-Harm = Mapping[tuple[Group, str], float]  # (group, task) -> how much the group hurts the task
+Sensitivity = Mapping[tuple[Group, str], float]  # (group, task) -> how much the group hurts the task
 
 
 class Strategy(Protocol):
     """What the merger asks of a strategy."""
 
     kept: Configuration
-    uses_harm: bool
-    fits_anew: bool  # fitted weights are found for all that a trial changes, not for what it newly ties alone
-    prefers_release: bool  # where fitted weights will not do, it would rather release something than train
-    goes_on: bool  # the next trial begins with the weights of the last one, which failed, instead of the kept ones
+    uses_sensitivity: bool
+    refits_all_changes: bool  # fitted weights are found for all that a trial changes, not for what it newly ties alone
+    releases_before_training: bool  # where fitted weights will not do, it would rather release something than train
+    continues_failed_trial: (
+        bool  # the next trial begins with the weights of the last one, which failed, instead of the kept ones
+    )
 
-    def foresee(self, harm: Harm) -> None:
+    def set_sensitivity(self, harm: Sensitivity) -> None:
         """harm: predicted, of every group on every task in it; before the first proposal, if the strategy uses it."""
 
     def propose(self) -> Configuration | None: ...
 
-    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Harm = NONE) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Sensitivity = NONE) -> None:
         """kept: the whole proposal met its targets. met: the tasks that met their target in the trial.
 
         ratios: of the tasks whose weights the trial changed. harm: of every group of a failed trial on every task in
         it, if the strategy uses it.
         """
 
-    def giver_of(self, group: Group) -> str | None:
+    def donor_of(self, group: Group) -> str | None:
         """The task whose own weights a group is given, where they are not to be fitted to all of its tasks."""
 
     def adopt(self, kept: Configuration) -> None: ...
@@ -51,13 +53,13 @@ class Strategy(Protocol):
 class Adopting:
     """The part of a strategy that is alike for all: what an earlier run has kept is part of every proposal."""
 
-    uses_harm = fits_anew = prefers_release = goes_on = False
+    uses_sensitivity = refits_all_changes = releases_before_training = continues_failed_trial = False
     adopted: Configuration = ()
 
-    def foresee(self, harm: Harm) -> None:
+    def set_sensitivity(self, harm: Sensitivity) -> None:
         pass
 
-    def giver_of(self, group: Group) -> str | None:
+    def donor_of(self, group: Group) -> str | None:
         return None
 
     def adopt(self, kept: Configuration) -> None:

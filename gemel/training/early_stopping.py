@@ -71,11 +71,11 @@ class Progress:
         if 0 < gain < self.gain_before:
             rate = gain / self.gain_before
             reachable = self.accuracy + gain * rate * (1 - rate**spans) / (1 - rate)
-        hopeless = reachable < self.target
-        if not hopeless:
+        infeasible = reachable < self.target
+        if not infeasible:
             self.restart_patience(step)
             self.gain_before = gain
-        return hopeless
+        return infeasible
 
     def steps_to_target(self) -> float:
         """Steps still needed if the last two evaluations lie on a line; infinite without progress."""

@@ -38,7 +38,7 @@ def never() -> bool:
 
 
 @dataclass(frozen=True)
-class Circumstances:
+class RoundContext:
     """What a round depends on besides its tasks and options."""
 
     device: torch.device

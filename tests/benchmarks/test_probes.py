@@ -56,9 +56,12 @@ def test_harm_is_measured_without_changing_the_models(probe):
         CPU,
     )
     groups = harm.sample_groups(find_groups(classifiers.models), 2, 0)
-    seen = harm.seen_harm(classifiers, groups, 6)
+    seen = harm.measured_sensitivity(classifiers, groups, 6)
     pairs = {(group, task) for group in groups for task in group.tasks}
-    assert all(set(harm_of) == pairs for harm_of in seen.values()) and len(set(seen["cross-entropy"].values())) == 4
+    assert (
+        all(set(sensitivity_of) == pairs for sensitivity_of in seen.values())
+        and len(set(seen["cross-entropy"].values())) == 4
+    )
     found = harm.predictions(classifiers, groups, 6, 0)
     assert all(set(scores) == pairs for scores, _ in found.values())
     assert all(torch.equal(states[key], value) for key, value in probe.models.state_dict().items())

@@ -84,7 +84,7 @@ def test_groups_are_made_to_agree_with_what_is_kept():
     def group(*names):
         return Group("x", 4, tuple(Occurrence(*name.split(".")) for name in names))
 
-    kept = (group("a.1", "b.2").at_price(1, 1),)
+    kept = (group("a.1", "b.2").with_adapters(1, 1),)
     found = around(kept, (group("a.1", "b.1", "c.1"), group("a.2", "b.2", "c.2"), group("a.3", "c.3")))
     tied = [set(g.occurrences) for g in found]
     assert any(set(kept[0].occurrences) < occurrences for occurrences in tied), "what is tied stays, and grows"

@@ -5,7 +5,7 @@ import torch
 from pico import Mixed, PicoDetector, PicoNet
 from torch import nn
 
-from gemel.fitting.sensitivity import METHODS, predict_harm
+from gemel.fitting.sensitivity import METHODS, predict_sensitivity
 from gemel.sharing.groups import find_groups
 from gemel.sharing.tying import tie
 
@@ -35,7 +35,7 @@ def workload():
 def test_a_layer_that_moved_hurts_and_one_that_stayed_does_not(method):
     models, teachers, groups, images = workload()
     states = copy.deepcopy(models.state_dict())
-    harm = predict_harm(models, teachers, groups, images, method=method, generator=generator())
+    harm = predict_sensitivity(models, teachers, groups, images, method=method, generator=generator())
     named = {(group.occurrences[0].layer, task): value for (group, task), value in harm.items()}
     assert set(harm) == {(group, task) for group in groups for task in group.tasks}
     assert all(value >= 0 for value in harm.values())
@@ -53,7 +53,7 @@ def test_layers_that_are_equal_already_do_no_harm(method):
     groups = find_groups(models)
     tie(models, groups)
     images = {task: [torch.rand(4, 3, 16, 16)] for task in models}
-    harm = predict_harm(models, teachers, groups, images, method=method, generator=generator())
+    harm = predict_sensitivity(models, teachers, groups, images, method=method, generator=generator())
     assert max(harm.values()) < 1e-6
 
 
@@ -65,11 +65,11 @@ def test_every_group_has_a_score_also_where_nothing_can_be_fitted(method):
     groups = find_groups(models)
     tie(models, groups)
     images = {task: [torch.rand(4, 3, 16, 16)] for task in models}
-    harm = predict_harm(models, teachers, groups, images, method=method, generator=generator())
+    harm = predict_sensitivity(models, teachers, groups, images, method=method, generator=generator())
     assert {group.occurrences[0].layer for group, _ in harm} >= {"attention", "attention.out_proj", "fc"}
     assert all(value > 0 for value in harm.values())
 
 
 def test_a_method_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="method: got 'guess'; allowed: weight_distance"):
-        predict_harm(nn.ModuleDict(), {}, (), {}, method="guess", generator=generator())
+        predict_sensitivity(nn.ModuleDict(), {}, (), {}, method="guess", generator=generator())

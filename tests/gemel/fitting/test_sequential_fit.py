@@ -8,7 +8,7 @@ from torch import nn
 from gemel.fitting.batch_norm import reestimate_statistics
 from gemel.fitting.least_squares import by_depth, fit_least_squares
 from gemel.fitting.rows import matrix_of
-from gemel.fitting.sequential_fit import ask_teachers, fit_in_lockstep, is_short_of_rows
+from gemel.fitting.sequential_fit import fit_sequentially, is_short_of_rows, sample_teachers
 from gemel.sharing.groups import Group, Occurrence, find_groups
 from gemel.sharing.tying import tie
 
@@ -20,8 +20,8 @@ def generator():
 
 
 def fit(models, teachers, groups, images, positions=2048, **options):
-    asked = ask_teachers(teachers, groups, images, generator=generator(), positions=positions)
-    return fit_in_lockstep(models, teachers, groups, images, asked=asked, **options)
+    asked = sample_teachers(teachers, groups, images, generator=generator(), positions=positions)
+    return fit_sequentially(models, teachers, groups, images, asked=asked, **options)
 
 
 def tied(groups=None, **models):
@@ -36,7 +36,7 @@ def tied(groups=None, **models):
 def test_it_equals_one_stage_per_layer_with_statistics_in_between():
     """One pass does what a pass per layer does."""
     states = []
-    for in_lockstep in (True, False):
+    for sequentially in (True, False):
         torch.manual_seed(0)
         models, teachers, groups = tied(a_x=PicoNet(extra=1), b_x=PicoNet(4, extra=1))
         images = {t: [torch.rand(2, 3, 16, 16, generator=generator())] for t in models}
@@ -45,7 +45,7 @@ def test_it_equals_one_stage_per_layer_with_statistics_in_between():
             for task in models:
                 reestimate_statistics(models[task], [(batch, None) for batch in images[task]], CPU)
 
-        if in_lockstep:
+        if sequentially:
             fits = fit(models, teachers, groups, images, positions=10_000)
         else:
             statistics()
@@ -158,7 +158,7 @@ def test_a_layer_with_far_fewer_rows_than_inputs_is_noticed():
     few, enough = ({t: [torch.rand(count, 3, 16, 16, generator=generator())] for t in models} for count in (4, 12))
 
     def is_short(images, groups, positions=10_000):
-        asked = ask_teachers(teachers, groups, images, generator=generator(), positions=positions)
+        asked = sample_teachers(teachers, groups, images, generator=generator(), positions=positions)
         return is_short_of_rows(teachers, groups, asked, positions)
 
     linear = [group for group in groups if group.occurrences[0].layer == "fc"]

@@ -45,16 +45,16 @@ def same(first: dict, second: dict) -> bool:
 
 def test_foreseeing_changes_nothing_and_holds_back_a_little(run, monkeypatch):
     before = state_of(run)
-    monkeypatch.setattr("gemel.strategies.adaptive.HOPELESS", math.inf)
-    merger_trial.foresee(run)
+    monkeypatch.setattr("gemel.strategies.adaptive.INFEASIBLE", math.inf)
+    merger_trial.set_sensitivity(run)
     assert same(before, state_of(run)) and not any(is_tied(run.models, group) for group in run.groups)
     assert saved_bytes(run.strategy.held_back) <= HELD_BACK * saved_bytes(run.groups)
     monkeypatch.setattr("gemel.strategies.adaptive.HELD_BACK", 0.5)
-    merger_trial.foresee(run)
+    merger_trial.set_sensitivity(run)
     held = run.strategy.held_back
     assert 0 < saved_bytes(held) <= 0.5 * saved_bytes(run.groups)
     everything = run.strategy.propose()
-    assert set(everything) == set(run.groups), "the first jump holds nothing back but what is hopeless"
+    assert set(everything) == set(run.groups), "the first jump holds nothing back but what is infeasible"
     run.strategy.record(False, set())
     assert not set(held) & set(run.strategy.propose())
 
@@ -70,18 +70,18 @@ def test_fitted_weights_come_near_to_what_each_task_could(run):
 
 def test_a_stem_may_be_given_by_one_task_and_the_rest_is_fitted_to_it(run, monkeypatch):
     stem = next(group for group in run.groups if group.occurrences[0].layer == "conv1" and len(group.tasks) > 1)
-    monkeypatch.setattr(run.strategy, "giver_of", lambda group: "south_pico" if group == stem else None)
+    monkeypatch.setattr(run.strategy, "donor_of", lambda group: "south_pico" if group == stem else None)
     retie(run.models, (), run.groups, run.unmerged, "mean")
     before = state_of(run)
     merger_trial.fit_weights(run, run.groups, run.tasks)
-    giver = run.unmerged["south_pico"]
+    donor = run.unmerged["south_pico"]
     for o in stem.occurrences:
         layer, norm = (run.models[o.task].get_submodule(name) for name in (o.layer, "bn1"))
-        assert torch.equal(layer.weight, giver.conv1.weight) and torch.equal(norm.weight, giver.bn1.weight)
+        assert torch.equal(layer.weight, donor.conv1.weight) and torch.equal(norm.weight, donor.bn1.weight)
     assert is_tied(run.models, stem) and not same({k: v for k, v in before.items() if "conv2" in k}, state_of(run))
     run.models.load_state_dict(before)
     merger_trial.fit_weights(run, (stem,), run.tasks)
-    assert not torch.equal(run.models["south_pico"].conv1.weight, giver.conv1.weight), "nothing could be fitted to it"
+    assert not torch.equal(run.models["south_pico"].conv1.weight, donor.conv1.weight), "nothing could be fitted to it"
 
 
 def test_fits_depend_on_the_seed_alone(run):
@@ -112,7 +112,7 @@ def test_the_better_of_two_fits_is_kept(run, monkeypatch):
         first.setdefault("state", state_of(run))
         return {name: Standing(ratio) for name, ratio in next(answers).items()}
 
-    monkeypatch.setattr(merger_trial, "fit_in_lockstep", fit)
+    monkeypatch.setattr(merger_trial, "fit_sequentially", fit)
     monkeypatch.setattr(merger_trial, "standings", standings)
     assert merger_trial.fit_weights(run, run.groups, run.tasks)["north_pico"].ratio == 0.9
     assert same(first["state"], state_of(run))
@@ -124,7 +124,7 @@ def test_the_better_of_two_fits_is_kept(run, monkeypatch):
 def test_a_fit_that_does_not_fit_the_memory_is_made_on_fewer_images(run, monkeypatch, caplog):
     retie(run.models, (), run.groups, run.unmerged, "mean")
     start, asked_for = state_of(run), []
-    images_of, fit = merger_trial.plain_images, merger_trial.fit_in_lockstep
+    images_of, fit = merger_trial.plain_images, merger_trial.fit_sequentially
 
     def plain_images(data, num_pixels, *more, **options):
         asked_for.append(num_pixels)
@@ -140,17 +140,17 @@ def test_a_fit_that_does_not_fit_the_memory_is_made_on_fewer_images(run, monkeyp
     monkeypatch.setattr(merger_trial, "MORE_IMAGES", 1)
     monkeypatch.setattr(merger_trial, "is_short_of_rows", lambda *more: False)
     monkeypatch.setattr(merger_trial, "plain_images", plain_images)
-    monkeypatch.setattr(merger_trial, "fit_in_lockstep", short_of_memory)
+    monkeypatch.setattr(merger_trial, "fit_sequentially", short_of_memory)
     merger_trial.fit_weights(run, run.groups, run.tasks)
     first, second, third = asked_for[:: len(run.tasks)]
     assert first == 2 * second == 4 * third and "out of memory" in caplog.text
     found = state_of(run)
     run.models.load_state_dict(start)
-    monkeypatch.setattr(merger_trial, "fit_in_lockstep", fit)
+    monkeypatch.setattr(merger_trial, "fit_sequentially", fit)
     monkeypatch.setattr(merger_trial, "FIT_PIXELS", merger_trial.FIT_PIXELS // 4)
     merger_trial.fit_weights(run, run.groups, run.tasks)
     assert same(found, state_of(run)), "as if it had begun with these"
-    monkeypatch.setattr(merger_trial, "fit_in_lockstep", lambda *more, **options: [].missing)
+    monkeypatch.setattr(merger_trial, "fit_sequentially", lambda *more, **options: [].missing)
     with pytest.raises(AttributeError):
         merger_trial.fit_weights(run, run.groups, run.tasks)
 
@@ -159,7 +159,7 @@ def test_a_trial_whose_fit_never_fits_the_memory_is_undone(run, monkeypatch):
     def fit(*more, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(merger_trial, "fit_in_lockstep", fit)
+    monkeypatch.setattr(merger_trial, "fit_sequentially", fit)
     merger.preflight(run)
     before = state_of(run)
     manifest = merger.merge(run)
@@ -189,7 +189,7 @@ def test_a_fit_starts_from_the_unmerged_models_whatever_was_tried_before(run):
         for tensor in run.models.state_dict().values():
             if tensor.is_floating_point():
                 tensor.mul_(0.5)
-    merger_trial.start_anew(run, run.groups, run.tasks)
+    merger_trial.reset_to_unmerged(run, run.groups, run.tasks)
     assert same(start, state_of(run)) and all(is_tied(run.models, group) for group in run.groups)
 
 
@@ -197,7 +197,7 @@ def test_lined_up_models_compute_the_same(run):
     images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     before = [run.models[name].eval()(images) for name in ("north_pico", "south_pico")]
     run.alignment = "activations"
-    merger_trial.line_up(run)
+    merger_trial.align_channels(run)
     after = [run.models[name](images) for name in ("north_pico", "south_pico")]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(before, after, strict=True))
     assert set(run.permutations) == set(run.tasks) and any(run.permutations.values())

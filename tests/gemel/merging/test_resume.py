@@ -21,12 +21,12 @@ from gemel.results_store.checkpoint import read_checkpoint
 from gemel.results_store.files import ResultsError
 from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import read_manifest
-from gemel.sharing.adapters import residual_of
+from gemel.sharing.adapters import adapter_of
 from gemel.sharing.groups import compared_layers, find_groups, from_plain, saved_bytes
 from gemel.training.batches import Batches
 from gemel.training.distillation import Teacher
 from gemel.training.options import TrainingOptions
-from gemel.training.outcome import Circumstances, Interrupted
+from gemel.training.outcome import Interrupted, RoundContext
 from gemel.workload import WorkloadError, read_workload
 from merge_workloads import merge_workload
 from trainer import recover
@@ -75,7 +75,7 @@ def test_a_round_goes_on_within_bit_for_bit(entries, tasks, data, steps, options
         groups = find_groups(models)
         teachers = {n: Teacher(models[n], unmerged[n], compared_layers(models[n], n, groups)) for n in tasks}
         try:
-            around = Circumstances(CPU, 0, ("x",), **more)
+            around = RoundContext(CPU, 0, ("x",), **more)
             return recover(models, tasks, data, training, around, teachers if training.teaches else {})
         finally:
             for teacher in teachers.values():
@@ -104,7 +104,7 @@ def test_an_interrupted_run_ends_where_the_uninterrupted_one_ends(
     with monkeypatch.context() as patch:
         stop = StopsAfter(steps)
         patch.setattr("gemel.environment.interrupts.Interrupts.asked", lambda self: stop())
-        patch.setattr(merger, "heed", lambda run: None)  # only the trainer asks, once a step
+        patch.setattr(merger, "raise_if_interrupted", lambda run: None)  # only the trainer asks, once a step
         with pytest.raises(KeyboardInterrupt):
             merge(halted, tmp_path / "halted", datasets, **options)
     assert same(state_of(halted), state_of(trained_entries)), "the models are handed back as they were kept"
@@ -167,7 +167,7 @@ def test_a_failed_trial_that_goes_on_survives_an_interruption(
         return outcome
 
     monkeypatch.setattr(merger, "recover", recover)
-    options = {"strategy": "adaptive", "private_epochs": 1.0, "tolerance": 0.3, "residual_price": 0.3}
+    options = {"strategy": "adaptive", "private_epochs": 1.0, "tolerance": 0.3, "adapter_budget": 0.3}
     whole = merge(entries, tmp_path / "whole", datasets, **options)
     assert [row["kept"] for row in whole["run"]["rounds"][:3]] == [False, True, False] and rounds[:4] == [0, 1, 2, 3]
     halted, play_round = copy.deepcopy(trained_entries), merger.play_round
@@ -265,28 +265,34 @@ def test_a_second_process_is_refused_before_it_evaluates_anything(entries, datas
 # ---- residuals ------------------------------------------------------------------------------------------------
 
 
-def refuse_without_residual(monkeypatch) -> None:
+def refuse_without_adapter(monkeypatch) -> None:
     """conv2 is never at target where it is shared without a residual."""
     honest = merger.recover
 
     def recover(models, tasks, *more):
         layers = [models[name].conv2 for name in tasks]
         shared = len({id(layer.weight) for layer in layers}) < len(layers)
-        if shared and not all(residual_of(layer) for layer in layers):
+        if shared and not all(adapter_of(layer) for layer in layers):
             return trainer.Outcome("needs training", dict.fromkeys(tasks, 0.1), (), 0, 0)
         return honest(models, tasks, *more)
 
     monkeypatch.setattr(merger, "recover", recover)
 
 
-PRICED = {"strategy": "adaptive", "initial_weights": None, "alignment": "none", "tolerance": 0.3, "residual_price": 0.3}
+WITH_ADAPTERS = {
+    "strategy": "adaptive",
+    "initial_weights": None,
+    "alignment": "none",
+    "tolerance": 0.3,
+    "adapter_budget": 0.3,
+}
 
 
 def test_what_is_shared_at_a_price_goes_through_every_door(trained_entries, datasets, tmp_path, monkeypatch, capsys):
     """A kill between rounds, a run that goes on, a task that is taken away: residuals are where they were."""
-    refuse_without_residual(monkeypatch)
+    refuse_without_adapter(monkeypatch)
     entries = copy.deepcopy(trained_entries)
-    whole = merge(entries, tmp_path / "whole", datasets, **PRICED)
+    whole = merge(entries, tmp_path / "whole", datasets, **WITH_ADAPTERS)
     images = torch.rand(4, 3, 16, 16)
     loaded = load_merged(tmp_path / "whole", {n: copy.deepcopy(e["model"]) for n, e in trained_entries.items()})
     expected = loaded["north_pico"](images)
@@ -304,12 +310,12 @@ def test_what_is_shared_at_a_price_goes_through_every_door(trained_entries, data
     with monkeypatch.context() as patch:
         patch.setattr(merger, "play_round", killed)
         with pytest.raises(KeyboardInterrupt):
-            merge(copy.deepcopy(trained_entries), tmp_path / "halted", datasets, **PRICED)
-    again = merge(copy.deepcopy(trained_entries), tmp_path / "halted", datasets, **PRICED)
+            merge(copy.deepcopy(trained_entries), tmp_path / "halted", datasets, **WITH_ADAPTERS)
+    again = merge(copy.deepcopy(trained_entries), tmp_path / "halted", datasets, **WITH_ADAPTERS)
     assert again["tensors"] == whole["tensors"] and again["shared_layers"] == whole["shared_layers"]
 
     alone = {name: copy.deepcopy(trained_entries[name]) for name in ("north_pico",)}
-    after = merge(alone, tmp_path / "whole", datasets, **PRICED)
+    after = merge(alone, tmp_path / "whole", datasets, **WITH_ADAPTERS)
     assert not after["shared_layers"] and not any("low_rank" in name for name in after["tensors"]["north_pico"])
     assert after["tasks"]["north_pico"]["merged_acc"] == whole["tasks"]["north_pico"]["merged_acc"]
     plain = torch.load(tmp_path / "whole" / "weights" / "north_pico.pt", weights_only=True)
@@ -331,7 +337,7 @@ def test_out_of_memory_halves_the_batch_of_that_task_and_goes_on(entries, tasks,
 
     monkeypatch.setattr(trainer, "task_losses", crowded)
     models = nn.ModuleDict({name: task.model for name, task in tasks.items()})
-    session = trainer._Round(models, tasks, data, TrainingOptions(), Circumstances(CPU, 0), {})
+    session = trainer._Round(models, tasks, data, TrainingOptions(), RoundContext(CPU, 0), {})
     for member in session.members.values():
         member.task.model.train()
     assert session.train_step() is None and session.step == 1
@@ -356,7 +362,7 @@ def test_a_round_is_given_up_when_one_sample_does_not_fit(entries, trained_entri
 def test_gradients_of_a_split_batch_are_those_of_the_whole(tasks, data):
     models = nn.ModuleDict({"east_pico": tasks["east_pico"].model})
     one = {"east_pico": tasks["east_pico"]}
-    session = trainer._Round(models, one, data, TrainingOptions(), Circumstances(CPU, 0), {})
+    session = trainer._Round(models, one, data, TrainingOptions(), RoundContext(CPU, 0), {})
     member = session.members["east_pico"]
     member.task.model.train()
     member.task.model.bn1.eval()
@@ -427,13 +433,13 @@ def test_models_that_share_nothing_get_their_order_of_channels_back(
         return trainer.Outcome("given up", {name: 0.0 for name in tasks}, (), 0, 0)
 
     moved = {}
-    line_up = merger.line_up
+    align_channels = merger.align_channels
 
     def watched(run):
-        line_up(run)
+        align_channels(run)
         moved.update(run.permutations)
 
-    monkeypatch.setattr(merger, "line_up", watched)
+    monkeypatch.setattr(merger, "align_channels", watched)
     monkeypatch.setattr(merger, "recover", fails)
     merge(entries, tmp_path / "results", datasets, strategy="adaptive", alignment="activations")
     assert any(moved.values()), "the pico models were trained apart, so some channels move"

@@ -16,7 +16,7 @@ from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import seal
 from gemel.results_store.verify import FAIL, verify
 from gemel.results_store.write import repair, write_results
-from gemel.sharing.adapters import fold, max_rank, plain_state, rank_at, residual_bytes, residual_of, set_rank
+from gemel.sharing.adapters import adapter_bytes, adapter_of, fold, max_rank, plain_state, rank_within, set_rank
 from gemel.sharing.groups import (
     Group,
     Occurrence,
@@ -43,7 +43,7 @@ LAYERS = {
 def filled(layer: nn.Module, rank: int = 2) -> nn.Module:
     """With a residual that does something."""
     set_rank(layer, rank)
-    for parameter in residual_of(layer).parameters():
+    for parameter in adapter_of(layer).parameters():
         nn.init.normal_(parameter)
     return layer
 
@@ -61,10 +61,10 @@ def test_a_layer_and_its_residual_are_the_layer_of_the_folded_weight(name):
     assert torch.equal(model(inputs), alone), "a new residual adds nothing"
     both = nn.Sequential(filled(layer))(inputs)
     assert not torch.allclose(both, alone, atol=1e-2)
-    assert residual_bytes(layer, 2) == sum(p.nbytes for p in residual_of(layer).parameters())
+    assert adapter_bytes(layer, 2) == sum(p.nbytes for p in adapter_of(layer).parameters())
     plain = plain_state(model.state_dict(), ["0"])
     fold(layer)
-    assert residual_of(layer) is None and not layer._forward_hooks
+    assert adapter_of(layer) is None and not layer._forward_hooks
     assert torch.allclose(model(inputs), both, atol=1e-5)
     assert plain.keys() == model.state_dict().keys()
     assert all(torch.equal(plain[key], value) for key, value in model.state_dict().items())
@@ -84,10 +84,10 @@ def test_residuals_move_and_copy_with_their_layers():
 
 def test_ranks_and_prices():
     layer = nn.Conv2d(8, 16, 3, bias=False)  # 1152 numbers, 88 per rank
-    assert rank_at(layer, 0.125) == 1 and rank_at(layer, 0.25) == 3 and rank_at(layer, 0.05) == 0
+    assert rank_within(layer, 0.125) == 1 and rank_within(layer, 0.25) == 3 and rank_within(layer, 0.05) == 0
     assert max_rank(layer) == 16 and max_rank(nn.Conv2d(8, 8, 3, groups=8)) == 1
     for other in (nn.ConvTranspose2d(4, 4, 3), nn.Embedding(3, 4), nn.LayerNorm(4)):
-        assert max_rank(other) == 0 and rank_at(other, 0.4) == 0
+        assert max_rank(other) == 0 and rank_within(other, 0.4) == 0
         with pytest.raises(ValueError, match="allowed: 0 to 0"):
             set_rank(other, 1)
     state = torch.get_rng_state()
@@ -112,7 +112,7 @@ def test_a_residual_takes_up_what_the_shared_weights_leave_over():
         models = nn.ModuleDict({name: nn.Sequential(nn.Linear(10, 6, bias=False)) for name in "ab"})
         group = Group("x", 240, (Occurrence("a", "0"), Occurrence("b", "0")))
         if rank:
-            group = group.at_price(rank, residual_bytes(models["a"][0], rank))
+            group = group.with_adapters(rank, adapter_bytes(models["a"][0], rank))
         retie(models, (), (group,), copy.deepcopy(models))
         fit = fit_group(models, group, {(n, "0"): r for n, r in rows.items()}, None, 1e-6, 800)
         errors.append(sum(fit.after.values()))
@@ -129,20 +129,20 @@ def test_a_residual_takes_up_what_the_shared_weights_leave_over():
 # ---- configurations -------------------------------------------------------------------------------------
 
 
-def priced(models, price: float = 0.3) -> tuple:
+def adapted(models, price: float = 0.3) -> tuple:
     """Every group at a price, where that buys a residual."""
     groups = []
     for group in find_groups(models):
         layer = models[group.occurrences[0].task].get_submodule(group.occurrences[0].layer)
-        rank = rank_at(layer, price)
-        groups.append(group.at_price(rank, residual_bytes(layer, rank)) if rank else group)
+        rank = rank_within(layer, price)
+        groups.append(group.with_adapters(rank, adapter_bytes(layer, rank)) if rank else group)
     assert any(group.rank for group in groups)
     return tuple(groups)
 
 
 def test_savings_are_net_and_survive_json():
     models = nn.ModuleDict({"a_x": PicoNet(), "b_x": PicoNet(), "c_x": PicoNet()})
-    before, free, groups = distinct_bytes(models), find_groups(models), priced(models)
+    before, free, groups = distinct_bytes(models), find_groups(models), adapted(models)
     assert saved_bytes(groups) < saved_bytes(free)
     assert set(from_plain(json.loads(json.dumps(to_plain(groups))))) == set(groups)
     assert "rank" not in to_plain(free)[0]
@@ -158,15 +158,15 @@ def test_savings_are_net_and_survive_json():
 
 def test_undo_brings_residuals_back_and_takes_them_away():
     models = nn.ModuleDict({"a_x": PicoNet(), "b_x": PicoNet()}).eval()
-    groups, unmerged = priced(models), copy.deepcopy(models)
+    groups, unmerged = adapted(models), copy.deepcopy(models)
     plain = take_snapshot(models)
     retie(models, (), groups, unmerged)
-    filled(models["a_x"].conv2, residual_of(models["a_x"].conv2).rank)
+    filled(models["a_x"].conv2, adapter_of(models["a_x"].conv2).rank)
     state, inputs = copy.deepcopy(models.state_dict()), torch.rand(2, 3, 8, 8)
-    expected, with_residuals = models["a_x"](inputs), take_snapshot(models)
+    expected, with_adapters_text = models["a_x"](inputs), take_snapshot(models)
     retie(models, groups, find_groups(models)[:1], unmerged)
-    assert residual_of(models["a_x"].conv2) is None
-    restore_snapshot(with_residuals)
+    assert adapter_of(models["a_x"].conv2) is None
+    restore_snapshot(with_adapters_text)
     assert torch.equal(models["a_x"](inputs), expected)
     assert all(torch.equal(value, state[key]) for key, value in models.state_dict().items())
     restore_snapshot(plain)
@@ -181,7 +181,7 @@ def test_undo_brings_residuals_back_and_takes_them_away():
 def written(tmp_path):
     """(folder, models, manifest) of a result in which some layers are shared at a price."""
     models = pico_models()
-    groups = priced(models)
+    groups = adapted(models)
     retie(models, find_groups(models), groups, copy.deepcopy(models))
     for group in groups:
         for o in group.occurrences if group.rank else ():
@@ -241,16 +241,16 @@ def test_residuals_that_a_model_has_beyond_the_result_are_taken_away(written, tm
     handed_in = fresh_models()
     filled(handed_in["b_x"].conv2)
     assert same_state(models, load_merged(tmp_path / "plain", handed_in))
-    assert residual_of(handed_in["b_x"].conv2) is None
+    assert adapter_of(handed_in["b_x"].conv2) is None
 
 
 WRONG = {
     "another rank": lambda group: group.update(rank=group["rank"] + 1),
     "a rank that is no number": lambda group: group.update(rank="2"),
     "a negative rank": lambda group: group.update(rank=-1),
-    "a rank without bytes": lambda group: group.pop("residual_bytes"),
-    "other bytes": lambda group: group.update(residual_bytes=group["residual_bytes"] + 4),
-    "no rank any more": lambda group: (group.pop("rank"), group.pop("residual_bytes")),
+    "a rank without bytes": lambda group: group.pop("adapter_bytes"),
+    "other bytes": lambda group: group.update(adapter_bytes=group["adapter_bytes"] + 4),
+    "no rank any more": lambda group: (group.pop("rank"), group.pop("adapter_bytes")),
 }
 
 
@@ -274,7 +274,7 @@ def test_a_model_that_does_not_fit_stays_without_residuals(written):
     handed_in = {**fresh_models(), "b_x": PicoNet(9)}
     with pytest.raises(ResultsError, match="b_x: the results do not fit the model"):
         load_merged(path, handed_in)
-    assert not any(residual_of(module) for model in handed_in.values() for module in model.modules())
+    assert not any(adapter_of(module) for model in handed_in.values() for module in model.modules())
 
 
 # ---- the search -----------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_without_a_price_nothing_has_a_residual():
 def test_a_price_that_all_pay_for_one_more_task_has_to_pay_off():
     strategy = Adaptive({f"task{i}_x": PicoNet(extra=1) for i in range(4)}, price=0.3)
     strategy.own, strategy.phase = restrict(strategy.groups, ["task0_x", "task1_x", "task2_x"]), "fill in at a price"
-    assert strategy.priced[0].saved_bytes < strategy.kept[0].saved_bytes, "four prices are more than a layer"
+    assert strategy.adapted[0].saved_bytes < strategy.kept[0].saved_bytes, "four prices are more than a layer"
     assert strategy._filled({0: ("task3_x",)}) == strategy.kept
     strategy.own = restrict(strategy.groups, ["task0_x", "task1_x"])
     assert any(group.rank for group in strategy._filled({0: ("task2_x", "task3_x")}))

@@ -7,7 +7,7 @@ from pico import PicoNet
 
 from gemel.sharing.groups import affected_tasks, find_groups, from_plain, joined, restrict, saved_bytes, to_plain
 from gemel.strategies import STRATEGIES, strategy_class
-from gemel.strategies.adaptive import Adaptive, most_harmful
+from gemel.strategies.adaptive import Adaptive, most_sensitive_groups
 from gemel.strategies.baselines import All, Gemel, Stem, gemel_units
 
 
@@ -75,7 +75,7 @@ def test_any_outcomes_end_grow_and_never_repeat(name, seed):
     strategy = strategy_class(name)(workload(3, 1, 2, 0, 2))
     kept_before, seen = (), set()
     while (proposal := strategy.propose()) is not None:
-        trial = (proposal, strategy.prefers_release)  # with fitted weights alone, or with training
+        trial = (proposal, strategy.releases_before_training)  # with fitted weights alone, or with training
         assert trial not in seen and contains(proposal, kept_before)
         seen.add(trial)
         occurrences = [o for group in proposal for o in group.occurrences]
@@ -183,14 +183,14 @@ def test_adaptive_jumps_first_and_releases_what_hurts_most_for_the_task_that_fai
     worst = next(group for group in everything if group.occurrences[0].layer == "conv2")
     harm[worst, "task1_x"] = 9.0
     strategy.record(False, {"task0_x", "task2_x"}, {}, harm)
-    assert not strategy.goes_on, "fits begin anew"
+    assert not strategy.continues_failed_trial, "fits begin anew"
     second = strategy.propose()
     left = next(group for group in second if group.occurrences[0].layer == "conv2")
     assert left.tasks == ("task0_x", "task2_x"), "the others go on sharing"
     assert len(second) == len(everything)
     strategy.record(True, tasks_in(second))
-    assert strategy.kept == second and not strategy.goes_on
-    assert strategy.propose() == everything and not strategy.prefers_release, "the jump, now with training"
+    assert strategy.kept == second and not strategy.continues_failed_trial
+    assert strategy.propose() == everything and not strategy.releases_before_training, "the jump, now with training"
 
 
 def test_a_second_jump_holds_back_a_little():
@@ -203,24 +203,32 @@ def test_a_second_jump_holds_back_a_little():
     again = Adaptive(workload(1, 1, 1))
     again.load_state(json.loads(json.dumps(strategy.state())))
     for each in (strategy, again):
-        assert set(each.propose()) == set(everything) - {first} and each.uses_harm
+        assert set(each.propose()) == set(everything) - {first} and each.uses_sensitivity
     strategy.record(True, tasks_in(strategy.propose()))
-    assert strategy.propose() == everything and not strategy.prefers_release, "no fit did it, so training has to"
+    assert strategy.propose() == everything and not strategy.releases_before_training, (
+        "no fit did it, so training has to"
+    )
 
 
 def test_what_no_fit_can_serve_is_left_to_training():
     strategy = Adaptive(workload(1, 1, width=16))
     groups = find_groups(workload(1, 1, width=16))
     smallest = min(groups, key=lambda group: group.bytes)
-    strategy.foresee({(group, task): 0.9 if group == smallest else 0.1 for group in groups for task in group.tasks})
+    strategy.set_sensitivity(
+        {(group, task): 0.9 if group == smallest else 0.1 for group in groups for task in group.tasks}
+    )
     assert smallest in strategy.held_back and smallest not in strategy.propose()
     strategy.record(True, tasks_in(strategy.propose()))
-    while strategy.prefers_release and (proposal := strategy.propose()) is not None and strategy.prefers_release:
+    while (
+        strategy.releases_before_training
+        and (proposal := strategy.propose()) is not None
+        and strategy.releases_before_training
+    ):
         assert smallest not in proposal
         strategy.record(True, tasks_in(proposal))
-    assert smallest in strategy.propose() and not strategy.prefers_release
-    strategy.foresee({(group, task): 0.9 for group in groups for task in group.tasks})
-    assert saved_bytes(strategy.held_back) <= 0.26 * saved_bytes(groups), "not all is hopeless at once"
+    assert smallest in strategy.propose() and not strategy.releases_before_training
+    strategy.set_sensitivity({(group, task): 0.9 for group in groups for task in group.tasks})
+    assert saved_bytes(strategy.held_back) <= 0.26 * saved_bytes(groups), "not all is infeasible at once"
 
 
 def test_a_stem_that_no_fit_can_serve_is_given_the_weights_of_the_task_at_most_risk():
@@ -228,39 +236,43 @@ def test_a_stem_that_no_fit_can_serve_is_given_the_weights_of_the_task_at_most_r
     strategy = Adaptive(models)
     stem, *others = sorted(find_groups(models), key=lambda group: group.occurrences[0].layer != "conv1")
     harm = {(group, task): 0.2 if task == "task1_x" else 0.1 for group in others for task in group.tasks}
-    strategy.foresee(harm | {(stem, task): 0.9 if task == "task0_x" else 0.2 for task in stem.tasks})
+    strategy.set_sensitivity(harm | {(stem, task): 0.9 if task == "task0_x" else 0.2 for task in stem.tasks})
     again = Adaptive(models)
     again.load_state(json.loads(json.dumps(strategy.state())))
     for each in (strategy, again):
-        assert stem in each.propose() and stem not in each.hopeless
-        assert each.giver_of(stem) == "task1_x", "of all layers together"
-        assert each.giver_of(stem.restricted_to({"task0_x", "task1_x"})) == "task1_x"
-        assert each.giver_of(stem.restricted_to({"task0_x", "task2_x"})) is None
-        assert [each.giver_of(group) for group in others] == [None] * len(others)
-    strategy.foresee(harm | {(stem, task): 0.2 for task in stem.tasks})
-    assert strategy.giver_of(stem) is None, "this one can be fitted"
+        assert stem in each.propose() and stem not in each.infeasible
+        assert each.donor_of(stem) == "task1_x", "of all layers together"
+        assert each.donor_of(stem.restricted_to({"task0_x", "task1_x"})) == "task1_x"
+        assert each.donor_of(stem.restricted_to({"task0_x", "task2_x"})) is None
+        assert [each.donor_of(group) for group in others] == [None] * len(others)
+    strategy.set_sensitivity(harm | {(stem, task): 0.2 for task in stem.tasks})
+    assert strategy.donor_of(stem) is None, "this one can be fitted"
     deep = others[0]
-    strategy.foresee({key: 0.9 if key[0] == deep else 0.1 for key in harm} | {(stem, t): 0.1 for t in stem.tasks})
-    assert strategy.giver_of(deep) is None and deep in strategy.hopeless, "what is before it would not be fitted to it"
+    strategy.set_sensitivity(
+        {key: 0.9 if key[0] == deep else 0.1 for key in harm} | {(stem, t): 0.1 for t in stem.tasks}
+    )
+    assert strategy.donor_of(deep) is None and deep in strategy.infeasible, (
+        "what is before it would not be fitted to it"
+    )
 
 
 @pytest.mark.parametrize("ratio, halved", [(0.79, False), (0.81, True)])
 def test_a_part_that_is_far_from_its_targets_is_not_halved_without_training(ratio, halved):
     strategy = Adaptive(workload(3, 3))
     everything = strategy.propose()
-    strategy.hopeless = tuple(everything[len(everything) // 2 :])
+    strategy.infeasible = tuple(everything[len(everything) // 2 :])
     strategy.record(True, tasks_in(strategy.propose()))
     assert strategy.phase == "fill in" and strategy.propose() == everything
     strategy.record(False, set(), {task: ratio for task in tasks_in(everything)})
     assert (strategy.phase == "fill in") == halved
-    assert strategy.prefers_release == halved and (strategy.propose() == everything) != halved
+    assert strategy.releases_before_training == halved and (strategy.propose() == everything) != halved
 
 
 def test_a_part_that_one_of_two_tasks_refuses_is_halved_by_its_groups():
     """To leave that task out would leave the other with nobody to share with."""
     strategy = Adaptive(workload(1, 1))
     everything = strategy.propose()
-    strategy.hopeless = everything[1:]
+    strategy.infeasible = everything[1:]
     strategy.record(True, tasks_in(strategy.propose()))
     strategy.record(False, {"task0_x"}, {"task0_x": 1.0, "task1_x": 0.95})
     assert strategy.phase == "fill in"
@@ -270,13 +282,13 @@ def test_a_part_that_one_of_two_tasks_refuses_is_halved_by_its_groups():
 def test_parts_smaller_than_a_share_of_what_was_missing_are_not_halved_without_training():
     strategy = Adaptive(workload(20, 20))
     everything = strategy.propose()
-    strategy.hopeless = everything[:1] + everything[3:]
+    strategy.infeasible = everything[:1] + everything[3:]
     strategy.record(True, tasks_in(strategy.propose()))
     missing, gains = saved_bytes(everything) - saved_bytes(strategy.kept), []
     while strategy.phase == "fill in":
         gains.append(saved_bytes(strategy.propose()) - saved_bytes(strategy.kept))
         strategy.record(False, set(), {task: 0.99 for task in tasks_in(everything)})
-    assert gains[0] == missing and len(gains) < len(strategy.hopeless), "not every layer on its own"
+    assert gains[0] == missing and len(gains) < len(strategy.infeasible), "not every layer on its own"
     for gain, after in zip(gains, gains[1:], strict=False):
         assert gain >= missing / 4 or after != gain - after
 
@@ -285,16 +297,20 @@ def test_training_goes_on_from_a_small_part_that_was_fitted(monkeypatch):
     monkeypatch.setattr("gemel.strategies.adaptive.WORTH_A_FIT", 0.5)
     strategy = Adaptive(workload(1, 1))
     everything = strategy.propose()
-    strategy.hopeless = strategy.held_back = tuple(g for g in everything if g.occurrences[0].layer == "conv1")
+    strategy.infeasible = strategy.held_back = tuple(g for g in everything if g.occurrences[0].layer == "conv1")
     strategy.record(True, tasks_in(strategy.propose()))
-    assert strategy.propose() == everything and strategy.prefers_release and not strategy.goes_on
+    assert (
+        strategy.propose() == everything and strategy.releases_before_training and not strategy.continues_failed_trial
+    )
     strategy.record(False, set())
-    assert strategy.goes_on and strategy.propose() == everything and not strategy.prefers_release
+    assert (
+        strategy.continues_failed_trial and strategy.propose() == everything and not strategy.releases_before_training
+    )
     again = Adaptive(workload(1, 1))
     again.load_state(strategy.state())
-    assert again.goes_on and again.propose() == everything
+    assert again.continues_failed_trial and again.propose() == everything
     strategy.record(False, set())
-    assert not strategy.goes_on
+    assert not strategy.continues_failed_trial
 
 
 def test_adaptive_releases_more_each_time_until_a_task_shares_nothing():
@@ -323,9 +339,9 @@ def test_most_harmful_takes_harm_per_byte_and_leaves_what_is_kept():
     groups = find_groups(workload(1, 1))
     harm = {(group, task): 1.0 for group in groups for task in group.tasks}
     smallest = min(groups, key=lambda group: group.bytes)
-    assert most_harmful(groups, "task0_x", 1e-9, harm) == [smallest]
-    assert smallest not in most_harmful(groups, "task0_x", 1.0, harm, kept=(smallest,))
-    assert set(most_harmful(groups, "task0_x", 1.0, harm)) == set(groups)
+    assert most_sensitive_groups(groups, "task0_x", 1e-9, harm) == [smallest]
+    assert smallest not in most_sensitive_groups(groups, "task0_x", 1.0, harm, kept=(smallest,))
+    assert set(most_sensitive_groups(groups, "task0_x", 1.0, harm)) == set(groups)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

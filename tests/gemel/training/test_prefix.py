@@ -24,7 +24,7 @@ from gemel.sharing.tying import tie
 from gemel.training.cut import Cut, Cuts
 from gemel.training.losses import task_losses
 from gemel.training.options import TrainingOptions
-from gemel.training.outcome import Circumstances
+from gemel.training.outcome import RoundContext
 from gemel.training.prefix import frozen, frozen_modules, prefix_of
 from merge_workloads import merge_workload
 from trainer import recover
@@ -267,7 +267,7 @@ def test_a_round_trains_what_lies_behind_the_cut_alone(tasks, data):
     before = copy.deepcopy(models.state_dict())
     parts = {name: prefix(model) for name, model in models.items()}
     trained = {name: tasks[name] for name in models}
-    outcome = recover(models, trained, data, LATE, Circumstances(CPU, 0, prefixes=parts))
+    outcome = recover(models, trained, data, LATE, RoundContext(CPU, 0, prefixes=parts))
     assert outcome.success and outcome.steps > 0
     changed = {key for key, value in models.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {

@@ -1,9 +1,9 @@
 """How well cheap scores predict which tied layers hurt which task: rank correlation with the harm that is then seen.
 
-    python -m benchmarks.harm --workload FILE.py --datasets DIR     # classifiers; minutes on one core
+    python -m benchmarks.sensitivity --workload FILE.py --datasets DIR     # classifiers; minutes on one core
 
 For a sample of groups: tie that group alone (mean of its weights), re-estimate batch normalisation statistics, and
-measure each task on val. Nothing is trained. Harm is seen as the drop of accuracy, which is coarse, and as the rise of
+measure each task on val. Nothing is trained. Sensitivity is seen as the drop of accuracy, which is coarse, and as the rise of
 cross-entropy, which is fine but falls where an overconfident model becomes less so. The table has Spearman's rank
 correlation of each score of sharing/harm.py with either, over all pairs of group and task and within each task.
 """
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from benchmarks.probes import Probe, add_arguments, open_probe, spearman
 from gemel.environment.seeds import generator
-from gemel.fitting.sensitivity import METHODS, Harm, predict_harm
+from gemel.fitting.sensitivity import METHODS, Sensitivity, predict_sensitivity
 from gemel.forward.batches import run
 from gemel.forward.modes import logits_of
 from gemel.merging.console import table
@@ -41,7 +41,7 @@ def quality(probe: Probe, task: str) -> dict[str, float]:
     return {"accuracy": float(accuracy), "cross-entropy": -float(F.cross_entropy(outputs, labels))}
 
 
-def seen_harm(probe: Probe, groups: Sequence[Group], num_images: int) -> dict[str, Harm]:
+def measured_sensitivity(probe: Probe, groups: Sequence[Group], num_images: int) -> dict[str, Sensitivity]:
     """Kind of harm -> (group, task) -> how much worse with that group alone tied, statistics re-estimated."""
     snapshot, harm = take_snapshot(probe.models), {"accuracy": {}, "cross-entropy": {}}
 
@@ -61,7 +61,9 @@ def seen_harm(probe: Probe, groups: Sequence[Group], num_images: int) -> dict[st
     return harm
 
 
-def predictions(probe: Probe, groups: Sequence[Group], num_images: int, seed: int) -> dict[str, tuple[Harm, float]]:
+def predictions(
+    probe: Probe, groups: Sequence[Group], num_images: int, seed: int
+) -> dict[str, tuple[Sensitivity, float]]:
     """Method -> (its scores, CPU seconds)."""
     snapshot = take_snapshot(probe.models)
     tie(probe.models, tuple(groups))
@@ -70,7 +72,7 @@ def predictions(probe: Probe, groups: Sequence[Group], num_images: int, seed: in
     for method in METHODS:
         began = time.process_time()
         options = {"method": method, "generator": generator(seed, "harm", method)}
-        harm = predict_harm(probe.models, probe.teachers, tuple(groups), images, **options)
+        harm = predict_sensitivity(probe.models, probe.teachers, tuple(groups), images, **options)
         results[method] = harm, time.process_time() - began
     restore_snapshot(snapshot)
     return results
@@ -87,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     if wrong := [name for name, task in probe.tasks.items() if task.kind != CLASSIFICATION]:
         parser.error(f"{', '.join(wrong)}: cross-entropy is measured of classifiers only")
     groups = sample_groups(find_groups(probe.models), flags.groups, flags.seed)
-    seen = seen_harm(probe, groups, flags.images)
+    seen = measured_sensitivity(probe, groups, flags.images)
     rows = []
     for method, (harm, seconds) in predictions(probe, groups, flags.images, flags.seed).items():
         for kind, truth in seen.items():
