@@ -1,6 +1,6 @@
 """The tables that people read: the workload and what it could save, one row per round, the closing report.
 
-Every function returns text; the merger and the script print it.
+Every function returns text; merger.py and merge_workloads.py print it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -91,7 +91,7 @@ def round_header() -> str:
 
 
 def round_row(row: Mapping) -> str:
-    """One round, as the merger records it (`merger.round_record`), in fixed columns; last, who was below the target."""
+    """One round, as RunRecord.add_round records it, in fixed columns; last, the tasks below their targets."""
     groups = f"{row['num_new_groups']} group{'s' * (row['num_new_groups'] != 1)}"
     tied = f"{groups}, {len(row['tasks'])} tasks: {row['what']}"
     verdict = f"{len(row['met'])}/{len(row['trained'])} {'kept' if row['kept'] else 'undone: ' + row['reason']}"
@@ -107,6 +107,17 @@ def round_row(row: Mapping) -> str:
     line = "  ".join(_fit(cell, width) for cell, (_, width) in zip(cells, ROUND_COLUMNS, strict=True))
     below = [task for task in row["trained"] if task not in row["met"]]
     return f"{line}  {', '.join(below)}".rstrip()
+
+
+def closing_report(manifest: Mapping, per_class: bool) -> str:
+    """The closing table, every class where asked for, and whether the search is over."""
+    parts = [closing_table(manifest), *([per_class_table(manifest)] if per_class else [])]
+    over = (
+        ""
+        if manifest["run"]["finished"]
+        else "\nthe time is over before everything was tried: the same command resumes"
+    )
+    return "\n\n".join(parts) + over
 
 
 def closing_table(manifest: Mapping) -> str:

@@ -1,4 +1,4 @@
-"""Strategies by name: which configuration to try next. strategy.py says what a strategy is."""
+"""The baseline strategies: the published heuristic, everything at once, a shared stem."""
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -37,7 +37,7 @@ class All(Adopting):
         trial = self._trial()
         return trial if trial != self.kept and not self.done else None
 
-    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Sensitivity = NONE) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, sensitivity: Sensitivity = NONE) -> None:
         left = tuple(task for task in self.tasks if task in met)
         self.succeeded = kept
         self.done = kept or left == self.tasks
@@ -84,7 +84,7 @@ class Gemel(Adopting):
             self._advance()
         return None
 
-    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Sensitivity = NONE) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, sensitivity: Sensitivity = NONE) -> None:
         if kept:
             self.trimmed[self.index] = self.tasks
             self._advance()
@@ -142,7 +142,7 @@ class Stem(Adopting):
             self.longest_kept = self._next()  # tied already by what was adopted
         return None
 
-    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Sensitivity = NONE) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, sensitivity: Sensitivity = NONE) -> None:
         if kept:
             self.longest_kept = self._next()
         else:
