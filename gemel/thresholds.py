@@ -12,23 +12,29 @@ FIT_PIXELS = 320 * 96 * 96
 class FitThresholds:
     """How many images weights are fitted on, and how often they are fitted again."""
 
-    pixels: int = FIT_PIXELS  # of the images per classifier ("2026-11-24 Initial weights", more images help)
-    detection_share: float = 0.5  # of these pixels, for a detector ("2026-11-25 Detectors")
-    fewest_pixels: int = FIT_PIXELS // 16  # where memory is short (unmeasured)
-    positions: int = 4096  # rows per layer and task ("2026-11-25 What a fit matches")
-    more_images: int = (
-        4  # times as many, where there are fewer rows than half the inputs ("2026-11-26 Rows for wide layers")
-    )
-    max_fits: int = 3  # with other task weights ("2026-11-25 What a fit matches")
-    full_validation_from: float = 0.97  # of the targets on the screening subset ("2026-11-26 The last thousandth")
-    refit_from: float = 0.97  # of the targets, predicted for the next task weights (unmeasured)
+    # Of the images per classifier ("2026-11-24 Initial weights", more images help).
+    pixels: int = FIT_PIXELS
+    # Of these pixels, for a detector ("2026-11-25 Detectors").
+    detection_share: float = 0.5
+    # Where memory is short (unmeasured).
+    fewest_pixels: int = FIT_PIXELS // 16
+    # Rows per layer and task ("2026-11-25 What a fit matches").
+    positions: int = 4096
+    # Times as many, where there are fewer rows than half the inputs ("2026-11-26 Rows for wide layers").
+    more_images: int = 4
+    # With other task weights ("2026-11-25 What a fit matches").
+    max_fits: int = 3
+    # Of the targets on the screening subset ("2026-11-26 The last thousandth").
+    full_validation_from: float = 0.97
+    # Of the targets, predicted for the next task weights (unmeasured).
+    refit_from: float = 0.97
 
 
 @dataclass(frozen=True)
 class BalanceThresholds:
     """How task weights of a fit follow what was reached: slopes of (accuracy / target) over the logarithm of a weight.
 
-    All from "2026-11-25 What a fit matches" (task weights follow measured slopes).
+    Task weights follow measured slopes: "2026-11-25 What a fit matches". The limits themselves are unmeasured.
     """
 
     usual_slope: float = 0.12
@@ -42,35 +48,44 @@ class BalanceThresholds:
 class SensitivityThresholds:
     """How sensitivity is predicted, and what it decides."""
 
-    method: str = (
-        "fitted_error"  # of gemel.fitting.sensitivity.METHODS ("2026-11-24 Holding back a little", "The search")
-    )
-    pixels: int = FIT_PIXELS // 4  # of the images per task (unmeasured)
-    alignment_pixels: int = FIT_PIXELS // 8  # to check aligned models, and to compare activations (unmeasured)
-    infeasible: float = 0.25  # from this sensitivity on a group is left to training ("2026-11-25 Detectors")
-    infeasible_share: float = 0.25  # of the possible saving that is left to training at first ("2026-11-25 Detectors")
-    held_back: float = (
-        0.002  # of the possible saving that the second jump leaves out ("2026-11-24 Holding back a little")
-    )
+    # Of gemel.fitting.sensitivity.METHODS ("2026-11-24 Holding back a little", "2026-11-24 The search").
+    method: str = "fitted_error"
+    # Of the images per task (unmeasured).
+    pixels: int = FIT_PIXELS // 4
+    # Of the images that aligned models are checked on, and activations compared on (unmeasured).
+    alignment_pixels: int = FIT_PIXELS // 8
+    # From this sensitivity on a group is left to training ("2026-11-25 Detectors").
+    infeasible: float = 0.25
+    # Of the possible saving that is left to training at first ("2026-11-25 Detectors").
+    infeasible_share: float = 0.25
+    # Of the possible saving that the second jump leaves out ("2026-11-24 Holding back a little").
+    held_back: float = 0.002
 
 
 @dataclass(frozen=True)
 class ReleaseThresholds:
     """How much of what a failing task shares is released for it; twice as much each time it fails again."""
 
-    near: float = 0.93  # of its target: from here on a task needs little ("2026-11-24 The search")
-    share_when_near: float = 0.03  # of the bytes that it shares ("2026-11-24 The search")
-    share_when_far: float = 0.25  # the same ("2026-11-24 The search")
+    # Of its target: from here on a task needs little ("2026-11-24 The search").
+    near: float = 0.93
+    # Of the bytes that the task shares ("2026-11-24 The search").
+    share_when_near: float = 0.03
+    # The same, below `near` ("2026-11-24 The search").
+    share_when_far: float = 0.25
 
 
 @dataclass(frozen=True)
 class FillThresholds:
     """When what is missing is filled in by parts, with adapters or with training."""
 
-    far: float = 0.8  # of its target: below, a part is not halved ("2026-11-26 On a GPU")
-    worth_a_fit: float = 0.01  # of the possible saving: smaller parts are not halved ("2026-11-25 What a fit matches")
-    smallest_part: float = 0.25  # of what was missing at first: the same ("2026-11-26 On a GPU")
-    worth_adapters: float = 0.03  # of the possible saving: if less is missing, no adapters ("2026-11-26 Low-rank")
+    # Of its target: below, a part is not halved ("2026-11-26 On a GPU").
+    far: float = 0.8
+    # Of the possible saving: smaller parts are not halved ("2026-11-25 What a fit matches").
+    worth_a_fit: float = 0.01
+    # Of what was missing at first: the same ("2026-11-26 On a GPU").
+    smallest_part: float = 0.25
+    # Of the possible saving: if less is missing, no adapters ("2026-11-26 Low-rank").
+    worth_adapters: float = 0.03
 
 
 @dataclass(frozen=True)

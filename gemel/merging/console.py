@@ -5,6 +5,7 @@ Every function returns text; merger.py and merge_workloads.py print it.
 
 from collections.abc import Mapping, Sequence
 
+from tabulate import tabulate
 from torch import nn
 
 from gemel.sharing.groups import Configuration, find_layers, saved_bytes
@@ -35,17 +36,11 @@ def share(part: float, whole: float) -> str:
     return f"{100 * part / whole if whole else 100:.1f} %"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Left-aligned first column, right-aligned others, widths by content."""
-    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            str(cell).ljust(width) if i == 0 else str(cell).rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [header, ["-" * width for width in widths], *rows]
-    ]
-    return "\n".join(lines)
+    aligned = ("left", *("right" for _ in header[1:]))
+    text = tabulate(rows, header, tablefmt="simple", colalign=aligned if rows else None, disable_numparse=True)
+    return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 def workload_table(tasks: Mapping[str, Task], models: Mapping[str, nn.Module], groups: Configuration) -> str:

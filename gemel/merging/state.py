@@ -74,7 +74,7 @@ class MergeState:
         return continues
 
     def keep(self, kept: Configuration) -> None:
-        """Makes what is tied now, with its weights, what a later trial is undone to; kept: the same, from the strategy."""
+        """Makes what is tied now, with its weights, what later trials are undone to; kept: as the strategy has it."""
         self.kept = self.tied = kept
         self._undo = None
 
