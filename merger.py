@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from gemel.alignment.align import move
+from gemel.alignment.align import apply_permutations
 from gemel.alignment.matching import BY_ACTIVATIONS, BY_ORDER, match_groups
 from gemel.datasets.folders import SampleError
 from gemel.datasets.loaders import TaskData, plain_images
@@ -55,7 +55,7 @@ from gemel.results_store.checkpoint import drop_checkpoint, read_checkpoint, wri
 from gemel.results_store.load import load_merged
 from gemel.results_store.write import update_run, write_results
 from gemel.sharing.adapters import fold, own_modules
-from gemel.sharing.groups import Configuration, affected_tasks, around, from_plain, restrict, to_plain
+from gemel.sharing.groups import Configuration, affected_tasks, from_plain, reconciled, restrict, to_plain
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.tying import Snapshot, is_tied, restore_snapshot, retie, take_snapshot
 from gemel.strategies import STEM, strategy_class
@@ -111,7 +111,7 @@ class Run:
     working: Configuration | None = None  # what is tied now, after a failed trial from which the next one goes on
     undo: Snapshot | None = None  # of what is kept, while the models hold something else
     in_flight: dict | None = None  # the state of a round to go on from
-    permutations: dict[str, dict] = field(default_factory=dict)  # task -> what was permuted, as sharing.alignment.moved
+    permutations: dict[str, dict] = field(default_factory=dict)  # task -> what was permuted, by permutations_of
     cuts: dict[str, Cuts] = field(default_factory=dict)  # task -> where its model can be cut, once that is asked
     prefixes: dict[str, Prefix] = field(default_factory=dict)  # task -> the last one that was frozen
     originals: dict[str, dict] = field(default_factory=dict)  # task -> state of the permuted models as they came
@@ -212,7 +212,7 @@ def extend(run: Run, manifest: Mapping) -> None:
     _load_kept(run, manifest, common)
     kept = restrict(from_plain(manifest["shared_layers"]), common)
     if run.matching != BY_ORDER:  # with other tasks, others may be the most alike
-        run.groups = around(kept, run.groups)
+        run.groups = reconciled(kept, run.groups)
         run.strategy = _strategy(run.models, run.groups, run.strategy_name, run.adapter_budget)
     run.strategy.adopt(kept)
     adapted = {occurrence for group in run.strategy.kept if group.rank for occurrence in group.occurrences}
@@ -233,7 +233,7 @@ def _load_kept(run: Run, manifest: Mapping, names: list[str]) -> None:
     for name, permutations in run.permutations.items():
         if permutations:
             run.originals[name] = state_of(run.unmerged[name])
-            move(run.unmerged[name], permutations)
+            apply_permutations(run.unmerged[name], permutations)
 
 
 def _load_checkpoint(run: Run, checkpoint: dict) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from gemel.alignment.align import align, moved
+from gemel.alignment.align import align, permutations_of
 from gemel.alignment.matching import BY_WEIGHTS
 from gemel.datasets.loaders import plain_images, repeats
 from gemel.environment.failures import is_out_of_memory
@@ -65,7 +65,7 @@ def align_channels(run: "Run") -> None:
     images = _images(run, run.groups, ALIGN_PIXELS, "align")
     fixed = tied | set(run.permutations)
     done = align(run.unmerged, run.groups, images, method=run.alignment, seed=run.seed, fixed=fixed)
-    for name, permutations in moved(done).items():
+    for name, permutations in permutations_of(done).items():
         run.originals[name] = state_of(run.models[name])
         run.models[name].load_state_dict(run.unmerged[name].state_dict())
         run.permutations[name] = permutations
@@ -281,7 +281,7 @@ def prefixes_of(run: "Run", trained: Mapping[str, Task], proposal: Configuration
         if (cut := _cuts(run, name).before(tied) if run.tasks[name].kind == CLASSIFICATION else None) is not None:
             prefix = prefix_of(run.models[name], cut, run.prefix_bytes, repeats(run.data[name].train.dataset))
             known = run.prefixes.get(name)
-            found[name] = known if prefix.is_like(known) else prefix
+            found[name] = known if prefix.computes_the_same_as(known) else prefix
     run.prefixes = {**run.prefixes, **found} if run.in_flight is None else {}  # else the weights are yet to be loaded
     return found
 

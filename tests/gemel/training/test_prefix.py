@@ -19,7 +19,8 @@ from gemel.evaluation.eval_method import evaluate
 from gemel.fitting.batch_norm import reestimate_statistics
 from gemel.merging.initialisation import prefixes_of
 from gemel.results_store.load import load_merged
-from gemel.sharing.groups import find_groups, find_layers, restrict
+from gemel.sharing.groups import find_groups, restrict
+from gemel.sharing.signatures import find_layers
 from gemel.sharing.tying import tie
 from gemel.training.cut import Cut, Cuts
 from gemel.training.losses import task_losses
@@ -247,9 +248,9 @@ def test_prefixes_are_alike_where_cut_and_weights_are():
     model = PicoNet()
     part = prefix(model)
     model.fc.weight.data.add_(1)
-    assert prefix(model).is_like(part) and not part.is_like(None)
+    assert prefix(model).computes_the_same_as(part) and not part.computes_the_same_as(None)
     model.bn1.running_mean.add_(1)
-    assert not prefix(model).is_like(part)
+    assert not prefix(model).computes_the_same_as(part)
 
 
 # ---- in a trial -----------------------------------------------------------------------------------------
