@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import nn
 
+from gemel.forward.batches import to_device
+from gemel.forward.hooks import hooked
 from gemel.forward.modes import evaluating
 
 
@@ -23,8 +25,8 @@ def reestimate_statistics(
     if not batches or not _batch_norms(model, but):
         return
     with averaged_statistics(model, but):
-        for batch in batches:
-            model(_images_of(batch, device))
+        for images, _ in batches:
+            model(to_device(images, device))
 
 
 @contextlib.contextmanager
@@ -52,11 +54,6 @@ def _batch_norms(model: nn.Module, but: Collection[nn.Module] = ()) -> list[nn.M
     return [module for module in norms if module not in kept]
 
 
-def _images_of(batch, device: torch.device):
-    images, _ = batch
-    return images.to(device) if torch.is_tensor(images) else [image.to(device) for image in images]
-
-
 def freeze_statistics(model: nn.Module) -> None:
     """Puts batch normalisation into eval mode: it goes on training its weight and bias, with the statistics it has."""
     for layer in _batch_norms(model):
@@ -82,14 +79,17 @@ def match_statistics(
         return
     wanted: dict[str, _Moments] = {name: _Moments() for name in names}
     found: dict[str, _Moments] = {name: _Moments() for name in names}
-    hooks = [teacher.get_submodule(n).register_forward_hook(_watch(wanted[n])) for n in names]
-    try:
+
+    def measure(name: str, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        wanted[name].add(output)
+
+    def impose(name: str, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        return _with_moments(layer, inputs[0], found[name], wanted[name])
+
+    with hooked(teacher, names, measure):
         _run_all(teacher, batches, device)
-        hooks += [model.get_submodule(n).register_forward_hook(_impose(found[n], wanted[n])) for n in names]
+    with hooked(model, names, impose):
         _run_all(model, batches, device)
-    finally:
-        for hook in hooks:
-            hook.remove()
     for name in names:
         if found[name].calls and wanted[name].calls:
             _set_normalisation(model.get_submodule(name), found[name], wanted[name])
@@ -121,23 +121,15 @@ def _stores_statistics(module: nn.Module) -> bool:
     return all(getattr(module, key, None) is not None for key in ("running_mean", "running_var", "eps"))
 
 
-def _watch(moments: _Moments):
-    return lambda module, inputs, output: moments.add(output) and None
-
-
-def _impose(found: _Moments, wanted: _Moments):
-    """A hook that puts out the wanted moments, as the layer will when it has been set."""
-
-    def hook(module, inputs, output):
-        mean, var = found.add(inputs[0])
-        if getattr(module, "weight", None) is None or not wanted.calls:
-            return None
-        shape = [1, -1] + [1] * (output.dim() - 2)
-        sign = torch.where(module.weight < 0, -1.0, 1.0)
-        gain = sign * (wanted.var / (var + module.eps)).sqrt()
-        return (inputs[0] - mean.view(shape)) * gain.view(shape) + wanted.mean.view(shape)
-
-    return hook
+def _with_moments(layer: nn.Module, inputs: torch.Tensor, found: _Moments, wanted: _Moments) -> torch.Tensor | None:
+    """The inputs, added to `found`, brought to the wanted moments: the output of the layer once it has been set."""
+    mean, var = found.add(inputs)
+    if getattr(layer, "weight", None) is None or not wanted.calls:
+        return None
+    shape = [1, -1] + [1] * (inputs.dim() - 2)
+    sign = torch.where(layer.weight < 0, -1.0, 1.0)
+    gain = sign * (wanted.var / (var + layer.eps)).sqrt()
+    return (inputs - mean.view(shape)) * gain.view(shape) + wanted.mean.view(shape)
 
 
 def _set_normalisation(layer: nn.Module, found: _Moments, wanted: _Moments) -> None:
@@ -151,5 +143,5 @@ def _set_normalisation(layer: nn.Module, found: _Moments, wanted: _Moments) -> N
 def _run_all(model: nn.Module, batches: list, device: torch.device) -> None:
     """Every batch through the model in eval mode; modes are restored."""
     with evaluating(model):
-        for batch in batches:
-            model(_images_of(batch, device))
+        for images, _ in batches:
+            model(to_device(images, device))

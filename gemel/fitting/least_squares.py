@@ -14,7 +14,8 @@ from gemel.fitting.ridge import solve_ridge, solve_weighted
 from gemel.fitting.rows import Rows, collect_rows, is_linear_map, matrix_of, normalisation_behind, set_matrix, shape_of
 from gemel.forward.batches import Batch
 from gemel.sharing.adapters import Adapter, adapter_of
-from gemel.sharing.groups import Configuration, Group, find_layers
+from gemel.sharing.groups import Configuration, Group
+from gemel.sharing.signatures import find_layers
 
 RIDGE = 0.1  # measured with benchmarks/initial_weights.py; less of it where rows abound (benchmarks/LOG.md)
 LEAST_RIDGE = 0.1  # of that

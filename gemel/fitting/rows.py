@@ -6,7 +6,7 @@ matrix. Groups are those of a grouped convolution (1 for a dense or linear layer
 then ends in a column of ones.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemel.forward.batches import Batch, run
+from gemel.forward.hooks import hooked
 from gemel.sharing.adapters import KINDS, Adapter, own_modules
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -131,14 +132,15 @@ def sample_outputs(model: nn.Module, quotas: Mapping[str, int], images: Batch, g
     """
     samples: Samples = {}
 
-    def hook(name: str, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+    def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
         total, quota = outputs.numel() // output_width(layer), quotas[name]
         drawn = torch.randint(total, (quota,), generator=generator) if total > quota else torch.arange(total)
         picked = drawn.to(outputs.device)
-        sample = Sample(picked, inputs.shape, outputs.shape, output_rows(layer, outputs, picked))
+        sample = Sample(picked, inputs[0].shape, outputs.shape, output_rows(layer, outputs, picked))
         samples.setdefault(name, []).append(sample)
 
-    _run_hooked(model, quotas, images, hook)
+    with hooked(model, quotas, record):
+        run(model, images)
     return {name: _thinned(calls, quotas[name]) for name, calls in samples.items()}
 
 
@@ -149,13 +151,14 @@ def sample_inputs(model: nn.Module, samples: Samples, images: Batch) -> dict[str
     """
     found: dict[str, list[Tensor | None]] = {name: [] for name in samples}
 
-    def hook(name: str, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+    def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
         calls = found[name]
         sample = samples[name][len(calls)] if len(calls) < len(samples[name]) else None
-        fits = sample is not None and sample.input_shape == inputs.shape
-        calls.append(input_rows(layer, inputs, sample.output_shape, sample.picked) if fits else None)
+        fits = sample is not None and sample.input_shape == inputs[0].shape
+        calls.append(input_rows(layer, inputs[0], sample.output_shape, sample.picked) if fits else None)
 
-    _run_hooked(model, samples, images, hook)
+    with hooked(model, samples, record):
+        run(model, images)
     whole = {n: x for n, x in found.items() if len(x) == len(samples[n]) and all(part is not None for part in x)}
     return {name: torch.cat(parts, 1) for name, parts in whole.items()}
 
@@ -191,20 +194,6 @@ def collect_rows(
     return {
         name: Rows(*(torch.cat(part, 1) for part in zip(*rows, strict=True))) for name, rows in parts.items() if rows
     }
-
-
-def _run_hooked(model: nn.Module, names: Collection[str], images: Batch, hook: Callable) -> None:
-    """Runs the model and calls hook(name, layer, input, output) at each call of the named layers, before a ReLU that
-    works in place can change what they put out."""
-    handles = []
-    for name in names:
-        layer = model.get_submodule(name)
-        handles.append(layer.register_forward_hook(lambda m, x, y, name=name: hook(name, m, x[0], y)))
-    try:
-        run(model, images)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _thinned(calls: list[Sample], quota: int) -> list[Sample]:

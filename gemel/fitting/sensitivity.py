@@ -15,8 +15,11 @@ from gemel.fitting.batch_norm import averaged_statistics
 from gemel.fitting.least_squares import RIDGE, quotas
 from gemel.fitting.ridge import solve_ridge
 from gemel.fitting.rows import Rows, collect_rows, is_linear_map, is_normalised, matrix_of
-from gemel.forward.batches import Batch, run
-from gemel.sharing.groups import Configuration, Group, find_layers
+from gemel.forward.batches import Batch, run, to_device
+from gemel.forward.hooks import hooked
+from gemel.forward.modes import device_of, logits_of
+from gemel.sharing.groups import Configuration, Group
+from gemel.sharing.signatures import find_layers
 
 Sensitivity = dict[tuple[Group, str], float]
 
@@ -150,15 +153,13 @@ def _parameters_of(source: nn.Module, model: nn.Module, name: str) -> Iterator[N
 def _responses(model: nn.Module, batches: Sequence[Batch], names: Sequence[str]) -> list[Tensor]:
     """All that the named layers put out, while batch normalisation takes the statistics of the batch."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in names}
-    device = next(model.parameters()).device
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            keep = outputs[name].append
-            hook = model.get_submodule(name).register_forward_hook(lambda m, x, y, keep=keep: keep(y.flatten().clone()))
-            stack.callback(hook.remove)
-        stack.enter_context(averaged_statistics(model))
+
+    def record(name: str, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        outputs[name].append(output.flatten().clone())
+
+    with hooked(model, names, record), averaged_statistics(model):
         for batch in batches:
-            model(batch.to(device) if torch.is_tensor(batch) else [image.to(device) for image in batch])
+            model(to_device(batch, device_of(model)))
     return [torch.cat(outputs[name]) for name in names]
 
 
@@ -167,16 +168,13 @@ def _output_layers(model: nn.Module, batch: Batch) -> list[str]:
     that see whole images, not regions."""
     called: dict[str, None] = {}
 
-    def note(name: str, output: Tensor) -> None:
+    def record(name: str, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
         if len(output) == len(batch):
             called.pop(name, None)
             called[name] = None
 
     names = [layer.name for layer in find_layers(model) if is_linear_map(model.get_submodule(layer.name))]
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            hook = model.get_submodule(name).register_forward_hook(lambda m, x, y, name=name: note(name, y))
-            stack.callback(hook.remove)
+    with hooked(model, names, record):
         output = run(model, batch)
-    is_classifier = torch.is_tensor(getattr(output, "logits", output))
+    is_classifier = torch.is_tensor(logits_of(output))
     return list(called)[-1 if is_classifier else -max(1, round(LAST_LAYERS * len(called))) :]
