@@ -64,7 +64,7 @@ def sequentially(rule: str = "mean", **options) -> Method:
         tie(probe.models, groups, rule)
         images = {task: probe.batches(task, num_images) for task in probe.models}
         asked = sample_teachers(probe.teachers, groups, images, generator=generator(0, "fit"))
-        fit_sequentially(probe.models, probe.teachers, groups, images, asked=asked, **options)
+        fit_sequentially(probe.models, probe.teachers, groups, images, teacher_samples=asked, **options)
 
     return method
 

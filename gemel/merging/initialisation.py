@@ -128,7 +128,7 @@ def _fit_on(run: "Run", groups, container: nn.ModuleDict, before: dict, num_pixe
     balance = Balance(images)
     for attempt in range(max_fits):
         container.load_state_dict(before)
-        fit_sequentially(run.models, run.unmerged, groups, images, asked=asked, task_weights=balance.weights)
+        fit_sequentially(run.models, run.unmerged, groups, images, teacher_samples=asked, task_weights=balance.weights)
         found = standings(run, trained)
         ratios = {name: standing.ratio for name, standing in found.items()}
         log.debug("fit %d with weights %s: %s of the targets", attempt, balance.weights, ratios)

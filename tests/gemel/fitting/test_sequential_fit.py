@@ -20,8 +20,8 @@ def generator():
 
 
 def fit(models, teachers, groups, images, positions=2048, **options):
-    asked = sample_teachers(teachers, groups, images, generator=generator(), positions=positions)
-    return fit_sequentially(models, teachers, groups, images, asked=asked, **options)
+    samples = sample_teachers(teachers, groups, images, generator=generator(), positions=positions)
+    return fit_sequentially(models, teachers, groups, images, teacher_samples=samples, **options)
 
 
 def tied(groups=None, **models):
@@ -158,8 +158,8 @@ def test_a_layer_with_far_fewer_rows_than_inputs_is_noticed():
     few, enough = ({t: [torch.rand(count, 3, 16, 16, generator=generator())] for t in models} for count in (4, 12))
 
     def is_short(images, groups, positions=10_000):
-        asked = sample_teachers(teachers, groups, images, generator=generator(), positions=positions)
-        return is_short_of_rows(teachers, groups, asked, positions)
+        samples = sample_teachers(teachers, groups, images, generator=generator(), positions=positions)
+        return is_short_of_rows(teachers, groups, samples, positions)
 
     linear = [group for group in groups if group.occurrences[0].layer == "fc"]
     assert is_short(few, linear), "4 rows, 9 inputs with the bias"
