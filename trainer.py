@@ -138,7 +138,7 @@ class _Round:
             for member in self.members.values():
                 batches = itertools.islice(member.data.train, self.options.statistics_batches)
                 model = member.task.model
-                reestimate_statistics(model, list(batches), self.around.device, but=frozen_modules(model))
+                reestimate_statistics(model, list(batches), self.around.device, keep=frozen_modules(model))
         self.validate(everything=True)
         self.due = min(self.interval(), self.max_steps)
 

@@ -216,7 +216,7 @@ def test_images_that_are_drawn_anew_are_not_kept_in_training():
     with frozen({"a": model}, {"a": part}):
         model.train()(IMAGES), model(IMAGES)
         assert runs == [4, 4] and not part.outputs
-        reestimate_statistics(model, [(IMAGES, None)], CPU, but=frozen_modules(model))
+        reestimate_statistics(model, [(IMAGES, None)], CPU, keep=frozen_modules(model))
         assert runs == [4, 4, 4] and not part.outputs, "they are images of train"
         model.eval()(IMAGES), model(IMAGES)
         assert runs == [4, 4, 4, 4] and len(part.outputs) == 4
@@ -231,7 +231,7 @@ def test_a_prefix_is_not_trained_and_its_statistics_stay():
             *("conv2.weight", "conv2.bias", "fc.weight", "fc.bias")
         ]
         F.cross_entropy(model.train()(IMAGES), torch.tensor([0, 1, 2, 0])).backward()
-        reestimate_statistics(model, [(IMAGES, None)], CPU, but=frozen_modules(model))
+        reestimate_statistics(model, [(IMAGES, None)], CPU, keep=frozen_modules(model))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     frozen_ones = [n for n, p in model.named_parameters() if not p.requires_grad]
     assert frozen_ones == ["conv1.bias"], "as the user had it"
