@@ -21,6 +21,7 @@ from gemel.forward.batches import Batch, run
 from gemel.sharing.groups import Configuration
 from gemel.sharing.memory import distinct_bytes
 
+# Set by hand; benchmarks/LOG.md has no measurement of other values.
 MARGIN = 0.1  # a space is permuted only if that raises its score by at least this share of the score it then has
 MAX_SWEEPS = 50
 TOLERANCE = 1e-3  # of the output's scale, when a permuted model is checked on its own images

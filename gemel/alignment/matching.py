@@ -21,6 +21,7 @@ from gemel.sharing.groups import Configuration, Group, Occurrence, find_groups, 
 from gemel.sharing.signatures import Layer, find_layers
 
 BY_ORDER, BY_WEIGHTS, BY_ACTIVATIONS = MATCHINGS = ("order", "weights", "activations")
+# Set by hand; benchmarks/LOG.md has no measurement of other values.
 MARGIN = 0.1  # another pairing replaces that of the k-th with the k-th only if it costs less by at least this share
 MAX_SPECTRUM = 1024  # singular values are computed of matrices whose smaller side is at most this
 DEPTH_WEIGHT = 0.2  # of relative depth, which decides between layers that are otherwise about equally similar

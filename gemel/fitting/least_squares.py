@@ -27,6 +27,7 @@ WIDE, ROWS_PER_IMAGE = 1024, 16
 # Rows of a grouped convolution, per input and at least; there rows are large, and more of them do not improve the fit:
 # 2026-11-25 What a fit matches
 ROWS_PER_INPUT, MIN_ROWS = 4, 512
+# Limits of memory
 MAX_SYSTEM = 5000  # unknowns of the largest system that is solved
 MAX_ROWS_BYTES = 1 << 30  # of the rows that are held at a time
 

@@ -24,7 +24,7 @@ from gemel.sharing.signatures import find_layers
 
 Sensitivity = dict[tuple[Group, str], float]
 
-LAST_LAYERS = 0.1  # share of a detector's layers whose outputs are compared in "response"
+LAST_LAYERS = 0.1  # share of a detector's layers whose outputs are compared in "response"; set by hand
 
 
 @torch.no_grad()

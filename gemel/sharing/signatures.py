@@ -31,8 +31,8 @@ def is_normalisation(module: nn.Module) -> bool:
 def signature_of(module: nn.Module) -> str:
     """What must be equal for the parameters of two layers to be interchangeable.
 
-    The module's class, its settings as it prints them itself (for a convolution: channels, kernel, stride, padding,
-    groups ...), and name, dtype and shape of each parameter that it owns directly.
+    The module's class, its settings as its extra_repr() prints them (for a convolution: channels, kernel, stride,
+    padding, groups ...), and name, dtype and shape of each parameter that it owns directly.
     """
     kind = type(module)
     origin = "" if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}."
@@ -47,7 +47,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
     """The shareable layers of a model, in the order in which it registers them (input to output, as a rule).
 
     Left out: normalisation, parameters that are not floating point, and a layer that repeats a parameter of an earlier
-    layer of the same model (it follows that layer wherever it goes).
+    layer of the same model (it is tied together with that layer).
     """
     layers, seen = [], set()
     for name, module in own_modules(model):
