@@ -34,7 +34,7 @@ from gemel.merging.teachers import FrozenPrefixes, teachers_of
 from gemel.results_store.checkpoint import drop_checkpoint, read_checkpoint, write_checkpoint
 from gemel.results_store.load import load_merged
 from gemel.results_store.write import update_run, write_results
-from gemel.sharing.groups import Configuration, affected_tasks, around, from_plain, restrict, to_plain
+from gemel.sharing.groups import Configuration, affected_tasks, from_plain, reconciled, restrict, to_plain
 from gemel.thresholds import THRESHOLDS
 from gemel.training.context import RoundContext
 from gemel.training.outcome import OUT_OF_MEMORY, TIME_OVER, Outcome, Standing
@@ -124,7 +124,7 @@ class Merger:
         self._load_kept(manifest, common)
         kept = restrict(from_plain(manifest["shared_layers"]), common)
         if self.options.matching != BY_ORDER:  # with other tasks, others may be the most alike
-            self.record.groups = around(kept, self.record.groups)
+            self.record.groups = reconciled(kept, self.record.groups)
             self.strategy = self._new_strategy()
         self.strategy.adopt(kept)
         self.state.set_kept(self.strategy.kept)

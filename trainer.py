@@ -111,7 +111,7 @@ class Round:
             for member in self.members.values():
                 batches = itertools.islice(member.data.train, self.options.statistics_batches)
                 model = member.task.model
-                reestimate_statistics(model, list(batches), self.context.device, but=frozen_modules(model))
+                reestimate_statistics(model, list(batches), self.context.device, keep=frozen_modules(model))
         self.reason = self.validation.validate(everything=True)
         self.schedule.next_validation = min(self.validation.interval(), self.schedule.max_steps)
 

@@ -128,7 +128,7 @@ def recovers(models: nn.ModuleDict, teachers: nn.ModuleDict, configuration: Conf
     images = {name: [drawn(seed)[0]] for seed, name in enumerate(models)}
     source = torch.Generator().manual_seed(0)
     asked = sample_teachers(teachers, configuration, images, generator=source)
-    fits = fit_sequentially(models, teachers, configuration, images, asked=asked)
+    fits = fit_sequentially(models, teachers, configuration, images, teacher_samples=asked)
     after = error(models, teachers, configuration)
     fitted = sum(g.saved_bytes for g in configuration if fits[g].fitted) / saved_bytes(configuration)
     assert after < before, f"the fit made it worse: {before:.3f} -> {after:.3f}"

@@ -15,7 +15,7 @@ from benchmarks.probes import Probe, add_arguments, open_probe
 from gemel.environment.seeds import generator
 from gemel.evaluation.eval_method import evaluate
 from gemel.fitting.batch_norm import match_statistics
-from gemel.fitting.least_squares import fit_least_squares
+from gemel.fitting.least_squares import FitSettings, fit_least_squares
 from gemel.fitting.sequential_fit import fit_sequentially, sample_teachers
 from gemel.merging.console import table
 from gemel.sharing.groups import Configuration, find_groups
@@ -51,8 +51,8 @@ def staged(num_stages: int, **options) -> Method:
         tie(probe.models, groups)
         statistics()
         images = {task: probe.batches(task, num_images) for task in probe.models}
-        options_ = {"generator": generator(0, "fit"), "num_stages": num_stages, "after_stage": statistics, **options}
-        fit_least_squares(probe.models, probe.teachers, groups, images, **options_)
+        how = {"generator": generator(0, "fit"), "settings": FitSettings(num_stages=num_stages, **options)}
+        fit_least_squares(probe.models, probe.teachers, groups, images, after_stage=statistics, **how)
 
     return method
 
@@ -64,7 +64,7 @@ def sequentially(rule: str = "mean", **options) -> Method:
         tie(probe.models, groups, rule)
         images = {task: probe.batches(task, num_images) for task in probe.models}
         asked = sample_teachers(probe.teachers, groups, images, generator=generator(0, "fit"))
-        fit_sequentially(probe.models, probe.teachers, groups, images, asked=asked, **options)
+        fit_sequentially(probe.models, probe.teachers, groups, images, teacher_samples=asked, **options)
 
     return method
 
@@ -72,7 +72,7 @@ def sequentially(rule: str = "mean", **options) -> Method:
 METHODS: dict[str, Method] = {
     **{rule: data_free(rule) for rule in INITIAL_WEIGHTS},
     "mean, matched statistics": data_free("mean", match=True),
-    "least squares, own inputs": staged(1, own_inputs=True),
+    "least squares, own inputs": staged(1, teacher_inputs=True),
     **{f"least squares, stages: {n}": staged(n) for n in (1, 2, 4, 8)},
     **{f"lockstep, ridge {ridge:g}": sequentially(ridge=ridge) for ridge in (0.01, 0.03, 0.1, 0.3)},
     "lockstep, from first": sequentially("first"),

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from tabulate import tabulate
 from torch import nn
 
-from gemel.sharing.groups import Configuration, find_layers, saved_bytes
+from gemel.sharing.groups import Configuration, saved_bytes
 from gemel.sharing.memory import distinct_bytes
+from gemel.sharing.signatures import find_layers
 from gemel.strategies.baselines import gemel_units
 from gemel.workload import Task
 

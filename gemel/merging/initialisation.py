@@ -72,13 +72,15 @@ class WeightFitter:
         max_fits: int,
     ) -> dict[str, Standing]:
         """The best of several fits of the container's models, each from the state `before`."""
-        images, asked = samples
+        images, teacher_samples = samples
         models, unmerged = self.state.models, self.state.unmerged
         best, reached = {}, dict.fromkeys(container, Standing(0.0))
         balance = TaskWeights(images)
         for attempt in range(max_fits):
             container.load_state_dict(before)
-            fit_sequentially(models, unmerged, groups, images, asked=asked, task_weights=balance.weights)
+            fit_sequentially(
+                models, unmerged, groups, images, teacher_samples=teacher_samples, task_weights=balance.weights
+            )
             found = self.evaluator.standings(container)
             ratios = {name: standing.ratio for name, standing in found.items()}
             log.debug("fit %d with weights %s: %s of the targets", attempt, balance.weights, ratios)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gemel.alignment.align import align, move, moved
+from gemel.alignment.align import align, apply_permutations, permutations_of
 from gemel.alignment.permutation import inverse
 from gemel.forward.batches import Batch
 from gemel.forward.modes import to_channels_last
@@ -19,7 +19,9 @@ from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.tying import Snapshot, is_tied, reset, restore_snapshot, retie, take_snapshot
 from gemel.workload import Task
 
-Permutations = dict[str, list[int]]  # channel space -> what was at permutation[i] is at i (gemel.alignment.align.moved)
+Permutations = dict[
+    str, list[int]
+]  # channel space -> what was at permutation[i] is at i (gemel.alignment.align.permutations_of)
 
 
 @dataclass
@@ -34,13 +36,13 @@ class ChannelOrder:
     def apply(self, name: str, model: nn.Module) -> None:
         """Brings a live model into the order that alignment found."""
         if name not in self.applied and self.permutations.get(name):
-            move(model, self.permutations[name])
+            apply_permutations(model, self.permutations[name])
             self.applied.add(name)
 
     def revert(self, name: str, model: nn.Module) -> None:
         """Brings a live model back, bit by bit, into the order that it came in."""
         if name in self.applied:
-            move(model, {space: inverse(order) for space, order in self.permutations[name].items()})
+            apply_permutations(model, {space: inverse(order) for space, order in self.permutations[name].items()})
             self.applied.discard(name)
 
 
@@ -108,7 +110,7 @@ class MergeState:
         """
         fixed = self._sharing() | set(self.order.permutations)
         done = align(self.unmerged, groups, images, method=method, seed=seed, fixed=fixed)
-        for name, permutations in moved(done).items():
+        for name, permutations in permutations_of(done).items():
             self.models[name].load_state_dict(self.unmerged[name].state_dict())
             self.order.permutations[name] = permutations
             self.order.applied.add(name)
@@ -139,7 +141,7 @@ class MergeState:
         for name in self.order.permutations:
             if manifest["tasks"][name].get("permuted", name in sharing):
                 self.order.applied.add(name)
-            move(self.unmerged[name], self.order.permutations[name])
+            apply_permutations(self.unmerged[name], self.order.permutations[name])
             self.order.apply(name, self.models[name])
 
     def set_kept(self, kept: Configuration) -> None:

@@ -53,7 +53,7 @@ class FrozenPrefixes:
                 keeps_training = repeats(self.data[name].train.dataset)
                 prefix = prefix_of(self.state.models[name], cut, self.limit, keeps_training)
                 known = self._last.get(name)
-                found[name] = known if known is not None and prefix.is_like(known) else prefix
+                found[name] = known if known is not None and prefix.computes_the_same_as(known) else prefix
         self._last = {} if resumed else {**self._last, **found}
         return found
 

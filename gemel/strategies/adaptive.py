@@ -22,17 +22,8 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from gemel.sharing.adapters import adapter_bytes, rank_within
-from gemel.sharing.groups import (
-    Configuration,
-    Group,
-    find_groups,
-    find_layers,
-    from_plain,
-    joined,
-    ordered,
-    saved_bytes,
-    to_plain,
-)
+from gemel.sharing.groups import Configuration, Group, find_groups, from_plain, joined, ordered, saved_bytes, to_plain
+from gemel.sharing.signatures import find_layers
 from gemel.strategies.base import NONE, Adopting, Ratios, Sensitivity
 from gemel.thresholds import THRESHOLDS
 

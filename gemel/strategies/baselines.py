@@ -9,7 +9,6 @@ from gemel.sharing.groups import (
     Configuration,
     Group,
     find_groups,
-    find_layers,
     find_stem,
     from_plain,
     joined,
@@ -18,6 +17,7 @@ from gemel.sharing.groups import (
     saved_bytes,
     to_plain,
 )
+from gemel.sharing.signatures import find_layers
 from gemel.strategies.base import NONE, Adopting, Ratios, Sensitivity
 
 

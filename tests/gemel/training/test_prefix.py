@@ -19,7 +19,8 @@ from gemel.datasets.loaders import plain_images, repeats
 from gemel.evaluation.eval_method import evaluate
 from gemel.fitting.batch_norm import reestimate_statistics
 from gemel.results_store.load import load_merged
-from gemel.sharing.groups import find_groups, find_layers, restrict
+from gemel.sharing.groups import find_groups, restrict
+from gemel.sharing.signatures import find_layers
 from gemel.sharing.tying import tie
 from gemel.training.context import RoundContext
 from gemel.training.cut import Cut, Cuts
@@ -215,7 +216,7 @@ def test_images_that_are_drawn_anew_are_not_kept_in_training():
     with frozen({"a": model}, {"a": part}):
         model.train()(IMAGES), model(IMAGES)
         assert runs == [4, 4] and not part.outputs
-        reestimate_statistics(model, [(IMAGES, None)], CPU, but=frozen_modules(model))
+        reestimate_statistics(model, [(IMAGES, None)], CPU, keep=frozen_modules(model))
         assert runs == [4, 4, 4] and not part.outputs, "they are images of train"
         model.eval()(IMAGES), model(IMAGES)
         assert runs == [4, 4, 4, 4] and len(part.outputs) == 4
@@ -230,7 +231,7 @@ def test_a_prefix_is_not_trained_and_its_statistics_stay():
             *("conv2.weight", "conv2.bias", "fc.weight", "fc.bias")
         ]
         F.cross_entropy(model.train()(IMAGES), torch.tensor([0, 1, 2, 0])).backward()
-        reestimate_statistics(model, [(IMAGES, None)], CPU, but=frozen_modules(model))
+        reestimate_statistics(model, [(IMAGES, None)], CPU, keep=frozen_modules(model))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     frozen_ones = [n for n, p in model.named_parameters() if not p.requires_grad]
     assert frozen_ones == ["conv1.bias"], "as the user had it"
@@ -247,9 +248,9 @@ def test_prefixes_are_alike_where_cut_and_weights_are():
     model = PicoNet()
     part = prefix(model)
     model.fc.weight.data.add_(1)
-    assert prefix(model).is_like(part) and not part.is_like(None)
+    assert prefix(model).computes_the_same_as(part) and not part.computes_the_same_as(None)
     model.bn1.running_mean.add_(1)
-    assert not prefix(model).is_like(part)
+    assert not prefix(model).computes_the_same_as(part)
 
 
 # ---- in a trial -----------------------------------------------------------------------------------------
