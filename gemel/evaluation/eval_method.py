@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gemel.datasets.loaders import restarted, smaller
+from gemel.datasets.loaders import restarted, with_half_batches
 from gemel.environment.failures import is_out_of_memory, is_worker_death
 from gemel.workload import Task
 
@@ -25,7 +25,7 @@ def evaluate(task: Task, loader: DataLoader, model: nn.Module | None = None) -> 
     try:
         return _evaluate_once(task, loader, model)
     except (RuntimeError, MemoryError) as error:
-        again = smaller(loader) if is_out_of_memory(error) else restarted(loader) if is_worker_death(error) else None
+        again = with_half_batches(loader) if is_out_of_memory(error) else restarted(loader) if is_worker_death(error) else None
         if again is None:
             raise
         log.warning("%s: evaluated again, with batches of %d, after: %s", task.name, again.batch_size, error)

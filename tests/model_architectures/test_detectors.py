@@ -113,3 +113,18 @@ def test_recorded_keywords_of_fcos_model_rebuild_it():
 
 def shapes_of(model):
     return {key: value.shape for key, value in model.state_dict().items()}
+
+
+def test_overlapping_objects_of_two_classes_both_survive():
+    """Published fault: suppression ignores classes, so a person on a motorcycle hides one of the two."""
+    model = build("fcos_model", 4, width=8, layers=[1, 1, 1, 1], out_channels=32, min_size=64).eval()
+    outputs, sides = model.head.classification_head.cls_logits, model.head.regression_head.bbox_reg
+    for layer in (outputs, sides):
+        torch.nn.init.zeros_(layer.weight)
+    with torch.no_grad():
+        outputs.bias.copy_(torch.tensor([-9.0, 4.0, 3.0, -9.0]))
+        sides.bias.fill_(2.0)  # strides to each side: boxes of no area, as those at random, suppress nothing
+        (output,) = model([torch.rand(3, 64, 64)])
+    by_class = [{tuple(box) for box in output["boxes"][output["labels"] == label].tolist()} for label in (1, 2)]
+    assert by_class[0] & by_class[1], "the same box is reported for both classes"
+    assert set(output["labels"].tolist()) == {1, 2}
