@@ -1,7 +1,6 @@
-"""A task's dataset: found by its name, checked, opened as one loader per split.
+"""A task's dataset: finds it by its name, checks it, and opens one loader per split.
 
-`check` first, then `open_task`. How the files of a dataset are read is in gemel/datasets/; docs/datasets.md shows the
-layouts.
+Call `check` first, then `open_task`. gemel/datasets/ reads the files; docs/datasets.md shows the layouts.
 """
 
 from collections.abc import Sequence
@@ -34,12 +33,13 @@ def open_task(
     screening_images: int = 256,
     cache_bytes: int = 0,
 ) -> TaskData:
-    """Loaders of one task: train shuffled and augmented by the seed alone, val and test in order.
+    """The loaders of one task: train shuffled and augmented by the seed alone, val and test in order.
 
-    screening_images: size of the subset of val that is evaluated first; it never decides that a task is at its target.
-    cache_bytes: of samples of val, and of train without augmentation, that stay in memory once they were read.
-    num_workers: processes per loader. None is 0: on a CPU computing is the bottleneck and workers would take cores
-    from it; with CUDA the caller divides min(8, cores) among its tasks. Raises ValueError if there is no dataset.
+    batch_size: of train; classifiers are evaluated with twice as many. num_workers: processes per loader; None: 0,
+    since on a CPU the computation is the bottleneck and loader processes would take cores from it (with CUDA the caller
+    divides min(8, cores) among its tasks). screening_images: size of the subset of val that is evaluated first; it
+    never decides that a task is at target. cache_bytes: memory for samples of val, and of train without augmentation,
+    that are kept after the first read. Raises ValueError if the dataset is not found or has a fault.
     """
     folder = find_dataset(task, roots)
     if folder is None:
@@ -56,9 +56,7 @@ def open_task(
         return DataLoader(
             dataset,
             collate_fn=None if task.kind == CLASSIFICATION else collate_detection,
-            generator=generator(
-                seed, "workers", task.name, split, plain
-            ),  # else every pass draws from the global generator
+            generator=generator(seed, "workers", task.name, split, plain),  # not the global generator
             pin_memory=device.type == "cuda",
             **order_and_size,
             **worker_options(dataset, num_workers or 0),

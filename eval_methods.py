@@ -1,20 +1,20 @@
-"""Eval methods for the task dictionary: (model, loader) -> float in [0, 1]."""
+"""Eval methods for the task dictionary: (model, loader) -> accuracy in [0, 1]."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gemel.evaluation.coco import IOU_THRESHOLDS, Precision, detection_rows, precision_of
+from gemel.evaluation.coco import IOU_THRESHOLDS, Precision, Thresholds, detection_rows, precision_of
 from gemel.forward.modes import device_of, evaluation_mode, logits_of
 
 
 def classification_eval(model: nn.Module, loader: Iterable) -> float:
-    """Top-1 accuracy: the share of images whose highest output is that of their class.
+    """Top-1 accuracy: the share of images for which the output of the right class is the highest.
 
-    loader: yields (Tensor[N, 3, H, W], int64 Tensor[N]). An output with a NaN is wrong, whatever its highest value.
-    Raises ValueError if the loader yields no image.
+    loader: yields (Tensor[N, 3, H, W], int64 Tensor[N]). Outputs with a NaN count as wrong. Raises ValueError if the
+    loader yields no image.
     """
     device = device_of(model)
     correct, total = torch.zeros((), dtype=torch.int64, device=device), 0
@@ -30,9 +30,9 @@ def classification_eval(model: nn.Module, loader: Iterable) -> float:
 
 
 def classification_eval_per_class(model: nn.Module, loader: Iterable) -> dict[int, dict[str, float]]:
-    """{class: {"top1": share of its images that are right, "images": their number}} for the classes in the loader.
+    """{class: {"top1": accuracy on its images, "images": their number}} for the classes in the loader.
 
-    loader and errors: as for classification_eval; its accuracy is the mean of "top1", weighted by "images".
+    Loader and errors as for classification_eval, whose result is the mean of "top1" weighted by "images".
     """
     device = device_of(model)
     seen: list[Tensor] = []
@@ -51,25 +51,25 @@ def classification_eval_per_class(model: nn.Module, loader: Iterable) -> dict[in
 
 
 def frcnn_eval(model: nn.Module, loader: Iterable) -> float:
-    """COCO mAP@[.5:.95] of any torchvision detector or YOLOv3, as pycocotools computes it; 0.0 if nothing is detected.
+    """COCO mAP@[.5:.95] of a torchvision detector or YOLOv3, as pycocotools computes it; 0.0 without detections.
 
     loader: yields (list of Tensor[3, H, W], list of {"boxes": XYXY pixels, "labels", optional "iscrowd", "area"}).
-    Images are numbered as they come; "image_id" is not read. Raises ValueError if the loader yields no image or no
-    object that counts (one that is not a crowd): the mAP would be undefined.
+    Images are numbered in the order of the loader; "image_id" is not read. Raises ValueError if the loader yields no
+    image, or no object other than crowds: the mAP is then undefined.
     """
     return _precision("frcnn_eval", model, loader, IOU_THRESHOLDS).mean()
 
 
 def yolo_eval(model: nn.Module, loader: Iterable) -> float:
-    """AP at IoU 0.5, mean over the classes present: what is reported for YOLO; COCO's AP50. As frcnn_eval otherwise."""
+    """COCO AP50, the usual metric for YOLO: AP at IoU 0.5, mean over the classes. Otherwise as frcnn_eval."""
     return _precision("yolo_eval", model, loader, IOU_THRESHOLDS[:1]).mean()
 
 
 def detection_eval_per_class(model: nn.Module, loader: Iterable) -> dict[int, dict[str, float]]:
     """{class: {"ap": AP@[.5:.95], "ap50": AP at IoU 0.5, "objects": their number}} for the classes with objects.
 
-    Classes are the labels that the loader yields; those with crowds alone have no AP and are left out. The mean of "ap"
-    is frcnn_eval, that of "ap50" yolo_eval; loader and errors as there.
+    Classes are the labels that the loader yields; a class with crowds only has no AP and is left out. The mean of "ap"
+    is the result of frcnn_eval, that of "ap50" of yolo_eval; loader and errors as there.
     """
     found = _precision("detection_eval_per_class", model, loader, IOU_THRESHOLDS)
     return {
@@ -78,14 +78,14 @@ def detection_eval_per_class(model: nn.Module, loader: Iterable) -> dict[int, di
     }
 
 
-# What an eval method can say class by class, for whoever reports it: `eval_method.per_class(model, loader)`.
+# `eval_method.per_class(model, loader)` gives the accuracy class by class, for reports.
 classification_eval.per_class = classification_eval_per_class
 frcnn_eval.per_class = detection_eval_per_class
 yolo_eval.per_class = detection_eval_per_class
 
 
-def _precision(name: str, model: nn.Module, loader: Iterable, iou_thresholds: Sequence[float]) -> Precision:
-    """What the detector finds in all batches, judged at once; `name` of the eval method for what it raises."""
+def _precision(name: str, model: nn.Module, loader: Iterable, iou_thresholds: Thresholds) -> Precision:
+    """Runs the detector on all batches and computes precision once; name: of the eval method, for errors."""
     device = device_of(model)
     targets_seen: list[dict] = []
     found: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Named train and val transforms for the task dictionary; anything else that keeps its convention does as well."""
+"""Train and val transforms for the task dictionary; any transforms with the same arguments and results can be used."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,10 +18,11 @@ def classification_transforms(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> dict[str, Callable]:
-    """PIL image -> float32 tensor [3, H, W], normalised; "train" crops, jitters colours and flips mildly.
+    """PIL image -> normalised float32 tensor [3, H, W]; "train" also crops, jitters colours and flips.
 
-    size: pixels, one number for a square or (H, W); nothing is cut off in "val", the image is resized to it.
-    scale: share of the area that a training crop keeps. flip: its probability, 0 where left and right matter (signs).
+    size: pixels, one number for a square or (H, W); "val" resizes the whole image to it. scale: range of the share of
+    the area that a training crop keeps. jitter: of brightness, contrast and saturation. flip: probability, 0 if left
+    and right matter (traffic signs). mean, std: per channel.
     """
     size = _pair(size)
     finish = [*_to_float(), v2.Normalize(list(mean), list(std)), v2.ToPureTensor()]
@@ -36,10 +37,10 @@ def classification_transforms(
 def detection_transforms(
     size: int | Sequence[int] | None = None, *, jitter: float = 0.0, flip: float = 0.5, crop: bool = False
 ) -> dict[str, Callable]:
-    """(PIL image, target) -> (float32 tensor [3, H, W] in [0, 1], target); the boxes follow what is done to the image.
+    """(PIL image, target) -> (float32 tensor [3, H, W] in [0, 1], target); boxes are transformed with the image.
 
-    size: as above; None keeps every image's own size, torchvision's detectors resize by themselves. crop: "train" also
-    takes random crops (SSD's), and objects whose box is left outside are dropped.
+    size, jitter, flip: as above; size None keeps the size of every image, as torchvision's detectors resize themselves.
+    crop: "train" also takes random crops (as for SSD) and drops objects outside of them.
     """
     resize = [] if size is None else [v2.Resize(_pair(size))]
     crops = [v2.RandomIoUCrop(), v2.SanitizeBoundingBoxes()] if crop else []

@@ -1,4 +1,4 @@
-"""Which models' channels can be lined up: every classifier and detector of torchvision, by family.
+"""Shows for which models channels can be aligned: every classifier and detector of torchvision, by family.
 
 python -m benchmarks.alignment_support            # a minute or two; prints a table
 python -m benchmarks.alignment_support resnet50 swin_t
@@ -8,7 +8,7 @@ import argparse
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,26 +19,26 @@ from gemel.alignment.permutation import ChannelSpaces, find_channel_spaces
 from gemel.merging.console import table
 from gemel.sharing.signatures import find_layers
 
-END = "output"  # why the last layer of a model, or of a part of one, is fixed: no loss of alignment
+OUTPUT = "output"  # reason why the last layer of a model, or of a traced part, is fixed: not counted as unaligned
 
 
 class Support(NamedTuple):
-    """How much of one model can be lined up."""
+    """How much of one model can be aligned."""
 
     num_spaces: int
     touched_bytes: int  # of layers whose output or input channels can be permuted
-    aligned_bytes: int  # of those among them whose output channels nothing but the model's output fixes
+    aligned_bytes: int  # of touched layers whose output channels are free, or fixed only as the model's output
     total_bytes: int
-    reasons: Counter
+    reasons: Counter[str]  # why output channels are fixed -> number of layers
 
 
 def support_of(model: nn.Module) -> Support:
-    """Counted over the layers that can be shared: normalisation is left out."""
+    """Counts the layers of a model that can be shared, which excludes normalisation."""
     found = find_channel_spaces(model)
     free = {(member.key.rpartition(".")[0], member.axis) for space in found.spaces for member in space.members}
     sizes = {layer.name: layer.bytes for layer in find_layers(model)}
     touched = {name for name, _ in free}
-    fixed = {name for name, reason in found.unaligned if reason != END}
+    fixed = {name for name, reason in found.unaligned if reason != OUTPUT}
     return Support(
         len(found.spaces),
         sum(size for name, size in sizes.items() if name in touched),
@@ -48,20 +48,20 @@ def support_of(model: nn.Module) -> Support:
     )
 
 
-def _reasons(found: ChannelSpaces) -> Counter:
-    return Counter(reason for _, reason in found.unaligned if reason != END)
+def _reasons(found: ChannelSpaces) -> Counter[str]:
+    return Counter(reason for _, reason in found.unaligned if reason != OUTPUT)
 
 
 def build(name: str) -> nn.Module:
-    """Without weights, on the meta device where the model's own code allows: only its structure matters."""
+    """A torchvision model without weights, on the meta device if its constructor allows that."""
     detector = name in models.list_models(module=models.detection)
-    arguments = {"weights": None, **({"weights_backbone": None} if detector else {})}
+    arguments: dict[str, Any] = {"weights": None, **({"weights_backbone": None} if detector else {})}
     if name in ("googlenet", "inception_v3"):
         arguments["init_weights"] = False
     try:
         with torch.device("meta"):
             return models.get_model(name, **arguments)
-    except (NotImplementedError, RuntimeError):  # its constructor reads values, such as drop rates from linspace
+    except (NotImplementedError, RuntimeError):  # the constructor reads values of tensors
         return models.get_model(name, **arguments)
 
 
@@ -75,13 +75,14 @@ def family_of(name: str) -> str:
 
 
 def verdict(support: Support) -> str:
+    """Whether the channels of a model can be aligned: all, partly or none."""
     if not support.num_spaces:
-        return "left unaligned"
+        return "unaligned"
     return "partly" if support.reasons else "aligned"
 
 
 def rows_of(names: list[str]) -> list[list[str]]:
-    """One row per family: how many models, the verdict, shares of the layers' bytes, reasons."""
+    """One row per family: number of models, verdict, shares of the layers' bytes, the commonest reasons."""
     families: dict[str, list[Support]] = defaultdict(list)
     for name in tqdm(names, unit="model", leave=False, disable=None):
         families[family_of(name)].append(support_of(build(name)))
@@ -102,15 +103,15 @@ def _range(shares: Iterable[float]) -> str:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     everything = [*models.list_models(module=models), *models.list_models(module=models.detection)]
     parser.add_argument("names", nargs="*", help="models of torchvision; default: all classifiers and detectors")
     names = parser.parse_args().names or everything
     if unknown := set(names) - set(everything):
         parser.error(f"names: got {', '.join(sorted(unknown))}; allowed: those of torchvision.models.list_models()")
-    print(
-        table(["family", "models", "channels", "% touched", "% aligned", "left as they are because of"], rows_of(names))
-    )
+    header = ["family", "models", "channels", "% touched", "% aligned", "reasons for unaligned layers"]
+    print(table(header, rows_of(names)))
 
 
 if __name__ == "__main__":

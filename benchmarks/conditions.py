@@ -1,113 +1,139 @@
-"""The conditions of a benchmark: its flags, and the workload as it was before any merge, checked and measured."""
+"""The conditions of a comparison of whole merges: its flags, how runs are made, the measured unmerged workload."""
 
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import dataset_manager
-import merger
+from benchmarks.workloads import Workload, add_workload_arguments, open_workload
+from gemel.datasets.folders import SampleError
 from gemel.datasets.loaders import TaskData
-from gemel.environment import DEVICES
-from gemel.environment.device import pick_device
+from gemel.evaluation.eval_method import evaluate
+from gemel.forward.modes import to_channels_last
 from gemel.merging.fingerprint import fingerprint
 from gemel.merging.flags import parse_duration
-from gemel.merging.records import Accuracy
-from gemel.sample_workload.tasks import DATASETS_ROOT
 from gemel.sharing.groups import find_groups, saved_bytes
 from gemel.sharing.memory import distinct_bytes
 from gemel.training.options import TrainingOptions
-from gemel.workload import Problem, Task, WorkloadError, load_model_dict, read_workload
+from gemel.workload import Problem, Task, WorkloadError
+
+
+class Accuracies(NamedTuple):
+    """What an unmerged model reaches on each split."""
+
+    val: float
+    test: float | None  # None: the dataset has no test split
 
 
 @dataclass(frozen=True)
-class Bench:
-    """The conditions that all runs share, and the unmerged workload."""
+class RunSettings:
+    """How every run of the comparison is made."""
 
-    workload: str | None  # file; None: the embedded default
-    datasets: str | None
-    out: Path
-    tolerance: float | None
-    device: torch.device
+    out: Path  # folder of all runs, tables and plots
+    tolerance: float | None  # for tasks that state none
     time_budget: float  # seconds of wall time, per run
-    threads: int
-    jobs: int
-    fresh: bool
-    tasks: Mapping[str, Task]
+    threads: int  # per run
+    jobs: int  # runs at the same time
+    fresh: bool  # whether finished runs are run again
+
+
+@dataclass(frozen=True)
+class Unmerged:
+    """The workload before any merge: its loaders, accuracies and bytes."""
+
     data: Mapping[str, TaskData]
-    identity: dict  # fingerprint of models, datasets, transforms ...
-    unmerged: Mapping[str, Accuracy]
+    accuracies: Mapping[str, Accuracies]
+    fingerprints: dict  # task -> fingerprint of its model, dataset and transforms
     total_bytes: int
     optimal_saved_bytes: int
 
 
+@dataclass(frozen=True)
+class Bench:
+    """The conditions that all runs of a comparison have in common."""
+
+    workload: Workload
+    settings: RunSettings
+    unmerged: Unmerged
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that all benchmarks have."""
-    parser.add_argument("--workload", metavar="FILE.py", help="defines create_model_dict(); default: the embedded one")
-    parser.add_argument("--datasets", metavar="DIR", help="as for merge_workloads.py")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="for runs, tables and plots")
+    """Adds the flags that all comparisons of whole merges have."""
+    add_workload_arguments(parser)
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for runs, tables and plots")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: %(default)s")
     parser.add_argument("--time-budget", type=parse_duration, default=1200.0, metavar="TIME", help="per run; 20m")
     parser.add_argument("--tolerance", type=float, help="as for merge_workloads.py")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
-    parser.add_argument("--threads", type=_count, default=1, help="per run (default: %(default)s)")
-    parser.add_argument("--jobs", type=_count, default=1, help="runs at the same time (default: %(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="run again what was run already")
+    parser.add_argument("--threads", type=_positive_integer, default=1, help="per run (default: %(default)s)")
+    parser.add_argument("--jobs", type=_positive_integer, default=1, help="parallel runs (default: %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="repeat runs that are finished already")
 
 
-def _count(text: str) -> int:
+def _positive_integer(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a whole number of at least 1")
     return int(text)
 
 
 def open_bench(flags: argparse.Namespace) -> Bench:
-    """Loads, checks and measures the unmerged workload; nothing is run or written.
+    """Loads, checks and measures the unmerged workload; merges and writes nothing.
 
-    Raises WorkloadError with every problem of the workload, the datasets and the device.
+    Raises WorkloadError with every problem of the workload, the datasets and the device, or with every task whose
+    unmerged model is below its target.
     """
     torch.set_num_threads(flags.threads)
-    tasks, problems = read_workload(load_model_dict(flags.workload), flags.tolerance)
-    try:
-        device = pick_device(flags.device)
-    except ValueError as error:
-        problems.append(Problem("benchmark", "--device", str(error), "one that torch sees"))
-    roots = [Path(flags.datasets) if flags.datasets else dataset_manager.DEFAULT_ROOT, DATASETS_ROOT]
-    problems += dataset_manager.check(tasks, roots)
-    if problems:
-        raise WorkloadError(problems)
-    identity = fingerprint(tasks, {n: dataset_manager.find_dataset(t, roots) for n, t in tasks.items()}, {})["tasks"]
-    sizes = TrainingOptions()
+    workload = open_workload(flags, flags.tolerance)
+    names = ("out", "tolerance", "time_budget", "threads", "jobs", "fresh")
+    settings = RunSettings(**{name: getattr(flags, name) for name in names})
+    return Bench(workload, settings, _measure(workload))
+
+
+def _measure(workload: Workload) -> Unmerged:
+    """Puts the models on the device, laid out as a merge has them, opens the loaders and evaluates every task."""
+    tasks, device, sizes = workload.tasks, workload.device, TrainingOptions()
+    fingerprints = fingerprint(tasks, {name: workload.folder_of(task) for name, task in tasks.items()}, {})["tasks"]
     data = {
-        name: dataset_manager.open_task(task, roots, device=device, seed=0, batch_size=sizes.batch_size(task))
+        name: dataset_manager.open_task(task, workload.roots, device=device, seed=0, batch_size=sizes.batch_size(task))
         for name, task in tasks.items()
     }
-    models = {name: task.model for name, task in tasks.items()}
-    return Bench(
-        workload=str(Path(flags.workload).resolve()) if flags.workload else None,
-        datasets=str(Path(flags.datasets).resolve()) if flags.datasets else None,
-        out=flags.out,
-        tolerance=flags.tolerance,
-        device=device,
-        time_budget=flags.time_budget,
-        threads=flags.threads,
-        jobs=flags.jobs,
-        fresh=flags.fresh,
-        tasks=tasks,
+    models = {name: to_channels_last(task.model.to(device), device) for name, task in tasks.items()}
+    return Unmerged(
         data=data,
-        identity=identity,
-        unmerged=_measure_unmerged(tasks, data, device),
+        accuracies=measure_unmerged(tasks, data),
+        fingerprints=fingerprints,
         total_bytes=distinct_bytes(models),
         optimal_saved_bytes=saved_bytes(find_groups(models)),
     )
 
 
-def _measure_unmerged(tasks, data, device: torch.device) -> dict[str, Accuracy]:
-    """By the merger's own preflight, which refuses a workload that could not be merged."""
-    nothing = {"training": TrainingOptions(), "initial_weights": "mean", "seed": 0, "flags": {}, "fingerprint": {}}
-    nothing["alignment"] = "none"
-    run = merger.start(tasks, data, "never written", strategy_name="all", device=device, **nothing)
-    merger.preflight(run)
-    return run.accuracy
+def measure_unmerged(tasks: Mapping[str, Task], data: Mapping[str, TaskData]) -> dict[str, Accuracies]:
+    """Evaluates every unmerged model on val and, where there is one, on test.
+
+    Raises WorkloadError with one Problem per task that cannot be evaluated or is below its target: such a workload
+    cannot be merged.
+    """
+    accuracies, problems = {}, []
+    for name, task in tasks.items():
+        test = data[name].test
+        try:
+            val = evaluate(task, data[name].val)
+            accuracies[name] = Accuracies(val, None if test is None else evaluate(task, test))
+        except SampleError:
+            raise
+        except Exception as error:  # a user's eval method may raise anything
+            got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            problems.append(Problem(name, "eval_method", got, "f(model, data_loader) -> float in [0, 1]"))
+            continue
+        if val < task.target_acc:
+            got = (
+                f"an unmerged model that reaches {val:.4f} on val, {task.target_acc - val:.4f} below its target "
+                f"{task.target_acc:.4f} ({task.tolerance:g} x unmerged_acc {task.unmerged_acc:g})"
+            )
+            problems.append(Problem(name, "unmerged_acc", got, "the accuracy that the model has on the val split"))
+    if problems:
+        raise WorkloadError(problems)
+    return accuracies

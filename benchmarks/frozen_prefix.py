@@ -1,9 +1,10 @@
-"""What a frozen prefix saves: a step of training and an evaluation of 16 images, tied from a layer on.
+"""Measures what a frozen prefix saves: the time of a training step and of an evaluation of 16 images.
 
     python -m benchmarks.frozen_prefix [MODEL:FIRST_TIED_LAYER ...] [--size 96] [--threads 1]
 
-Medians in CPU milliseconds: everything trained; what lies before the cut frozen; its outputs kept as well, as they are
-for images that come again (merge_workloads.merge_workload, freeze_prefix). Torchvision's classifiers, random weights.
+Layers from FIRST_TIED_LAYER on are tied; the prefix is what is computed before them. Medians in CPU milliseconds with
+everything trained, with the prefix frozen, and with the prefix frozen and its outputs cached, as for images that are
+evaluated repeatedly (merge_workload, option freeze_prefix). torchvision classifiers with random weights.
 """
 
 import argparse
@@ -23,15 +24,17 @@ from gemel.sharing.signatures import find_layers
 from gemel.training.cut import Cuts
 from gemel.training.prefix import frozen, prefix_of
 
-HEADER = ("model", "tied from", "cut behind", "before it", "training: whole", "frozen", "kept")
-HEADER += ("evaluation: whole", "kept")
+HEADER = (
+    *("model", "tied from", "last frozen layer", "in the prefix", "training: whole", "frozen", "cached"),
+    *("evaluation: whole", "cached"),
+)
 DEFAULT = ("mobilenet_v2:features.15.conv.0.0", "resnet18:layer4.0.conv1", "vgg11_bn:classifier.0")
 NUM_IMAGES, NUM_CLASSES, REPEATS = 16, 10, 10
-KEPT_BYTES = 1 << 30
+CACHE_BYTES = 1 << 30
 
 
 def cpu_milliseconds(function: Callable[[], object]) -> float:
-    """Median over REPEATS calls, after two that are not counted."""
+    """Median over REPEATS calls, after two calls that are not counted."""
     times = []
     for _ in range(REPEATS + 2):
         began = time.process_time()
@@ -41,7 +44,7 @@ def cpu_milliseconds(function: Callable[[], object]) -> float:
 
 
 def costs_of(model: nn.Module, images: torch.Tensor) -> tuple[float, float]:
-    """Of a step of training, and of an evaluation."""
+    """CPU milliseconds of a training step and of an evaluation."""
     labels = torch.arange(len(images)) % NUM_CLASSES
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
@@ -57,7 +60,7 @@ def costs_of(model: nn.Module, images: torch.Tensor) -> tuple[float, float]:
 
 
 def row_of(name: str, first_tied: str, size: int) -> list[str]:
-    """The cells of one model. Raises ValueError for a layer that it does not have."""
+    """The cells of one model; "-" where it cannot be cut. Raises ValueError for a layer that it does not have."""
     torch.manual_seed(0)
     model = to_channels_last(zoo.get_model(name, weights=None, num_classes=NUM_CLASSES), torch.device("cpu"))
     images = torch.rand(NUM_IMAGES, 3, size, size)
@@ -68,8 +71,8 @@ def row_of(name: str, first_tied: str, size: int) -> list[str]:
     costs = [costs_of(model, images)]
     if cut is None:
         return [name, first_tied, "-", "-", f"{costs[0][0]:.0f} ms", "-", "-", f"{costs[0][1]:.0f} ms", "-"]
-    for keeps_training in (False, True):
-        with frozen({name: model}, {name: prefix_of(model, cut, KEPT_BYTES, keeps_training)}):
+    for caches_training in (False, True):
+        with frozen({name: model}, {name: prefix_of(model, cut, CACHE_BYTES, caches_training)}):
             costs.append(costs_of(model, images))
     before = sum(p.numel() for p in cut.parameters(model)) / sum(p.numel() for p in model.parameters())
     times = [f"{ms:.0f} ms" for ms in (*(training for training, _ in costs), costs[0][1], costs[2][1])]
@@ -77,6 +80,7 @@ def row_of(name: str, first_tied: str, size: int) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="*", metavar="MODEL:FIRST_TIED_LAYER", help=f"default: {' '.join(DEFAULT)}")
     parser.add_argument("--size", type=int, default=96, help="pixels (default: %(default)s)")

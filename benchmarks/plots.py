@@ -1,10 +1,11 @@
-"""The picture of a benchmark: saving against time, one line per strategy, a band over seeds."""
+"""The plot of a comparison: memory saved against time, one line per variant, a band over seeds."""
 
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -13,56 +14,67 @@ from benchmarks.runs import Result
 from benchmarks.summary import of_variant, spent, variants_of
 from gemel.merging.console import MIB
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe, Ito: for every eye
-
-
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+)  # Okabe, Ito: colour-blind safe
 AXIS = {"seconds": "seconds since the run began", "cpu_seconds": "CPU seconds since the run began"}
 
 
 def saved_at(result: Result, moments: np.ndarray, time: str = "seconds") -> np.ndarray:
-    """MiB that the run had kept at each of these moments; time: one of summary.TIMES."""
+    """MiB that the run had saved at each of these moments; time: one of summary.TIMES, the unit of `moments`."""
     times = [entry[time] for entry in result.history]
     saved = np.array([0, *(entry["saved_bytes"] for entry in result.history)]) / MIB
     return saved[np.searchsorted(times, moments, side="right")]
 
 
 def plot_saving(results: Sequence[Result], bench: Bench, path: Path, time: str = "seconds") -> None:
-    """Writes the picture. Lines are dotted once the median run has ended: what it kept stays kept."""
+    """Writes the plot to `path`. A line is dotted after the median run has ended, as its saving no longer changes."""
+    budget, optimal = bench.settings.time_budget, bench.unmerged.optimal_saved_bytes / MIB
     figure = Figure(figsize=(9, 5.2), layout="constrained")
     axes = figure.subplots()
     times = [entry[time] for result in results for entry in result.history]
-    end = max([*times, *(spent(result, time, bench.time_budget) for result in results)])
+    end = max([*times, *(spent(result, time, budget) for result in results)])
     begin = 0.8 * min([*times, end])
     moments = np.unique(np.concatenate([np.geomspace(begin, end, 500), times]))
     for variant, colour in zip(variants_of(results), itertools.cycle(COLOURS), strict=False):
-        _draw_variant(axes, of_variant(results, variant), moments, time, bench.time_budget, colour)
+        _draw_variant(axes, of_variant(results, variant), moments, time, budget, colour)
     axes.set(xlabel=f"{AXIS[time]} (log scale)", ylabel="memory saved (MiB)", xscale="log", xlim=(begin, end * 1.05))
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if end > 5 * begin else MaxNLocator(8))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    _draw_optimal(axes, bench.optimal_saved_bytes / MIB)
+    _draw_optimal(axes, optimal)
     axes.grid(alpha=0.25)
     axes.legend(loc="best", frameon=False)
     axes.set_title(_title(results, bench), fontsize="medium")
     figure.savefig(path, dpi=140)
 
 
-def _draw_variant(axes, runs: list[Result], moments: np.ndarray, time: str, time_budget: float, colour: str) -> None:
+def _draw_variant(
+    axes: Axes, runs: list[Result], moments: np.ndarray, time: str, time_budget: float, colour: str
+) -> None:
+    """Adds the median, the band over seeds and the saving as reloaded, of the runs of one variant."""
     curves = np.stack([saved_at(result, moments, time) for result in runs])
     median = np.median(curves, axis=0)
     ended = float(np.median([spent(result, time, time_budget) for result in runs]))
     running = moments <= ended
-    label = runs[0].variant if all(result.finished for result in runs) else f"{runs[0].variant} (cut off)"
+    variant = runs[0].run.variant
+    label = variant if all(result.finished for result in runs) else f"{variant} (cut off)"
     axes.step(moments[running], median[running], where="post", color=colour, linewidth=1.8, label=label)
     axes.step(moments[~running], median[~running], where="post", color=colour, linewidth=1.2, linestyle=":")
-    kept = float(np.median([result.saved_bytes for result in runs])) / MIB  # as reloaded
+    kept = float(np.median([result.saved_bytes for result in runs])) / MIB  # as reloaded from disk
     axes.plot([ended], [kept], marker="o", markersize=5, color=colour, clip_on=False)
     if len(runs) > 1:
         axes.fill_between(moments, curves.min(0), curves.max(0), step="post", color=colour, alpha=0.15, linewidth=0)
 
 
-def _draw_optimal(axes, optimal: float) -> None:
-    """A line at the limit of what can be saved, and the right axis in its per cent."""
+def _draw_optimal(axes: Axes, optimal: float) -> None:
+    """Adds a line at the limit of what can be saved, and a right axis in per cent of it."""
     axes.axhline(optimal, color="grey", linestyle="--", linewidth=1)
     axes.annotate(
         f"optimal {optimal:.2f} MiB", (axes.get_xlim()[0], optimal), (4, 4), textcoords="offset points", color="grey"
@@ -73,7 +85,8 @@ def _draw_optimal(axes, optimal: float) -> None:
 
 
 def _title(results: Sequence[Result], bench: Bench) -> str:
-    name = Path(bench.workload).stem if bench.workload else "embedded default"
-    seeds = len({result.seed for result in results})
+    workload, threads = bench.workload, bench.settings.threads
+    name = Path(workload.file).stem if workload.file else "embedded default"
+    seeds = len({result.run.seed for result in results})
     counted = f"median of {seeds} seeds, band: min to max" if seeds > 1 else "1 seed"
-    return f"{name}: {counted}; {bench.device.type}, {bench.threads} thread{'s' * (bench.threads > 1)}"
+    return f"{name}: {counted}; {workload.device.type}, {threads} thread{'s' * (threads > 1)}"

@@ -1,100 +1,88 @@
-"""What benchmarks without training need: the unmerged models of a workload, a few train images, and val."""
+"""A workload held in memory for measurements without training: unmerged models, some train images, val."""
 
 import argparse
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from scipy.stats import spearmanr
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-import dataset_manager
-from gemel.datasets.folders import open_split
+from benchmarks.workloads import add_workload_arguments, open_workload
+from gemel.datasets.folders import find_dataset, open_split
 from gemel.datasets.loaders import collate_detection
-from gemel.environment import DEVICES
-from gemel.environment.device import pick_device
 from gemel.environment.seeds import generator
 from gemel.fitting.batch_norm import reestimate_statistics
 from gemel.forward.batches import Batch
-from gemel.sample_workload.tasks import DATASETS_ROOT
-from gemel.workload import CLASSIFICATION, Task, WorkloadError, load_model_dict, read_workload
+from gemel.workload import CLASSIFICATION, Task
 
 BATCH_SIZE = {True: 40, False: 4}  # of classifiers and of detectors
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A workload, as it was and to be tied."""
+    """The models of a workload, which a measurement ties and restores, their unmerged copies, and images."""
 
     tasks: Mapping[str, Task]
     models: nn.ModuleDict
-    teachers: Mapping[str, nn.Module]
+    teachers: Mapping[str, nn.Module]  # the unmerged models
     images: Mapping[str, Sequence[Batch]]  # of train, with the val transform
     val: Mapping[str, list]  # batches (images, targets)
     device: torch.device
 
     def batches(self, task: str, count: int) -> list[Batch]:
-        """About the first `count` images, in whole batches."""
+        """The first `count` train images, rounded up to whole batches."""
         size = len(self.images[task][0])
         return list(self.images[task][: -(-count // size)])
 
     def reestimate(self, task: str, count: int) -> None:
-        """Batch normalisation statistics of the task's model over the first `count` images."""
+        """Re-estimates the batch normalisation statistics of the task's model over the first `count` train images."""
         batches = [(batch, None) for batch in self.batches(task, count)]
         reestimate_statistics(self.models[task], batches, self.device)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workload", metavar="FILE.py", help="defines create_model_dict(); default: the embedded one")
-    parser.add_argument("--datasets", metavar="DIR", type=Path, help="as for merge_workloads.py")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    """Adds the flags that all measurements on a probe have."""
+    add_workload_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0, help="selects the images (default: %(default)s)")
 
 
 def open_probe(flags: argparse.Namespace, num_images: int, num_val: int | None = None) -> Probe:
-    """Reads the workload and loads `num_images` train and `num_val` val images per task (None: all) into memory."""
-    tasks, problems = read_workload(load_model_dict(flags.workload))
-    roots = [flags.datasets or dataset_manager.DEFAULT_ROOT, DATASETS_ROOT]
-    problems += dataset_manager.check(tasks, roots)
-    if problems:
-        raise WorkloadError(problems)
-    device = pick_device(flags.device)
-    models = nn.ModuleDict({name: task.model for name, task in tasks.items()}).to(device)
-    splits = {
-        split: {n: load_split(t, roots, split, flags.seed) for n, t in tasks.items()} for split in ("train", "val")
-    }
-    images = {
-        name: [images for images, _ in take(task, splits["train"][name], num_images)] for name, task in tasks.items()
-    }
-    val = {name: take(task, splits["val"][name], num_val) for name, task in tasks.items()}
+    """Opens the workload and loads `num_images` train and `num_val` val images per task (None: all) into memory.
+
+    Raises WorkloadError with every problem of the workload.
+    """
+    workload = open_workload(flags)
+    tasks = workload.tasks
+    models = nn.ModuleDict({name: task.model for name, task in tasks.items()}).to(workload.device)
+    images, val = {}, {}
+    for name, task in tasks.items():
+        train = load_split(task, workload.roots, "train", flags.seed)
+        images[name] = [batch for batch, _ in take(task, train, num_images)]
+        val[name] = take(task, load_split(task, workload.roots, "val", flags.seed), num_val)
     teachers = {name: copy.deepcopy(model).eval() for name, model in models.items()}
-    return Probe(tasks, models, teachers, images, val, device)
+    return Probe(tasks, models, teachers, images, val, workload.device)
 
 
-def load_split(task: Task, roots: Sequence[Path], split: str, seed: int) -> Subset:
-    """The split's samples in a random order, untouched by augmentation."""
-    dataset = open_split(task, dataset_manager.find_dataset(task, roots), split)
-    dataset.transform = task.val_transform
+def load_split(task: Task, roots: Iterable[Path], split: str, seed: int) -> Subset:
+    """The samples of a split in a random order, with the val transform: without augmentation."""
+    folder = find_dataset(task, list(roots))
+    assert folder is not None, "open_workload refuses a workload without its datasets"
+    dataset = open_split(task, folder, split, plain=True)
     return Subset(dataset, torch.randperm(len(dataset), generator=generator(seed, "probe", split, task.name)).tolist())
 
 
 def take(task: Task, samples: Subset, count: int | None) -> list:
-    """The first samples, in batches (images, targets) of one size but for the last."""
+    """The first `count` samples (None: all) as batches (images, targets); the last batch may be smaller."""
     kind = task.kind == CLASSIFICATION
     collate = None if kind else collate_detection
     chosen = Subset(samples, range(min(count or len(samples), len(samples))))
     return list(DataLoader(chosen, BATCH_SIZE[kind], collate_fn=collate))
 
 
-def ranks(values: Sequence[float]) -> Tensor:
-    """0 for the smallest and so on; equal values share their mean rank."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    smaller, equal = tensor[None] < tensor[:, None], tensor[None] == tensor[:, None]
-    return smaller.sum(1) + (equal.sum(1) - 1) / 2
-
-
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's rank correlation."""
-    return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
+    """Spearman's rank correlation; NaN if one of the two is constant."""
+    return float(spearmanr(a, b).statistic)

@@ -1,10 +1,10 @@
-"""What it costs to read a workload's images, beside what its models cost.
+"""Compares the time to read a workload's images with the time of its models' forward passes.
 
     python -m benchmarks.reading --workload mine.py --datasets DIR [--images 64] [--threads 1]
 
-Per task, medians over images of val: their size on disk and as the model gets them, milliseconds to decode one, to
-transform it, to take it from memory (merge_workloads.merge_workload, cache_bytes), and of the model's forward pass.
-Where decoding costs more than the model, images that are stored in the size that the model wants save the difference.
+Per task, medians over val images: their size on disk and after the transform; milliseconds to decode one, to transform
+it, to read it from the sample cache (merge_workload, option cache_bytes), and of the model's forward pass. Where
+decoding costs more than the forward pass, storing the images in the size that the model receives saves the difference.
 """
 
 import argparse
@@ -12,38 +12,34 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import dataset_manager
+from benchmarks.workloads import Workload, add_workload_arguments, open_workload, run_command
 from gemel.datasets.cache import SampleCache
 from gemel.datasets.folders import load_image, open_split
-from gemel.environment import DEVICES
-from gemel.environment.device import pick_device
 from gemel.forward.modes import device_of, evaluation_mode
 from gemel.merging.console import table
-from gemel.sample_workload.tasks import DATASETS_ROOT
-from gemel.workload import CLASSIFICATION, Task, WorkloadError, load_model_dict, read_workload
+from gemel.workload import CLASSIFICATION, Task
 
-HEADER = ("task", "image", "model gets", "decode", "transform", "from memory", "forward", "val in memory")
+HEADER = ("task", "image", "model input", "decode", "transform", "from cache", "forward", "val in cache")
 
 
 def timed(function: Callable, *arguments: object) -> tuple[float, Any]:
-    """(milliseconds, what the function returned)"""
+    """(milliseconds, returned value) of one call."""
     began = time.perf_counter()
     found = function(*arguments)
     return 1000 * (time.perf_counter() - began), found
 
 
-def row_of(task: Task, roots: list[Path], num_images: int) -> list[str]:
-    """The cells of one task."""
-    dataset = open_split(task, dataset_manager.find_dataset(task, roots), "val")
+def row_of(task: Task, workload: Workload, num_images: int) -> list[str]:
+    """The cells of one task, over at most `num_images` val images that are spread evenly."""
+    dataset = open_split(task, workload.folder_of(task), "val")
     indices = torch.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).long().tolist()
-    times: dict[str, list[float]] = {"decode": [], "read": [], "memory": [], "forward": []}
+    times: dict[str, list[float]] = {"decode": [], "read": [], "cache": [], "forward": []}
     stored, given = [], []
-    dataset[indices[0]], load_image(dataset.samples[indices[0]][0])  # whatever is imported or allocated at first
+    dataset[indices[0]], load_image(dataset.samples[indices[0]][0])  # imports and allocations of a first read
     dataset.cache = SampleCache(1 << 40)
     device = device_of(task.model)
     with evaluation_mode(task.model):
@@ -53,14 +49,14 @@ def row_of(task: Task, roots: list[Path], num_images: int) -> list[str]:
             stored.append(image.size)
             spent, (image, _) = timed(dataset.__getitem__, index)
             times["read"].append(spent)
-            times["memory"].append(timed(dataset.__getitem__, index)[0])
+            times["cache"].append(timed(dataset.__getitem__, index)[0])
             given.append(tuple(image.shape[:0:-1]))
             batch = image[None].to(device) if task.kind == CLASSIFICATION else [image.to(device)]
             times["forward"].append(timed(_forward, task.model, batch)[0])
     middle = {key: statistics.median(values) for key, values in times.items()}
     whole = dataset.cache.num_bytes / len(indices) * len(dataset)
     sizes = [" x ".join(f"{statistics.median(side):.0f}" for side in zip(*f, strict=True)) for f in (stored, given)]
-    costs = (middle["decode"], max(0.0, middle["read"] - middle["decode"]), middle["memory"], middle["forward"])
+    costs = (middle["decode"], max(0.0, middle["read"] - middle["decode"]), middle["cache"], middle["forward"])
     return [task.name, *sizes, *(f"{cost:.2f} ms" for cost in costs), f"{whole / (1 << 20):.0f} MiB"]
 
 
@@ -70,30 +66,25 @@ def _forward(model: torch.nn.Module, batch: object) -> None:
         torch.accelerator.synchronize()
 
 
+def measure(flags: argparse.Namespace) -> None:
+    """Prints the table. Raises WorkloadError with every problem of the workload."""
+    torch.set_num_threads(flags.threads)
+    workload = open_workload(flags)
+    for task in workload.tasks.values():
+        task.model.to(workload.device)
+    print(table(HEADER, [row_of(task, workload, flags.images) for task in workload.tasks.values()]))
+
+
 def main(arguments: list[str] | None = None) -> int:
+    """The command; exit codes as in benchmarks.workloads.run_command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workload", metavar="FILE.py", help="defines create_model_dict(); default: the embedded one")
-    parser.add_argument("--datasets", metavar="DIR", help="as for merge_workloads.py")
+    add_workload_arguments(parser)
     parser.add_argument("--images", type=int, default=64, help="per task (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
     flags = parser.parse_args(arguments)
     if min(flags.images, flags.threads) < 1:
         parser.error("--images and --threads: allowed are whole numbers from 1 on")
-    torch.set_num_threads(flags.threads)
-    roots = [Path(flags.datasets) if flags.datasets else dataset_manager.DEFAULT_ROOT, DATASETS_ROOT]
-    try:
-        tasks, problems = read_workload(load_model_dict(flags.workload))
-        problems += dataset_manager.check(tasks, roots)
-        if problems:
-            raise WorkloadError(problems)
-    except WorkloadError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for task in tasks.values():
-        task.model.to(pick_device(flags.device))
-    print(table(HEADER, [row_of(task, roots, flags.images) for task in tasks.values()]))
-    return 0
+    return run_command(lambda: measure(flags))
 
 
 if __name__ == "__main__":

@@ -1,32 +1,32 @@
-"""Compares strategies on one workload under equal conditions: what they save, how soon, and what it costs in accuracy.
+"""Compares strategies on one workload under equal conditions: memory saved, time until then, accuracy.
 
     python -m benchmarks.strategies --workload FILE.py --datasets DIR --strategies gemel-published gemel all stem \
         --seeds 0 1 2 --time-budget 20m --out DIR
 
-takes at most (strategies x seeds x budget), each run in a process of its own. It prints two tables and writes
-DIR/strategies.json, DIR/strategies.png and the same against CPU seconds, DIR/strategies_cpu.png. Runs that are there
-already are used again.
+Takes at most strategies x seeds x budget; each run is a process of its own. Prints two tables and writes
+DIR/strategies.json, DIR/strategies.png and, against CPU seconds, DIR/strategies_cpu.png. Finished runs with equal
+settings are used again.
 """
 
 import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from benchmarks.conditions import Bench, add_arguments, open_bench
 from benchmarks.one_run import write_json
 from benchmarks.plots import plot_saving
-from benchmarks.runs import Failure, Result, code_digest, exit_code_of, run_all, versions
+from benchmarks.runs import Failure, Result, code_digest, run_all, versions
 from benchmarks.summary import BASELINES, COSTS, LEVELS, TIMES, Ratio, levels_of, summarise, variants_of
+from benchmarks.workloads import run_command
 from gemel.merging.console import MIB, mib, share, table
 from gemel.strategies import STRATEGIES
 from gemel.workload import Problem, WorkloadError
 
-BUSY = 0.8  # share of one core that a run on an idle machine gets, and more
-# name -> options of merge_workload. Gemel as published (NSDI 2023): its learning rate, the first model's weights,
-# normalisation statistics left alone, the trained weights themselves, no warm-up. Gemel ties the late layers first, so
-# it is what the frozen prefix is for. Each strategy is also a variant of its own name, with our settings.
+BUSY = 0.8  # a run with a smaller share of one core than this shared the machine with other programs
+# name -> options of merge_workload. gemel-published: the settings of the paper (NSDI 2023): its learning rate, the
+# weights of the first model, unchanged normalisation statistics, no average of weights, no warm-up. gemel-frozen: gemel
+# ties the late layers first, so the layers before them can stay frozen. Each strategy with our settings is a variant.
 VARIANTS: dict[str, dict] = {
     "gemel-published": {
         "strategy": "gemel",
@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict] = {
 
 
 def pick_variants(names: Sequence[str]) -> dict[str, dict]:
-    """The named variants, in this order, once each. Raises WorkloadError for names that there are not."""
+    """The named variants, in this order, each once. Raises WorkloadError listing all unknown names."""
     allowed = ", ".join(VARIANTS)
     problems = [Problem("benchmark", "--strategies", repr(name), allowed) for name in names if name not in VARIANTS]
     if problems:
@@ -57,20 +57,21 @@ def progress_line(outcome: Result | Failure, bench: Bench) -> str:
     """One line for a run that has just ended."""
     if isinstance(outcome, Failure):
         return str(outcome)
+    optimal = bench.unmerged.optimal_saved_bytes
     cells = (
-        f"{outcome.variant} seed {outcome.seed}:",
-        f"saved {mib(outcome.saved_bytes)} ({share(outcome.saved_bytes, bench.optimal_saved_bytes)} of optimal),",
+        f"{outcome.run.variant} seed {outcome.run.seed}:",
+        f"saved {mib(outcome.saved_bytes)} ({share(outcome.saved_bytes, optimal)} of optimal),",
         f"worst task at {outcome.worst_ratio:.3f} of its target,",
         f"{len(outcome.rounds)} rounds, {outcome.seconds:.0f} s, {outcome.cpu_seconds:.0f} CPU s,",
-        "ended by itself" if outcome.finished else "cut off",
+        "search finished" if outcome.finished else "cut off",
     )
-    return " ".join(cells) + (" (run earlier)" if outcome.reused else "")
+    return " ".join(cells) + (" (run earlier)" if outcome.run.reused else "")
 
 
 def end_table(summaries: dict[str, dict]) -> str:
-    """What each strategy ends with: medians over seeds, as reloaded from disk."""
-    header = ("strategy", "saved", "of workload", "of optimal", "worst acc / target", "on test", "rounds")
-    header += ("seconds", "CPU s", "ended by itself")
+    """The final saving, accuracy and cost of each variant: medians over seeds, as reloaded from disk."""
+    header = [*("strategy", "saved", "of workload", "of optimal", "worst acc / target", "on test", "rounds")]
+    header += ["seconds", "CPU s", "search finished"]
     rows = []
     for variant, summary in summaries.items():
         test = summary["test_change"]
@@ -85,24 +86,24 @@ def end_table(summaries: dict[str, dict]) -> str:
                 f"{summary['rounds']['median']:g}",
                 f"{summary['seconds']['median']:.0f}",
                 f"{summary['cpu_seconds']['median']:.0f}",
-                f"{summary['ended_by_itself']} of {len(summary['seeds'])}",
+                f"{summary['search_finished']} of {len(summary['seeds'])}",
             )
         )
     return table(header, rows)
 
 
 def level_table(summaries: dict[str, dict]) -> str:
-    """What each strategy spends until it has saved a share of what the baseline ends with."""
+    """Costs of each variant until it has saved a share of what the baseline saves, and ratios to the baselines."""
     baseline, published = BASELINES
-    header = ("until it has", "strategy", "seconds", "CPU s", "samples", "steps")
-    header += (f"{baseline} takes", "in CPU s", f"{published} takes", "in CPU s")
+    header = ["level", "strategy", "seconds", "CPU s", "samples", "steps"]
+    header += [f"{baseline} takes", "in CPU s", f"{published} takes", "in CPU s"]
     rows = []
     for level in LEVELS:
         for variant, summary in summaries.items():
             found = summary["to_level"].get(f"{level:g}")
             if found is None:
                 continue
-            never = "never" if summary["ended_by_itself"] == len(summary["seeds"]) else "> budget"
+            never = "never" if summary["search_finished"] == len(summary["seeds"]) else "> budget"
             costs = [_cost(found[cost], never) for cost in COSTS]
             ratios = [_times(found[f"{time}_of_{other}"]) for other in BASELINES for time in TIMES]
             rows.append((f"{100 * level:.0f} %", variant, *costs, *ratios))
@@ -123,27 +124,27 @@ def _times(found: dict | None) -> str:
 
 
 def notes(results: Sequence[Result], bench: Bench) -> list[str]:
-    """What a reader of the tables must know."""
+    """Warnings and explanations that belong to the tables, one per line."""
     levels = levels_of(results, 1.0)
     lines = []
     if levels:
         saved = sorted(levels.values())
         amounts = mib(saved[0]) if saved[0] == saved[-1] else f"{saved[0] / MIB:.2f} to {mib(saved[-1])}"
-        lines.append(f"100 % is what {BASELINES[0]} ends with within the budget, seed by seed: {amounts}.")
+        lines.append(f"The level 100 % is what {BASELINES[0]} saves within the budget with the same seed: {amounts}.")
     else:
-        lines.append(f"No run of {BASELINES[0]} saved anything, so there are no levels to compare at.")
+        lines.append(f"No run of {BASELINES[0]} saved anything, so costs until a level cannot be compared.")
     for result in results:
-        named = f"{result.variant} seed {result.seed}"
+        named = f"{result.run.variant} seed {result.run.seed}"
         if result.worst_ratio < 1:
-            lines.append(f"BELOW TARGET: {named} ships a task at {result.worst_ratio:.4f} of its target.")
+            lines.append(f"BELOW TARGET: {named} writes a task at {result.worst_ratio:.4f} of its target.")
         recorded = result.history[-1]["saved_bytes"] if result.history else 0
         if recorded != result.saved_bytes:
-            lines.append(f"{named}: its history says {mib(recorded)}, what is on disk saves {mib(result.saved_bytes)}.")
-        if bench.device.type == "cpu" and result.cpu_seconds < BUSY * result.seconds:
+            lines.append(f"{named}: its history states {mib(recorded)}, the files save {mib(result.saved_bytes)}.")
+        if bench.workload.device.type == "cpu" and result.cpu_seconds < BUSY * result.seconds:
             part = share(result.cpu_seconds, result.seconds)
-            lines.append(f"{named} had {part} of one core: other programs ran beside it, so go by CPU seconds.")
-        if not result.same_code:
-            lines.append(f"{named} was run earlier, with other code than is here now (--fresh runs it again).")
+            lines.append(f"{named} had {part} of one core: other programs ran beside it, so compare CPU seconds.")
+        if not result.run.same_code:
+            lines.append(f"{named} was run with other code than is here now; --fresh runs it again.")
     return lines
 
 
@@ -151,29 +152,30 @@ def notes(results: Sequence[Result], bench: Bench) -> list[str]:
 
 
 def report(results: list[Result], failures: list[Failure], bench: Bench) -> str:
-    """Writes strategies.json and the two plots and returns what is printed."""
-    limits = (bench.total_bytes, bench.optimal_saved_bytes, bench.time_budget)
+    """Writes strategies.json and the two plots; returns the text to print."""
+    settings, unmerged = bench.settings, bench.unmerged
+    limits = (unmerged.total_bytes, unmerged.optimal_saved_bytes, settings.time_budget)
     summaries = {variant: summarise(results, variant, *limits) for variant in variants_of(results)}
     written = {
-        "workload": bench.workload,
-        "total_bytes": bench.total_bytes,
-        "optimal_saved_bytes": bench.optimal_saved_bytes,
-        "time_budget": bench.time_budget,
-        "tolerance": bench.tolerance,
-        "device": bench.device.type,
-        "threads": bench.threads,
-        "jobs": bench.jobs,
+        "workload": bench.workload.file,
+        "total_bytes": unmerged.total_bytes,
+        "optimal_saved_bytes": unmerged.optimal_saved_bytes,
+        "time_budget": settings.time_budget,
+        "tolerance": settings.tolerance,
+        "device": bench.workload.device.type,
+        "threads": settings.threads,
+        "jobs": settings.jobs,
         "versions": versions(),
         "code": code_digest(),
         "variants": {variant: VARIANTS[variant] for variant in summaries},
         "strategies": summaries,
         "notes": notes(results, bench),
         "failures": [str(failure) for failure in failures],
-        "runs": [asdict(result) for result in results],
+        "runs": [result.as_json() for result in results],
     }
-    write_json(bench.out / "strategies.json", written)
-    plot_saving(results, bench, bench.out / "strategies.png")
-    plot_saving(results, bench, bench.out / "strategies_cpu.png", "cpu_seconds")
+    write_json(settings.out / "strategies.json", written)
+    plot_saving(results, bench, settings.out / "strategies.png")
+    plot_saving(results, bench, settings.out / "strategies_cpu.png", "cpu_seconds")
     parts = [end_table(summaries)]
     if levels_of(results, 1.0):
         parts.append(level_table(summaries))
@@ -181,6 +183,7 @@ def report(results: list[Result], failures: list[Failure], bench: Bench) -> str:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags of this comparison."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.strategies", description=__doc__.split("\n\n")[0])
     parser.add_argument("--strategies", nargs="+", default=list(VARIANTS), metavar="NAME", help=", ".join(VARIANTS))
     add_arguments(parser)
@@ -188,12 +191,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def compare(flags: argparse.Namespace) -> list[Failure]:
-    """The whole comparison; returns the runs that failed."""
+    """Makes all runs and prints the tables; returns the runs that failed."""
     variants = pick_variants(flags.strategies)
     bench = open_bench(flags)
     num_runs = len(variants) * len(set(flags.seeds))
-    minutes = math.ceil(num_runs * bench.time_budget / bench.jobs / 60)
-    print(f"{num_runs} runs, at most {minutes} min and their closing evaluations", flush=True)
+    minutes = math.ceil(num_runs * flags.time_budget / flags.jobs / 60)
+    print(f"{num_runs} runs, at most {minutes} min plus their final evaluations", flush=True)
     results, failures = run_all(bench, variants, flags.seeds, lambda o: print(progress_line(o, bench), flush=True))
     if results:
         print("\n" + report(results, failures, bench))
@@ -201,8 +204,9 @@ def compare(flags: argparse.Namespace) -> list[Failure]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command; exit codes as in benchmarks.workloads.run_command."""
     flags = parse_arguments(arguments)
-    return exit_code_of(lambda: compare(flags))
+    return run_command(lambda: compare(flags))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The task dictionary as validated Task records: what every floor may know.
+"""Turns the task dictionary of a user into validated Task records.
 
-`read_workload(model_dict)` is the only way from a user's dictionary to records. It reports every problem at once and
-touches neither datasets nor disk; dataset_manager.check does that for the records which could be read.
+`read_workload(model_dict)` is the only way to create the records. It reports all problems at once and does not read
+datasets; dataset_manager.check does that for tasks without problems.
 """
 
 import difflib
@@ -28,7 +28,7 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with the input."""
+    """One problem of the input: the task and key, what was given, and what is allowed."""
 
     task: str
     key: str
@@ -40,9 +40,9 @@ class Problem(NamedTuple):
 
 
 class WorkloadError(ValueError):
-    """The input is wrong; `problems` lists everything that was found."""
+    """The input is wrong; `problems` lists every problem."""
 
-    def __init__(self, problems: list[Problem]):
+    def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
         lines = "\n".join(f"  {problem}" for problem in problems)
         super().__init__(f"{len(problems)} problem{'s' * (len(problems) != 1)} in the workload:\n{lines}")
@@ -50,7 +50,7 @@ class WorkloadError(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """One entry of the dictionary: a model, its dataset, how it is evaluated, the accuracy it had."""
+    """One entry of the dictionary: a model, its dataset, its eval method, and its accuracy before merging."""
 
     name: str
     model: nn.Module
@@ -60,10 +60,10 @@ class Task:
     val_transform: Callable
     unmerged_acc: float
     tolerance: float
-    dataset: str  # name of the dataset's folder
+    dataset: str  # name of the dataset folder
     batch_size: int | None  # None: the trainer's default for the kind
-    background_class: bool  # detectors: class id 0 of the model means background
-    labels: bool = True  # whether the images of train have labels; those of val always have
+    background_class: bool  # detectors: whether label 0 of the model means background
+    labels: bool = True  # whether the train images have labels; val images always have them
 
     @property
     def target_acc(self) -> float:
@@ -72,8 +72,8 @@ class Task:
 
 
 def load_model_dict(path: str | Path) -> dict:
-    """The task dictionary of a workload file; runs the file. Raises WorkloadError if it is none."""
-    file = Path(os.path.abspath(path))  # as import writes it, so that a second load is recognised
+    """The task dictionary of a workload file; executes the file. Raises WorkloadError if it defines none."""
+    file = Path(os.path.abspath(path))  # as in __file__, so that a second load is recognised
     allowed = "a Python file that defines create_model_dict()"
     if not file.is_file():
         raise WorkloadError([Problem("workload", "--workload", f"{path}, which is no file", allowed)])
@@ -82,8 +82,9 @@ def load_model_dict(path: str | Path) -> dict:
         got = f"{path}, whose name is that of a module in use here"
         raise WorkloadError([Problem("workload", "--workload", got, "another file name")])
     spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None, "the spec of an existing file"
     module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module  # loader processes import what the file defines by this name, from this folder
+    sys.modules[file.stem] = module  # loader processes import the file under this name, from this folder
     sys.path.append(str(file.parent))
     spec.loader.exec_module(module)
     if not callable(getattr(module, "create_model_dict", None)):
@@ -92,10 +93,10 @@ def load_model_dict(path: str | Path) -> dict:
 
 
 def read_workload(model_dict: object, tolerance: float | None = None) -> tuple[dict[str, Task], list[Problem]]:
-    """Task records by name, and every problem of the dictionary; a task with a problem has no record.
+    """(task records by name, all problems of the dictionary); a task with a problem has no record.
 
-    tolerance: for tasks that bring none of their own (default 0.95). Raises nothing: the caller adds the problems
-    of the datasets and raises one WorkloadError for all.
+    tolerance: for tasks that state none (default 0.95). Raises nothing: the caller adds the problems of the datasets
+    and raises one WorkloadError for all.
     """
     if not isinstance(model_dict, Mapping) or not model_dict:
         got = "an empty dictionary" if isinstance(model_dict, Mapping) else _describe(model_dict)
@@ -120,7 +121,9 @@ def canonical_kind(text: object) -> str | None:
 
 
 def _record(name: str, entry: Mapping, tolerance: float) -> Task:
+    """The record of an entry without problems."""
     kind = canonical_kind(entry["task"])
+    assert kind is not None, "the entry is valid"
     own_tolerance = entry.get("tolerance")
     background_class = entry.get("background_class")
     return Task(
@@ -152,7 +155,7 @@ def _name_problems(name: object) -> list[Problem]:
 
 
 def _clashes(model_dict: Mapping) -> list[Problem]:
-    """Names that differ only in case would be one file on some file systems."""
+    """Names that differ only in case: on some file systems they are one file."""
     seen: dict[str, str] = {}
     problems = []
     for name in filter(lambda n: isinstance(n, str), model_dict):
@@ -163,7 +166,7 @@ def _clashes(model_dict: Mapping) -> list[Problem]:
 
 
 def _shared_models(tasks: Mapping[str, Task]) -> list[Problem]:
-    """A module, or a parameter, that stands in two tasks would be trained for both without anybody asking for it."""
+    """Models of two tasks with a common parameter, which would be shared without being a group."""
     owner: dict[int, str] = {}
     problems = []
     for task in tasks.values():
@@ -196,7 +199,7 @@ def _entry_problems(name: str, entry: object) -> list[Problem]:
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             problems.append(Problem(name, str(key), f"an unknown key{hint}", ", ".join(checks)))
         elif key in OPTIONAL_KEYS and entry[key] is None:
-            continue  # None asks for the default
+            continue  # None: the default
         elif (got := checks[key](entry[key])) is not None:
             problems.append(Problem(name, key, got, _ALLOWED[key]))
     return problems
@@ -216,7 +219,7 @@ _ALLOWED = {
 }
 
 
-# Each check returns what was got when it is wrong, else None.
+# Each check returns a description of a wrong value, and None for a right one.
 
 
 def _check_model(model: object) -> str | None:
@@ -226,9 +229,9 @@ def _check_model(model: object) -> str | None:
     if not any(True for _ in model.parameters()):
         return "a module without parameters"
     if lazy := [key for key, tensor in tensors if isinstance(tensor, nn.parameter.UninitializedTensorMixin)]:
-        return f"a module whose {lazy[0]} is not initialised yet (a lazy module that has seen no input)"
+        return f"a module whose {lazy[0]} is not initialised yet (a lazy module without a first input)"
     if meta := [key for key, tensor in tensors if tensor.is_meta]:
-        return f"a module whose {meta[0]} is on the meta device and so holds no weights"
+        return f"a module whose {meta[0]} is on the meta device and has no weights"
     if bad := [key for key, value in model.state_dict().items() if not torch.is_tensor(value)]:
         return f"a module whose state_dict entry {bad[0]} is not a tensor"
     if bad := [key for key, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(p).all()]:
@@ -265,7 +268,7 @@ def _check_dataset(value: object) -> str | None:
 
 
 def _check_batch_size(value: object) -> str | None:
-    return None if isinstance(value, Integral) and not isinstance(value, bool) and value >= 2 else _describe(value)
+    return None if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 2 else _describe(value)
 
 
 def _check_flag(value: object) -> str | None:
@@ -273,10 +276,11 @@ def _check_flag(value: object) -> str | None:
 
 
 def _is_share(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value <= 1
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1
 
 
 def _describe(value: object) -> str:
+    """A value, or its type, for messages."""
     if isinstance(value, (str, Real)) or value is None:
         return repr(value)
     return f"{'the class' if isinstance(value, type) else 'a'} {getattr(value, '__name__', type(value).__name__)}"

@@ -1,8 +1,9 @@
-"""Builders of classifiers and detectors, by name: `build("resnet18", 2)`; `names()` lists what there is.
+"""Builds classifiers and detectors by name, `build("resnet18", 2)`, and loads their weights; `names()` lists the names.
 
-The names of the published Gemel repository, and the small models for a CPU, are functions as well:
-`from model_architectures import frcnn_model; frcnn_model(2, backbone="resnet18")`. Their arguments are documented in
-classifiers.py, detectors.py and yolov3.py; all take `weights` and `weights_backbone` as build() does.
+Open registry.py first: it defines what a builder is and how a model is rebuilt from its recorded architecture. The
+names of the published Gemel repository and the small models for a CPU are functions as well, such as
+`frcnn_model(2, backbone="resnet18")`; their arguments are documented in classifiers.py, detectors.py and yolov3.py, and
+all take `weights` and `weights_backbone` as build() does.
 """
 
 from functools import partial

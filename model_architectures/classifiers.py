@@ -1,4 +1,4 @@
-"""Classifiers: all of torchvision's, the names of the published Gemel repository, and slim_resnet for a CPU.
+"""Classifiers: those of torchvision, those named in the published Gemel repository, and slim_resnet for a CPU.
 
 Input: Tensor[N, 3, H, W]; output: Tensor[N, num_classes]. Only inception_v3 and googlenet with auxiliary classifiers
 (`aux_logits`, on by default as in torchvision) return a tuple in training mode.
@@ -17,12 +17,12 @@ from torchvision.models.resnet import BasicBlock
 from model_architectures.registry import Pretrained, register
 from model_architectures.weights import AUXILIARY, named_tensors, weights_member
 
-# Arguments whose default torchvision changes when weights are given (googlenet, inception_v3; ViT with SWAG weights).
+# Arguments whose default torchvision changes if weights are given (googlenet, inception_v3; ViT with SWAG weights).
 SET_BY_WEIGHTS = ("aux_logits", "transform_input", "image_size")
 
 
 class SlimResNet(nn.Module):
-    """A ResNet of BasicBlocks with the layer names and strides of torchvision's, and a free width (see slim_resnet)."""
+    """A ResNet of BasicBlocks of any width, with the layer names and strides of torchvision's (see slim_resnet)."""
 
     def __init__(self, num_classes: int, layers: Sequence[int], width: int, stem_kernel: int) -> None:
         super().__init__()
@@ -61,11 +61,11 @@ def _stage(in_channels: int, channels: int, depth: int, stride: int) -> nn.Seque
 def slim_resnet(
     num_classes: int, layers: Sequence[int] = (2, 2, 2, 2), width: int = 32, stem_kernel: int = 3
 ) -> SlimResNet:
-    """A small ResNet for images of about 48 to 128 px; torchvision's layer names (conv1, bn1, layer1, ..., fc).
+    """A small ResNet for images of about 48 to 128 px, with torchvision's layer names (conv1, bn1, layer1, ..., fc).
 
-    layers: BasicBlocks per stage, one to four stages. width: channels of the first stage, doubling per stage.
-    stem_kernel: 3 (small images) or 7 (torchvision's). The strides after the stages are 4, 8, 16 and 32.
-    Raises ValueError on other values. There are no pretrained weights for it.
+    layers: number of BasicBlocks per stage, one to four stages. width: channels of the first stage; each stage has
+    twice as many as the one before. stem_kernel: 3 (for small images) or 7 (as in torchvision). The strides after the
+    stages are 4, 8, 16 and 32. Raises ValueError on other values. It has no pretrained weights.
     """
     if not 1 <= len(layers) <= 4 or not all(isinstance(depth, int) and depth >= 1 for depth in layers):
         raise ValueError(f"slim_resnet: layers: got {layers!r}; allowed: one to four integers from 1 on")
@@ -77,15 +77,16 @@ def slim_resnet(
 
 
 def _torchvision_classifier(function: str, num_classes: int, **kwargs: Any) -> nn.Module:
+    """The model of a torchvision function, without weights, on the default device (also the meta device)."""
     if function in ("googlenet", "inception_v3"):
-        kwargs.setdefault("init_weights", True)  # unset, torchvision warns and does the same
+        kwargs.setdefault("init_weights", True)  # the default of torchvision, which warns if it is not stated
     make = partial(torchvision.models.get_model, function, weights=None, num_classes=num_classes, **kwargs)
     on_meta = torch.get_default_device().type == "meta"
     return _regnet_on_meta(make) if on_meta and function.startswith("regnet") else make()
 
 
 def _regnet_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    """RegNet computes its widths with tensors, which need numbers: so only its parameters go to the meta device."""
+    """Builds a RegNet on the meta device: its constructor reads values of tensors, so only parameters are moved."""
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         return None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
@@ -99,22 +100,22 @@ def _regnet_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _pretrained_classifier(function: str, weights: Any, weights_backbone: Any, **kwargs: Any) -> Pretrained:
-    """Lets torchvision build and fill its own pretrained model, and notes what its structure depends on."""
+    """The tensors of torchvision's pretrained model, and the arguments that its structure depends on."""
     if weights_backbone is not None:
-        raise ValueError(f"{function}: weights_backbone: got {weights_backbone!r}; allowed: None, this is a classifier")
+        raise ValueError(f"{function}: weights_backbone: got {weights_backbone!r}; allowed: None for a classifier")
     weights = weights_member(function, weights)
     aux_logits = kwargs.pop("aux_logits", None)
-    if aux_logits:  # torchvision refuses False beside weights; then the auxiliary classifiers are left out below
+    if aux_logits:  # torchvision refuses False if weights are given; False removes the classifiers below
         kwargs["aux_logits"] = True
     donor = torchvision.models.get_model(function, weights=weights, progress=False, **kwargs)
     structure = {name: getattr(donor, name) for name in SET_BY_WEIGHTS if hasattr(donor, name)}
-    left_out = []
+    left_out: tuple[str, ...] = ()
     if aux_logits is False:
         structure["aux_logits"] = False
         left_out = AUXILIARY
-    if weights.meta["categories"] is None:  # vgg16 IMAGENET1K_FEATURES: its file holds no usable classifier
-        left_out = ["classifier."]
-    tensors = {name: tensor for name, tensor in named_tensors(donor).items() if not name.startswith(tuple(left_out))}
+    if weights.meta["categories"] is None:  # vgg16 IMAGENET1K_FEATURES has an unusable classifier
+        left_out = ("classifier.",)
+    tensors = {name: tensor for name, tensor in named_tensors(donor).items() if not name.startswith(left_out)}
     return Pretrained(tensors, structure)
 
 
@@ -125,6 +126,6 @@ def _register_torchvision(name: str, function: str, **defaults: Any) -> None:
 
 for _name in torchvision.models.list_models(module=torchvision.models):
     _register_torchvision(_name, _name)
-# As published with Gemel: inputs normalised for ImageNet are mapped to those of the original Inception, in the model.
+# As published with Gemel: the model maps inputs normalised for ImageNet to the inputs of the original Inception.
 _register_torchvision("inceptionv3", "inception_v3", aux_logits=False, transform_input=True)
 _register_torchvision("mobilenetv3", "mobilenet_v3_large")

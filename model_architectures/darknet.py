@@ -1,7 +1,7 @@
-"""The networks of YOLOv3 and YOLOv3-tiny: images to the raw outputs of their heads, without branches.
+"""The networks of YOLOv3 and YOLOv3-tiny: from images to the raw outputs of the heads, without control flow.
 
 Redmon and Farhadi, "YOLOv3: An Incremental Improvement", 2018, and the published yolov3.cfg and yolov3-tiny.cfg.
-Convolutions are registered in the order of the cfg files, which is that of Darknet's weights.
+Convolutions are registered in the order of the cfg files, which is also the order of Darknet's weights files.
 """
 
 import math
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ACTIVATIONS = {"leaky_relu": partial(nn.LeakyReLU, 0.1), "silu": nn.SiLU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"leaky_relu": partial(nn.LeakyReLU, 0.1), "silu": nn.SiLU}
 
-Unit = Callable[..., nn.Module]  # (in_channels, out_channels, kernel, stride=1) -> a convolution, normalised
-Widths = Callable[[int], int]  # channels of the cfg file -> channels of a network of another width
+Unit = Callable[..., nn.Module]  # (in_channels, out_channels, kernel, stride=1) -> a ConvUnit
+Widths = Callable[[int], int]  # channels in the cfg file -> channels in a network of another width
 
 
 class ConvUnit(nn.Sequential):
@@ -31,7 +31,7 @@ class ConvUnit(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """A 1x1 convolution to half the channels and a 3x3 one back, added to the input."""
+    """A residual block: a 1x1 convolution to half the channels, a 3x3 convolution back, added to the input."""
 
     def __init__(self, unit: Unit, channels: int, hidden: int):
         super().__init__()
@@ -42,7 +42,7 @@ class Residual(nn.Module):
 
 
 class Darknet53(nn.Module):
-    """Images to features of strides 8, 16 and 32."""
+    """From images to features of strides 8, 16 and 32."""
 
     def __init__(self, unit: Unit, widths: Widths):
         super().__init__()
@@ -62,14 +62,14 @@ class Darknet53(nn.Module):
 
 
 class SamePool(nn.Module):
-    """Max-pooling over 2x2 places that keeps the size; like Darknet's, it sees nothing beyond the border."""
+    """Max-pooling of 2x2 with stride 1 that keeps the size; padding never is the maximum, as in Darknet."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-math.inf), 2, 1)
 
 
 class TinyBackbone(nn.Module):
-    """Images to features of strides 16 and 32."""
+    """From images to features of strides 16 and 32."""
 
     def __init__(self, unit: Unit, widths: Widths):
         super().__init__()
@@ -86,11 +86,11 @@ class TinyBackbone(nn.Module):
 
 
 class Head(nn.Module):
-    """Features of one stride, and those of the coarser head, to its outputs and to what it hands on."""
+    """From features of one stride and those of the coarser head to (outputs, features for the finer head)."""
 
     def __init__(self, lateral: nn.Module | None, neck: nn.Module, output: nn.Module):
         super().__init__()
-        self.lateral = lateral  # brings the coarser head's features to this stride
+        self.lateral = lateral  # upsamples the features of the coarser head; None: the coarsest head
         self.neck = neck
         self.output = output
 
@@ -102,7 +102,7 @@ class Head(nn.Module):
 
 
 class Network(nn.Module):
-    """[N, 3, H, W] to [N, anchors x (5 + classes), H / stride, W / stride] of every head, the finest first."""
+    """From [N, 3, H, W] to [N, anchors x (5 + classes), H / stride, W / stride] per head, the finest first."""
 
     def __init__(self, backbone: nn.Module, heads: Sequence[Head]):
         super().__init__()
@@ -118,7 +118,7 @@ class Network(nn.Module):
 
 
 def full_network(unit: Unit, widths: Widths, num_outputs: Sequence[int]) -> Network:
-    """Darknet-53 with three heads; num_outputs: channels of each head, the finest first."""
+    """Darknet-53 with three heads; num_outputs: output channels of each head, the finest first."""
     backbone, heads = Darknet53(unit, widths), []
     for channels, outputs in zip((512, 256, 128), reversed(num_outputs), strict=True):
         thin, wide = widths(channels), widths(2 * channels)
@@ -131,7 +131,7 @@ def full_network(unit: Unit, widths: Widths, num_outputs: Sequence[int]) -> Netw
 
 
 def tiny_network(unit: Unit, widths: Widths, num_outputs: Sequence[int]) -> Network:
-    """The small network with two heads; num_outputs: channels of each head, the finest first."""
+    """The small network with two heads; num_outputs: output channels of each head, the finest first."""
     fine, coarse = num_outputs
     backbone = TinyBackbone(unit, widths)
     lateral = nn.Sequential(unit(widths(256), widths(128), 1), nn.Upsample(scale_factor=2, mode="nearest"))

@@ -1,4 +1,4 @@
-"""Weights of a YOLOv3 from elsewhere: Darknet's own files, and state dicts of the common PyTorch implementations.
+"""Reads weights of a YOLOv3 from Darknet's files and from state dicts of the common PyTorch implementations.
 
 A Darknet file, as pjreddie/darknet writes it (src/parser.c), is little-endian: int32 major, minor, revision; the number
 of images seen, int64 from version 0.2 on and int32 before; then float32, per convolution in the order of the cfg file:
@@ -22,14 +22,14 @@ from model_architectures.darknet import ConvUnit
 from model_architectures.yolov3 import YOLOv3
 
 VERSION_BYTES = 12
-SHORT_HEADER, LONG_HEADER = 16, 20  # with the version, and an int32 or an int64 of images seen
-MAX_VERSION = 1000  # in Darknet larger numbers are flags, which no published YOLOv3 has
+SHORT_HEADER, LONG_HEADER = 16, 20  # bytes: the version, and an int32 or int64 of images seen
+MAX_VERSION = 1000  # in Darknet larger numbers are flags; no published YOLOv3 uses them
 NORM_TENSORS = ("bias", "weight", "running_mean", "running_var")  # in the order of a Darknet file
-SHOWN = 8  # lines of problems
+MAX_SHOWN = 8  # lines of problems
 
 
 class Layer(NamedTuple):
-    """A convolution with its normalisation; the output of a head has none, and a bias of its own."""
+    """A convolution and its normalisation; the output convolution of a head has a bias instead of a normalisation."""
 
     name: str
     conv: nn.Conv2d
@@ -61,10 +61,10 @@ def layers_of(model: YOLOv3) -> list[Layer]:
 def load_darknet(model: YOLOv3, path: str | os.PathLike, partial: bool = False) -> YOLOv3:
     """Loads a Darknet weights file into `model` in place, and returns the model.
 
-    partial: also take a file that ends behind some convolution (darknet53.conv.74, yolov3-tiny.conv.15), or one for
-    another number of classes, whose outputs are skipped; what is not loaded keeps its values.
-    The length is checked before any weight is read. Raises ValueError naming the file and the layer: not a Darknet
-    file, too short, too long, values that are not finite. The model is untouched when it raises.
+    partial: also accept a file that ends after some convolution (darknet53.conv.74, yolov3-tiny.conv.15), or a file for
+    another number of classes, of which the output convolutions are skipped. Tensors that are not loaded keep their
+    values. The length of the file is checked before any weight is read. Raises ValueError naming the file and the layer
+    if it is not a Darknet file, too short, too long, or holds values that are not finite; the model is then unchanged.
     """
     layers, path = layers_of(model), Path(path)
     num_classes = model.num_classes - 1
@@ -83,7 +83,7 @@ def load_darknet(model: YOLOv3, path: str | os.PathLike, partial: bool = False) 
 
 
 def _read(path: Path, layers: list[Layer], num_classes: int, partial: bool) -> tuple[np.ndarray, tuple[int, int]]:
-    """The float32 values, and (classes, convolutions) of the file."""
+    """The float32 values of the file, and how many classes and convolutions it is for."""
     try:
         num_bytes = path.stat().st_size
         with path.open("rb") as file:
@@ -91,7 +91,7 @@ def _read(path: Path, layers: list[Layer], num_classes: int, partial: bool) -> t
             if not (0 <= major < MAX_VERSION and 0 <= minor < MAX_VERSION):
                 raise ValueError(f"{path}: got no Darknet header; allowed: a Darknet weights file")
             headers = (LONG_HEADER,) if major * 10 + minor >= 2 else (SHORT_HEADER, LONG_HEADER)
-            for header in headers:  # eriklindernoren/PyTorch-YOLOv3 writes the long one with version 0.0, too
+            for header in headers:  # eriklindernoren/PyTorch-YOLOv3 writes the long header with version 0.0
                 num_values, rest = divmod(num_bytes - header, 4)
                 fit = None if rest else _fit(layers, num_values, num_classes, partial)
                 if fit is not None:
@@ -103,7 +103,7 @@ def _read(path: Path, layers: list[Layer], num_classes: int, partial: bool) -> t
 
 
 def _fit(layers: list[Layer], num_values: int, num_classes: int, partial: bool) -> tuple[int, int] | None:
-    """(classes, convolutions) of a file with so many values, or None if there is no such file for these layers."""
+    """(classes, convolutions) of a file with `num_values` values; None if no file for these layers has that length."""
     if num_values == _total(layers, num_classes, num_classes):
         return num_classes, len(layers)
     if not partial:
@@ -115,7 +115,7 @@ def _fit(layers: list[Layer], num_values: int, num_classes: int, partial: bool) 
 
 
 def _size(layer: Layer, num_classes: int, file_classes: int) -> int:
-    """Values of a layer in a file for `file_classes`; the model has `num_classes`, both without the background."""
+    """Number of values of a layer in a file for `file_classes`; both class counts are without the background."""
     size = sum(tensor.numel() for _, tensor in layer.tensors())
     return size if layer.norm is not None else size // (5 + num_classes) * (5 + file_classes)
 
@@ -125,20 +125,21 @@ def _total(layers: list[Layer], num_classes: int, file_classes: int) -> int:
 
 
 def _classes_of(layers: list[Layer], num_values: float, num_classes: int) -> int | None:
-    """How many classes a file with so many values is for, if it is for any."""
+    """The number of classes for which a whole file has `num_values` values; None if there is no such number."""
     none, one = (_total(layers, num_classes, classes) for classes in (0, 1))
     classes = (num_values - none) / (one - none)
     return int(classes) if classes >= 1 and classes == int(classes) else None
 
 
 def _misfit(layers: list[Layer], num_values: float, num_classes: int) -> str:
+    """The error message for a file of a wrong length."""
     total = _total(layers, num_classes, num_classes)
     allowed = f"allowed: {total} values for the {len(layers)} convolutions of the model"
     if file_classes := _classes_of(layers, num_values, num_classes):
         hint = f"it is for {file_classes} classes (num_classes={file_classes + 1}), the model for {num_classes}"
         return f"got {num_values:g} values: {hint}; {allowed}, or partial=True"
     if num_values > total:
-        return f"got {num_values - total:.12g} values behind the last layer; {allowed}"
+        return f"got {num_values - total:.12g} values after the last layer; {allowed}"
     start = 0
     for layer in layers:
         size = _size(layer, num_classes, num_classes)
@@ -149,7 +150,7 @@ def _misfit(layers: list[Layer], num_values: float, num_classes: int) -> str:
 
 
 def _parts(path: Path, layer: Layer, values: np.ndarray) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """The tensors of a layer and what the file has for them."""
+    """The tensors of a layer and their values in the file. Raises ValueError if they are not finite."""
     start = 0
     for key, tensor in layer.tensors():
         part = values[start : start + tensor.numel()]
@@ -165,13 +166,13 @@ def _parts(path: Path, layer: Layer, values: np.ndarray) -> Iterator[tuple[Tenso
 
 
 class Port(NamedTuple):
-    """How another implementation names the tensors of a convolution and of its normalisation, and what is no weight."""
+    """How another implementation names the tensors of convolutions and normalisations, and keys to ignore."""
 
     name: str
     conv: re.Pattern
     norm: re.Pattern
     ignored: re.Pattern
-    finest_first: bool  # the order of the outputs of its heads; Darknet begins with the coarsest
+    finest_first: bool  # the order of its output convolutions; Darknet begins with the coarsest
 
 
 PORTS = (
@@ -197,14 +198,14 @@ PORTS = (
         finest_first=True,
     ),
 )
-Found = tuple[str, dict[str, str]]  # a port's layer, and {"conv.weight", "norm.bias", ...: its state-dict key}
+PortLayer = tuple[str, dict[str, str]]  # name, and {"conv.weight", "norm.bias", ...: key in the state dict}
 
 
 def from_port(model: YOLOv3, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """A state dict of one of PORTS under the model's own keys; any other is returned as it is.
+    """Renames the keys of a state dict of one of PORTS to those of the model; returns any other state dict unchanged.
 
-    Convolutions are paired in the order of the cfg file. Raises ValueError naming the layers of both sides: one that
-    the other lacks, tensors that are missing or unknown, shapes that differ.
+    Convolutions are paired in the order of the cfg file. Raises ValueError naming the layers that only one side has,
+    tensors that are missing or unknown, and shapes that differ.
     """
     port = next((port for port in PORTS if any(port.conv.fullmatch(key) for key in state)), None)
     if port is None:
@@ -213,35 +214,37 @@ def from_port(model: YOLOv3, state: Mapping[str, Tensor]) -> Mapping[str, Tensor
     keys, problems = _paired(layers_of(model), found, state, port.finest_first)
     problems += [f"{key}: unknown" for key in unknown]
     if problems:
-        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise ValueError("\n  ".join([f"the weights of {port.name} do not fit the model", *problems[:SHOWN], *more]))
+        more = [f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
+        raise ValueError(
+            "\n  ".join([f"the weights of {port.name} do not fit the model", *problems[:MAX_SHOWN], *more])
+        )
     return OrderedDict((own, state[key]) for own, key in keys.items())
 
 
-def _found_in(port: Port, state: Mapping[str, Tensor]) -> tuple[list[Found], list[str]]:
-    """The layers of a port by number, and the keys that mean nothing."""
+def _found_in(port: Port, state: Mapping[str, Tensor]) -> tuple[list[PortLayer], list[str]]:
+    """The layers of a port in the order of their numbers, and the unknown keys."""
     layers: dict[str, dict[str, str]] = {}
     unknown = []
     for key in state:
         matches = {"conv": port.conv.fullmatch(key), "norm": port.norm.fullmatch(key)}
-        part = next((part for part, match in matches.items() if match), None)
-        if part is None:
+        part, match = next(((part, match) for part, match in matches.items() if match), ("", None))
+        if match is None:
             unknown += [] if port.ignored.fullmatch(key) else [key]
             continue
-        layer, tensor = (group for group in matches[part].groups() if group is not None)
+        layer, tensor = (group for group in match.groups() if group is not None)
         layers.setdefault(layer, {})[f"{part}.{tensor}"] = key
     return sorted(layers.items(), key=lambda item: _by_number(item[0])), unknown
 
 
 def _by_number(name: str) -> list[tuple[bool, int, str]]:
-    """model.10 behind model.9, whatever their order in the file."""
+    """Sort key of a dotted name that puts model.10 after model.9."""
     return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
 def _paired(
-    own: list[Layer], found: list[Found], state: Mapping[str, Tensor], finest_first: bool
+    own: list[Layer], found: list[PortLayer], state: Mapping[str, Tensor], finest_first: bool
 ) -> tuple[dict[str, str], list[str]]:
-    """{own key: key of the port}, and what does not fit; the outputs of heads are paired by themselves."""
+    """{key of the model: key of the port}, and what does not fit; output convolutions are paired separately."""
     outputs = [layer for layer in found if "conv.bias" in layer[1]]
     inner = [layer for layer in found if "conv.bias" not in layer[1]]
     pairs = [
@@ -257,15 +260,14 @@ def _paired(
             )
             problems.append(side)
         else:
-            problems += _pair(layer, *theirs, state, keys)
+            problems += _pair(layer, theirs, state, keys)
     return keys, problems
 
 
-def _pair(
-    layer: Layer, name: str, theirs: dict[str, str], state: Mapping[str, Tensor], keys: dict[str, str]
-) -> Iterator[str]:
-    """Enters the tensors of two layers into `keys`; yields what does not fit."""
-    own = {key.removeprefix(f"{layer.name}."): tensor for key, tensor in layer.tensors()}
+def _pair(layer: Layer, port_layer: PortLayer, state: Mapping[str, Tensor], keys: dict[str, str]) -> Iterator[str]:
+    """Adds the tensors of a pair of layers to `keys`; yields a line for each tensor that does not fit."""
+    name, theirs = port_layer
+    own: dict[str, Tensor | None] = {key.removeprefix(f"{layer.name}."): tensor for key, tensor in layer.tensors()}
     if layer.norm is None:
         own = {f"conv.{key}": tensor for key, tensor in own.items()}
     elif "norm.num_batches_tracked" in theirs:

@@ -1,13 +1,13 @@
-"""Detectors: all of torchvision's, the names of the published Gemel repository, and fcos_model for small CPU models.
+"""Detectors: those of torchvision, those named in the published Gemel repository, and fcos_model for a CPU.
 
 Input: list of Tensor[3, H, W] in [0, 1] and, in training mode, targets {"boxes": Tensor[n, 4] in pixels, "labels"}.
 Output: a dictionary of losses in training mode, else one {"boxes", "labels", "scores"} per image. `num_classes` counts
 the background as class 0, as torchvision does: a detector of cars and people has 3, with labels 1 and 2.
-`trainable_backbone_layers` is torchvision's and has a meaning only beside pretrained weights.
+`trainable_backbone_layers` is torchvision's and has an effect only together with pretrained weights.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,14 +32,15 @@ from model_architectures.yolov3 import YOLOv3
 
 SSDLITE = "ssdlite320_mobilenet_v3_large"
 FCOS_BACKBONES = ("slim_resnet", "resnet18", "resnet34", "resnet50", "mobilenet_v2")
+SLIM_ARGUMENTS = ("layers", "width", "stem_kernel")  # of slim_resnet, passed on by fcos_model
 FRCNN_BACKBONES = ("resnet18", "resnet50", "resnet101", "vgg16", "mobilenet_v2")
 
 
 def num_classes_of(model: nn.Module) -> int | None:
-    """Number of class outputs; for a detector it includes the background, as torchvision counts. None: unknown.
+    """Number of class outputs; for a detector it includes the background, as in torchvision. None: unknown.
 
-    Read from a YOLOv3 or the heads of a torchvision detector, whoever built it, else from the architecture of a model
-    built here.
+    Read from a YOLOv3 or from the heads of a torchvision detector, built here or elsewhere; for other models from the
+    architecture that was recorded when they were built here.
     """
     if isinstance(model, RetinaNet | FCOS):
         return getattr(model.head.classification_head, "num_classes", None)
@@ -61,31 +62,29 @@ def fcos_model(
     head_convs: int = 2,
     min_size: int = 128,
     max_size: int = 256,
-    layers: Sequence[int] | None = None,
-    width: int | None = None,
-    stem_kernel: int | None = None,
     **kwargs: Any,
 ) -> FCOS:
-    """A small FCOS for images of about 96 to 256 px: levels of strides 8, 16, 32 under a pyramid of `out_channels`.
+    """A small FCOS for images of about 96 to 256 px, on a feature pyramid with levels of strides 8, 16 and 32.
 
-    num_classes: with the background as class 0 (FCOS learns never to answer 0; no label may be 0).
+    num_classes: with the background as class 0 (FCOS learns never to predict 0; no label may be 0).
     backbone: one of FCOS_BACKBONES; its layers have the shapes and names of the classifier of the same name, below
-    `backbone.body`. layers, width, stem_kernel: those of slim_resnet, for that backbone only. head_convs: convolutions
-    before each output (torchvision's FCOS has 4). The shorter side of an image is scaled to `min_size`, the longer one
-    stays within `max_size`. kwargs: those of torchvision's FCOS (score_thresh, image_mean, ...) and of its
-    GeneralizedRCNNTransform. Raises ValueError on values outside of these.
+    `backbone.body`. out_channels: of the pyramid, a multiple of 32. head_convs: convolutions before each output
+    (torchvision's FCOS has 4). The shorter side of an image is scaled to `min_size`; the longer side is at most
+    `max_size`. kwargs: `layers`, `width` and `stem_kernel` of slim_resnet, for that backbone only; arguments of
+    torchvision's FCOS (score_thresh, image_mean, ...) and of its GeneralizedRCNNTransform. Raises ValueError on other
+    arguments and values.
     """
-    slim = {"layers": layers, "width": width, "stem_kernel": stem_kernel}
+    slim = {key: kwargs.pop(key, None) for key in SLIM_ARGUMENTS}
     slim = {key: value for key, value in slim.items() if value is not None}
     if slim and backbone != "slim_resnet":
         raise ValueError(f"fcos_model: {', '.join(slim)}: allowed for backbone 'slim_resnet' only, got {backbone!r}")
     if not isinstance(out_channels, int) or out_channels < 32 or out_channels % 32:
         raise ValueError(f"fcos_model: out_channels: got {out_channels!r}; allowed: multiples of 32 (GroupNorm)")
-    _refuse_unknown("fcos_model", kwargs, FCOS)
+    _refuse_unknown("fcos_model", kwargs, FCOS, SLIM_ARGUMENTS)
     body = _fcos_body(backbone, None, **slim)
     channels = [_out_channels(body[level]) for level in body.return_layers]
     pyramid = BackboneWithFPN(body, body.return_layers, channels, out_channels)
-    pyramid.fpn.extra_blocks = None  # no level of stride 64: it would be two cells wide on the images meant here
+    pyramid.fpn.extra_blocks = None  # no level of stride 64: on small images it has two cells a side
     strides = tuple((8 * 2**index,) for index in range(len(channels)))  # an FCOS "anchor" is as large as the stride
     anchors = AnchorGenerator(strides, ((1.0,),) * len(strides))
     head = FCOSHead(out_channels, 1, num_classes, num_convs=head_convs)
@@ -93,7 +92,7 @@ def fcos_model(
 
 
 def _fcos_body(backbone: str, weights: Any, **slim: Any) -> IntermediateLayerGetter:
-    """The backbone without its classifier, returning the levels of strides 8, 16, 32."""
+    """The backbone without its classifier; it returns the features of strides 8, 16 and 32."""
     if backbone not in FCOS_BACKBONES:
         raise ValueError(f"fcos_model: backbone: got {backbone!r}; allowed: {', '.join(FCOS_BACKBONES)}")
     if backbone == "slim_resnet":
@@ -105,18 +104,20 @@ def _fcos_body(backbone: str, weights: Any, **slim: Any) -> IntermediateLayerGet
         return IntermediateLayerGetter(body.features, {"6": "0", "13": "1", "18": "2"})
     stages = [name for name, _ in body.named_children() if name.startswith("layer")]
     if len(stages) < 2:
-        raise ValueError("fcos_model: layers: got one stage; allowed: two to four, the pyramid begins at the second")
+        raise ValueError("fcos_model: layers: got one stage; allowed: two to four, as the pyramid begins at the second")
     return IntermediateLayerGetter(body, {stage: str(level) for level, stage in enumerate(stages[1:])})
 
 
 def _out_channels(stage: nn.Module) -> int:
+    """Output channels of the last convolution of a module."""
     return [module.out_channels for module in stage.modules() if isinstance(module, nn.Conv2d)][-1]
 
 
 def frcnn_model(num_classes: int, backbone: str = "resnet50", **kwargs: Any) -> FasterRCNN:
-    """Faster R-CNN over a plain backbone with one feature map, as published with Gemel; state-dict keys as there too.
+    """Faster R-CNN on a backbone with one feature map, with the state-dict keys of the published Gemel repository.
 
     backbone: one of FRCNN_BACKBONES. kwargs: those of torchvision's FasterRCNN (min_size, box_score_thresh, ...).
+    Raises ValueError on other arguments.
     """
     _refuse_unknown("frcnn_model", kwargs, FasterRCNN)
     features = _frcnn_body(backbone, None)
@@ -131,6 +132,7 @@ def frcnn_model(num_classes: int, backbone: str = "resnet50", **kwargs: Any) -> 
 
 
 def _frcnn_body(backbone: str, weights: Any) -> nn.Sequential:
+    """The backbone without its pooling and classifier."""
     if backbone not in FRCNN_BACKBONES:
         raise ValueError(f"frcnn_model: backbone: got {backbone!r}; allowed: {', '.join(FRCNN_BACKBONES)}")
     weights = weights_member(backbone, weights, "weights_backbone")
@@ -141,8 +143,8 @@ def _frcnn_body(backbone: str, weights: Any) -> nn.Sequential:
 
 
 def _pretrained_backbone(model: str, weights: Any, weights_backbone: Any, **kwargs: Any) -> Pretrained:
-    """The weights of torchvision's classifier `backbone`, for a detector made here."""
-    make, body, prefix = _MADE_HERE[model]
+    """The pretrained weights of torchvision's classifier, as backbone of fcos_model or frcnn_model."""
+    make, body, prefix = _WITH_BACKBONE[model]
     backbone = kwargs.get("backbone", inspect.signature(make).parameters["backbone"].default)
     if weights is not None or backbone == "slim_resnet":
         raise ValueError(f"{model}: got pretrained weights; allowed: weights_backbone, for a backbone of torchvision")
@@ -150,10 +152,10 @@ def _pretrained_backbone(model: str, weights: Any, weights_backbone: Any, **kwar
     return Pretrained({prefix + name: tensor for name, tensor in named_tensors(donor).items()}, {})
 
 
-def _refuse_unknown(name: str, kwargs: dict[str, Any], detector: type) -> None:
-    """torchvision swallows misspelt arguments of its detectors silently."""
+def _refuse_unknown(name: str, kwargs: dict[str, Any], detector: type, own: Sequence[str] = ()) -> None:
+    """Raises ValueError on unknown arguments, which torchvision's detectors ignore. own: arguments of the builder."""
     known = {*inspect.signature(detector).parameters, *inspect.signature(GeneralizedRCNNTransform).parameters}
-    known = known - {"kwargs"} | {"_skip_resize"}
+    known = known - {"kwargs"} | {"_skip_resize", *own}
     unknown = sorted(set(kwargs) - known)
     if unknown:
         raise ValueError(f"{name}: unknown arguments {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
@@ -162,8 +164,12 @@ def _refuse_unknown(name: str, kwargs: dict[str, Any], detector: type) -> None:
 def _torchvision_detector(
     function: str, num_classes: int, frozen_norm_eps: float | None = None, reduced_tail: bool = True, **kwargs: Any
 ) -> nn.Module:
-    """frozen_norm_eps: None, or the eps of the FrozenBatchNorm2d that torchvision puts into pretrained backbones."""
-    kwargs.pop("trainable_backbone_layers", None)  # without weights torchvision ignores it too, and warns
+    """The model of a torchvision function, without weights.
+
+    frozen_norm_eps: eps of the FrozenBatchNorm2d that torchvision uses in pretrained backbones; None: BatchNorm2d.
+    reduced_tail: for ssdlite, whether the last stage of MobileNetV3 has half its channels.
+    """
+    kwargs.pop("trainable_backbone_layers", None)  # without weights torchvision ignores it, and warns
     builder = torchvision.models.get_model_builder(function)
     model = builder(weights=None, weights_backbone=None, num_classes=num_classes, **kwargs)
     _refuse_unknown(function, kwargs, type(model))
@@ -175,6 +181,7 @@ def _torchvision_detector(
 
 
 def _freeze_norms(module: nn.Module, eps: float) -> None:
+    """Replaces every BatchNorm2d below the module by a FrozenBatchNorm2d."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             setattr(module, name, FrozenBatchNorm2d(child.num_features, eps))
@@ -183,8 +190,8 @@ def _freeze_norms(module: nn.Module, eps: float) -> None:
 
 
 def _widen_tail(model: SSD, num_classes: int) -> None:
-    """Gives an ssdlite the full tail of MobileNetV3; torchvision does so only while it loads a pretrained backbone."""
-    norm_layer = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)  # torchvision's for this model
+    """Gives an ssdlite the full tail of MobileNetV3, as torchvision does only when it loads a pretrained backbone."""
+    norm_layer = partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)  # as torchvision sets it for this model
     features = torchvision.models.mobilenet_v3_large(norm_layer=norm_layer, reduced_tail=False).features
     last_strided = [index for index, block in enumerate(features) if getattr(block, "_is_cn", False)][-1]
     model.backbone = SSDLiteFeatureExtractorMobileNet(features, last_strided, norm_layer)
@@ -193,7 +200,7 @@ def _widen_tail(model: SSD, num_classes: int) -> None:
 
 
 def _pretrained_detector(function: str, weights: Any, weights_backbone: Any, **kwargs: Any) -> Pretrained:
-    """Lets torchvision build and fill its own pretrained model, and notes what its structure depends on."""
+    """The tensors of torchvision's pretrained model, and the arguments that its structure depends on."""
     weights = weights_member(function, weights)
     if weights_backbone is not None:
         backbone = next(name for name in ("resnet50", "mobilenet_v3_large", "vgg16") if name in function)
@@ -209,15 +216,15 @@ def _pretrained_detector(function: str, weights: Any, weights_backbone: Any, **k
     return Pretrained(named_tensors(donor), structure)
 
 
-_MADE_HERE = {
+_WITH_BACKBONE: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module], str]] = {
     "fcos_model": (fcos_model, _fcos_body, "backbone.body."),
     "frcnn_model": (frcnn_model, _frcnn_body, "backbone."),
 }
-for _name, (_make, _, _) in _MADE_HERE.items():
+for _name, (_make, _, _) in _WITH_BACKBONE.items():
     register(_name, partial(_pretrained_backbone, _name))(_make)
 for _name in torchvision.models.list_models(module=torchvision.models.detection):
     register(_name, partial(_pretrained_detector, _name))(partial(_torchvision_detector, _name))
 register("ssd_vgg_model", partial(_pretrained_detector, "ssd300_vgg16"))(partial(_torchvision_detector, "ssd300_vgg16"))
-# Published with the full tail, which shares more layers with mobilenetv3 than torchvision's default for ssdlite does.
+# Published with the full tail, which has more layers in common with mobilenetv3 than torchvision's default.
 _ssd_mobilenet = partial(_torchvision_detector, SSDLITE, reduced_tail=False)
 register("ssd_mobilenet_model", partial(_pretrained_detector, SSDLITE))(_ssd_mobilenet)

@@ -1,8 +1,8 @@
-"""Every model that can be built here, by name; and the small dictionary from which a built model can be built again.
+"""The registry of builders: every model by name, and the dictionary from which a built model can be rebuilt.
 
 A builder makes a model without pretrained weights and never downloads. Pretrained weights are a second step: their
-tensors are copied into the model that the builder made, wherever the shapes agree. So a model with pretrained weights
-and the model rebuilt from its architecture come from the same lines of code, and cannot drift apart.
+tensors are copied into the model that the builder made, where the shapes agree. So a model with pretrained weights and
+the model rebuilt from its architecture are made by the same code.
 """
 
 import difflib
@@ -14,31 +14,31 @@ import torch
 from torch import nn
 
 ARCHITECTURE_KEYS = ("name", "num_classes", "kwargs")
-# Arguments that would make torchvision download, or that cannot be written to a file.
+# Arguments with which torchvision downloads, or that cannot be written to a file.
 NOT_RECORDED = ("weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress")
 
 
 class Pretrained(NamedTuple):
-    """Pretrained weights, ready to be copied into a model."""
+    """Pretrained weights that can be copied into a built model."""
 
-    tensors: dict[str, torch.Tensor]  # by the names that they have in the model
-    kwargs: dict[str, Any]  # arguments that give the builder's model the structure these weights were trained in
+    tensors: dict[str, torch.Tensor]  # by their names in the model
+    kwargs: dict[str, Any]  # builder arguments for the structure in which these weights were trained
 
 
 class Builder(NamedTuple):
     """One entry of the registry."""
 
     make: Callable[..., nn.Module]  # (num_classes, **kwargs) -> model
-    pretrained: Callable[..., Pretrained] | None  # (weights, weights_backbone, **kwargs); None: there are no weights
+    pretrained: Callable[..., Pretrained] | None  # (weights, weights_backbone, **kwargs); None: has no weights
 
 
 _BUILDERS: dict[str, Builder] = {}
 
 
 def register(name: str, pretrained: Callable[..., Pretrained] | None = None) -> Callable:
-    """Decorator: enters a builder `(num_classes, **kwargs) -> nn.Module` under `name`.
+    """Decorator that registers a builder `(num_classes, **kwargs) -> nn.Module` under `name`.
 
-    Raises ValueError when the name is taken.
+    Raises ValueError when the name is registered already.
     """
 
     def enter(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -56,16 +56,16 @@ def names() -> list[str]:
 
 
 def build(name: str, num_classes: int, weights: Any = None, weights_backbone: Any = None, **kwargs: Any) -> nn.Module:
-    """Builds the model `name` with `num_classes` outputs; `model.architecture` says how to build it again.
+    """Builds the model `name` with `num_classes` outputs and records in `model.architecture` how to rebuild it.
 
     num_classes: for classifiers the number of classes; for detectors torchvision's count, where class 0 is the
     background (a detector of cars and people has 3).
     weights: a member of torchvision's weights enum for this model, its name ("DEFAULT", "IMAGENET1K_V1", ...), or None.
-    Where the pretrained model has another number of classes, the layers whose shape follows it are fresh; all others
-    have the pretrained weights. Nothing is downloaded unless this, or `weights_backbone`, is given.
-    weights_backbone: for detectors, the same for the backbone alone; ignored where `weights` is given.
+    If the pretrained model has another number of classes, the layers whose shape depends on it keep their random
+    weights; all others get the pretrained ones. Nothing is downloaded unless this or `weights_backbone` is given.
+    weights_backbone: for detectors, the same for the backbone alone; ignored if `weights` is given.
     kwargs: arguments of the builder, plain JSON values.
-    Raises ValueError on an unknown name, weights that do not exist, or arguments that are no JSON values.
+    Raises ValueError on an unknown name, weights that do not exist, or arguments that are not JSON values.
     """
     builder = _find(name)
     kwargs = _checked(name, num_classes, kwargs)
@@ -83,10 +83,10 @@ def build(name: str, num_classes: int, weights: Any = None, weights_backbone: An
 
 
 def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
-    """Builds a model from the `architecture` of another one; its weights are random until a state dict is loaded.
+    """Builds a model from the `architecture` of another model, with random weights.
 
-    The dictionary may come from a file that nobody checked: whatever is wrong with it raises ValueError, and nothing is
-    ever downloaded. Whether parameters require gradients is not part of an architecture.
+    The dictionary may come from an untrusted file: anything wrong with it raises ValueError, and nothing is downloaded.
+    An architecture does not record whether parameters require gradients.
     """
     if not isinstance(architecture, Mapping) or set(architecture) != set(ARCHITECTURE_KEYS):
         raise ValueError(f"architecture: got {_short(architecture)}; allowed is {{name, num_classes, kwargs}}")
@@ -95,12 +95,12 @@ def rebuild(architecture: Mapping[str, Any]) -> nn.Module:
     kwargs = _checked(name, num_classes, kwargs)
     try:
         return build(name, num_classes, **kwargs)
-    except Exception as error:  # whatever arguments from a file make a builder raise is the fault of the file
+    except Exception as error:  # a builder may raise anything on wrong arguments
         raise ValueError(f"{name}: kwargs: got {_short(kwargs)}; cannot build with them: {error}") from error
 
 
 def architecture_of(model: nn.Module) -> dict[str, Any] | None:
-    """`model.architecture` if it still describes the model; None if it was built elsewhere or a layer was replaced."""
+    """`model.architecture` if it describes the model; None if it was built elsewhere or a layer was replaced."""
     architecture = getattr(model, "architecture", None)
     if not isinstance(architecture, dict):
         return None
@@ -122,7 +122,10 @@ def _find(name: Any) -> Builder:
 
 
 def _checked(name: str, num_classes: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments as they come back from JSON: tuples become lists here, not only after a file was read."""
+    """The arguments after a round trip through JSON: tuples become lists, as they do in a manifest.
+
+    Raises ValueError naming every argument that is wrong.
+    """
     problems = []
     if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
         problems.append(f"{name}: num_classes: got {_short(num_classes)}; allowed: an integer from 1 on")
@@ -145,14 +148,14 @@ def _checked(name: str, num_classes: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def _copy_matching(tensors: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Copies every tensor of the same name and shape, and whether a parameter is to be trained; skips a head's."""
+    """Copies every tensor of the same name and shape, and its requires_grad; skips layers for other class counts."""
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     unknown = sorted(set(tensors) - set(own))
-    assert not unknown, f"the pretrained model has tensors that the built one lacks: {unknown[:5]}"
+    assert not unknown, f"the pretrained model has tensors that the built model lacks: {unknown[:5]}"
     with torch.no_grad():
         for name, tensor in tensors.items():
             differing = sum(a != b for a, b in zip(own[name].shape, tensor.shape, strict=True))
-            assert differing <= 1, f"{name}: {tensor.shape} became {own[name].shape}: more than a number of classes"
+            assert differing <= 1, f"{name}: {tensor.shape} and {own[name].shape} differ in two dimensions"
             if not differing:
                 own[name].copy_(tensor)
                 if isinstance(own[name], nn.Parameter):

@@ -1,4 +1,4 @@
-"""Weights: torchvision's pretrained ones by name, and state dicts from files."""
+"""Weights of models: torchvision's pretrained weights by name, and state dicts from files."""
 
 import copy
 import os
@@ -16,14 +16,14 @@ from torchvision.models import WeightsEnum
 from model_architectures.darknet_weights import from_port, load_darknet
 from model_architectures.yolov3 import YOLOv3
 
-AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # the auxiliary classifiers of inception_v3 and googlenet
-SHOWN = 8  # lines per kind of problem
+AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # auxiliary classifiers of inception_v3 and googlenet
+MAX_SHOWN = 8  # lines per kind of problem
 
 
 def weights_member(function: str, weights: Any, argument: str = "weights") -> WeightsEnum | None:
-    """The member of the weights enum of torchvision's `function` that `weights` is, or names; None stays None.
+    """The member of the weights enum of torchvision's `function` for a member or its name; None for None.
 
-    Raises ValueError, listing the members, when there is none.
+    Raises ValueError, listing the members, if there is no such member.
     """
     enum = torchvision.models.get_model_weights(function)
     if weights is None or isinstance(weights, enum):
@@ -35,19 +35,19 @@ def weights_member(function: str, weights: Any, argument: str = "weights") -> We
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers by name; unlike state_dict() it keeps whether a parameter requires gradients."""
+    """All parameters and buffers by name, as the module holds them; state_dict() would lose requires_grad."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Loads a state dict (.pt, .pth) into `model` in place, and returns the model.
 
-    The file may hold the state dict itself or {"state_dict": ...} or {"model": ...}; its keys may begin with "module.".
-    Only tensors are read, no code is run. Files in torchvision's older layouts load as they do there; auxiliary
-    classifiers that the model was built without are skipped. A YOLOv3 also takes Darknet's files (.weights) and the
-    state dicts of the usual PyTorch implementations (darknet_weights.py).
-    Raises ValueError naming the file: it cannot be read safely, holds no state dict, or does not fit; then it lists the
-    missing keys, unexpected keys and shapes that differ. The model is untouched when it raises.
+    The file may hold the state dict itself, {"state_dict": ...} or {"model": ...}; its keys may begin with "module.".
+    Only tensors are read, no code is run. Files in torchvision's older layouts load as in torchvision; auxiliary
+    classifiers are skipped if the model was built without them. For a YOLOv3 the file may also be one of Darknet
+    (.weights) or a state dict of the common PyTorch implementations (darknet_weights.py).
+    Raises ValueError naming the file if it cannot be read safely, holds no state dict or does not fit the model (with
+    the missing keys, unexpected keys and different shapes). The model is unchanged when it raises.
     """
     if isinstance(model, YOLOv3) and str(path).endswith(".weights"):
         return load_darknet(model, path)
@@ -62,7 +62,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
             del state[key]
     own = model.state_dict()
     if not hasattr(state, "_metadata") and state.keys() == own.keys():
-        state._metadata = own._metadata  # the layout is the model's own; MNASNet wants to be told
+        state._metadata = own._metadata  # MNASNet reads its layout version from here
     problems = _problems(model, state)
     if problems:
         raise ValueError("\n".join([f"{path}: the weights do not fit the model", *problems]))
@@ -71,12 +71,13 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 
 def _read_state_dict(path: str | os.PathLike) -> OrderedDict[str, torch.Tensor]:
+    """The state dict in a file, without wrappers. Raises ValueError naming the file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = "not a file of tensors alone, as torch.save(model.state_dict(), path) writes it"
+        reason = "it holds more than tensors; allowed: a file as torch.save(model.state_dict(), path) writes it"
         raise ValueError(f"{path}: cannot be read as weights: {reason}") from error
-    except Exception as error:  # a damaged file can make the unpickler raise nearly anything
+    except Exception as error:  # the unpickler may raise anything on a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path}: cannot be read as weights: {reason}") from error
     for wrapper in ("state_dict", "model"):
@@ -88,7 +89,7 @@ def _read_state_dict(path: str | os.PathLike) -> OrderedDict[str, torch.Tensor]:
     state = OrderedDict(content)
     if hasattr(content, "_metadata"):
         state._metadata = content._metadata
-    if all(key.startswith("module.") for key in state):  # saved from within DataParallel
+    if all(key.startswith("module.") for key in state):  # saved from DataParallel
         consume_prefix_in_state_dict_if_present(state, "module.")
     return state
 
@@ -100,12 +101,12 @@ def _is_entry(key: Any, value: Any) -> bool:
 def _describe(content: Any) -> str:
     if not isinstance(content, dict):
         return f"a {type(content).__name__}"
-    entries = ", ".join(f"{key}: {type(value).__name__}" for key, value in list(content.items())[:SHOWN])
+    entries = ", ".join(f"{key}: {type(value).__name__}" for key, value in list(content.items())[:MAX_SHOWN])
     return f"a dictionary of {entries}" if content else "an empty dictionary"
 
 
 def _problems(model: nn.Module, state: OrderedDict[str, torch.Tensor]) -> list[str]:
-    """What load_state_dict(strict=True) would complain about, found on a copy without storage."""
+    """The errors that load_state_dict(strict=True) would raise, found on a copy without storage."""
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     got = {key: tuple(value.shape) for key, value in state.items()}
     differing = {
@@ -122,12 +123,12 @@ def _problems(model: nn.Module, state: OrderedDict[str, torch.Tensor]) -> list[s
     return [
         *_capped("missing", _by_layer(missing)),
         *_capped("unexpected", _by_layer(found.unexpected_keys)),
-        *_capped("another shape", list(differing.values())),
+        *_capped("different shape", list(differing.values())),
     ]
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the model whose tensors have shapes but no storage."""
+    """A copy of the model with all tensors on the meta device: shapes without storage."""
     stand_ins: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     for parameter in model.parameters():
         stand_ins[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -144,5 +145,6 @@ def _by_layer(keys: Iterable[str]) -> list[str]:
 
 
 def _capped(kind: str, lines: list[str]) -> list[str]:
-    more = [f"  {kind}: and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return [f"  {kind}: {line}" for line in lines[:SHOWN]] + more
+    """The first lines of one kind of problem, and how many more there are."""
+    more = [f"  {kind}: and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else []
+    return [f"  {kind}: {line}" for line in lines[:MAX_SHOWN]] + more

@@ -1,7 +1,8 @@
-"""Images into the square of a YOLO network and boxes back, and what its outputs mean.
+"""Letterboxing of images for a YOLO network, the way back for boxes, and the decoding of the network's outputs.
 
-Coordinates of the network are pixels of its input. Box coding "exp" is that of Darknet (Redmon and Farhadi, "YOLOv3",
-2018, section 2.1), "sigmoid" that of later PyTorch implementations (ultralytics/yolov5 and yolov3 from version 9 on).
+Network coordinates are pixels of the network's input. Box coding "exp" is that of Darknet (Redmon and Farhadi,
+"YOLOv3", 2018, section 2.1), "sigmoid" that of later PyTorch implementations (ultralytics/yolov5, and yolov3 from
+version 9 on).
 """
 
 import math
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-GREY = 0.5  # around a letterboxed image, as in Darknet
-MAX_EXPONENT = math.log(1000)  # a box is at most so many times its anchor
+GREY = 0.5  # the border of a letterboxed image, as in Darknet
+MAX_EXPONENT = math.log(1000)  # a side of a box is at most 1000 times that of its anchor
 
 
 class Frame(NamedTuple):
@@ -22,11 +23,11 @@ class Frame(NamedTuple):
     height: int  # of the image
     width: int
     scale: tuple[float, float]  # pixels of the input per pixel of the image, along x and y
-    offset: tuple[int, int]  # of the image's corner, along x and y
+    offset: tuple[int, int]  # of the image's top left corner in the input, along x and y
 
 
 class Level(NamedTuple):
-    """The outputs of one head for a batch."""
+    """The decoded outputs of one head for a batch."""
 
     boxes: Tensor  # [N, anchors, rows, columns, 4], XYXY
     objectness: Tensor  # [N, anchors, rows, columns], logits
@@ -39,8 +40,8 @@ class Level(NamedTuple):
 
 
 def letterbox(images: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, list[Frame]]:
-    """Images [3, H, W] of any sizes as one batch [N, 3, *size]: scaled to fit, in the middle of grey."""
-    if len({image.shape for image in images}) == 1:  # the usual case, in one go
+    """Images [3, H, W] of any sizes as one batch [N, 3, *size]: scaled to fit, centred, with a grey border."""
+    if len({image.shape for image in images}) == 1:  # the usual case: scaled as one batch
         frame = _frame(images[0], size)
         return _framed(torch.stack(list(images)), frame, size), [frame] * len(images)
     frames = [_frame(image, size) for image in images]
@@ -66,12 +67,12 @@ def _framed(images: Tensor, frame: Frame, size: tuple[int, int]) -> Tensor:
 
 
 def to_network(boxes: Tensor, frame: Frame) -> Tensor:
-    """XYXY boxes [n, 4] of the image, in pixels of the network's input."""
+    """XYXY boxes [n, 4] in pixels of the image -> in pixels of the network's input."""
     return boxes * boxes.new_tensor(frame.scale * 2) + boxes.new_tensor(frame.offset * 2)
 
 
 def to_image(boxes: Tensor, frame: Frame) -> Tensor:
-    """The way back, clipped to the image."""
+    """XYXY boxes [n, 4] in pixels of the network's input -> in pixels of the image, clipped to it."""
     boxes = (boxes - boxes.new_tensor(frame.offset * 2)) / boxes.new_tensor(frame.scale * 2)
     return boxes.clamp_min(0).minimum(boxes.new_tensor((frame.width, frame.height) * 2))
 
@@ -80,7 +81,11 @@ def to_image(boxes: Tensor, frame: Frame) -> Tensor:
 
 
 def decode(output: Tensor, anchors: Sequence[tuple[float, float]], stride: int, coding: str) -> Level:
-    """What a head's output [N, anchors x (5 + classes), rows, columns] says; per anchor x, y, w, h, object, classes."""
+    """Decodes the output [N, anchors x (5 + classes), rows, columns] of a head.
+
+    Its channels are, per anchor: x, y, width, height, objectness, classes. anchors: (width, height) in pixels of the
+    network's input. coding: one of CODINGS.
+    """
     sizes = output.new_tensor(anchors)
     values = output.unflatten(1, (len(sizes), -1)).permute(0, 1, 3, 4, 2)
     rows, columns = values.shape[2:4]
@@ -104,5 +109,5 @@ def _sigmoid(values: Tensor) -> tuple[Tensor, Tensor]:
     return values[..., :2] - 0.5, values[..., 2:].square()
 
 
-# values [..., 4] -> (place of the centre in its cell, size as a multiple of the anchor's)
+# values [..., 4] -> (position of the centre within its cell, size as a multiple of the anchor)
 CODINGS = {"exp": _exp, "sigmoid": _sigmoid}

@@ -1,10 +1,10 @@
-"""The losses of a YOLOv3: which anchor answers for which object, and how far off the outputs are.
+"""The losses of a YOLOv3: assignment of anchors to objects, and losses of boxes, objectness and classes.
 
-Redmon and Farhadi, "YOLOv3", 2018, section 2: the cell that holds an object's centre answers for it, with the anchor
-whose shape fits best; other anchors learn that there is no object, but for those whose box overlaps one by more than
-half; objects and classes are judged by binary cross-entropy. Two well-known changes, since both train quicker:
-further anchors answer as well if their shape fits (Bochkovskiy et al., "YOLOv4", 2020, section 3.4: several anchors for
-one object; the threshold is that of its cfg file), and boxes are judged by their complete IoU (Zheng et al.,
+Redmon and Farhadi, "YOLOv3", 2018, section 2: an object is assigned to the cell that holds its centre and to the anchor
+of the most similar shape; the objectness of other anchors is trained towards 0, except where the predicted box overlaps
+an object by more than half; objectness and classes have binary cross-entropy losses. Two well-known changes make
+training faster: an object is assigned to further anchors of a similar shape (Bochkovskiy et al., "YOLOv4", 2020,
+section 3.4; the threshold is that of its cfg file), and the loss of a box is its complete IoU loss (Zheng et al.,
 "Distance-IoU Loss", AAAI 2020) instead of squared differences of coordinates.
 """
 
@@ -17,16 +17,16 @@ from torchvision.ops import box_iou, complete_box_iou_loss
 
 from model_architectures.yolo_boxes import Level
 
-MATCH_IOU = 0.213  # of an object's and an anchor's shape, from which on the anchor answers for the object
-IGNORE_IOU = 0.5  # of a predicted box and an object, above which it is no mistake to see an object
+MATCH_IOU = 0.213  # of the shapes of an object and an anchor, above which they are assigned
+IGNORE_IOU = 0.5  # of a predicted box and an object, above which its objectness has no loss
 BOX_WEIGHT = 2.0
 
 
 def yolo_losses(levels: Sequence[Level], boxes: Sequence[Tensor], classes: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Named scalars with gradient, each a sum over the batch divided by the number of anchors that answer for objects.
+    """Named scalar losses with gradient: sums over the batch, divided by the number of (object, anchor) assignments.
 
     levels: of a batch of images. boxes, classes: per image XYXY [n, 4] in pixels of the network's input, and int64 [n]
-    from 0; n may be 0. Divided by the number of images if that is larger: a batch without objects stays mild.
+    from 0; n may be 0. The divisor is at least the number of images, which bounds the loss of a batch without objects.
     """
     image = torch.cat([torch.full((len(own),), i, device=own.device) for i, own in enumerate(boxes)])
     objects, labels = torch.cat(list(boxes)), torch.cat(list(classes))
@@ -49,16 +49,17 @@ def yolo_losses(levels: Sequence[Level], boxes: Sequence[Tensor], classes: Seque
 
 
 def match(boxes: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-    """(object, anchor) of every pair where the anchor answers for the object: the best by shape, and good ones.
+    """Indices (object, anchor) of every assignment: the anchor of the most similar shape, and all above MATCH_IOU.
 
-    boxes: XYXY [n, 4]; anchors: width and height [k, 2] of all levels. Shapes are compared as if their centres met.
+    boxes: XYXY [n, 4]; anchors: width and height [k, 2] of all levels. IoU of shapes: as if their centres were equal.
     """
     shapes = boxes[:, 2:] - boxes[:, :2]
     common = torch.minimum(shapes[:, None], anchors).prod(-1)
     iou = common / (shapes.prod(-1)[:, None] + anchors.prod(-1) - common)
-    answers = iou > MATCH_IOU
-    answers[torch.arange(len(boxes), device=boxes.device), iou.argmax(1)] = True
-    return answers.nonzero(as_tuple=True)
+    assigned = iou > MATCH_IOU
+    assigned[torch.arange(len(boxes), device=boxes.device), iou.argmax(1)] = True
+    objects, indices = assigned.nonzero(as_tuple=True)
+    return objects, indices
 
 
 def _cells(boxes: Tensor, level: Level) -> tuple[Tensor, Tensor]:
@@ -71,7 +72,7 @@ def _cells(boxes: Tensor, level: Level) -> tuple[Tensor, Tensor]:
 def _level_losses(
     level: Level, places: tuple[Tensor, ...], boxes: Tensor, labels: Tensor, near: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over boxes, objectness and classes; places: index tensors of the anchors that answer for `boxes`."""
+    """Summed losses of boxes, objectness and classes; places: index tensors of the anchors assigned to `boxes`."""
     wanted, weight = torch.zeros_like(level.objectness), (~near).to(level.objectness)
     wanted[places], weight[places] = 1.0, 1.0
     named = F.one_hot(labels, level.classes.shape[-1]).to(level.classes)

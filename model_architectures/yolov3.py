@@ -1,13 +1,12 @@
 """YOLOv3 and YOLOv3-tiny as detectors with the inputs and outputs of torchvision's (see detectors.py).
 
 Redmon and Farhadi, "YOLOv3: An Incremental Improvement", 2018. Images of any size are letterboxed inside the model.
-`network` alone maps a tensor to tensors, so that its channels can be followed.
+Its submodule `network` maps a tensor to tensors without control flow, so that its channels can be traced and aligned.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -19,15 +18,15 @@ from model_architectures.registry import register
 from model_architectures.yolo_boxes import CODINGS, Frame, Level, decode, letterbox, to_image, to_network
 from model_architectures.yolo_loss import yolo_losses
 
-# Width and height in pixels of the network's input, per head, the finest first; from the published cfg files.
+# (width, height) in pixels of the network's input, per head, the finest first; from the published cfg files.
 ANCHORS = (((10, 13), (16, 30), (33, 23)), ((30, 61), (62, 45), (59, 119)), ((116, 90), (156, 198), (373, 326)))
 TINY_ANCHORS = (((10, 14), (23, 27), (37, 58)), ((81, 82), (135, 169), (344, 319)))
 COARSEST_STRIDE = 32
-OBJECT_PRIOR = 0.01  # what an untrained model takes for an object: Lin et al., "Focal Loss", ICCV 2017, section 4.1
+OBJECT_PRIOR = 0.01  # initial objectness: Lin et al., "Focal Loss", ICCV 2017, section 4.1
 
 
 class Settings(NamedTuple):
-    """What a detector does with the outputs of its network."""
+    """How a detector decodes and filters the outputs of its network."""
 
     size: tuple[int, int]  # height and width of the network's input
     anchors: tuple[tuple[tuple[float, float], ...], ...]
@@ -39,16 +38,16 @@ class Settings(NamedTuple):
 
 
 class YOLOv3(nn.Module):
-    """The detector around a network; built by yolov3() and yolov3_tiny()."""
+    """A detector with the interface of torchvision's; built by yolov3() and yolov3_tiny()."""
 
     def __init__(self, network: Network, num_classes: int, settings: Settings):
         super().__init__()
         self.network = network
-        self.num_classes = num_classes  # with the background, as torchvision counts; the network leaves it out
+        self.num_classes = num_classes  # with the background, as in torchvision; the network has no output for it
         self.settings = settings
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict] | None = None) -> Any:
-        """Losses by name in training mode, else one {"boxes", "labels", "scores"} per image, in its own pixels."""
+        """Losses by name in training mode, else one {"boxes", "labels", "scores"} per image, in pixels of the image."""
         batch, frames = letterbox(images, self.settings.size)
         if not self.training:
             levels = self._levels(batch)
@@ -58,7 +57,7 @@ class YOLOv3(nn.Module):
         return yolo_losses(self._levels(batch), boxes, [own - 1 for own in labels])
 
     def _levels(self, batch: Tensor) -> list[Level]:
-        """What every head says, the finest first."""
+        """The decoded outputs of every head, the finest first."""
         height = batch.shape[-2]
         return [
             decode(output, anchors, height // output.shape[-2], self.settings.box_coding)
@@ -66,7 +65,7 @@ class YOLOv3(nn.Module):
         ]
 
     def _checked(self, targets: Sequence[dict] | None, num_images: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Boxes and labels per image. Raises ValueError; a box without an area is refused, as torchvision does."""
+        """Boxes and labels per image. Raises ValueError on wrong targets, boxes without an area among them."""
         if targets is None or len(targets) != num_images:
             got = "none" if targets is None else len(targets)
             raise ValueError(f"YOLOv3: targets: got {got} for {num_images} images in training; allowed: one per image")
@@ -81,7 +80,7 @@ class YOLOv3(nn.Module):
         return boxes, labels
 
     def _detections(self, levels: Sequence[Level], index: int, frame: Frame) -> dict[str, Tensor]:
-        """Every (box, class) above the score threshold that suppression per class leaves, the best first."""
+        """The (box, class) pairs above the score threshold after suppression per class, the highest score first."""
         settings = self.settings
         boxes = torch.cat([level.boxes[index].flatten(0, 2) for level in levels]).float()
         objectness = torch.cat([level.objectness[index].flatten() for level in levels]).float().sigmoid()
@@ -102,15 +101,15 @@ class YOLOv3(nn.Module):
 def yolov3(num_classes: int, size: int | Sequence[int] = 416, anchors: Sequence = ANCHORS, **kwargs: Any) -> YOLOv3:
     """YOLOv3: Darknet-53 and heads of strides 8, 16 and 32.
 
-    num_classes: with the background as class 0, like every detector here, though the network has no output for it: the
-    published weights (80 classes) have 81, and labels begin at 1.
+    num_classes: with the background as class 0, as for every detector here, although the network has no output for it:
+    81 for the published weights (80 classes); labels begin at 1.
     size: height and width of the network's input in pixels, or one number for both; multiples of 32.
     anchors: per head, the finest first, (width, height) pairs in pixels of the network's input.
-    kwargs: `width` scales the channels of all layers (1.0); `activation` ("leaky_relu", "silu"), `norm_eps` (1e-5) and
-    `box_coding` ("exp", "sigmoid") are those that the weights were trained with: for ultralytics/yolov3 from version
-    9.1 on "silu", 1e-3, "sigmoid". `score_thresh` (0.01), `nms_thresh` (0.45), `topk_candidates` (1000) before and
-    `detections_per_img` (100) after suppression, which is done per class.
-    Raises ValueError, naming every argument that is wrong.
+    kwargs: `width` scales the channels of all layers (default 1.0). `activation` ("leaky_relu", "silu"), `norm_eps`
+    (1e-5) and `box_coding` ("exp", "sigmoid") must be those that the weights were trained with; for ultralytics/yolov3
+    from version 9.1 on "silu", 1e-3, "sigmoid". `score_thresh` (0.01); `nms_thresh` (0.45) of the suppression, which is
+    done per class; at most `topk_candidates` (1000) boxes before and `detections_per_img` (100) after it.
+    Raises ValueError naming every argument that is wrong.
     """
     return _detector("yolov3", full_network, num_classes, size, anchors, kwargs)
 
@@ -119,9 +118,9 @@ def yolov3(num_classes: int, size: int | Sequence[int] = 416, anchors: Sequence 
 def yolov3_tiny(
     num_classes: int, size: int | Sequence[int] = 416, anchors: Sequence = TINY_ANCHORS, **kwargs: Any
 ) -> YOLOv3:
-    """YOLOv3-tiny: seven convolutions and heads of strides 16 and 32; arguments as above.
+    """YOLOv3-tiny: seven convolutions and heads of strides 16 and 32; arguments as for yolov3().
 
-    The published yolov3-tiny.weights were trained with other anchors for the finer head than its cfg file has now:
+    The published yolov3-tiny.weights were trained with other anchors for the finer head than the cfg file states now:
     (23, 27), (37, 58), (81, 82).
     """
     return _detector("yolov3_tiny", tiny_network, num_classes, size, anchors, kwargs)
@@ -141,6 +140,7 @@ class _Options(NamedTuple):
 def _detector(
     name: str, network: Callable[..., Network], num_classes: int, size: Any, anchors: Any, kwargs: dict[str, Any]
 ) -> YOLOv3:
+    """Checks the arguments of a builder and builds the detector."""
     size = [size, size] if isinstance(size, int) else size
     problems = _problems(num_classes, size, anchors, 3 if network is full_network else 2, kwargs)
     if problems:
@@ -157,16 +157,17 @@ def _detector(
 
 @torch.no_grad()
 def _expect_few_objects(output: nn.Conv2d, num_anchors: int) -> None:
+    """Sets the biases of an output convolution so that the initial objectness is OBJECT_PRIOR."""
     bias = output.bias.view(num_anchors, -1)
     bias.zero_()
     bias[:, 4].fill_(-math.log((1 - OBJECT_PRIOR) / OBJECT_PRIOR))
 
 
 def _problems(num_classes: int, size: Any, anchors: Any, num_heads: int, kwargs: dict[str, Any]) -> list[str]:
-    """What is wrong with a builder's arguments, which may come from a file."""
+    """Every problem of a builder's arguments, which may come from an untrusted file."""
     count = _is_count, "an integer from 1 on"
     share = partial(_within, high=1), "a number in (0, 1]"
-    rules = {
+    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
         "width": (partial(_within, high=16), "a number in (0, 16]"),
         "activation": (partial(_one_of, ACTIVATIONS), ", ".join(ACTIVATIONS)),
         "norm_eps": share,
@@ -213,7 +214,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _within(value: Any, high: float) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value <= high
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= high
 
 
 def _one_of(allowed: Any, value: Any) -> bool:

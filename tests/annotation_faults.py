@@ -13,7 +13,7 @@ FIVE = "5 numbers: class x_center y_center width height"
 OUTLINE = FIVE + ", or a class and the x y of 3 or more points"
 WHOLE = "class ids that are whole numbers from 0"
 AREA = "boxes with a width and a height above 0"
-SHARES = "boxes inside the image, in shares of its width and height"
+SHARES = "boxes inside the image, relative to its width and height"
 PATHS = "a folder of images, a text file with an image per line, or a list of these"
 PIXELS = "4 finite numbers: x, y, width, height in pixels"
 COCO_BOX = "[x, y, width, height] in pixels, inside the image, neither side negative"
@@ -202,7 +202,7 @@ REFUSED = [
         3,
     ),
     ("coco", picture(id="11"), f"{JSON} annotations[1].image_id: got 11; allowed: the id of an entry of images", 2),
-    ("coco", picture(id=1.5), f"{JSON} images[1].id: got 1.5; allowed: a whole number or a text", 3),
+    ("coco", picture(id=1.5), f"{JSON} images[1].id: got 1.5; allowed: a whole number or a string", 3),
     ("coco", picture(file_name="a.png"), f"{JSON} images[1].file_name: got 'a.png' again; allowed: one entry for", 3),
     ("coco", picture(file_name="z.png"), f"{JSON} images[1].file_name: got no image 'z.png'; allowed: {SUFFIXES}"),
     ("coco", picture(file_name="a\0.png"), f"{JSON} images[1].file_name: got 'a\\x00.png'; allowed: the name of an", 3),
@@ -211,7 +211,7 @@ REFUSED = [
     ("coco", picture(height="20"), f"{JSON} images[1]: got width 40, height '20'; allowed: width and height in pixels"),
     ("coco", picture(width=80), "train2017/b.png: got 40 x 20 pixels instead of 80 x 20; allowed: the size that inst"),
     ("coco", note(id=100), f"{JSON} annotations[1].id: got 100 again; allowed: an id of its own for every annotation"),
-    ("coco", note(id=...), f"{JSON} annotations[1].id: got None; allowed: a whole number or a text"),
+    ("coco", note(id=...), f"{JSON} annotations[1].id: got None; allowed: a whole number or a string"),
     ("coco", note(image_id=999), f"{JSON} annotations[1].image_id: got 999; allowed: the id of an entry of images"),
     ("coco", note(image_id=[11]), f"{JSON} annotations[1].image_id: got [11]; allowed: the id of an entry of images"),
     ("coco", note(category_id=4), f"{JSON} annotations[1].category_id: got 4; allowed: the id of an entry of categ"),
@@ -336,7 +336,7 @@ REFUSED = [
     ("voc_roboflow", remove("train/a.png"), "train/a.xml: got no image a.*; allowed: annotation files named after an"),
 ]
 
-CLIPPED = "a box that left the image by rounding was clipped to it"
+CLIPPED = "a box that exceeded the image by rounding was clipped to it"
 MARK = "a byte order mark was skipped"
 LINES = "Windows line ends were read as line ends"
 REPAIRED = [
@@ -355,11 +355,11 @@ REPAIRED = [
     ("coco", put(JSON, lambda text: "\ufeff" + text), MARK, 1),
     ("coco", note(bbox=[0, -0.5, 40.5, 20]), CLIPPED, 1),
     ("coco", note(bbox=[3, 3, 0, 5]), "a box without width or height was left out", 1),
-    ("coco", picture(width=None, height=None), "the size of an image was taken from the image", 1),
+    ("coco", picture(width=None, height=None), "the size of an image was read from the image", 1),
     ("voc", put(XML, lambda text: "\ufeff" + text), MARK, 1),
     ("voc", put(XML, lambda text: text.replace("\n", "\r\n")), None, 0),
     ("voc", swap(XML, "<xmin>3", "<xmin>0"), CLIPPED, 1),
-    ("voc", swap(XML, "<width>40</width><height>20</height>", ""), "the size of an image was taken from the image", 1),
+    ("voc", swap(XML, "<width>40</width><height>20</height>", ""), "the size of an image was read from the image", 1),
     ("voc", xml(voc_object("car", 2, 4, 12, 14), size="<width>0</width><height>0</height>"), "the size of an image", 1),
     ("voc_roboflow", remove("train/c.xml"), "an image without an annotation file was taken as one without objects", 1),
 ]

@@ -1,4 +1,4 @@
-"""Readers of the dataset layouts, what they hand over, checks of whole datasets, and the loaders of a task.
+"""Reads datasets: readers of four annotation layouts, samples, checks of whole datasets, and the loaders of a task.
 
-Open layouts.py to see which layouts there are, records.py for what a reader hands over, loaders.py for the loaders.
+Open layouts.py first: it lists the layouts. records.py defines what a reader returns, loaders.py the loaders.
 """

@@ -1,4 +1,4 @@
-"""Samples that stay in memory once they were read: those of splits in which nothing is drawn."""
+"""Keeps samples in memory after they were read once: for splits without random augmentation."""
 
 import copy
 from typing import Any
@@ -8,21 +8,22 @@ from torch.utils.data import get_worker_info
 
 
 class SampleCache:
-    """Samples by index, up to `limit` bytes of tensors together; what comes after that is read again each time.
+    """Samples by index, up to `limit` bytes of tensors in total; further samples are not kept.
 
-    A loader process has a cache of its own, of its share of the bytes: nothing that is kept is sent to it. What `get`
-    returns is a copy, which may be changed.
+    Every loader process has a cache of its own with an equal part of the limit; pickling leaves the samples out.
     """
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int) -> None:
         self.limit, self.num_bytes = limit, 0
         self.samples: dict[int, tuple] = {}
 
     def get(self, index: int) -> tuple | None:
+        """A copy of the sample, which the caller may change; None if it is not kept."""
         sample = self.samples.get(index)
         return None if sample is None else copy.deepcopy(sample)
 
     def put(self, index: int, sample: tuple) -> None:
+        """Keeps a copy of the sample if it fits into the limit."""
         worker = get_worker_info()
         limit = self.limit // worker.num_workers if worker is not None else self.limit
         size = _bytes_of(sample)

@@ -1,6 +1,6 @@
-"""What is wrong with the datasets of a workload: everything at once, before anything is trained.
+"""Checks the datasets of a workload before anything is trained, and reports all problems at once.
 
-Annotation files are read completely and images in an even sample. Then one or two samples of train and of val go
+All annotation files are read, and an evenly spread sample of the images. Then one or two samples of train and of val go
 through the task's transforms and its model.
 """
 
@@ -30,8 +30,8 @@ from gemel.forward.modes import device_of, evaluation_mode, logits_of
 from gemel.workload import CLASSIFICATION, Problem, Task
 from model_architectures import num_classes_of
 
-MAX_LISTED = 10  # problems of one kind and task
-MAX_DECODED = 32  # images of one split
+MAX_LISTED = 10  # problems of one kind per task
+MAX_DECODED = 32  # images per split
 SAMPLE_CONTRACT = {
     True: "image -> float tensor [C, H, W]",
     False: '(image, target) -> (float tensor [C, H, W], {"boxes": XYXY [N, 4], "labels": int64 [N], ...})',
@@ -41,17 +41,17 @@ log = logging.getLogger(__name__)
 
 
 def check(tasks: Mapping[str, Task], roots: Sequence[Path]) -> list[Problem]:
-    """All problems of the datasets, transforms and class counts of all tasks; [] if everything is right.
+    """All problems of the datasets, transforms and class counts of all tasks; [] if there are none.
 
-    roots: the folders that hold datasets; the first that has a task's dataset is taken. Raises nothing: what a user's
-    transform or model raises is a problem as well. Models keep their modes. What could be put right, such as a box that
-    leaves its image by rounding, is logged as a warning, counted.
+    roots: the folders that hold datasets; a task's dataset is taken from the first that has it. Raises nothing: an
+    exception of a user's transform or model is a problem. Models keep their modes. Repairs, such as clipping a box that
+    exceeds its image by rounding, are counted and logged as warnings.
     """
     return [problem for task in tasks.values() for problem in _capped(_task_problems(task, roots))]
 
 
 def _capped(problems: Iterable[Problem]) -> Iterator[Problem]:
-    """The first problems of every kind, and how many more there are; a kind is what has the same remedy."""
+    """The first problems of every kind, and the number of further ones; a kind has one text of what is allowed."""
     kinds: dict[str, list[Problem]] = defaultdict(list)
     counts: Counter[str] = Counter()
     for problem in problems:
@@ -65,6 +65,7 @@ def _capped(problems: Iterable[Problem]) -> Iterator[Problem]:
 
 
 def _task_problems(task: Task, roots: Sequence[Path]) -> list[Problem]:
+    """The problems of one task; transforms and model are tried only if its files have none."""
     folder = find_dataset(task, roots)
     if folder is None:
         return [_missing_dataset(task, roots)]
@@ -87,6 +88,7 @@ def _splits(folder: Path) -> list[str]:
 
 
 def _missing_dataset(task: Task, roots: Sequence[Path]) -> Problem:
+    """The problem of a dataset that is not found, with folders of similar names."""
     roots = [Path(root) for root in roots]
     there = {path.name for root in roots for path in visible(root) if path.is_dir()}
     folded = {name.lower(): name for name in sorted(there)}
@@ -128,19 +130,21 @@ def _count_problems(task: Task, folder: Path, split: str, images: Sequence[Path]
 def _image_problems(
     task: Task, folder: Path, images: Sequence[Path], sources: Mapping[Path, Source] | None = None
 ) -> Iterator[Problem]:
-    """Files without a byte, and those of an even sample that do not decode or have not the size that is stated."""
+    """Empty files; and in an evenly spread sample, files that cannot be decoded or do not have the stated size."""
     allowed = "images that can be decoded"
-    sample = set(_evenly(images, MAX_DECODED))
+    sample = set(_evenly_spread(images, MAX_DECODED))
     for path in images:
         error = _file_error(path) or (_decode_error(path) if path in sample else None)
         if error:
-            yield _of_fault(task, folder, Fault(path, "", error, allowed))
+            yield _as_problem(task, folder, Fault(path, "", error, allowed))
         elif path in sample and sources and (wrong := _wrong_size(path, sources[path])):
-            yield _of_fault(task, folder, Fault(path, "", wrong, f"the size that {sources[path].file.name} states"))
+            file = sources[path].file
+            allowed_size = f"the size that {file.name if file else 'its annotation'} states"
+            yield _as_problem(task, folder, Fault(path, "", wrong, allowed_size))
 
 
-def _evenly(items: Sequence, count: int) -> list:
-    """At most `count` items, the first and the last among them."""
+def _evenly_spread(items: Sequence, count: int) -> list:
+    """At most `count` items, evenly spread, the first and the last included."""
     if len(items) <= count:
         return list(items)
     return [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]
@@ -149,7 +153,7 @@ def _evenly(items: Sequence, count: int) -> list:
 def _file_error(path: Path) -> str | None:
     try:
         return None if path.stat().st_size else "an empty file"
-    except OSError as error:  # such as a link to nowhere
+    except OSError as error:  # such as a broken link
         return _message(error)
 
 
@@ -178,10 +182,10 @@ def _message(error: BaseException) -> str:
 
 
 def _detection_problems(task: Task, folder: Path, layout: Layout) -> list[Problem]:
-    """Of all splits; that one has no images or no objects is said only where nothing else is, for it may follow."""
+    """The problems of all splits; missing images and objects are reported only if nothing else could explain them."""
     splits = {name: open_them() for name, open_them in layout.splits.items()}
     faults = [*layout.faults, *(fault for split in splits.values() for fault in split.faults)]
-    problems = [_of_fault(task, folder, fault) for fault in faults]
+    problems = [_as_problem(task, folder, fault) for fault in faults]
     repairs = Counter(layout.repairs)
     for name, split in splits.items():
         problems += _split_problems(task, folder, layout, name, split, bool(faults), repairs)
@@ -190,7 +194,8 @@ def _detection_problems(task: Task, folder: Path, layout: Layout) -> list[Proble
     return problems
 
 
-def _of_fault(task: Task, folder: Path, fault: Fault) -> Problem:
+def _as_problem(task: Task, folder: Path, fault: Fault) -> Problem:
+    """A fault as a problem of the task, with the file relative to the dataset folder."""
     inside = fault.file.is_relative_to(folder)
     file = fault.file.relative_to(folder).as_posix() if inside else str(fault.file)
     key = " ".join(word for word in ("dataset", "" if file == "." else file, fault.place) if word)
@@ -210,15 +215,14 @@ def _split_problems(
         try:
             objects = source.read()
         except OSError as error:
-            fault = Fault(source.file, "", _message(error), "annotation files that can be read")
-            yield _of_fault(task, folder, fault)
+            fault = Fault(source.file or folder, "", _message(error), "annotation files that can be read")
+            yield _as_problem(task, folder, fault)
             has_faults = True
             continue
         repairs += objects.repairs
         num_boxes += sum(not box.crowd for box in objects.boxes) + len(objects.faults)
-        for fault in objects.faults:
-            yield _of_fault(task, folder, fault)
-        yield from (_of_fault(task, folder, fault) for fault in _class_faults(task, layout, source, objects))
+        for fault in [*objects.faults, *_class_faults(task, layout, source, objects)]:
+            yield _as_problem(task, folder, fault)
     if images and is_labelled and not num_boxes and not has_faults:
         beside = ", ".join(path.name for path in visible(folder / name))
         got = "no image with an object" + (f" (the folder holds {beside})" if beside else "")
@@ -228,6 +232,7 @@ def _split_problems(
 
 
 def _class_faults(task: Task, layout: Layout, source: Source, objects: Objects) -> Iterator[Fault]:
+    """Objects of a class for which the model has no output."""
     outputs = num_classes_of(task.model)
     if outputs is None:
         return
@@ -236,6 +241,7 @@ def _class_faults(task: Task, layout: Layout, source: Source, objects: Objects) 
         if not 0 <= box.class_id < num_classes:
             named = 0 <= box.class_id < len(layout.class_names)
             got = f"class id {box.class_id}{f' ({layout.class_names[box.class_id]})' if named else ''}"
+            assert source.file is not None, "objects come from a file"
             yield Fault(source.file, box.place, got, f"class ids 0 to {num_classes - 1}, the classes of the model")
 
 
@@ -243,14 +249,14 @@ def _class_faults(task: Task, layout: Layout, source: Source, objects: Objects) 
 
 
 def _dry_run(task: Task, folder: Path, layout: Layout | None) -> tuple[list[Problem], int | None]:
-    """Problems of the transforms and of the model's forward pass, and a classifier's number of outputs."""
+    """Tries transforms and model: their problems, and the number of outputs if the task is a classification."""
     problems: list[Problem] = []
     allowed = SAMPLE_CONTRACT[task.kind == CLASSIFICATION]
     first = {}
     for split in ("train", "val"):
         dataset = open_split(task, folder, split, layout=layout)
         try:
-            samples = [dataset[index][0] for index in _telling_samples(dataset)]
+            samples = [dataset[index][0] for index in _samples_to_try(dataset)]
         except RuntimeError as error:
             problems.append(Problem(task.name, f"transforms {split}", _message(error.__cause__ or error), allowed))
             continue
@@ -262,18 +268,18 @@ def _dry_run(task: Task, folder: Path, layout: Layout | None) -> tuple[list[Prob
     if problems:
         return problems, None
     tried = [_forward(task, image, split) for split, image in first.items()]
-    return [problem for problem, _ in tried if problem][:1], tried[-1][1]  # one: they fail for the same reason mostly
+    return [problem for problem, _ in tried if problem][:1], tried[-1][1]  # one: both mostly fail for the same reason
 
 
-def _telling_samples(dataset: FolderDataset) -> list[int]:
-    """Of a detector one with objects and one without, if there is; of a classifier the widest and the tallest image."""
-    indices = _evenly(range(len(dataset)), MAX_DECODED)
+def _samples_to_try(dataset: FolderDataset) -> list[int]:
+    """For a detector an image with objects and one without; for a classifier the widest and the tallest image."""
+    indices = _evenly_spread(range(len(dataset)), MAX_DECODED)
     if isinstance(dataset.samples[0][1], int):
-        aspects = {}
+        aspects: dict[int, float] = {}
         for index in indices:
             with Image.open(dataset.samples[index][0]) as image:  # reads the header only
                 aspects[index] = image.width / image.height
-        return list(dict.fromkeys([min(aspects, key=aspects.get), max(aspects, key=aspects.get)]))
+        return list(dict.fromkeys([min(aspects, key=aspects.__getitem__), max(aspects, key=aspects.__getitem__)]))
     objects = (bool(source.read().boxes) for _, source in dataset.samples)
     found: dict[bool, int] = {}
     for index, has_objects in enumerate(objects):
@@ -284,7 +290,7 @@ def _telling_samples(dataset: FolderDataset) -> list[int]:
 
 
 def _forward(task: Task, image: torch.Tensor, split: str) -> tuple[Problem | None, int | None]:
-    """What goes wrong in eval mode with one image of the split, and a classifier's number of outputs."""
+    """Runs the model on one image in eval mode: the problem, if there is one, and a classifier's number of outputs."""
     is_classifier = task.kind == CLASSIFICATION
     allowed = (
         "a classifier that maps [N, C, H, W] to [N, classes]" if is_classifier else "a detector of [C, H, W] images"
@@ -292,7 +298,7 @@ def _forward(task: Task, image: torch.Tensor, split: str) -> tuple[Problem | Non
     of = f"for one {split} image {list(image.shape)}"
     image = image.to(device_of(task.model))
     try:
-        # Not in inference mode: a model may keep a tensor, such as its grid, that it then cannot be trained with.
+        # Not in inference mode: a tensor that the model caches there, such as a grid, could not be used in training.
         with evaluation_mode(task.model), torch.inference_mode(False), torch.no_grad():
             output = task.model(image[None] if is_classifier else [image])
     except Exception as error:  # a user's model may raise anything
@@ -306,6 +312,7 @@ def _forward(task: Task, image: torch.Tensor, split: str) -> tuple[Problem | Non
 
 
 def _class_count(task: Task, names: list[str], outputs: int | None) -> list[Problem]:
+    """A problem if there are more class folders than outputs of the model."""
     if outputs is None or len(names) <= outputs:
         return []
     got = f"{len(names)} class folders ({', '.join(names[:20])})"

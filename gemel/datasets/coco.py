@@ -1,7 +1,7 @@
-"""COCO's JSON: images, annotations with boxes [x, y, width, height] in pixels, categories with ids of any kind.
+"""The COCO layouts: JSON with images, annotations (boxes [x, y, width, height] in pixels) and categories.
 
-Two layouts: annotations/instances_<split>*.json with image folders beside (COCO's own), and a folder per split that
-holds _annotations.coco.json beside its images (Roboflow's). Source of the format: cocodataset.org/#format-data.
+COCO's own layout has annotations/instances_<split>*.json and image folders; Roboflow's has a folder per split with
+_annotations.coco.json beside the images. Source of the format: cocodataset.org/#format-data.
 """
 
 import json
@@ -26,11 +26,11 @@ from gemel.datasets.records import (
     Layout,
     Objects,
     Split,
+    clip_box,
     file_exists,
     header_size,
     is_image,
     is_number,
-    settle,
     shown,
     visible,
 )
@@ -40,22 +40,22 @@ SPLIT_FILE = re.compile(r"(?:instances_)?(train|val|test)[^.]*\.json")
 SUFFIXES = sorted(IMAGE_SUFFIXES)
 IN_SPLIT = "_annotations.coco.json"
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
-PIXELS = 1.0  # by which a box may leave the image and is clipped
+PIXELS = 1.0  # a box that exceeds the image by at most this is clipped
 EMPTY_BOX = "a box without width or height was left out"
 UNUSED = "an image that the annotation file does not name was left out"
-NO_SIZE = "the size of an image was taken from the image, as its entry has none"
+NO_SIZE = "the size of an image was read from the image, as its entry has none"
 BOX = "[x, y, width, height] in pixels, inside the image, neither side negative"
-HOLE = "N/A"  # the name of a label that no category has, as torchvision writes it
+NO_CATEGORY = "N/A"  # the name of a class id without a category, as in torchvision
 
 
 def evidence(folder: Path) -> str | None:
-    """What shows that a folder has one of the layouts; None if nothing does."""
+    """The file by which one of the layouts is recognised, relative to the folder; None if it is missing."""
     found = [file for files in _split_files(folder).values() for file in files]
     return found[0].relative_to(folder).as_posix() if found else None
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """The annotation files of every split; more than one is one too many."""
+    """The annotation files of every split, of which there must be one."""
     found: dict[str, list[Path]] = {split: [] for split in SPLIT_FOLDERS}
     for file in visible(folder / "annotations"):
         if match := SPLIT_FILE.fullmatch(file.name):
@@ -66,7 +66,10 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def open_layout(folder: Path, num_outputs: int | None, first_label: int) -> Layout:
-    """num_outputs: of the model, where known; first_label: the label of class id 0 (see `class_ids`)."""
+    """The layout of the folder; reads the categories of the train split.
+
+    num_outputs: of the model, None if unknown; first_label: the label of class id 0 (see `class_ids`).
+    """
     files = _split_files(folder)
     faults = [
         Fault(paths[0], "", f"also {', '.join(path.name for path in paths[1:])}", f"one annotation file for {split}")
@@ -95,16 +98,16 @@ def open_layout(folder: Path, num_outputs: int | None, first_label: int) -> Layo
 
 
 def _categories(train: Sequence[Path]) -> dict[int, str]:
-    """Those of the train split, which count for all; {} if something is wrong with them."""
+    """The categories of the train split, which count for all splits; {} if they have a fault."""
     coco = read(train[0]) if train else CocoFile()
     return {} if any(fault.place.startswith("categories") for fault in coco.faults) else coco.categories
 
 
 def class_ids(categories: Mapping[int, str], num_outputs: int | None, first_label: int) -> dict[int, int]:
-    """Class id by category id: 0, 1, 2, ... in the order of the category ids.
+    """Category id -> class id: 0, 1, 2, ... in the order of the category ids.
 
-    Where that does not make as many labels as the model has outputs, but the highest category id does, the category ids
-    are the labels: torchvision's detectors of COCO have 91 outputs for 80 categories with ids up to 90.
+    If the number of labels then differs from the number of outputs, but the highest category id fits it, the category
+    ids are the labels: torchvision's COCO detectors have 91 outputs for 80 categories with ids up to 90.
     """
     ordered = sorted(categories)
     if num_outputs is not None and ordered and len(ordered) + first_label != num_outputs == ordered[-1] + 1:
@@ -114,7 +117,7 @@ def class_ids(categories: Mapping[int, str], num_outputs: int | None, first_labe
 
 def _class_names(categories: Mapping[int, str], ids: Mapping[int, int]) -> tuple[str, ...]:
     by_class = {ids[category]: name for category, name in categories.items()}
-    return tuple(by_class.get(index, HOLE) for index in range(max(by_class, default=-1) + 1))
+    return tuple(by_class.get(index, NO_CATEGORY) for index in range(max(by_class, default=-1) + 1))
 
 
 # ---- one file ---------------------------------------------------------------------------------------------
@@ -122,9 +125,9 @@ def _class_names(categories: Mapping[int, str], ids: Mapping[int, int]) -> tuple
 
 @dataclass
 class CocoFile:
-    """An annotation file as it was read: image i has the rows starts[i] to starts[i + 1] of the arrays.
+    """The content of an annotation file: image i has the rows starts[i] to starts[i + 1] of the arrays.
 
-    boxes: float64 [N, 4], XYXY in shares of the image; index: of the annotation in the file.
+    boxes: float64 [N, 4], x, y, width, height in pixels; index: position of the annotation in the file.
     """
 
     categories: dict[int, str] = field(default_factory=dict)
@@ -140,7 +143,7 @@ class CocoFile:
 
 
 def read(file: Path) -> CocoFile:
-    """A file that did not change is parsed once: COCO's own takes half a minute."""
+    """Parses an annotation file, once until it changes: COCO's own file takes half a minute."""
     try:
         state = file.stat()
         return _read(file, state.st_mtime_ns, state.st_size)
@@ -162,8 +165,8 @@ def _read(file: Path, modified: int, size: int) -> CocoFile:
         coco.faults.append(Fault(file, "", got or type(error).__name__, "valid JSON"))
         return coco
     del content
-    parts = dict.fromkeys(("categories", "images", "annotations"), ())
-    for part in parts:
+    parts: dict[str, list] = {}
+    for part in ("categories", "images", "annotations"):
         value = parsed.get(part) if isinstance(parsed, dict) else None
         if isinstance(value, list):
             parts[part] = value
@@ -174,6 +177,7 @@ def _read(file: Path, modified: int, size: int) -> CocoFile:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dictionary. Raises ValueError if it has a key twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError(f"a key is repeated among {shown([key for key, _ in pairs])}")
@@ -181,11 +185,11 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _Reader:
-    """Fills a CocoFile from the parsed lists, entry by entry; what an entry has wrong is a fault with its path."""
+    """Fills a CocoFile from the parsed lists; a wrong entry becomes a fault with its place in the file."""
 
-    def __init__(self, file: Path, coco: CocoFile):
+    def __init__(self, file: Path, coco: CocoFile) -> None:
         self.file, self.coco = file, coco
-        self.images: dict[int | str, int] = {}
+        self.images: dict[int | str, int] = {}  # image id -> index
 
     def read(self, categories: list, images: list, annotations: list) -> CocoFile:
         for index, entry in enumerate(categories):
@@ -195,7 +199,8 @@ class _Reader:
         names: set[str] = set()
         for index, entry in enumerate(images):
             self._image(f"images[{index}]", entry, names)
-        rows, seen = [], set()
+        rows: list[tuple] = []
+        seen: set[int | str] = set()
         for index, entry in enumerate(annotations):
             row = self._annotation(index, entry, seen)
             if row is not None:
@@ -215,7 +220,7 @@ class _Reader:
         elif key in self.coco.categories:
             self._fault(f"{place}.id", f"{key} again", "an id of its own for every category")
         elif not isinstance(name, str) or not name:
-            self._fault(f"{place}.name", shown(name), "a text")
+            self._fault(f"{place}.name", shown(name), "a string")
         else:
             self.coco.categories[key] = name
         return None
@@ -224,8 +229,8 @@ class _Reader:
         if not isinstance(entry, dict):
             return self._fault(place, shown(entry), "a dictionary with id and file_name")
         key, name = entry.get("id"), entry.get("file_name")
-        if type(key) not in (int, str):
-            self._fault(f"{place}.id", shown(key), "a whole number or a text")
+        if type(key) is not int and type(key) is not str:
+            self._fault(f"{place}.id", shown(key), "a whole number or a string")
         elif key in self.images:
             self._fault(f"{place}.id", f"{shown(key)} again", "an id of its own for every image")
         elif not isinstance(name, str) or not name or "\0" in name:
@@ -240,25 +245,25 @@ class _Reader:
         return None
 
     def _size(self, place: str, entry: dict) -> tuple[int, int] | None:
-        """None if the entry states none."""
-        size = entry.get("width"), entry.get("height")
-        if size == (None, None):
+        """(width, height) that the entry states; None if it states none, or a wrong one, which is a fault."""
+        width, height = entry.get("width"), entry.get("height")
+        if width is None and height is None:
             return None
-        if all(is_number(side) and side >= 1 and side == int(side) for side in size):
-            return int(size[0]), int(size[1])
-        got = f"width {shown(size[0])}, height {shown(size[1])}"
+        if is_number(width) and is_number(height) and min(width, height) >= 1 and width % 1 == height % 1 == 0:
+            return int(width), int(height)
+        got = f"width {shown(width)}, height {shown(height)}"
         self._fault(place, got, "width and height in pixels, whole numbers from 1, or neither")
         return None
 
-    def _annotation(self, index: int, entry: object, seen: set) -> tuple | None:
-        """(image, x, y, width, height, category id, crowd, index), the box in pixels."""
+    def _annotation(self, index: int, entry: object, seen: set[int | str]) -> tuple | None:
+        """(image, x, y, width, height, category id, crowd, index), the box in pixels; None if the entry has a fault."""
         place = f"annotations[{index}]"
         if not isinstance(entry, dict):
             return self._fault(place, shown(entry), "a dictionary with image_id, category_id and bbox")
         key, image, category = entry.get("id"), entry.get("image_id"), entry.get("category_id")
         box, crowd = entry.get("bbox"), entry.get("iscrowd", 0)
         if type(key) not in (int, str):
-            return self._fault(f"{place}.id", shown(key), "a whole number or a text")
+            return self._fault(f"{place}.id", shown(key), "a whole number or a string")
         if key in seen:
             return self._fault(f"{place}.id", f"{shown(key)} again", "an id of its own for every annotation")
         seen.add(key)
@@ -273,7 +278,7 @@ class _Reader:
         return self.images[image], *box, category, crowd, index
 
     def _store(self, rows: list[tuple]) -> None:
-        """Rows by image, in the order of the file; their boxes are placed when the images are found."""
+        """Stores the rows by image, otherwise in the order of the file."""
         coco = self.coco
         table = np.array(rows, dtype=np.float64).reshape(-1, 8)
         table = table[np.argsort(table[:, 0], kind="stable")]
@@ -286,19 +291,21 @@ class _Reader:
 
 
 class CocoObjects(NamedTuple):
-    """The objects of one image; they were read with the whole file."""
+    """The objects of one image, which were read with the whole file."""
 
     file: Path
     size: tuple[int, int] | None
-    rows: np.ndarray  # float64 [N, 7]: XYXY in shares of the image, class id, crowd, index of the annotation
+    rows: np.ndarray  # float64 [N, 7]: x1, y1, x2, y2 relative to the image, class id, crowd, index of the annotation
 
     def content(self) -> bytes:
+        """Boxes, class ids and crowds, for a fingerprint."""
         return self.rows[:, :6].tobytes()
 
     def read(self) -> Objects:
+        """The objects; they have no faults, as those of the file are known already."""
         boxes = [
-            Box(f"annotations[{int(index)}]", int(class_id), tuple(corners), bool(crowd))
-            for *corners, class_id, crowd, index in self.rows.tolist()
+            Box(f"annotations[{int(index)}]", int(class_id), (x1, y1, x2, y2), bool(crowd))
+            for x1, y1, x2, y2, class_id, crowd, index in self.rows.tolist()
         ]
         return Objects(boxes, size=self.size)
 
@@ -308,7 +315,7 @@ def _split(folder: Path, split: str, file: Path, names: Mapping[int, str], ids: 
     found = Split(faults=list(coco.faults), repairs=Counter(coco.repairs))
     wrong = [category for category, name in coco.categories.items() if names.get(category) != name]
     if wrong:
-        if names:  # else the train file is what is wrong
+        if names:  # without names the train file has the fault
             got = f"{wrong[0]}: {shown(coco.categories[wrong[0]])}"
             found.faults.append(Fault(file, "categories", got, "the ids and names of the train split's categories"))
         return found
@@ -323,7 +330,7 @@ def _split(folder: Path, split: str, file: Path, names: Mapping[int, str], ids: 
 
 
 def _image_folder(folder: Path, split: str, file: Path, names: Sequence[str]) -> Path:
-    """Beside the annotations where these lie in the split's folder; else the first that holds one of the images."""
+    """The folder that image names are relative to: that of Roboflow's file, else the first that holds an image."""
     if file.name == IN_SPLIT:
         return file.parent
     stem = file.stem.removeprefix("instances_")  # such as train2017
@@ -336,7 +343,7 @@ def _image_folder(folder: Path, split: str, file: Path, names: Sequence[str]) ->
 
 
 def _image_paths(images: Path, file: Path, names: Sequence[str], found: Split) -> list[Path | None]:
-    """The file of every image, None where there is none; each folder is listed once, which is quick for many images."""
+    """The file of every image, None if it is missing; each folder is listed once, which is fast for many images."""
     listed: dict[str, set[str]] = {}
     paths: list[Path | None] = []
     for index, name in enumerate(names):
@@ -358,7 +365,7 @@ def _image_paths(images: Path, file: Path, names: Sequence[str], found: Split) -
 
 
 def _sizes(file: Path, coco: CocoFile, paths: Sequence[Path | None], found: Split) -> np.ndarray:
-    """float64 [images, 2]: width and height as the file states them, else those of the image; NaN if there is none."""
+    """float64 [images, 2]: width and height that the file states, else those of the image; NaN if neither is known."""
     sizes = list(coco.sizes)
     for index, path in enumerate(paths):
         if sizes[index] is None and path is not None:
@@ -371,10 +378,10 @@ def _sizes(file: Path, coco: CocoFile, paths: Sequence[Path | None], found: Spli
 
 
 def _rows(file: Path, coco: CocoFile, sizes: np.ndarray, ids: Mapping[int, int], found: Split) -> tuple:
-    """Rows of CocoObjects for all images, and where those of each begin.
+    """(rows of CocoObjects of all images, index at which the rows of each image start).
 
-    Boxes without width or height are left out: COCO's own files hold a few, and torchvision's references leave them out
-    as well (coco_utils.py).
+    Boxes without width or height are left out: COCO's own files have a few, and torchvision's references leave them out
+    too (coco_utils.py).
     """
     image = np.repeat(np.arange(len(coco.names)), np.diff(coco.starts))
     low, extent, size = coco.boxes[:, :2], coco.boxes[:, 2:], sizes[image]
@@ -385,7 +392,8 @@ def _rows(file: Path, coco: CocoFile, sizes: np.ndarray, ids: Mapping[int, int],
     leaving = (corners[:, :2] < 0).any(1) | (corners[:, 2:] > 1).any(1)
     keep = ~(negative | empty)
     for row in np.flatnonzero(negative | leaving & keep).tolist():
-        inside = None if negative[row] else settle(corners[row].tolist(), (PIXELS / size[row]).tolist(), found.repairs)
+        tolerance = (PIXELS / size[row]).tolist()
+        inside = None if negative[row] else clip_box(corners[row].tolist(), tolerance, found.repairs)
         keep[row] = inside is not None
         if inside is not None:
             corners[row] = inside

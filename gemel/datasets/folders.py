@@ -1,6 +1,6 @@
-"""Datasets as folders, and the samples of one split.
+"""Dataset folders and the samples of one split, as torch Datasets.
 
-<name>_CL/{train,val[,test]}/<class>/*.jpg; how the files of a detection dataset lie, dataset_layouts finds out.
+Classification: <name>_CL/{train,val[,test]}/<class>/*.jpg. Detection: <name>_OD, in one of the layouts of layouts.py.
 """
 
 import contextlib
@@ -21,23 +21,23 @@ from gemel.datasets.layouts import open_layout
 from gemel.datasets.records import Layout, Objects, Source, Split, image_files, visible
 from gemel.workload import CLASSIFICATION, Task
 
-NO_LABEL = -1
-PER_BOX = ("labels", "area", "iscrowd")  # entries of a target with one value per box
+NO_LABEL = -1  # of train images without labels
+PER_BOX = ("labels", "area", "iscrowd")  # keys of a target with one value per box
 
 
 def find_dataset(task: Task, roots: Sequence[Path]) -> Path | None:
-    """The task's dataset folder in the first root that has it."""
+    """The task's dataset folder in the first root that has it; None if no root has it."""
     return next((root / task.dataset for root in map(Path, roots) if (root / task.dataset).is_dir()), None)
 
 
 def open_split(
     task: Task, folder: Path, split: str, plain: bool = False, layout: Layout | None = None
 ) -> "FolderDataset":
-    """The dataset of one split of the folder, with the task's train transform for "train", else its val transform.
+    """The samples of one split, with the task's train transform for "train" and its val transform otherwise.
 
-    plain: with the val transform in any case. layout: of a detection dataset, where it was recognised before. Crowds
-    are left out of "train", as torchvision's references do (coco_utils.py), and marked by "iscrowd" in the others.
-    Raises ValueError if what `dataset_checks` refuses is wrong with the folder.
+    plain: with the val transform for "train" too. layout: of a detection dataset, if it is known already. Crowds are
+    left out of "train", as in torchvision's references (coco_utils.py), and marked by "iscrowd" in val and test.
+    Raises ValueError if the folder or the split has a fault.
     """
     transform = task.train_transform if split == "train" and not plain else task.val_transform
     if task.kind == CLASSIFICATION:
@@ -54,24 +54,24 @@ def open_split(
 
 
 def dataset_class_names(task: Task, folder: Path, layout: Layout | None = None) -> tuple[str, ...]:
-    """The names of the classes by class id, without the background; () where the dataset has none."""
+    """The class names by class id, without the background; () if the dataset has no names."""
     if task.kind == CLASSIFICATION:
         return tuple(class_names(folder, labelled_split(task)))
     return (layout or open_layout(task, folder)).class_names
 
 
 def labelled_split(task: Task) -> str:
-    """The split whose class folders name the classes."""
+    """The split whose class folders define the classes of a classification task."""
     return "train" if task.labels else "val"
 
 
 def class_names(folder: Path, split: str = "train") -> list[str]:
-    """The classes of a dataset in the order of the labels: the class folders of one split, for every split."""
+    """The class names in the order of the labels, for all splits: the sorted class folders of one split."""
     return [path.name for path in visible(folder / split) if path.is_dir()]
 
 
 def classification_samples(task: Task, folder: Path, split: str) -> list[tuple[Path, int]]:
-    """(image, label) of one split; images without labels lie in train or any folder below it, and are labelled -1."""
+    """(image, label) of one split; train images without labels may lie in any folder below train and get NO_LABEL."""
     if split == "train" and not task.labels:
         below = [path for path in sorted((folder / split).rglob("*")) if path.is_dir()]
         return [(path, NO_LABEL) for place in [folder / split, *below] for path in image_files(place)]
@@ -79,12 +79,12 @@ def classification_samples(task: Task, folder: Path, split: str) -> list[tuple[P
 
 
 def labelled_images(split: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
-    """(image, label) of one split; a class that the split lacks shifts no label."""
+    """(image, label) of one split; labels are indices into `names`, also if the split has no folder for some class."""
     return [(path, label) for label, name in enumerate(names) for path in image_files(split / name)]
 
 
 def load_image(path: Path) -> Image.Image:
-    """RGB, 8 bits a channel, turned the way its EXIF orientation says: boxes are usually drawn on that view."""
+    """The image as 8-bit RGB, rotated by its EXIF orientation, as boxes are usually drawn on the rotated image."""
     with Image.open(path) as image:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
@@ -92,7 +92,7 @@ def load_image(path: Path) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled down; Pillow's own conversion would cut it off at 255, which leaves a white picture."""
+    """Scales 16-bit grey to 8 bits; Pillow's own conversion clips at 255, which gives a white image."""
     values = np.asarray(image).astype(np.float32) / 257  # 65535 becomes 255
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
@@ -107,12 +107,12 @@ class SampleError(RuntimeError):
 class FolderDataset(Dataset):
     """Samples of one split, by index or by (index, seed).
 
-    What a transform draws depends on the seed (without one: on the index), never on the global generators or on the
-    worker process that happens to load the sample. So a sample without a seed is always the same, and stays in memory
-    if there is a `cache`. Any failure is a SampleError.
+    The random numbers of a transform depend on the seed (on the index if there is no seed), not on the global
+    generators or the loader process. So a sample without a seed is always the same, and is kept if there is a `cache`.
+    Subclasses define `read`. Raises SampleError on any failure.
     """
 
-    def __init__(self, task: str, samples: list[tuple], transform: Callable):
+    def __init__(self, task: str, samples: list[tuple], transform: Callable) -> None:
         self.task, self.samples, self.transform = task, samples, transform
         self.cache: SampleCache | None = None
 
@@ -123,16 +123,16 @@ class FolderDataset(Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list) -> list[tuple]:
-        """The samples of one batch; those with seeds share one seeding, since the loader asks for them together."""
+        """The samples of one batch; keys with seeds use the first seed for the whole batch."""
         if not isinstance(keys[0], tuple):
             return [self._fixed_sample(index) for index in keys]
-        with _own_draws(keys[0][1]):
+        with _transform_seed(keys[0][1]):
             return [self._sample(index) for index, _ in keys]
 
     def _fixed_sample(self, index: int) -> tuple:
         if self.cache is not None and (known := self.cache.get(index)) is not None:
             return known
-        with _own_draws(index):
+        with _transform_seed(index):
             sample = self._sample(index)
         if self.cache is not None:
             self.cache.put(index, sample)
@@ -146,12 +146,16 @@ class FolderDataset(Dataset):
             raise SampleError(f"{self.task}: {path}: {type(error).__name__}: {error}") from error
 
     def has_labels(self, index: int) -> bool:
-        """Whether a sample says anything about accuracy; an image without objects says it only beside others."""
+        """Whether accuracy is defined on this sample alone: for a detector, whether the image has objects."""
         return True
+
+    def read(self, index: int) -> tuple:
+        """The transformed sample."""
+        raise NotImplementedError
 
 
 class ClassificationFolder(FolderDataset):
-    """(float tensor [C, H, W], label); samples: (image, label)."""
+    """Yields (float tensor [C, H, W], label); samples: (image file, label)."""
 
     def read(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
@@ -159,14 +163,14 @@ class ClassificationFolder(FolderDataset):
 
 
 class DetectionFolder(FolderDataset):
-    """(float tensor [C, H, W], target); samples: (image, source of its objects); label = class id + first_label.
+    """Yields (float tensor [C, H, W], target); samples: (image file, source); label = class id + first_label.
 
-    crowds: "dropped", "marked" by the target's "iscrowd", or None if the format has none.
+    crowds: "dropped", "marked" by the target's "iscrowd", or None if the format has no crowds.
     """
 
     def __init__(
         self, task: str, samples: list[tuple], transform: Callable, first_label: int, crowds: str | None = None
-    ):
+    ) -> None:
         super().__init__(task, samples, transform)
         self.first_label, self.crowds = first_label, crowds
 
@@ -181,6 +185,7 @@ class DetectionFolder(FolderDataset):
         return plain_image(result[0]), without_empty_boxes(checked_target(result[1]))
 
     def has_labels(self, index: int) -> bool:
+        """Whether the image has objects that count."""
         return any(not box.crowd for box in objects_of(self.samples[index][1]).boxes)
 
     def _target(self, index: int, objects: Objects, width: int, height: int) -> dict[str, Any]:
@@ -198,7 +203,7 @@ class DetectionFolder(FolderDataset):
 
 
 class UnlabelledDetectionFolder(DetectionFolder):
-    """As DetectionFolder; whatever annotations there are, the targets have no objects."""
+    """A DetectionFolder whose targets have no objects, whether there are annotations or not."""
 
     def read(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         image = load_image(self.samples[index][0])
@@ -207,7 +212,7 @@ class UnlabelledDetectionFolder(DetectionFolder):
 
 
 def objects_of(source: Source) -> Objects:
-    """The objects of one image. Raises ValueError with what is wrong first, if anything is."""
+    """The objects of one image. Raises ValueError with the first fault, if there is one."""
     objects = source.read()
     if objects.faults:
         raise ValueError(str(objects.faults[0]))
@@ -215,21 +220,21 @@ def objects_of(source: Source) -> Objects:
 
 
 def wrong_size(image: Image.Image, objects: Objects) -> str | None:
-    """The size of an image, if its annotation states another, so that its boxes would lie elsewhere."""
+    """A message if the annotation states another size than the image has; None if the sizes agree."""
     if objects.size in (None, image.size):
         return None
     return f"{image.width} x {image.height} pixels instead of {objects.size[0]} x {objects.size[1]}"
 
 
 def plain_image(image: object) -> Tensor:
-    """A transform's image without its tv_tensor type. Raises TypeError unless it is a float tensor [C, H, W]."""
+    """The image of a transform as a plain Tensor. Raises TypeError unless it is a float tensor [C, H, W]."""
     if not torch.is_tensor(image) or image.ndim != 3 or not image.is_floating_point():
         raise TypeError(f"the transform returned {describe(image)} as image instead of a float tensor [C, H, W]")
     return image.as_subclass(Tensor)
 
 
 def checked_target(target: object) -> dict[str, Any]:
-    """A transform's target. Raises TypeError unless it has boxes [N, 4] in XYXY and int64 labels [N]."""
+    """The target of a transform. Raises TypeError unless it has boxes [N, 4] in XYXY and int64 labels [N]."""
     allowed = 'instead of {"boxes": XYXY [N, 4], "labels": int64 [N], ...}'
     if not isinstance(target, dict) or not all(torch.is_tensor(target.get(key)) for key in ("boxes", "labels")):
         raise TypeError(f"the transform returned {describe(target)} as target {allowed}")
@@ -246,7 +251,7 @@ def checked_target(target: object) -> dict[str, Any]:
 
 
 def without_empty_boxes(target: dict[str, Any]) -> dict[str, Any]:
-    """The target without boxes of no width or height (a crop leaves them), which torchvision refuses in training."""
+    """The target without boxes of width or height 0, which a crop can leave and torchvision refuses in training."""
     boxes = target["boxes"].as_subclass(Tensor)
     keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
     if keep.all():
@@ -256,7 +261,7 @@ def without_empty_boxes(target: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(value: object) -> str:
-    """A value in a few words, for messages."""
+    """The type and shape of a value, for messages."""
     if torch.is_tensor(value):
         return f"a {value.dtype} tensor {list(value.shape)}"
     if isinstance(value, dict):
@@ -265,10 +270,10 @@ def describe(value: object) -> str:
 
 
 @contextlib.contextmanager
-def _own_draws(seed: int) -> Iterator[None]:
-    """Seeds what transforms draw from (torch on the CPU, random, numpy) and restores it.
+def _transform_seed(seed: int) -> Iterator[None]:
+    """Seeds the generators that transforms use (torch on the CPU, random, numpy) and restores them.
 
-    Not environment.seeded: that also keeps the CUDA generators, which would start CUDA in every worker process.
+    Unlike gemel.environment.seeds.seeded it leaves the CUDA generators alone, which would start CUDA in every process.
     """
     states = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
     torch.default_generator.manual_seed(seed)

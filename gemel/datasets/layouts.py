@@ -1,7 +1,7 @@
-"""Which layout a detection dataset has is found by looking.
+"""Recognises the layout of a detection dataset from its files.
 
-The README's own is taken where train/annotations is there, whatever else lies beside it. Else a yaml file, COCO's JSON
-and Pascal VOC's XML are looked for, and exactly one must be there; without any, train/images alone is the README's.
+A folder with train/annotations has the layout of yolo.py, whatever else it holds. Otherwise exactly one of a yaml file,
+COCO JSON and Pascal VOC XML must be found. A folder with none of them and with train/images has the layout of yolo.py.
 """
 
 from pathlib import Path
@@ -21,9 +21,9 @@ ALLOWED = (
 
 
 def open_layout(task: Task, folder: Path) -> Layout:
-    """The layout of a detection task's dataset; one that is not recognised has a fault and no splits.
+    """The layout of a detection task's dataset; a layout that is not recognised has a fault and no splits.
 
-    The task tells how many outputs its model has, on which the labels of COCO's categories depend.
+    The labels of COCO categories depend on the number of outputs of the task's model.
     """
     folder = Path(folder)
     if dataset_yolo.evidence(folder):

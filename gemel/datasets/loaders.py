@@ -1,4 +1,4 @@
-"""The loaders of one task, and what is drawn from them: order by seed, restarts, images without labels."""
+"""The loaders of one task: order and augmentation from a seed, restarts, images without augmentation."""
 
 import logging
 import multiprocessing
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler, Subset
 from gemel.datasets.folders import ClassificationFolder, FolderDataset
 from gemel.environment.seeds import derive_seed, generator
 
-MOST_PLAIN_IMAGES = 960  # more do not change what is measured or fitted on them
+MAX_PLAIN_IMAGES = 960  # more images change neither measurements nor fits
 
 log = logging.getLogger(__name__)
 
@@ -27,28 +27,29 @@ class TaskData:
     train: DataLoader
     val: DataLoader
     test: DataLoader | None
-    screen: DataLoader  # a fixed subset of val, evenly spread; val itself where that is small
+    screen: DataLoader  # a fixed, evenly spread subset of val; val itself if that is small
     plain: DataLoader  # train without augmentation, in order
-    class_names: tuple[str, ...]  # by class id, without the background; () where the dataset names none
+    class_names: tuple[str, ...]  # by class id, without the background; () if the dataset has no names
 
 
 def reseed(data: TaskData, seed: int, *purpose: object) -> None:
-    """Makes the order and the augmentation of what `data.train` yields from now on depend on (seed, purpose) alone."""
+    """Reseeds `data.train`: its order and augmentation from now on depend on (seed, purpose, task) alone."""
     data.train.sampler.generator.manual_seed(derive_seed(seed, *purpose, data.task))
 
 
 def plain_images(
     data: TaskData, num_pixels: int, seed: int, *purpose: object, batch_pixels: int = 0
 ) -> list[Tensor] | list[list[Tensor]]:
-    """Batches of images of train without labels and augmentation: a sample of the task's inputs, by (seed, purpose).
+    """Batches of train images without labels and augmentation: a random sample of the task's inputs by (seed, purpose).
 
-    As many as have `num_pixels` pixels together, at least a batch, at most MOST_PLAIN_IMAGES. Batches are of the task's
-    size or, where all images have the same size and more fit in, of as many images as have `batch_pixels` pixels.
+    The number of images is such that they have `num_pixels` pixels in total, at least one batch and at most
+    MAX_PLAIN_IMAGES. A batch has the task's batch size or, if all images have the same size, as many images as have
+    `batch_pixels` pixels in total, whichever is larger.
     """
     dataset, batch_size = data.plain.dataset, data.plain.batch_size
     order = torch.randperm(len(dataset), generator=generator(seed, *purpose, data.task)).tolist()
     height, width = dataset[order[0]][0].shape[-2:]
-    wanted = min(len(order), max(batch_size, min(MOST_PLAIN_IMAGES, num_pixels // (height * width))))
+    wanted = min(len(order), max(batch_size, min(MAX_PLAIN_IMAGES, num_pixels // (height * width))))
     images = [dataset[index][0] for index in order[:wanted]]
     if all(image.shape[-2:] == (height, width) for image in images):
         batch_size = max(batch_size, batch_pixels // (height * width))
@@ -57,8 +58,8 @@ def plain_images(
 
 
 def restarted(loader: DataLoader, **changes: Any) -> DataLoader:
-    """A new loader over the same samples in the same order, with processes of its own; changes: such as batch_size."""
-    options = {
+    """A new loader with new processes over the same samples in the same order; changes: other DataLoader arguments."""
+    options: dict[str, Any] = {
         "batch_size": loader.batch_size,
         "sampler": loader.sampler,
         "num_workers": loader.num_workers,
@@ -74,6 +75,7 @@ def restarted(loader: DataLoader, **changes: Any) -> DataLoader:
 
 
 def screening_subset(val: DataLoader, num_images: int) -> DataLoader:
+    """A loader of `num_images` evenly spread samples of val; val itself if it has no more, or they have no objects."""
     length = len(val.dataset)
     if length <= num_images:
         return val
@@ -85,7 +87,7 @@ def screening_subset(val: DataLoader, num_images: int) -> DataLoader:
 
 
 def repeats(dataset: FolderDataset, num_images: int = 4, num_draws: int = 4) -> bool:
-    """Whether the transform, if it draws at all, has so few outcomes for an image (a flip has two) that they recur."""
+    """Whether random augmentation, if there is any, has so few outcomes for an image (a flip: two) that they recur."""
     for index in range(min(num_images, len(dataset))):
         outcomes: list[Tensor] = []
         for seed in range(num_draws):
@@ -98,12 +100,12 @@ def repeats(dataset: FolderDataset, num_images: int = 4, num_draws: int = 4) -> 
 
 
 class ShuffledKeys(Sampler):
-    """A new order for every pass, as (index, seed for what the transform draws), from one generator.
+    """Keys (index, seed of the augmentation) in a new random order for every pass, drawn from one generator.
 
-    skip: samples that the next pass leaves out at its beginning, to go on within a pass.
+    skip: number of samples at the start of the next pass to leave out, to resume within a pass.
     """
 
-    def __init__(self, length: int, generator: torch.Generator):
+    def __init__(self, length: int, generator: torch.Generator) -> None:
         self.length, self.generator, self.skip = length, generator, 0
 
     def __len__(self) -> int:
@@ -123,9 +125,10 @@ def collate_detection(batch: list[tuple]) -> tuple[list[Tensor], list[dict]]:
 
 
 def sampling(dataset: FolderDataset, split: str, batch_size: int, order: torch.Generator) -> dict[str, Any]:
-    """DataLoader arguments: train is shuffled; val and test are in order, in larger batches as no gradients are kept.
+    """DataLoader arguments: train is shuffled; val and test are in order, in larger batches as they need no gradients.
 
-    A trailing train batch of one sample would break BatchNorm, so it is dropped, unless it is all there is.
+    The last train batch is dropped if it is smaller (a batch of one sample fails in BatchNorm), unless it is the only
+    one.
     """
     if split == "train":
         sampler = ShuffledKeys(len(dataset), order)
@@ -135,21 +138,22 @@ def sampling(dataset: FolderDataset, split: str, batch_size: int, order: torch.G
 
 
 def worker_options(dataset: FolderDataset, num_workers: int) -> dict[str, Any]:
-    """DataLoader arguments; workers are never forked from this process: it may hold CUDA and thread pools."""
+    """DataLoader arguments for loader processes, which are never forked from this one: it may hold CUDA and threads."""
     if num_workers == 0:
         return {"num_workers": 0}
     try:
         pickle.dumps(dataset)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        log.warning("%s: loads in the main process, since its transforms cannot be pickled: %s", dataset.task, error)
+        log.warning("%s: loads in the main process, as its transforms cannot be pickled: %s", dataset.task, error)
         return {"num_workers": 0}
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return {"num_workers": num_workers, "persistent_workers": True, "multiprocessing_context": "spawn"}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchvision.transforms.v2"])  # once, not in every worker: seconds each
+    context.set_forkserver_preload(["torch", "torchvision.transforms.v2"])  # imported once: it takes seconds
     return {"num_workers": num_workers, "persistent_workers": True, "multiprocessing_context": context}
 
 
-def smaller(loader: DataLoader) -> DataLoader | None:
-    """The loader with half its batch size; None if a batch is a single image already."""
-    return restarted(loader, batch_size=loader.batch_size // 2) if loader.batch_size > 1 else None
+def with_half_batches(loader: DataLoader) -> DataLoader | None:
+    """A new loader with half the batch size; None if a batch is a single image already."""
+    size = loader.batch_size or 1
+    return restarted(loader, batch_size=size // 2) if size > 1 else None

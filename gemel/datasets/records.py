@@ -1,6 +1,6 @@
-"""What every reader of detection annotations hands over: the objects of an image, and what is wrong with a file.
+"""Records that every reader of detection annotations returns: the objects of an image, and the faults of a file.
 
-Boxes are (x1, y1, x2, y2) in shares of the image's width and height, whatever the format; class ids count from 0.
+Boxes are (x1, y1, x2, y2) relative to the image's width and height, in [0, 1], for all formats; class ids count from 0.
 """
 
 import reprlib
@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 from PIL import Image
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-MIN_SIDE = 1e-7  # share of the image; a shorter side is none in the float32 pixels that models are trained with
-ROUNDING = 1e-5  # share of the image: six decimals rounded, which is not worth a word
-CLIPPED = "a box that left the image by rounding was clipped to it"
+MIN_SIDE = 1e-7  # relative to the image; a shorter side is 0 in float32 pixels
+ROUNDING = 1e-5  # relative to the image: rounding to six decimals, which is not reported
+CLIPPED = "a box that exceeded the image by rounding was clipped to it"
 BYTE_ORDER_MARK = "a byte order mark was skipped"
 WINDOWS_LINES = "Windows line ends were read as line ends"
 AREA = "boxes with a width and a height above 0"
@@ -23,8 +23,11 @@ MAX_TEXT_BYTES = 256 << 20  # a list of a million images
 ORIENTATION = 0x0112  # EXIF
 
 
+Corners = tuple[float, float, float, float]  # x1, y1, x2, y2, relative to the image
+
+
 class Fault(NamedTuple):
-    """One thing that is wrong; place: "line 3" or "annotations[3].bbox", or "" for the file as a whole."""
+    """One problem of a file; place: "line 3", "annotations[3].bbox", or "" for the whole file."""
 
     file: Path
     place: str
@@ -36,19 +39,19 @@ class Fault(NamedTuple):
 
 
 class Box(NamedTuple):
-    """One object; crowd: not trained on, and neither right nor wrong where it is detected."""
+    """One object; crowd: it is left out of training, and a detection of it counts neither as right nor as wrong."""
 
     place: str
     class_id: int
-    corners: tuple[float, float, float, float]
+    corners: Corners
     crowd: bool = False
 
 
 @dataclass
 class Objects:
-    """The objects of one image, and everything that was wrong with their annotation.
+    """The objects of one image, and all faults of their annotation.
 
-    size: (width, height) of the image as the annotation states it, if it does. repairs: what was put right, counted.
+    size: (width, height) of the image if the annotation states it. repairs: what was corrected -> how often.
     """
 
     boxes: list[Box] = field(default_factory=list)
@@ -58,19 +61,21 @@ class Objects:
 
 
 class Source(Protocol):
-    """Where the objects of one image stand; `read` never raises for what is wrong in the file, only OSError."""
+    """Where the objects of one image are stored; file: None if the image has no annotation file."""
 
-    file: Path | None
+    @property
+    def file(self) -> Path | None: ...
 
-    def read(self) -> Objects: ...
+    def read(self) -> Objects:
+        """The objects, with what is wrong in the file as faults. Raises OSError only."""
 
     def content(self) -> bytes:
-        """What a fingerprint depends on: other bytes where other objects may be read."""
+        """Bytes for a fingerprint: they differ whenever the objects differ."""
 
 
 @dataclass
 class Split:
-    """The samples of one split, and what is wrong with it beyond what its sources say when they are read."""
+    """The samples (image, source) of one split, and faults that are known before the sources are read."""
 
     samples: list[tuple[Path, Source]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -79,10 +84,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Layout:
-    """A dataset folder as it was recognised; splits: "train", "val" and, where there is one, "test", read when asked.
+    """The layout of a dataset folder; splits: functions that read "train", "val" and, if it exists, "test".
 
-    images, objects: where those of a "{split}" are expected, for messages. class_names: by class id, () where the
-    format names none. crowds: whether the format marks objects as crowds.
+    images, objects: where the images and the objects of a "{split}" are expected, for messages. class_names: by class
+    id, () if the format has none. crowds: whether the format marks objects as crowds.
     """
 
     name: str
@@ -99,21 +104,22 @@ class Layout:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What the folder holds, sorted by name, without hidden entries; [] if there is no such folder."""
+    """The entries of a folder that are not hidden, sorted by name; [] if there is no such folder."""
     return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
 
 
 def is_image(path: Path) -> bool:
+    """Whether the name is that of an image file that is not hidden."""
     return path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and not path.is_dir()
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images that lie directly in the folder."""
+    """The images directly in the folder."""
     return [path for path in visible(folder) if is_image(path)]
 
 
 def read_text(file: Path) -> tuple[str, Counter, list[Fault]]:
-    """The text of a small file with plain line ends, what was put right for that, and why it is no text."""
+    """(text with Unix line ends, repairs, faults) of a UTF-8 file of at most MAX_TEXT_BYTES."""
     content = file.read_bytes()
     if len(content) > MAX_TEXT_BYTES:
         return "", Counter(), [Fault(file, "", f"{len(content)} bytes", f"at most {MAX_TEXT_BYTES} bytes")]
@@ -127,7 +133,7 @@ def read_text(file: Path) -> tuple[str, Counter, list[Fault]]:
 
 
 def file_exists(path: Path) -> bool:
-    """Whether there is such a file; False also for names that no file can have."""
+    """Whether the file exists; False also for invalid file names."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -135,25 +141,25 @@ def file_exists(path: Path) -> bool:
 
 
 def header_size(image: Path) -> tuple[int, int] | None:
-    """(width, height) as the image is shown, from its header alone; None if it cannot be read."""
+    """(width, height) after EXIF orientation, read from the header alone; None if it cannot be read."""
     try:
         with Image.open(image) as opened:
             turned = opened.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
             return opened.size[::-1] if turned else opened.size
-    except Exception:  # Pillow's decoders raise many types on broken files; decoding reports them
+    except Exception:  # Pillow raises many types on broken files; the check of images reports them
         return None
 
 
 # ---- values -----------------------------------------------------------------------------------------------
 
 
-def is_number(value: object) -> bool:
-    """A finite number that float() takes; neither a truth value nor a text that looks like one."""
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number of a moderate size; booleans and strings are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e15 < value < 1e15
 
 
 def shown(value: object) -> str:
-    """A value from a file in a few words, however long or deep it is."""
+    """A value from a file as text of at most 80 characters, however long or deeply nested it is."""
     try:
         text = _SHORT.repr(value)
     except (ValueError, RecursionError):  # such as a number of 5000 digits
@@ -165,15 +171,15 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlist = 2, 80, 80, 6
 
 
-def settle(corners: Sequence[float], tolerance: Sequence[float], repairs: Counter) -> tuple[Any, ...] | None:
-    """The box within the image, or None if it leaves it by more than the tolerance (x, y), in shares.
+def clip_box(corners: Corners, tolerance: Sequence[float], repairs: Counter) -> Corners | None:
+    """The box clipped to the image; None if it exceeds the image by more than the tolerance (x, y), relative to it.
 
-    What is clipped is counted in `repairs`, unless it is no more than decimals rounded.
+    A clipped box is counted in `repairs` if it exceeds the image by more than ROUNDING.
     """
     x1, y1, x2, y2 = corners
     over_x, over_y = max(-x1, x2 - 1), max(-y1, y2 - 1)
     if over_x <= 0 and over_y <= 0:
-        return tuple(corners)
+        return x1, y1, x2, y2
     inside = (max(x1, 0.0), max(y1, 0.0), min(x2, 1.0), min(y2, 1.0))
     if over_x > tolerance[0] or over_y > tolerance[1] or is_empty(inside):
         return None
@@ -182,4 +188,5 @@ def settle(corners: Sequence[float], tolerance: Sequence[float], repairs: Counte
 
 
 def is_empty(corners: Sequence[float]) -> bool:
+    """Whether a side of the box is shorter than MIN_SIDE."""
     return corners[2] - corners[0] < MIN_SIDE or corners[3] - corners[1] < MIN_SIDE

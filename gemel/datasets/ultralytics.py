@@ -1,14 +1,14 @@
-"""Datasets described by a data.yaml, as Ultralytics reads and Roboflow exports them.
+"""The layout of a data.yaml, as Ultralytics reads it and Roboflow exports it.
 
-`train`, `val` and, if there is one, `test` are each a folder (searched through), a text file with an image per line, or
-a list of these; an image's annotations lie where "labels" stands in place of the last "images" of its path. Source:
-docs.ultralytics.com/datasets/detect. Paths may be absolute or point beside the folder: images are only read.
+`train`, `val` and, optionally, `test` are each a folder (searched recursively), a text file with an image per line, or
+a list of these. The annotation file of an image has the path of the image with the last "images" replaced by "labels".
+Source: docs.ultralytics.com/datasets/detect. Paths may be absolute or outside the dataset folder: images are only read.
 """
 
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,28 +22,29 @@ from gemel.datasets.yolo import MAX_CLASS_ID, TextFile, annotation_files, orphan
 
 NAME = "data.yaml"
 SUFFIXES = {".yaml", ".yml"}
-SPLITS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}  # our name: theirs
+SPLITS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}  # our name -> keys of the yaml file
 PLACE = "a folder of images, a text file with an image per line, or a list of these"
 TRAIN_KEY = re.compile(r"^train\s*:", re.MULTILINE)
 MAX_YAML, MAX_DEPTH = 1 << 20, 20
-MOVED = "the 'path' of the yaml file does not exist here, so its own folder was taken"
+MOVED = "the 'path' of the yaml file does not exist here, so the folder of the yaml file was used"
 
 
 @dataclass(frozen=True)
 class Description:
-    """What the yaml file says; lines: of its keys, for messages."""
+    """The content of the yaml file; lines: line number of each key, for messages."""
 
     file: Path
     values: dict[str, Any]
     lines: dict[str, int]
 
     def fault(self, key: str, got: str, allowed: str) -> Fault:
+        """A fault of one key."""
         place = f"line {self.lines[key]}: {key}" if key in self.lines else key
         return Fault(self.file, place, got, allowed)
 
 
 def evidence(folder: Path) -> str | None:
-    """The name of the yaml file that describes the folder: data.yaml, or any that has a `train`."""
+    """The name of the yaml file that describes the folder: data.yaml, else any with a key `train`; None without."""
     files = [path for path in visible(folder) if path.suffix.lower() in SUFFIXES and path.is_file()]
     if (folder / NAME) in files:
         return NAME
@@ -52,7 +53,8 @@ def evidence(folder: Path) -> str | None:
 
 
 def open_layout(folder: Path) -> Layout:
-    names = evidence(folder).split(", ")
+    """The layout of the folder; reads the yaml file, but no annotation file."""
+    names = (evidence(folder) or NAME).split(", ")
     if len(names) > 1:
         return _refused([Fault(folder, "", " and ".join(names), "one yaml file that describes the dataset")])
     about, repairs, faults = read_yaml(folder / names[0])
@@ -62,7 +64,7 @@ def open_layout(folder: Path) -> Layout:
     root, moved, path_faults = _root(about)
     repairs[MOVED] += moved
     faults += path_faults
-    splits = {}
+    splits: dict[str, Callable[[], Split]] = {}
     for split, keys in SPLITS.items():
         key = next((key for key in keys if about.values.get(key) not in (None, "", [])), None)
         if key:
@@ -82,6 +84,7 @@ def open_layout(folder: Path) -> Layout:
 
 
 def _refused(faults: Sequence[Fault]) -> Layout:
+    """A layout without splits."""
     return Layout(NAME, {}, "", "", faults=faults)
 
 
@@ -89,13 +92,13 @@ def _refused(faults: Sequence[Fault]) -> Layout:
 
 
 def read_yaml(file: Path) -> tuple[Description, Counter, list[Fault]]:
-    """The top level of a yaml file, with the lines of its keys; a key that stands twice is refused."""
+    """The top level of a yaml file with the lines of its keys, repairs, faults; a repeated key is a fault."""
     text, repairs, faults = read_text(file)
     about = Description(file, {}, {})
     if faults:
         return about, repairs, faults
     try:
-        if faults := _bomb_faults(file, text):
+        if faults := _expansion_faults(file, text):
             return about, repairs, faults
         node = yaml.compose(text, yaml.SafeLoader)
         if not isinstance(node, yaml.MappingNode):
@@ -110,8 +113,8 @@ def read_yaml(file: Path) -> tuple[Description, Counter, list[Fault]]:
     return about, repairs, faults
 
 
-def _bomb_faults(file: Path, text: str) -> list[Fault]:
-    """Aliases can blow up a small file, and the time of the parser grows with the square of the depth."""
+def _expansion_faults(file: Path, text: str) -> list[Fault]:
+    """Refuses aliases, which can expand a small file without limit, and depth, which costs quadratic parser time."""
     if len(text) > MAX_YAML:
         return [Fault(file, "", f"{len(text)} characters", f"at most {MAX_YAML}")]
     depth = 0
@@ -125,6 +128,7 @@ def _bomb_faults(file: Path, text: str) -> list[Fault]:
 
 
 def _yaml_fault(file: Path, text: str, error: Exception) -> Fault:
+    """A parser error as a fault, with its line if it is known."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
     said = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error) or type(error).__name__
@@ -132,7 +136,7 @@ def _yaml_fault(file: Path, text: str, error: Exception) -> Fault:
 
 
 def _repeated_keys(file: Path, node: yaml.MappingNode) -> Iterator[Fault]:
-    """A second `train`, or a second name of one class, would silently replace the first."""
+    """A fault for each repeated key: a second `train`, or class id in `names`, would silently replace the first."""
     seen: set[str] = set()
     for key, value in node.value:
         if _is_scalar(key):
@@ -148,7 +152,7 @@ def _is_scalar(node: yaml.Node) -> bool:
 
 
 def _class_names(about: Description) -> tuple[tuple[str, ...], int | None, list[Fault]]:
-    """The names by class id, which `names` lists or maps, and their number; () if there is only the number `nc`."""
+    """(class names by class id, number of classes, faults), from `names` or `nc`; () if there is only `nc`."""
     names, count = about.values.get("names"), about.values.get("nc")
     faults = []
     if count is not None and (type(count) is not int or not 0 < count < MAX_CLASS_ID):
@@ -160,7 +164,7 @@ def _class_names(about: Description) -> tuple[tuple[str, ...], int | None, list[
         return (), count, faults
     if isinstance(names, dict):
         if set(names) != set(range(len(names))) or any(type(key) is not int for key in names):
-            faults.append(about.fault("names", shown(list(names)), "the class ids 0, 1, 2, ... without a hole"))
+            faults.append(about.fault("names", shown(list(names)), "the class ids 0, 1, 2, ... without gaps"))
             return (), count, faults
         names = [names[key] for key in range(len(names))]
     if not isinstance(names, list) or not names:
@@ -168,7 +172,7 @@ def _class_names(about: Description) -> tuple[tuple[str, ...], int | None, list[
     wrong = [name for name in names if type(name) not in (str, int, float) or name == ""]
     if wrong:
         got = f"the name {shown(wrong[0])}"
-        return (), count, [*faults, about.fault("names", got, "texts (in quotes: 'no', 'null')")]
+        return (), count, [*faults, about.fault("names", got, "strings (in quotes: 'no', 'null')")]
     if count is not None and count != len(names):
         faults.append(about.fault("nc", str(count), f"{len(names)}, the number of names"))
     return tuple(map(str, names)), len(names), faults
@@ -178,10 +182,10 @@ def _class_names(about: Description) -> tuple[tuple[str, ...], int | None, list[
 
 
 def _root(about: Description) -> tuple[Path, bool, list[Fault]]:
-    """The folder that the splits are relative to, whether it is another than `path`, and what is wrong with that.
+    """(folder that the splits are relative to, whether `path` was ignored, faults).
 
-    `path` is taken from the yaml file's folder or the one above. One that does not exist, such as that of the machine
-    where the dataset was made, gives way to the yaml file's folder.
+    `path` is relative to the yaml file's folder or its parent. If it does not exist, for example because it is that of
+    the machine where the dataset was made, the yaml file's folder is used.
     """
     path, own = about.values.get("path"), about.file.parent
     if path in (None, ""):
@@ -197,20 +201,21 @@ def _joined(base: Path, path: str) -> Path:
 
 
 def _entries(about: Description, root: Path, key: str) -> Iterator[Path | Fault]:
-    """Folders and list files of one split, or what is wrong with them."""
+    """The folders and list files of one split, or faults of its entries."""
     value = about.values[key]
     for entry in value if isinstance(value, list) else [value]:
         if not isinstance(entry, str) or not entry or "\0" in entry:
             yield about.fault(key, shown(entry), PLACE)
             continue
         tried = [_joined(root, entry)]
-        if entry.startswith("../"):  # Roboflow writes ../train/images beside train/images; Ultralytics reads it so
+        if entry.startswith("../"):  # Roboflow writes ../train/images for train/images, and Ultralytics accepts it
             tried.append(_joined(root, entry[3:]))
         found = next((path for path in tried if path.is_dir() or file_exists(path)), None)
         yield found or about.fault(key, f"{shown(entry)}, which does not exist in {root}", PLACE)
 
 
 def _split(about: Description, root: Path, key: str, num_classes: int | None) -> Split:
+    """Finds the images of one split and their annotation files."""
     split, images = Split(), []
     for entry in _entries(about, root, key):
         if isinstance(entry, Fault):
@@ -227,12 +232,12 @@ def _split(about: Description, root: Path, key: str, num_classes: int | None) ->
 
 
 def _folder_images(folder: Path, split: Split) -> list[Path]:
-    """The images in a folder and all below it; their annotation files must each have an image."""
+    """The images in a folder and its subfolders; an annotation file without an image is a fault."""
     images = []
     entered = {os.path.realpath(folder)}
     for parent, folders, files in os.walk(folder, followlinks=True):
         inner = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders) if name[0] != "."}
-        folders[:] = [name for name, real in inner.items() if real not in entered]  # a link may lead back up
+        folders[:] = [name for name, real in inner.items() if real not in entered]  # a link may lead to a parent folder
         entered.update(inner.values())
         here = [Path(parent, name) for name in sorted(files)]
         here = [path for path in here if is_image(path)]
@@ -244,7 +249,7 @@ def _folder_images(folder: Path, split: Split) -> list[Path]:
 
 
 def _listed_images(file: Path, root: Path, split: Split) -> list[Path]:
-    """The images of a text file, a path per line: absolute, or from the file's folder, or from the dataset's."""
+    """The images of a text file, a path per line: absolute, or relative to the file's or the dataset's folder."""
     text, repairs, faults = read_text(file)
     split.repairs += repairs
     split.faults += faults
@@ -264,13 +269,14 @@ def _listed_images(file: Path, root: Path, split: Split) -> list[Path]:
 
 
 def _repeated_images(images: Sequence[Path]) -> Iterator[Fault]:
+    """A fault for each image that a split has more than once."""
     for path, count in Counter(images).items():
         if count > 1:
             yield Fault(path, "", f"the image {count} times in a split", "every image once")
 
 
 def label_file(image: Path) -> Path:
-    """Where the annotations of an image lie: the last folder "images" of its path is "labels", else beside it."""
+    """The annotation file of an image: the last folder "images" of its path is replaced by "labels", if it has one."""
     parts = list(image.parts)
     for index in range(len(parts) - 2, 0, -1):
         if parts[index] == "images":

@@ -1,14 +1,14 @@
-"""Pascal VOC's XML, one file per image: its size, and objects with a name and the corners of a box in pixels.
+"""The Pascal VOC layouts: an XML file per image with its size, and objects with a name and box corners in pixels.
 
-Two layouts: Annotations/*.xml, JPEGImages/ and ImageSets/Main/<split>.txt (VOC's own), and a folder per split with the
-files beside its images (Roboflow's). Images and files pair by stem; <filename> is not read.
+VOC's own layout has Annotations/*.xml, JPEGImages/ and ImageSets/Main/<split>.txt; Roboflow's has a folder per split
+with the XML files beside the images. Images and files are paired by stem; <filename> is not read.
 
-VOC counts pixels from 1, and xmax and ymax are still in the box (devkit_doc of VOC2012: "the top-left pixel in the
-image has coordinates (1,1)"). So 1 is taken from xmin and ymin alone, as detectron2 does (data/datasets/pascal_voc.py);
-a file whose tool counted from 0 is off by that pixel, and clipped at the edge.
+VOC counts pixels from 1, and a box includes xmax and ymax (devkit_doc of VOC2012: "the top-left pixel in the image has
+coordinates (1,1)"). So 1 is subtracted from xmin and ymin only, as in detectron2 (data/datasets/pascal_voc.py). In a
+file of a tool that counts from 0, boxes are off by one pixel and clipped at the edge.
 
-Objects marked as difficult are ignored where they are evaluated, as VOC does, and not trained on, as in Fast R-CNN's
-code (pascal_voc.py, use_diff=False): they are handed on as crowds.
+Objects marked as difficult are ignored in evaluation, as in VOC, and left out of training, as in Fast R-CNN's code
+(pascal_voc.py, use_diff=False): they become crowds.
 """
 
 from collections import Counter
@@ -22,16 +22,17 @@ from gemel.datasets.records import (
     AREA,
     BYTE_ORDER_MARK,
     Box,
+    Corners,
     Fault,
     Layout,
     Objects,
     Split,
+    clip_box,
     header_size,
     image_files,
     is_empty,
     is_number,
     read_text,
-    settle,
     shown,
     visible,
 )
@@ -42,14 +43,14 @@ SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)
 CLASSES_FILE = "classes.txt"
 MAX_XML_BYTES = 4 << 20  # of one image
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-PIXELS = 1.0  # by which a box may leave the image and is clipped
-NO_SIZE = "the size of an image was taken from the image, as its annotation has none"
+PIXELS = 1.0  # a box that exceeds the image by at most this is clipped
+NO_SIZE = "the size of an image was read from the image, as its annotation has none"
 NO_FILE = "an image without an annotation file was taken as one without objects"
 INSIDE = "boxes inside the image, in pixels from 1"
 
 
 def evidence(folder: Path) -> str | None:
-    """What shows that a folder has one of the layouts; None if nothing does."""
+    """The files by which one of the layouts is recognised, as a pattern; None if they are missing."""
     for part in ("Annotations", *SPLIT_FOLDERS["train"]):
         if any(path.suffix.lower() == ".xml" for path in visible(folder / part)):
             return f"{part}/*.xml"
@@ -57,6 +58,7 @@ def evidence(folder: Path) -> str | None:
 
 
 def open_layout(folder: Path) -> Layout:
+    """The layout of the folder; without a classes.txt it reads all train annotations for the class names."""
     in_folders = evidence(folder) != "Annotations/*.xml"
     pairs_of = partial(_folder_pairs if in_folders else _listed_pairs, folder)
     there = [
@@ -84,10 +86,9 @@ def _split(pairs_of: Callable, split: str, ids: Mapping[str, int]) -> Split:
 
 
 def _class_names(folder: Path, pairs: list[tuple[Path, Path | None]]) -> tuple[tuple[str, ...], list[Fault]]:
-    """The lines of classes.txt, where the folder has one; else the names of the train split's objects, sorted."""
+    """(class names, faults): the lines of classes.txt if it exists, else the sorted names in the train split."""
     if not (folder / CLASSES_FILE).is_file():
-        names = {name for _, file in pairs if file for name in _names_in(file)}
-        return tuple(sorted(names)), []
+        return tuple(sorted({name for _, file in pairs if file for name in _names_in(file)})), []
     text, _, faults = read_text(folder / CLASSES_FILE)
     names = [line.strip() for line in text.rstrip("\n").split("\n")]
     for number, name in enumerate(names, start=1):
@@ -98,6 +99,7 @@ def _class_names(folder: Path, pairs: list[tuple[Path, Path | None]]) -> tuple[t
 
 
 def _names_in(file: Path) -> tuple[str, ...]:
+    """The names of the objects in a file; () if it has a fault, which is reported when the file is read."""
     try:
         state = file.stat()
         return _names_of_state(file, state.st_mtime_ns, state.st_size)
@@ -115,7 +117,7 @@ def _names_of_state(file: Path, modified: int, size: int) -> tuple[str, ...]:
 
 
 def _folder_pairs(folder: Path, split: str, found: Split) -> list[tuple[Path, Path | None]]:
-    """(image, its file) of a split's folder."""
+    """(image, its file) of every image in a split's folder."""
     there = [folder / name for name in SPLIT_FOLDERS[split] if (folder / name).is_dir()]
     if len(there) != 1:
         names = " or ".join(SPLIT_FOLDERS[split])
@@ -141,7 +143,8 @@ def _listed_pairs(folder: Path, split: str, found: Split) -> list[tuple[Path, Pa
     found.faults += faults
     images = {path.stem: path for path in image_files(folder / "JPEGImages")}
     files = {path.stem: path for path in visible(folder / "Annotations") if path.suffix.lower() == ".xml"}
-    pairs, seen = [], set()
+    pairs: list[tuple[Path, Path | None]] = []
+    seen: set[str] = set()
     for number, line in enumerate(text.split("\n"), start=1):
         stem = line.strip()
         if not stem:
@@ -163,7 +166,7 @@ def _listed_pairs(folder: Path, split: str, found: Split) -> list[tuple[Path, Pa
 
 @dataclass
 class Element:
-    """An XML element: its line, text and children, without attributes."""
+    """An XML element: its line number, text and children, without attributes."""
 
     tag: str
     line: int
@@ -171,14 +174,16 @@ class Element:
     children: list["Element"] = field(default_factory=list)
 
     def all(self, tag: str) -> list["Element"]:
+        """All children of that name."""
         return [child for child in self.children if child.tag == tag]
 
     def text(self, tag: str) -> str | None:
-        """The text of the one child of that name; None if there is none, or another."""
+        """The text of the only child of that name; None if there is no or more than one."""
         found = self.all(tag)
         return "".join(found[0].words).strip() if len(found) == 1 else None
 
     def number(self, tag: str) -> float | None:
+        """The number in the only child of that name; None if it is not a finite number."""
         text = self.text(tag) or ""
         try:
             value = float(text) if text.isascii() and "_" not in text else None
@@ -188,7 +193,7 @@ class Element:
 
 
 def parse(file: Path) -> tuple[Element, list[Fault]]:
-    """The root element. A DOCTYPE is refused: it could define entities that grow without limit or read other files."""
+    """(root element, faults). A DOCTYPE is a fault: its entities could expand without limit or read other files."""
     content, top = file.read_bytes(), Element("", 0)
     if len(content) > MAX_XML_BYTES:
         return top, [Fault(file, "", f"{len(content)} bytes", f"at most {MAX_XML_BYTES} bytes")]
@@ -209,7 +214,7 @@ def parse(file: Path) -> tuple[Element, list[Fault]]:
         parser.Parse(content, True)
     except _Doctype:
         return top, [Fault(file, f"line {parser.CurrentLineNumber}", "a DOCTYPE", "XML without a DOCTYPE")]
-    except (expat.ExpatError, ValueError, LookupError) as error:  # the latter two: an encoding that there is not
+    except (expat.ExpatError, ValueError, LookupError) as error:  # ValueError, LookupError: an unknown encoding
         got = expat.ErrorString(error.code) if isinstance(error, expat.ExpatError) else str(error)[:200]
         return top, [Fault(file, f"line {parser.ErrorLineNumber}", got, "valid XML")]
     root = top.children[0]
@@ -219,21 +224,23 @@ def parse(file: Path) -> tuple[Element, list[Fault]]:
 
 
 class _Doctype(Exception):
-    pass
+    """The document has a DOCTYPE."""
 
 
 @dataclass(frozen=True)
 class XmlFile:
-    """The objects of one image in an XML file; no file has none. ids: class id by name."""
+    """The objects of one image in an XML file; without a file there are none. ids: class name -> class id."""
 
     file: Path | None
     image: Path
     ids: Mapping[str, int]
 
     def content(self) -> bytes:
+        """The bytes of the file, for a fingerprint."""
         return self.file.read_bytes() if self.file else b"None\n"
 
     def read(self) -> Objects:
+        """The objects of the file, with its faults."""
         objects = Objects()
         if self.file is None:
             return objects
@@ -242,21 +249,22 @@ class XmlFile:
             return objects
         with self.file.open("rb") as opened:
             objects.repairs[BYTE_ORDER_MARK] += opened.read(3) == b"\xef\xbb\xbf"
-        items = root.all("object")
         size = self._size(root, objects)
-        for item in items if size else []:
-            self._add(objects, item, size)
+        if size is not None:
+            for item in root.all("object"):
+                self._add(objects, item, size)
         return objects
 
     def _fault(self, objects: Objects, element: Element, got: str, allowed: str) -> None:
+        assert self.file is not None
         objects.faults.append(Fault(self.file, f"line {element.line}", got, allowed))
 
     def _size(self, root: Element, objects: Objects) -> tuple[int, int] | None:
-        """As the file states it; some tools state none, or 0 x 0."""
+        """(width, height) that the file states, else that of the image: some tools state none, or 0 x 0."""
         stated = root.all("size")
         if stated and (stated[0].text("width"), stated[0].text("height")) not in ((None, None), ("0", "0"), ("", "")):
-            width, height = stated[0].number("width"), stated[0].number("height")
-            if len(stated) == 1 and all(side and side >= 1 and side == int(side) for side in (width, height)):
+            width, height = stated[0].number("width") or 0, stated[0].number("height") or 0
+            if len(stated) == 1 and all(side >= 1 and side == int(side) for side in (width, height)):
                 objects.size = int(width), int(height)
                 return objects.size
             got = f"the size {shown(stated[0].text('width'))} x {shown(stated[0].text('height'))}"
@@ -269,32 +277,37 @@ class XmlFile:
         return size
 
     def _add(self, objects: Objects, item: Element, size: tuple[int, int]) -> None:
+        """Adds one object, or what is wrong with it."""
         before = len(objects.faults)
-        name, difficult = item.text("name"), item.text("difficult") or "0"
+        name, difficult = item.text("name") or "", item.text("difficult") or "0"
         if name not in self.ids:
             got = f"the object {shown(name)}" if name else "an object without a <name>"
             self._fault(objects, item, got, f"the classes of {CLASSES_FILE} or of the train split: {_some(self.ids)}")
         if difficult not in ("0", "1"):
             self._fault(objects, item, f"difficult {shown(difficult)}", "difficult 0 or 1")
         frames = item.all("bndbox")
-        corners = [frames[0].number(tag) for tag in CORNERS] if len(frames) == 1 else [None]
-        if None in corners:
-            got = ", ".join(f"{tag} {shown(frames[0].text(tag))}" for tag in CORNERS) if len(frames) == 1 else None
-            got = got or f"{len(frames) or 'no'} <bndbox>"
+        corners = [corner for tag in CORNERS for frame in frames if (corner := frame.number(tag)) is not None]
+        if len(frames) != 1 or len(corners) != len(CORNERS):
+            got = f"{len(frames) or 'no'} <bndbox>"
+            if len(frames) == 1:
+                got = ", ".join(f"{tag} {shown(frames[0].text(tag))}" for tag in CORNERS)
             self._fault(objects, item, got, "one <bndbox> with finite numbers xmin, ymin, xmax, ymax")
             return
-        box = self._placed(objects, item, corners, size)
+        box = self._relative_box(objects, item, corners, size)
         if box is not None and len(objects.faults) == before:
             objects.boxes.append(Box(f"line {item.line}", self.ids[name], box, difficult == "1"))
 
-    def _placed(self, objects: Objects, item: Element, corners: list[float], size: tuple[int, int]) -> tuple | None:
+    def _relative_box(
+        self, objects: Objects, item: Element, corners: list[float], size: tuple[int, int]
+    ) -> Corners | None:
+        """The box relative to the image, clipped to it; None if it is wrong, which is a fault."""
         x1, y1, x2, y2 = corners
         shares = ((x1 - 1) / size[0], (y1 - 1) / size[1], x2 / size[0], y2 / size[1])
         got = f"the box {' '.join(f'{value:g}' for value in corners)} in an image of {size[0]} x {size[1]}"
         if x2 < x1 or y2 < y1 or is_empty(shares):
             self._fault(objects, item, got, AREA)
             return None
-        inside = settle(shares, (PIXELS / size[0], PIXELS / size[1]), objects.repairs)
+        inside = clip_box(shares, (PIXELS / size[0], PIXELS / size[1]), objects.repairs)
         if inside is None:
             self._fault(objects, item, got, INSIDE)
         return inside

@@ -1,6 +1,6 @@
-"""What a run has around it: its device, seeds, clock, interrupts, and failures of the machine.
+"""What a run gets from its machine and its user: the device, random seeds, interrupts, failures of the hardware.
 
-Open device.py first.
+Open device.py first: it is the only place that chooses a device.
 """
 
-DEVICES = ("auto", "cpu", "cuda")  # here, because the command line needs it before it imports torch
+DEVICES = ("auto", "cpu", "cuda")  # defined here because the command line needs it before torch is imported

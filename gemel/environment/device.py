@@ -1,4 +1,4 @@
-"""The device of a run, chosen here and nowhere else."""
+"""Chooses the device of a run; no other file does."""
 
 import torch
 
@@ -6,12 +6,15 @@ from gemel.environment import DEVICES
 
 
 def has_device(name: str) -> bool:
-    """Whether this machine has what a run asks for by one of DEVICES."""
+    """Whether this machine has the device that one of DEVICES asks for."""
     return name != "cuda" or torch.cuda.is_available()
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of a run; "auto" takes CUDA where there is one. Raises ValueError if "cuda" is asked for in vain."""
+    """The device of a run; "auto" is CUDA if there is a CUDA device, else the CPU.
+
+    Raises ValueError if the name is not one of DEVICES or there is no such device.
+    """
     if name not in DEVICES:
         raise ValueError(f"device: got {name!r}, allowed are {', '.join(DEVICES)}")
     if not has_device(name):

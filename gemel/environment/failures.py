@@ -1,21 +1,21 @@
-"""Failures of the machine, told apart from errors of a program: no memory left, a loader process that died."""
+"""Recognises failures of the machine among exceptions: exhausted memory, and the death of a loader process."""
 
 import re
 
 import torch
 
 WORKER_DIED = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal)", re.DOTALL)
-# CUDA raises its own class; the CPU allocator a RuntimeError, worded as in torch/csrc (c10/core/impl/alloc_cpu.cpp).
+# CUDA raises an exception class of its own, the CPU allocator a RuntimeError (c10/core/impl/alloc_cpu.cpp of torch).
 CPU_MEMORY = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory")
 
 
 def is_worker_death(error: BaseException) -> bool:
-    """Whether an error means that a loader process died (killed by the system, say) and can be started again."""
+    """Whether an error means that a loader process died, for example killed by the system."""
     return isinstance(error, RuntimeError) and bool(WORKER_DIED.search(str(error)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the device, or the machine, has no memory left."""
+    """Whether an error means that the memory of the device or of the machine is exhausted."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and bool(CPU_MEMORY.search(str(error)))

@@ -1,4 +1,4 @@
-"""Ctrl-C while a merge runs."""
+"""Handles Ctrl-C during a merge."""
 
 import contextlib
 import signal
@@ -8,21 +8,24 @@ from collections.abc import Iterator
 
 
 class Interrupts:
-    """The first asks for an end after the step in progress, the second ends at once.
+    """The first interrupt asks for an end after the current step; the second ends the process at once.
 
-    Within `deferred()` the first one only makes `asked()` true; outside, and from the second on, it is the usual
-    KeyboardInterrupt. Only the main thread can listen; elsewhere, and where interrupts are ignored, this does nothing.
+    Within `deferred()` the first interrupt only makes `asked()` true; the second, and any interrupt outside, raises the
+    usual KeyboardInterrupt. Only the main thread can handle signals: in other threads, and in processes that ignore
+    interrupts, `deferred()` does nothing.
     """
 
     def __init__(self) -> None:
         self.count = 0
 
     def asked(self) -> bool:
+        """Whether there was an interrupt."""
         return self.count > 0
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a shell's background, and under nohup
+        """Handles interrupts within the block as described above."""
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # in background jobs of a shell and under nohup
         if ignored or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -36,4 +39,4 @@ class Interrupts:
         self.count += 1
         if self.count > 1:
             raise KeyboardInterrupt
-        print("\ninterrupted: saving after this step; once more ends at once", file=sys.stderr, flush=True)
+        print("\ninterrupted: saves after this step; Ctrl-C once more ends at once", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The random generators of a run: one per purpose, seeded from the run's seed and the purpose's name."""
+"""Random generators of a run: one per purpose, seeded from the seed of the run and the name of the purpose."""
 
 import contextlib
 import hashlib
@@ -16,12 +16,12 @@ def derive_seed(seed: int, *purpose: object) -> int:
 
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
-    """A CPU generator of its own for one purpose."""
+    """A new CPU generator for one purpose."""
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
 
 
 def random_state() -> dict:
-    """The state of the global generators, of plain values and tensors."""
+    """The state of the global generators (torch, random, numpy, CUDA) as plain values and tensors."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
     version, words, gauss_next = random.getstate()
     state = {
@@ -35,7 +35,7 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Sets the global generators to what `random_state` returned."""
+    """Sets the global generators to a state that `random_state` returned."""
     torch.set_rng_state(state["torch"])
     version, words, gauss_next = state["python"]
     random.setstate((version, tuple(words), gauss_next))
@@ -47,10 +47,10 @@ def set_random_state(state: dict) -> None:
 
 @contextlib.contextmanager
 def seeded(seed: int, *purpose: object) -> Iterator[None]:
-    """Seeds the global generators (torch, random, numpy), which dropout and transforms draw from, and restores them."""
+    """Seeds the global generators (torch, random, numpy), which dropout and transforms use, and restores them after."""
     value = derive_seed(seed, *purpose)
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # asking must not start CUDA
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # this must not start CUDA
     with torch.random.fork_rng(devices):
         torch.manual_seed(value)
         random.seed(value)

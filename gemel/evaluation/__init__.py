@@ -1,4 +1,4 @@
-"""Runs a task's eval method, and counts average precision as COCO does.
+"""Runs a task's eval method, and computes average precision as COCO does.
 
-Open eval_method.py first; the methods themselves are in eval_methods.py of the checkout.
+Open eval_method.py first; the methods that a dictionary names are in eval_methods.py of the checkout.
 """

@@ -1,4 +1,4 @@
-"""Runs a task's eval method: its prints to the log, its result checked, and again where the machine failed it."""
+"""Runs a task's eval method: logs what it prints, checks its result, and repeats it after failures of the machine."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gemel.datasets.loaders import restarted, smaller
+from gemel.datasets.loaders import restarted, with_half_batches
 from gemel.environment.failures import is_out_of_memory, is_worker_death
 from gemel.workload import Task
 
@@ -17,23 +17,30 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(task: Task, loader: DataLoader, model: nn.Module | None = None) -> float:
-    """The task's accuracy in [0, 1] on a loader; model: instead of the task's own.
+    """The task's accuracy in [0, 1] on a loader; model: evaluated instead of the task's own.
 
-    Loader processes that died are started again, once; out of memory, the batch is halved until a single image does not
-    fit. Raises ValueError when the eval method returns no number in [0, 1].
+    When a loader process dies, the evaluation is repeated once with new processes; when memory is exhausted, with half
+    the batch size, down to one image. Raises ValueError if the eval method does not return a number in [0, 1], and the
+    failure itself if it is not repeated.
     """
-    try:
-        return _evaluate_once(task, loader, model)
-    except (RuntimeError, MemoryError) as error:
-        again = smaller(loader) if is_out_of_memory(error) else restarted(loader) if is_worker_death(error) else None
-        if again is None:
-            raise
-        log.warning("%s: evaluated again, with batches of %d, after: %s", task.name, again.batch_size, error)
-    return evaluate(task, again, model)
+    may_restart = True
+    while True:
+        try:
+            return _evaluate_once(task, loader, model)
+        except (RuntimeError, MemoryError) as error:
+            again = None
+            if is_out_of_memory(error):
+                again = with_half_batches(loader)
+            elif is_worker_death(error) and may_restart:
+                again, may_restart = restarted(loader), False
+            if again is None:
+                raise
+            log.warning("%s: repeats the evaluation with batches of %d, after: %s", task.name, again.batch_size, error)
+            loader = again
 
 
 def _evaluate_once(task: Task, loader: Iterable, model: nn.Module | None) -> float:
-    printed = io.StringIO()  # pycocotools, for one, prints pages
+    printed = io.StringIO()  # pycocotools prints many lines
     with contextlib.redirect_stdout(printed):
         value = task.eval_method(task.model if model is None else model, loader)
     if printed.getvalue():

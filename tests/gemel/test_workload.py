@@ -1,4 +1,7 @@
+"""The task dictionary: what is accepted, every problem, and the file that defines it."""
+
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -6,7 +9,7 @@ import torch
 from pico import PicoNet, classification_entry, detection_entry
 from torch import nn
 
-from gemel.workload import CLASSIFICATION, DETECTION, WorkloadError, read_workload
+from gemel.workload import CLASSIFICATION, DETECTION, WorkloadError, load_model_dict, read_workload
 
 
 def problems_of(entry: object, name: object = "main_2nd_pico", **changes) -> list[str]:
@@ -168,3 +171,29 @@ def test_all_problems_at_once(entry):
     }
     message = str(WorkloadError(problems))
     assert message.startswith("4 problems in the workload:\n") and message.count("\n") == 4
+
+
+# ---- the file ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loaded_modules(monkeypatch):
+    """Forgets the loaded file and its folder afterwards."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("mine", None)
+
+
+def test_the_file_is_run_as_a_module_beside_its_own(tmp_path, loaded_modules):
+    (tmp_path / "beside_mine.py").write_text("NAME = 'a_x'")
+    (tmp_path / "mine.py").write_text("from beside_mine import NAME\ndef create_model_dict(): return {NAME: __name__}")
+    assert load_model_dict(tmp_path / "mine.py") == {"a_x": "mine"}
+    sys.modules.pop("beside_mine")
+
+
+@pytest.mark.parametrize("content, message", [(None, "which is no file"), ("create_model_dict = 3", "without it")])
+def test_a_file_that_is_none(tmp_path, loaded_modules, content, message):
+    if content:
+        (tmp_path / "mine.py").write_text(content)
+    with pytest.raises(WorkloadError, match=f"mine.py,? {message}; allowed: a Python file that defines"):
+        load_model_dict(tmp_path / "mine.py")

@@ -254,7 +254,7 @@ def test_both_headers(tmp_path, version, seen):
         (lambda data: b"PK\3\4" + data, "got no Darknet header; allowed: a Darknet weights file"),
         (
             lambda data: data + b"\0" * 8,
-            r"got 2 values behind the last layer; allowed: \d+ values for the 13 convolutions",
+            r"got 2 values after the last layer; allowed: \d+ values for the 13 convolutions",
         ),
         (
             lambda data: data[:-4] + struct.pack("<f", np.nan),

@@ -1,4 +1,4 @@
-"""YOLOv3 as a detector: letterbox, box coding, losses, suppression, and its place in the rest of the house."""
+"""YOLOv3 as a detector: targets, detections, arguments, and that it is rebuilt, merged and aligned."""
 
 import json
 import math
@@ -22,13 +22,10 @@ from gemel.sharing.tying import tie
 from gemel.training.distillation import Taps
 from gemel.workload import read_workload
 from model_architectures import architecture_of, build, num_classes_of, rebuild, yolov3_tiny_model
-from model_architectures.yolo_boxes import CODINGS, Level, decode, letterbox, to_image, to_network
-from model_architectures.yolo_loss import IGNORE_IOU, MATCH_IOU, match, yolo_losses
 from model_architectures.yolov3 import ANCHORS, TINY_ANCHORS
 
 SMALL = {"width": 1 / 16, "size": 64, "score_thresh": 0.0}
 SQUARE = {"boxes": torch.tensor([[8.0, 10.0, 40.0, 50.0]]), "labels": torch.tensor([1])}
-NOTHING = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
 
 
 def small(name="yolov3_tiny", num_classes=3, seed=0, **kwargs):
@@ -45,136 +42,6 @@ def prepared(model):
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.05, 0.2)
     return model.eval()
-
-
-# ---- geometry ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(64, 96), (30, 100), (200, 50), (1, 7), (480, 640), (96, 64), (333, 500)])
-@pytest.mark.parametrize("size", [(64, 64), (64, 96), (96, 64)])
-def test_a_letterboxed_image_lies_where_its_frame_says(shape, size):
-    height, width = shape
-    batch, (frame,) = letterbox([torch.ones(3, *shape)], size)
-    assert batch.shape == (1, 3, *size)
-    x0, y0, x1, y1 = to_network(torch.tensor([[0.0, 0.0, width, height]]), frame)[0].round().int().tolist()
-    white = batch.isclose(torch.ones(()))
-    assert white[0, :, y0:y1, x0:x1].all() and white.sum() == 3 * (x1 - x0) * (y1 - y0)
-    assert (batch[~white] == 0.5).all()
-    assert x1 - x0 == size[1] or y1 - y0 == size[0], "as large as fits"
-    assert abs(x0 - (size[1] - x1)) <= 1 and abs(y0 - (size[0] - y1)) <= 1, "in the middle"
-    boxes = torch.rand(20, 4) * torch.tensor([width, height] * 2)
-    torch.testing.assert_close(to_image(to_network(boxes, frame), frame), boxes, atol=1e-3, rtol=1e-5)
-    outside = to_image(torch.tensor([[-1e3, -1e3, 1e4, 1e4]]), frame)
-    assert outside.tolist() == [[0, 0, width, height]]
-
-
-def test_images_of_one_size_and_of_several_come_out_alike():
-    images = [torch.rand(3, 40, 80), torch.rand(3, 40, 80), torch.rand(3, 90, 30)]
-    mixed, frames = letterbox(images, (64, 64))
-    alike, same_frames = letterbox(images[:2], (64, 64))
-    assert torch.equal(mixed[:2], alike) and frames[:2] == same_frames
-
-
-@pytest.mark.parametrize("coding", CODINGS)
-def test_boxes_are_decoded_as_published(coding):
-    """One value at a time, by the formulas of the YOLOv3 paper and of ultralytics/yolov3."""
-    output = torch.randn(2, 3 * 7, 4, 5)
-    level = decode(output, ANCHORS[1], 16, coding)
-    assert level.boxes.shape == (2, 3, 4, 5, 4) and level.classes.shape == (2, 3, 4, 5, 2)
-    for anchor, row, column in ((0, 0, 0), (1, 2, 4), (2, 3, 1)):
-        x, y, w, h, object_, *classes = output[1, 7 * anchor : 7 * anchor + 7, row, column].tolist()
-
-        def sigmoid(value):
-            return 1 / (1 + math.exp(-value))
-
-        if coding == "exp":
-            shifts, grown = (sigmoid(x), sigmoid(y)), (math.exp(w), math.exp(h))
-        else:
-            shifts = 2 * sigmoid(x) - 0.5, 2 * sigmoid(y) - 0.5
-            grown = (2 * sigmoid(w)) ** 2, (2 * sigmoid(h)) ** 2
-        centre = 16 * (column + shifts[0]), 16 * (row + shifts[1])
-        half = ANCHORS[1][anchor][0] * grown[0] / 2, ANCHORS[1][anchor][1] * grown[1] / 2
-        expected = [centre[0] - half[0], centre[1] - half[1], centre[0] + half[0], centre[1] + half[1]]
-        assert level.boxes[1, anchor, row, column].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-3)
-        assert level.objectness[1, anchor, row, column] == object_
-        assert level.classes[1, anchor, row, column].tolist() == classes
-
-
-# ---- losses ------------------------------------------------------------------------------------------------
-
-
-def iou_of_shapes(box, anchor):
-    width, height = box[2] - box[0], box[3] - box[1]
-    common = min(width, anchor[0]) * min(height, anchor[1])
-    return common / (width * height + anchor[0] * anchor[1] - common)
-
-
-def test_the_best_anchor_answers_and_others_of_a_good_shape():
-    corner = torch.rand(60, 2) * 200
-    boxes = torch.cat([corner, corner + 2 + torch.rand(60, 2) ** 2 * 300], 1)
-    anchors = [anchor for level in ANCHORS for anchor in level]
-    expected = set()
-    for i, box in enumerate(boxes.tolist()):
-        ious = [iou_of_shapes(box, anchor) for anchor in anchors]
-        expected |= {(i, k) for k, iou in enumerate(ious) if iou > MATCH_IOU or iou == max(ious)}
-    found = match(boxes, torch.tensor(anchors, dtype=torch.float32))
-    assert set(zip(*(part.tolist() for part in found), strict=True)) == expected
-    assert {i for i, _ in expected} == set(range(60)) and len(expected) > 60
-
-
-def one_level(rows=4, columns=6, classes=2, images=1):
-    """A head that says nothing: every box is tiny and far away, every logit 0."""
-    boxes = torch.tensor([900.0, 900.0, 901.0, 901.0]).repeat(images, 2, rows, columns, 1)
-    objectness, names = torch.zeros(images, 2, rows, columns), torch.zeros(images, 2, rows, columns, classes)
-    return Level(boxes, objectness, names, torch.tensor([[16.0, 16.0], [200.0, 200.0]]), 16)
-
-
-def test_perfect_outputs_have_no_loss():
-    level, box = one_level(), torch.tensor([[34.0, 18.0, 50.0, 34.0]])  # its centre is in row 1, column 2
-    level.boxes[0, 0, 1, 2] = box[0]
-    level.objectness.fill_(-30.0)[0, 0, 1, 2] = 30.0
-    level.classes[0, 0, 1, 2] = torch.tensor([-30.0, 30.0])
-    losses = yolo_losses([level], [box], [torch.tensor([1])])
-    assert all(float(value) < 1e-5 for value in losses.values())
-    wrong = yolo_losses([level], [box], [torch.tensor([0])])
-    assert wrong["loss_classifier"] == pytest.approx(60, rel=1e-3) and float(wrong["loss_objectness"]) < 1e-5
-    elsewhere = yolo_losses([level], [box + 16], [torch.tensor([1])])
-    assert float(elsewhere["loss_box_reg"]) > 1 and float(elsewhere["loss_objectness"]) > 29
-
-
-def test_losses_are_those_of_the_paper_written_out():
-    """Objectness: every anchor counts but those that see an object well enough; one that answers always counts."""
-    level, box = one_level(), torch.tensor([[34.0, 18.0, 50.0, 34.0]])
-    near = box[0] + torch.tensor([0.0, 0.0, 3.0, 0.0])
-    level.boxes[0, 1, 3, 5] = near  # another anchor, another cell
-    level.boxes[0, 0, 0, 0] = box[0] + torch.tensor([0.0, 0.0, 30.0, 0.0])  # not near enough
-    assert box_iou(near[None], box) > IGNORE_IOU > box_iou(level.boxes[0, 0, 0, 0][None], box)
-    losses = yolo_losses([level], [box], [torch.tensor([0])])
-    assert losses["loss_objectness"] == pytest.approx((48 - 1) * math.log(2), rel=1e-5)
-    assert losses["loss_classifier"] == pytest.approx(2 * math.log(2), rel=1e-5)
-    again = yolo_losses([level], [box.repeat(2, 1)], [torch.tensor([0, 0])])  # a mean over anchors that answer
-    assert again["loss_classifier"] == pytest.approx(2 * math.log(2), rel=1e-5)
-
-
-def test_images_do_not_see_each_others_objects():
-    level = one_level(images=2)
-    box = torch.tensor([[34.0, 18.0, 50.0, 34.0]])
-    level.boxes[:, 1, 3, 5] = box[0]  # only in the second image it is right to see an object there
-    level.objectness.requires_grad_()
-    none = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    yolo_losses([level], [none[0], box], [none[1], torch.tensor([0])])["loss_objectness"].backward()
-    grad = level.objectness.grad
-    assert grad[0, 1, 3, 5] > 0 and grad[1, 1, 3, 5] == 0
-    assert grad[0, 0, 1, 2] > 0 and grad[1, 0, 1, 2] < 0
-
-
-def test_a_batch_without_objects_trains():
-    model = small()
-    losses = model([torch.rand(3, 64, 64)] * 2, [NOTHING] * 2)
-    assert losses["loss_box_reg"] == losses["loss_classifier"] == 0 < losses["loss_objectness"]
-    sum(losses.values()).backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    assert model.network.heads[0].output[-1].bias.grad.any()
 
 
 @pytest.mark.parametrize(
@@ -194,9 +61,6 @@ def test_a_batch_without_objects_trains():
 def test_targets_that_cannot_be_learnt(targets, message):
     with pytest.raises(ValueError, match=message):
         small()([torch.rand(3, 64, 64)], targets)
-
-
-# ---- detections --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["yolov3", "yolov3_tiny"])
@@ -267,9 +131,6 @@ def test_it_learns_two_coloured_rectangles():
     reestimate_statistics(model, [(images, targets)], torch.device("cpu"))
     accuracy = yolo_eval(model, [(images, targets)])
     assert loss.item() < first / 4 and accuracy > 0.9, (first, loss.item(), accuracy)
-
-
-# ---- in the house ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_the_last_image_is_in_the_sample(cars):
 
 FIVE_NUMBERS = "5 numbers: class x_center y_center width height"
 WHOLE = "class ids that are whole numbers from 0"
-INSIDE = "boxes inside the image, in shares of its width and height"
+INSIDE = "boxes inside the image, relative to its width and height"
 AREA = "boxes with a width and a height above 0"
 
 

@@ -1,0 +1,65 @@
+"""Samples that stay in memory."""
+
+import pytest
+import torch
+from dataset_samples import classifier_task, detector_task, opened, random_transform
+from pico import (
+    write_classification,
+    write_detection,
+)
+
+from gemel.datasets import folders as dataset_folders
+from gemel.datasets.loaders import plain_images
+
+
+def counted(monkeypatch):
+    """The files that are decoded from now on."""
+    read = []
+    load = dataset_folders.load_image
+    monkeypatch.setattr(dataset_folders, "load_image", lambda path: read.append(path) or load(path))
+    return read
+
+
+@pytest.mark.parametrize("kind", ["CL", "OD"])
+def test_what_is_evaluated_is_decoded_once_and_is_the_same_each_time(tmp_path, monkeypatch, kind):
+    write = write_classification if kind == "CL" else write_detection
+    write(tmp_path, f"cars_{kind}", images=3)
+    task = classifier_task() if kind == "CL" else detector_task()
+    plain, data = opened(task, tmp_path), opened(task, tmp_path, cache_bytes=1 << 20)
+    wanted = [(images, targets) for images, targets in plain.val]
+    read = counted(monkeypatch)
+    for _ in range(3):
+        for (images, targets), (other, other_targets) in zip(wanted, data.val, strict=True):
+            assert all(map(torch.equal, images, other)) and str(targets) == str(other_targets)
+            for image in other:
+                image.zero_()  # an eval method may do what it likes with its batch
+            if kind == "OD":
+                [target["boxes"].zero_() for target in other_targets]
+    assert len(read) == len(data.val.dataset) == len(set(read))
+    del read[:]
+    for _ in range(2):
+        plain_images(data, 1 << 20, 0, "fit")
+    assert len(read) == len(set(read)) == len(data.plain.dataset)
+    del read[:]
+    for _ in range(2):
+        list(data.train)
+    assert len(read) > len(set(read)), "augmented images are never the same"
+
+
+def test_no_more_than_the_given_bytes_stay_in_memory(tmp_path, monkeypatch):
+    write_classification(tmp_path, "cars_CL", classes=2, images=4)
+    size = opened(classifier_task(), tmp_path).val.dataset[0][0].nbytes
+    data = opened(classifier_task(), tmp_path, cache_bytes=2 * (3 * size + 1))  # half of it is for train
+    read = counted(monkeypatch)
+    first, second = (torch.cat([images for images, _ in data.val]) for _ in range(2))
+    assert len(read) == 8 + 5 and torch.equal(first, second)
+
+
+def test_a_sample_of_val_depends_on_its_index_alone(tmp_path):
+    """Whether its neighbours come from memory or not, and in whatever batches it is asked for."""
+    write_classification(tmp_path, "cars_CL", classes=2, images=4)
+    task = classifier_task(val=random_transform)
+    data = opened(task, tmp_path, cache_bytes=1 << 20)
+    data.val.dataset[2]
+    plain = opened(task, tmp_path, batch_size=1)
+    assert torch.equal(torch.cat([x for x, _ in data.val]), torch.cat([x for x, _ in plain.val]))

@@ -1,0 +1,54 @@
+"""Running an eval method: what it returns and prints."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from gemel.evaluation.eval_method import evaluate
+
+
+@pytest.mark.parametrize("value, got", [(1.5, "1.5"), (-1, "-1"), (None, "None"), (float("nan"), "nan")])
+def test_what_an_eval_method_returns_is_checked(value, got):
+    """Published fault: -1 (no ground truth) flows on as an accuracy."""
+    task = SimpleNamespace(name="a_x", model=None, eval_method=lambda model, loader: value)
+    with pytest.raises(ValueError, match=f"a_x: eval_method: got {got}; allowed: a number in"):
+        evaluate(task, [])
+
+
+def test_an_eval_method_may_print(capsys):
+    task = SimpleNamespace(name="a_x", model="own", eval_method=lambda model, loader: print("pages") or len(model) / 10)
+    assert evaluate(task, []) == 0.3 and evaluate(task, [], "other") == 0.5 and capsys.readouterr().out == ""
+
+
+def loader_of(batch_size):
+    return DataLoader(TensorDataset(torch.arange(8)), batch_size=batch_size)
+
+
+def test_without_memory_the_batch_is_halved(caplog):
+    def fits(model, loader):
+        if loader.batch_size > 2:
+            raise torch.OutOfMemoryError
+        return 0.1 * loader.batch_size
+
+    assert evaluate(SimpleNamespace(name="a_x", model=None, eval_method=fits), loader_of(8)) == 0.2
+    assert caplog.text.count("a_x: repeats the evaluation with batches of") == 2
+
+
+def test_a_dead_loader_process_is_replaced_once():
+    calls = []
+
+    def dies(model, loader):
+        calls.append(loader)
+        if len(calls) <= deaths:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed")
+        return 0.5
+
+    task = SimpleNamespace(name="a_x", model=None, eval_method=dies)
+    deaths = 1
+    assert evaluate(task, loader_of(4)) == 0.5 and calls[0] is not calls[1] and calls[1].batch_size == 4
+    calls, deaths = [], 2
+    with pytest.raises(RuntimeError, match="killed by signal"):
+        evaluate(task, loader_of(4))
+    assert len(calls) == 2
