@@ -1,7 +1,7 @@
 # make merge  merge the workload of merge_workloads.py (the first time it installs, draws and trains the embedded default)
-#             for three minutes; the next time it goes on from there
+#             for three minutes; the next time it resumes there
 # make merge ARGS="--workload mine.py --datasets DIR"   with other arguments; ARGS= without a limit of time
-# make test   the tests; make check: format and lint
+# make test   the tests; make check: format, lint, types
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,11 +14,12 @@ merge: $(VENV)/installed
 	$(BIN)/python merge_workloads.py $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,4 +31,4 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build *.egg-info

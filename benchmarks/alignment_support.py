@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from gemel.alignment.permutation import ChannelSpaces, find_channel_spaces
 from gemel.merging.console import table
-from gemel.sharing.groups import find_layers
+from gemel.sharing.signatures import find_layers
 
 OUTPUT = "output"  # reason why the last layer of a model, or of a traced part, is fixed: not counted as unaligned
 

@@ -132,7 +132,7 @@ def check_fit(models: nn.ModuleDict, teachers: nn.ModuleDict, configuration: Con
     images = {name: [draw_images(seed)[0]] for seed, name in enumerate(models)}
     source = torch.Generator().manual_seed(0)
     asked = sample_teachers(teachers, configuration, images, generator=source)
-    fits = fit_sequentially(models, teachers, configuration, images, asked=asked)
+    fits = fit_sequentially(models, teachers, configuration, images, teacher_samples=asked)
     after = feature_error(models, teachers, configuration)
     fitted = sum(g.saved_bytes for g in configuration if fits[g].fitted) / saved_bytes(configuration)
     assert after < before, f"the fit made it worse: {before:.3f} -> {after:.3f}"

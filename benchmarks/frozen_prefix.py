@@ -20,7 +20,7 @@ from torchvision import models as zoo
 
 from gemel.forward.modes import evaluation_mode, to_channels_last
 from gemel.merging.console import table
-from gemel.sharing.groups import find_layers
+from gemel.sharing.signatures import find_layers
 from gemel.training.cut import Cuts
 from gemel.training.prefix import frozen, prefix_of
 

@@ -17,7 +17,7 @@ from benchmarks.workloads import run_command
 from gemel.environment.seeds import generator
 from gemel.evaluation.eval_method import evaluate
 from gemel.fitting.batch_norm import match_statistics
-from gemel.fitting.least_squares import fit_least_squares
+from gemel.fitting.least_squares import FitSettings, fit_least_squares
 from gemel.fitting.sequential_fit import fit_sequentially, sample_teachers
 from gemel.merging.console import table
 from gemel.sharing.groups import Configuration, find_groups
@@ -53,8 +53,10 @@ def staged(num_stages: int, **options: Any) -> Method:
         tie(probe.models, groups)
         statistics()
         images = {task: probe.batches(task, num_images) for task in probe.models}
-        stages = {"generator": generator(0, "fit"), "num_stages": num_stages, "after_stage": statistics}
-        fit_least_squares(probe.models, probe.teachers, groups, images, **stages, **options)
+        settings, drawn = FitSettings(num_stages=num_stages, **options), generator(0, "fit")
+        fit_least_squares(
+            probe.models, probe.teachers, groups, images, settings=settings, generator=drawn, after_stage=statistics
+        )
 
     return method
 
@@ -66,7 +68,7 @@ def sequential(rule: str = "mean", **options: Any) -> Method:
         tie(probe.models, groups, rule)
         images = {task: probe.batches(task, num_images) for task in probe.models}
         asked = sample_teachers(probe.teachers, groups, images, generator=generator(0, "fit"))
-        fit_sequentially(probe.models, probe.teachers, groups, images, asked=asked, **options)
+        fit_sequentially(probe.models, probe.teachers, groups, images, teacher_samples=asked, **options)
 
     return method
 
@@ -74,7 +76,7 @@ def sequential(rule: str = "mean", **options: Any) -> Method:
 METHODS: dict[str, Method] = {
     **{rule: without_images(rule) for rule in INITIAL_WEIGHTS},
     "mean, matched statistics": without_images("mean", match=True),
-    "least squares, own inputs": staged(1, own_inputs=True),
+    "least squares, inputs of the unmerged models": staged(1, teacher_inputs=True),
     **{f"least squares, stages: {n}": staged(n) for n in (1, 2, 4, 8)},
     **{f"sequential fit, ridge {ridge:g}": sequential(ridge=ridge) for ridge in (0.01, 0.03, 0.1, 0.3)},
     "sequential fit, from first": sequential("first"),

@@ -1,5 +1,6 @@
 """Pico models and datasets: the same code paths as real ones, in milliseconds."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torchvision.ops import box_iou
 from eval_methods import classification_eval, frcnn_eval
 
 SIZE = 16
+CPU = torch.device("cpu")
 COLOURS = [(200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60)]
 
 
@@ -162,3 +164,33 @@ def _forever(loader):
 
 def boxes(*rows, size: int = SIZE):
     return tv_tensors.BoundingBoxes(torch.tensor(rows).reshape(-1, 4), format="XYXY", canvas_size=(size, size))
+
+
+def merger_of(tasks, data, results_path, **options):
+    """A Merger over the tasks, on the CPU; options: as merge_workload takes them. Nothing is measured or written."""
+    from gemel.environment.clock import Clock
+    from gemel.merging.options import read_options
+    from merger import Merger
+
+    chosen, problems = read_options(options)
+    assert not problems, problems
+    mark = {"options": {}, "tasks": {}}
+    return Merger(tasks, data, chosen, torch.device("cpu"), Path(results_path), Clock(), {}, mark)
+
+
+def thresholds(**changes):
+    """The measured thresholds with some of them changed, whatever part they belong to."""
+    from gemel.thresholds import THRESHOLDS
+
+    parts = {}
+    for name, part in vars(THRESHOLDS).items():
+        own = {key: value for key, value in changes.items() if hasattr(part, key)}
+        parts[name] = dataclasses.replace(part, **own)
+        changes = {key: value for key, value in changes.items() if key not in own}
+    assert not changes, f"no thresholds of these names: {', '.join(changes)}"
+    return dataclasses.replace(THRESHOLDS, **parts)
+
+
+def same_state(first: dict, second: dict) -> bool:
+    """Whether two state dicts are equal, bit by bit."""
+    return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())

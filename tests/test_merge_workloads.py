@@ -118,7 +118,7 @@ def test_plan_trains_nothing_and_writes_nothing(workload_file, tmp_path, monkeyp
         ({"learning_rate": float("inf")}, "options: learning_rate: got inf; allowed: a number greater than 0"),
         ({"average_decay": 1.5}, "options: average_decay: got 1.5; allowed: a number from 0 (no average), below 1"),
         ({"seed": "x"}, "options: seed: got 'x'; allowed: a whole number from 0 on"),
-        ({"tolerance": 1.5}, "workload: tolerance: got 1.5; allowed: a number in (0, 1]"),
+        ({"tolerance": 1.5}, "options: tolerance: got 1.5; allowed: a number in (0, 1]"),
     ],
 )
 def test_options_that_are_wrong(entries, datasets, tmp_path, options, message):
@@ -183,7 +183,7 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
 
     monkeypatch.setattr(merge_workloads, "create_sample_model_dict", interrupted)
     assert main([]) == 130
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "the same command resumes there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text, seconds", [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("45", 45)])

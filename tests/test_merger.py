@@ -9,11 +9,13 @@ import torch
 from pico import PicoNet, classification_entry
 from torch import nn
 
-import merge_workloads
 import merger
 from dataset_manager import open_task
 from eval_methods import classification_eval
+from gemel.environment import clock as clock_module
 from gemel.evaluation.eval_method import evaluate
+from gemel.merging import evaluator
+from gemel.merging.plan import plan
 from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import read_manifest
 from gemel.sharing.groups import Configuration, find_groups
@@ -21,6 +23,7 @@ from gemel.sharing.memory import distinct_bytes
 from gemel.training.outcome import Outcome
 from gemel.workload import WorkloadError, read_workload
 from merge_workloads import merge_workload
+from merger import Merger
 
 QUICK = {"learning_rate": 0.02, "max_epochs": 60, "patience_epochs": 10, "tolerance": 0.85}
 
@@ -145,12 +148,12 @@ def test_an_error_in_a_round_leaves_the_models_and_the_folder_as_they_were(entri
 
 
 def test_a_shipped_task_below_its_target_is_an_error(entries, datasets, tmp_path, monkeypatch):
-    honest = merger.evaluate
+    honest = evaluator.evaluate
 
     def drops_after_loading(task, loader, model=None):
         return 0.01 if model is not None else honest(task, loader)
 
-    monkeypatch.setattr(merger, "evaluate", drops_after_loading)
+    monkeypatch.setattr(evaluator, "evaluate", drops_after_loading)
     with pytest.raises(RuntimeError, match="north_pico: reloaded from .* reaches 0.0100, below its target"):
         merge(entries, tmp_path / "results", datasets, strategy="all")
 
@@ -211,16 +214,16 @@ def test_same_seed_same_result(entries, trained_entries, datasets, tmp_path):
 def test_a_killed_run_goes_on_where_it_was(entries, trained_entries, datasets, tmp_path, monkeypatch, killed_in):
     """Invariant 4: it ends bit for bit where the uninterrupted run ends."""
     merge(entries, tmp_path / "whole", datasets)
-    play_round, rounds = merger.play_round, iter(range(1, 100))
+    play_round, rounds = Merger.play_round, iter(range(1, 100))
 
-    def killed(run, proposal: Configuration) -> bool:
+    def killed(self, proposal: Configuration) -> bool:
         if next(rounds) == killed_in:
             raise KeyboardInterrupt
-        return play_round(run, proposal)
+        return play_round(self, proposal)
 
     interrupted = copy.deepcopy(trained_entries)
     with monkeypatch.context() as patch:
-        patch.setattr(merger, "play_round", killed)
+        patch.setattr(Merger, "play_round", killed)
         with pytest.raises(KeyboardInterrupt):
             merge(interrupted, tmp_path / "halted", datasets)
     assert len(read_manifest(tmp_path / "halted")["run"]["rounds"]) == killed_in - 1
@@ -240,26 +243,26 @@ def test_an_undone_round_is_remembered_when_the_next_one_is_killed(
     entries, trained_entries, datasets, tmp_path, monkeypatch
 ):
     """Invariant 4: at most the round in flight is lost, also where nothing was kept before it."""
-    proposals, play_round = [], merger.play_round
+    proposals, play_round = [], Merger.play_round
 
-    def killed(run, proposal: Configuration) -> bool:
+    def killed(self, proposal: Configuration) -> bool:
         if len(proposals) == 2:
             raise KeyboardInterrupt
         proposals.append(proposal)
-        return play_round(run, proposal)
+        return play_round(self, proposal)
 
     def fails(models, trained, *args, **kwargs) -> Outcome:
         return Outcome("given up", dict.fromkeys(trained, 0.1), (), steps=1, samples=1)
 
     monkeypatch.setattr(merger, "recover", fails)
     with monkeypatch.context() as patch:
-        patch.setattr(merger, "play_round", killed)
+        patch.setattr(Merger, "play_round", killed)
         with pytest.raises(KeyboardInterrupt):
             merge(entries, tmp_path / "results", datasets)
     assert [row["kept"] for row in read_manifest(tmp_path / "results")["run"]["rounds"]] == [False, False]
     with monkeypatch.context() as patch:
         patch.setattr(
-            merger, "play_round", lambda run, proposal: proposals.append(proposal) or play_round(run, proposal)
+            Merger, "play_round", lambda self, proposal: proposals.append(proposal) or play_round(self, proposal)
         )
         manifest = merge(copy.deepcopy(trained_entries), tmp_path / "results", datasets)
     assert len(set(proposals)) == len(proposals) == len(manifest["run"]["rounds"]) > 2
@@ -294,15 +297,15 @@ def test_another_workload_in_the_folder_is_refused_and_named(entries, trained_en
 
 def test_a_time_budget_ends_the_run_with_what_was_kept(entries, trained_entries, datasets, tmp_path, monkeypatch):
     clock = {"now": time.monotonic()}
-    play_round = merger.play_round
+    play_round = Merger.play_round
 
-    def slow(run, proposal):
+    def slow(self, proposal):
         clock["now"] += 3600
-        return play_round(run, proposal)
+        return play_round(self, proposal)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merger, "play_round", slow)
-        patch.setattr(merger.time, "monotonic", lambda: clock["now"])
+        patch.setattr(Merger, "play_round", slow)
+        patch.setattr(clock_module.time, "monotonic", lambda: clock["now"])
         manifest = merge(entries, tmp_path / "results", datasets, time_budget=5000)
     assert len(manifest["run"]["rounds"]) == 1 and not manifest["run"]["finished"]
     assert all(task["met"] for task in manifest["tasks"].values())
@@ -310,9 +313,8 @@ def test_a_time_budget_ends_the_run_with_what_was_kept(entries, trained_entries,
     assert finished["run"]["finished"] and len(finished["run"]["rounds"]) > 1
 
 
-def test_plan_prints_what_could_be_saved_and_needs_no_dataset(entries, capsys):
-    saved = merge_workloads.plan(entries)
-    printed = capsys.readouterr().out
+def test_plan_says_what_could_be_saved_and_needs_no_dataset(entries):
+    printed, saved = plan(entries)
     models = {name: entry["model"] for name, entry in entries.items()}
     assert saved == sum(group.saved_bytes for group in find_groups(models)) > 0
     assert "Conv2d(8, 8" in printed and "could save" in printed

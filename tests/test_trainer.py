@@ -1,6 +1,5 @@
 import copy
 import math
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,17 +9,22 @@ from pico import PicoNet
 from torch import nn
 from torch.nn import functional as F
 
-import trainer
+from gemel.environment.clock import Clock
 from gemel.environment.seeds import seeded
 from gemel.evaluation.eval_method import evaluate
 from gemel.fitting.batch_norm import reestimate_statistics
 from gemel.sharing.groups import find_groups
 from gemel.sharing.tying import tie
+from gemel.training import step as step_module
+from gemel.training import validation
+from gemel.training.context import RoundContext
 from gemel.training.early_stopping import Progress, loss_weight
 from gemel.training.losses import task_losses
 from gemel.training.options import TrainingOptions
-from gemel.training.outcome import GIVEN_UP, MET, NOT_FINITE, TIME_OVER, RoundContext
-from trainer import recover
+from gemel.training.outcome import GIVEN_UP, MET, NOT_FINITE, TIME_OVER
+from gemel.training.step import Member
+from gemel.training.validation import Validation
+from trainer import Round, recover
 
 CPU = torch.device("cpu")
 QUICK = TrainingOptions(learning_rate=0.01, max_epochs=60, patience_epochs=10)
@@ -35,8 +39,13 @@ def run(models, tasks, data, options=QUICK, **more):
     return recover(models, tasks, data, options, RoundContext(device=CPU, seed=0, **more))
 
 
-def session_of(models, tasks, data, options=QUICK):
-    return trainer._Round(models, tasks, data, options, RoundContext(device=CPU, seed=0), {})
+def session_of(models, tasks, data, options=QUICK) -> Round:
+    members = {name: Member.of(task, data[name]) for name, task in tasks.items()}
+    return Round(models, members, options, RoundContext(device=CPU, seed=0))
+
+
+def step(session):
+    return session.training.step(session.validation.active)
 
 
 class Given:
@@ -85,7 +94,7 @@ def test_a_step_with_nothing_tied_is_a_plain_step_of_each_model(models, tasks, d
         member.batches = Given(batches[name])
         member.progress.accuracy = member.progress.target  # at its target a task's loss has weight 1
         member.task.model.train()
-    assert session.train_step() is None
+    assert step(session) is None
     for name, model in plain.items():
         optimizer = torch.optim.AdamW(model.parameters(), lr=QUICK.learning_rate / QUICK.warmup_steps)
         images, targets = batches[name]
@@ -101,7 +110,7 @@ def test_a_tied_parameter_is_stepped_once_with_the_sum_of_gradients(models, task
     """Published fault: a tied layer is stepped once per model."""
     tie(models, find_groups(models))
     session = session_of(models, tasks, data)
-    held = [id(p) for group in session.optimizer.param_groups for p in group["params"]]
+    held = [id(p) for group in session.training.optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held))
     shared = models["north_pico"].conv1.weight
     batches = {name: next(iter(data[name].train)) for name in tasks}
@@ -113,8 +122,8 @@ def test_a_tied_parameter_is_stepped_once_with_the_sum_of_gradients(models, task
     for name, member in session.members.items():
         member.batches = Given(batches[name])
         member.progress.accuracy = member.progress.target
-    session.train_step()
-    assert session.optimizer.state[shared]["step"] == 1
+    step(session)
+    assert session.training.optimizer.state[shared]["step"] == 1
     assert torch.allclose(shared.grad, sum(gradients), rtol=1e-4, atol=1e-6)
 
 
@@ -122,18 +131,17 @@ def test_what_is_validated_and_kept_is_the_average_of_the_weights(models, tasks,
     session = session_of(models, tasks, data)
     start = models["north_pico"].conv1.weight.detach().clone()
     seen = []
-    step = session.train_step
-    monkeypatch.setattr(session, "train_step", lambda: step() or seen.append(value_of(models)))
-    session.due = 3
+    step = session.training.step
+    monkeypatch.setattr(session.training, "step", lambda members: step(members) or seen.append(value_of(models)))
+    session.schedule.next_validation = 3
     session.train(SimpleNamespace(update=lambda: None))
-    average = session.averaged.module["north_pico"].conv1.weight
+    average = session.training.averaged.module["north_pico"].conv1.weight
     expected = seen[0]
     for n, value in enumerate(seen[1:], 1):
         expected = torch.lerp(expected, value, 1 - (1 + n) / (10 + n))
     assert torch.allclose(average, expected, atol=1e-6) and not torch.equal(seen[0], start)
-    monkeypatch.setattr(trainer, "evaluate", lambda task, loader, model: 1.0 if model is not task.model else 0.0)
-    session.validate()
-    assert session.reason == MET
+    monkeypatch.setattr(validation, "evaluate", lambda task, loader, model: 1.0 if model is not task.model else 0.0)
+    assert session.validation.validate() == MET
 
 
 def value_of(models) -> torch.Tensor:
@@ -150,7 +158,7 @@ def test_other_models_of_the_workload_are_not_touched(models, tasks, data):
 def test_a_stalled_task_is_given_up_and_that_is_never_done(models, tasks, data, monkeypatch):
     """Published fault: a stalled model can make training "done" with nobody at target."""
     fixed = {"north_pico": 0.3, "south_pico": 0.3, "east_pico": 0.3}
-    monkeypatch.setattr(trainer, "evaluate", lambda task, loader, model=None: fixed[task.name])
+    monkeypatch.setattr(validation, "evaluate", lambda task, loader, model=None: fixed[task.name])
     outcome = run(models, {name: hard(task) for name, task in tasks.items()}, data)
     assert outcome.reason == GIVEN_UP and not outcome.success and outcome.met == ()
     assert outcome.steps < QUICK.max_epochs * max(len(d.train) for d in data.values())
@@ -158,16 +166,16 @@ def test_a_stalled_task_is_given_up_and_that_is_never_done(models, tasks, data, 
 
 def test_a_task_is_given_up_once_and_the_others_are_told_apart(models, tasks, data, monkeypatch):
     given_up = []
-    give_up = trainer._Round.give_up_if_stalled
+    give_up = Validation.give_up_if_stalled
 
     def counted(self, member):
         gone = give_up(self, member)
         given_up.extend([member.task.name] * gone)
         return gone
 
-    monkeypatch.setattr(trainer._Round, "give_up_if_stalled", counted)
+    monkeypatch.setattr(Validation, "give_up_if_stalled", counted)
     monkeypatch.setattr(
-        trainer, "evaluate", lambda task, loader, model=None: 0.2 if task.name == "south_pico" else 0.99
+        validation, "evaluate", lambda task, loader, model=None: 0.2 if task.name == "south_pico" else 0.99
     )
     outcome = run(models, tasks, data)
     assert given_up == ["south_pico"] and outcome.reason == GIVEN_UP and not outcome.success
@@ -176,14 +184,16 @@ def test_a_task_is_given_up_once_and_the_others_are_told_apart(models, tasks, da
 
 def test_a_first_stall_lowers_the_learning_rate_only(models, tasks, data, monkeypatch):
     session = session_of(models, {n: hard(t) for n, t in tasks.items()}, data)
-    patience = math.ceil(QUICK.patience_epochs * session.steps_per_epoch)
+    patience = math.ceil(session.schedule.patience)
     member = next(iter(session.members.values()))
     p = member.progress
     verdicts = []
     for step in (0, patience - 1, patience, patience + 1, 2 * patience):
-        session.step = step
+        session.schedule.step = step
         p.note(step, 0.3 if step else 0.5)
-        verdicts.append((session.give_up_if_stalled(member), session.learning_rate == QUICK.learning_rate))
+        verdicts.append(
+            (session.validation.give_up_if_stalled(member), session.schedule.learning_rate == QUICK.learning_rate)
+        )
     assert verdicts == [(False, True), (False, True), (False, False), (False, False), (True, False)]
     assert p.given_up
 
@@ -202,21 +212,20 @@ def test_validation_takes_the_likeliest_to_fail_first_and_stops_when_it_is_decid
     asked = []
     accuracy = {"north_pico": 0.9, "south_pico": 0.2, "east_pico": 0.5}
     monkeypatch.setattr(
-        trainer, "evaluate", lambda task, loader, model=None: asked.append(task.name) or accuracy[task.name]
+        validation, "evaluate", lambda task, loader, model=None: asked.append(task.name) or accuracy[task.name]
     )
     session = session_of(models, {n: hard(t) for n, t in tasks.items()}, data)
-    session.validate(everything=True)
+    session.validation.validate(everything=True)
     assert set(asked) == set(tasks)
     asked.clear()
-    session.validate()
+    session.validation.validate()
     assert asked == ["south_pico"]
     accuracy["south_pico"] = 1.0
     asked.clear()
-    session.validate()
-    assert asked == ["south_pico", "east_pico"] and session.reason is None
+    assert session.validation.validate() is None
+    assert asked == ["south_pico", "east_pico"]
     accuracy.update(north_pico=1.0, east_pico=1.0)
-    session.validate()
-    assert session.reason == MET
+    assert session.validation.validate() == MET
 
 
 def test_a_loss_that_is_not_finite_ends_the_round(models, tasks, data, monkeypatch):
@@ -224,16 +233,16 @@ def test_a_loss_that_is_not_finite_ends_the_round(models, tasks, data, monkeypat
         return {"loss": next(task.model.parameters()).sum() * math.nan}
 
     before = {key: value.clone() for key, value in models.named_parameters()}
-    monkeypatch.setattr(trainer, "task_losses", not_finite)
-    monkeypatch.setattr(trainer, "evaluate", lambda task, loader, model=None: 0.3)
+    monkeypatch.setattr(step_module, "task_losses", not_finite)
+    monkeypatch.setattr(validation, "evaluate", lambda task, loader, model=None: 0.3)
     outcome = run(models, tasks, data)
     assert outcome.reason == NOT_FINITE and not outcome.success and outcome.steps == 0
     assert all(torch.equal(value, before[key]) for key, value in models.named_parameters())
 
 
 def test_the_deadline_ends_the_round(models, tasks, data, monkeypatch):
-    monkeypatch.setattr(trainer, "evaluate", lambda task, loader, model=None: 0.3)
-    outcome = run(models, tasks, data, deadline=time.monotonic() - 1)
+    monkeypatch.setattr(validation, "evaluate", lambda task, loader, model=None: 0.3)
+    outcome = run(models, tasks, data, clock=Clock(time_budget=-1.0))
     assert outcome.reason == TIME_OVER and not outcome.success and outcome.steps == 0
 
 
@@ -255,15 +264,14 @@ def test_validation_comes_sooner_near_the_target_and_costs_a_bounded_share(model
     for member in session.members.values():
         member.progress.accuracy = 1.0
     worst = session.members["south_pico"]
-    worst.progress.accuracy, session.steps_per_epoch = 0.1, 1000
-    shortest = session.interval.__func__  # the method, to call it under other counts
+    worst.progress.accuracy, session.schedule.steps_per_epoch = 0.1, 1000
     worst.data = replace(data["south_pico"], val=SimpleNamespace(dataset=range(2400)))
-    far = shortest(session)
+    far = session.validation.interval()
     images_per_step = sum(task.batch_size for task in tasks.values())
     assert far == 4 * math.ceil(2400 / 3 / images_per_step / QUICK.validation_share)
     worst.progress.note(0, 0.1)
     worst.progress.note(100, worst.task.target_acc - 0.01)
-    assert shortest(session) == far / 4
+    assert session.validation.interval() == far / 4
 
 
 def test_inception_like_outputs_get_auxiliary_losses(tasks):
@@ -328,10 +336,10 @@ def test_without_average_of_weights_the_trained_weights_themselves_are_kept(mode
     for member in session.members.values():
         member.task.model.train()
     for _ in range(3):
-        assert session.train_step() is None
-    assert session.optimizer.param_groups[0]["lr"] == QUICK.learning_rate
-    kept = session.averaged.module.state_dict()
-    assert all(torch.equal(value, kept[key]) for key, value in session.container.state_dict().items())
+        assert step(session) is None
+    assert session.training.optimizer.param_groups[0]["lr"] == QUICK.learning_rate
+    kept = session.training.averaged.module.state_dict()
+    assert all(torch.equal(value, kept[key]) for key, value in session.training.models.state_dict().items())
 
 
 @pytest.mark.parametrize("statistics_batches, unchanged", [(0, True), (8, False)])

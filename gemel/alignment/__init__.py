@@ -1,4 +1,4 @@
-"""Lines up layers and channels of models that were trained apart, so that layers to be tied mean the same.
+"""Matches layers, and permutes channels, of models that were trained apart, so that the layers to be tied agree.
 
 A permutation of channels does not change what a model computes. Open align.py first.
 """

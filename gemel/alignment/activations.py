@@ -1,10 +1,9 @@
-"""What the layers of two models take in and put out on common images, and how alike it is channel by channel.
+"""Inputs and outputs of the layers of two models on the same images, and their correlation channel by channel.
 
-Tasks have different datasets, so both models are shown the images of both tasks, each image as the model's own loader
-would give it: resized for classifiers, as a list for detectors.
+Tasks have different datasets, so both models run on the images of both tasks, each image as the model's own loader
+would give it: resized for classifiers, in a list for detectors.
 """
 
-import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,23 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gemel.forward.batches import Batch
-from gemel.forward.modes import evaluating
+from gemel.forward.batches import Batch, run
+from gemel.forward.hooks import hooked
 
 INPUT, OUTPUT = "input", "output"
-MAX_PLACES = 7  # feature maps are averaged down to at most 7 x 7 places before they are compared
+MAX_POSITIONS = 7  # feature maps are averaged down to at most 7 x 7 positions before they are compared
 EPSILON = 1e-8
 
 
 @dataclass
 class Moments:
-    """Running sums over places where two layers were seen side by side, channels x channels."""
+    """Running sums over the common positions of two layers' feature maps, for each pair of their channels."""
 
     count: int = 0
     sums: list[Tensor] = field(default_factory=list)  # x, y, x^2, y^2, x y^T
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """x, y: [channels, places]."""
+        """x, y: [channels, positions]."""
         x, y = x.float(), y.float()
         new = [x.sum(1), y.sum(1), x.square().sum(1), y.square().sum(1), x @ y.T]
         self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else new
@@ -39,21 +38,21 @@ class Moments:
         return xy / self.count - torch.outer(x, y) / self.count**2
 
     def correlation(self) -> Tensor:
-        """[channels of x, channels of y], in [-1, 1]; 0 for channels that never change."""
+        """[channels of x, channels of y], in [-1, 1]; 0 for constant channels."""
         x, y, xx, yy, _ = self.sums
         variances = [(b / self.count - (a / self.count).square()).clamp_min(0) for a, b in ((x, xx), (y, yy))]
         scale = torch.outer(*(v.sqrt() for v in variances))
         return torch.where(scale > EPSILON, self.covariance() / scale.clamp_min(EPSILON), 0)
 
 
-def show(batch: Batch, own: Batch) -> Batch:
-    """The images of a batch as a task would get them whose own batches look like `own`.
+def adapt_images(batch: Batch, own: Batch) -> Batch:
+    """The images of a batch in the form in which a task gets its own, of which `own` is a batch.
 
-    Resized to its size where that is a tensor; brought to the mean and spread of its pixels where only one of the two
-    has pixels in [0, 1], since then one was normalised by its transform and the other was not.
+    Resized to the size of `own` where that is a tensor. Where the pixels of only one of the two lie in [0, 1], one was
+    normalised by its transform and the other was not: the images then get the pixel mean and deviation of `own`.
     """
     images = list(batch)
-    if is_plain(batch) != is_plain(own):
+    if has_unit_range(batch) != has_unit_range(own):
         images = [_renormalised(image, batch, own) for image in images]
     if not torch.is_tensor(own):
         return images
@@ -63,7 +62,7 @@ def show(batch: Batch, own: Batch) -> Batch:
     return torch.cat([F.interpolate(i[None], size=size, mode="bilinear", antialias=True) for i in images])
 
 
-def is_plain(batch: Batch) -> bool:
+def has_unit_range(batch: Batch) -> bool:
     """Whether all pixels lie in [0, 1]."""
     return all(float(image.min()) >= 0 and float(image.max()) <= 1 for image in batch)
 
@@ -78,28 +77,22 @@ def _statistics(batch: Batch) -> tuple[Tensor, Tensor]:
     return pixels.mean(1)[:, None, None], pixels.std(1).clamp_min(EPSILON)[:, None, None]
 
 
-@torch.no_grad()
-def watch(model: nn.Module, layers: Collection[str], batch: Batch) -> dict[tuple[str, str], list[Tensor]]:
-    """(layer, INPUT or OUTPUT) -> what each of its calls saw, [channels, N, height, width], in eval mode."""
-    seen: dict[tuple[str, str], list[Tensor]] = {}
+def record_activations(model: nn.Module, layers: Collection[str], batch: Batch) -> dict[tuple[str, str], list[Tensor]]:
+    """(layer, INPUT or OUTPUT) -> its value in each call of the layer, [channels, N, height, width], in eval mode."""
+    found: dict[tuple[str, str], list[Tensor]] = {}
 
-    def note(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+    def record(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
         for side, value in ((INPUT, inputs[0] if inputs else None), (OUTPUT, output)):
             if isinstance(value, Tensor) and value.ndim >= 2:
-                seen.setdefault((name, side), []).append(_by_channel(module, value))
+                found.setdefault((name, side), []).append(_by_channel(module, value))
 
-    device = next(model.parameters()).device
-    with evaluating(model), contextlib.ExitStack() as hooks:
-        for name in layers:
-            module = model.get_submodule(name)
-            handle = module.register_forward_hook(lambda m, i, o, name=name: note(name, m, i, o))
-            hooks.callback(handle.remove)
-        model(batch.to(device) if torch.is_tensor(batch) else [image.to(device) for image in batch])
-    return seen
+    with hooked(model, layers, record):
+        run(model, batch)
+    return found
 
 
 def _by_channel(module: nn.Module, value: Tensor) -> Tensor:
-    """[channels, N, height, width]; channels are the last axis of a linear layer, else axis 1."""
+    """The value as [channels, N, height, width]; channels are the last axis of a linear layer, else axis 1."""
     value = value.detach()
     if isinstance(module, nn.Linear):
         return value.movedim(-1, 0).flatten(2)[..., None] if value.ndim > 2 else value.T[..., None, None]
@@ -107,11 +100,11 @@ def _by_channel(module: nn.Module, value: Tensor) -> Tensor:
     return value if value.ndim == 4 else value.flatten(2)[..., None] if value.ndim > 2 else value[..., None, None]
 
 
-def side_by_side(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Both as [channels, places] at the same places, or None if they were not computed on the same images."""
+def at_common_positions(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Both as [channels, positions] at the same positions, or None if they were not computed on the same images."""
     if one.shape[1] != other.shape[1]:
         return None
-    size = [min(a, b, MAX_PLACES) for a, b in zip(one.shape[2:], other.shape[2:], strict=True)]
+    size = [min(a, b, MAX_POSITIONS) for a, b in zip(one.shape[2:], other.shape[2:], strict=True)]
     return tuple(_averaged(maps, size).flatten(1) for maps in (one, other))
 
 
@@ -132,10 +125,10 @@ def compare(
     moments: dict[tuple[str, str, str], Moments] = {}
     layers = [sorted({pair[i] for pair in pairs}) for i in (0, 1)]
     for batch in (*batches[0], *batches[1]):
-        first, second = (watch(models[i], layers[i], show(batch, batches[i][0])) for i in (0, 1))
+        first, second = (record_activations(models[i], layers[i], adapt_images(batch, batches[i][0])) for i in (0, 1))
         for one, other in pairs:
             for side in sides:
                 calls = zip(first.get((one, side), ()), second.get((other, side), ()), strict=False)
-                for found in filter(None, (side_by_side(a, b) for a, b in calls)):
+                for found in filter(None, (at_common_positions(a, b) for a, b in calls)):
                     moments.setdefault((one, other, side), Moments()).add(*found)
     return moments

@@ -1,7 +1,7 @@
-"""Lines up the channels of independently trained models, so that the layers to be tied mean the same.
+"""Permutes the channels of independently trained models so that the layers to be tied agree channel by channel.
 
 A permutation of a channel space does not change what a model computes, so it costs nothing at run time; it only makes
-the weights of different models comparable. Models that already line up (one ancestor) are left as they are.
+the weights of different models comparable. Models that are aligned already (same ancestor) are left as they are.
 """
 
 import logging
@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 from gemel.alignment.activations import INPUT, OUTPUT, Moments, compare
 from gemel.alignment.permutation import Space, channels_of, find_channel_spaces, inverse, permute, tensor_at
 from gemel.environment.seeds import generator
-from gemel.forward.batches import Batch
-from gemel.forward.modes import evaluating
+from gemel.forward.batches import Batch, run
 from gemel.sharing.groups import Configuration
 from gemel.sharing.memory import distinct_bytes
 
-MARGIN = 0.1  # a space stays as it is unless the best order is better by this share of what it reaches
+# Set by hand; benchmarks/LOG.md has no measurement of other values.
+MARGIN = 0.1  # a space is permuted only if that raises its score by at least this share of the score it then has
 MAX_SWEEPS = 50
 TOLERANCE = 1e-3  # of the output's scale, when a permuted model is checked on its own images
 
@@ -30,9 +30,10 @@ log = logging.getLogger(__name__)
 
 
 class SpaceAlignment(NamedTuple):
-    """What was done to one space, and how alike its channels are to those of the models before it, before and after.
+    """The permutation of one space, and its similarity to the models aligned earlier, before and after.
 
-    In [-1, 1]: mean correlation of activations, or cosine of weights where these decided.
+    Similarity, in [-1, 1]: mean correlation of the channels' activations, or cosine of the weights where the weights
+    decided.
     """
 
     task: str
@@ -40,7 +41,7 @@ class SpaceAlignment(NamedTuple):
     size: int
     before: float
     after: float
-    permutation: tuple[int, ...]  # what was at permutation[i] now is at i
+    permutation: tuple[int, ...]  # channel permutation[i] is now channel i
 
     @property
     def num_moved(self) -> int:
@@ -49,7 +50,7 @@ class SpaceAlignment(NamedTuple):
 
 @dataclass(frozen=True)
 class Alignment:
-    """What `align` did; the first task of `order` is the one that the others follow."""
+    """What `align` did; the model of the first task of `order` was not permuted."""
 
     order: tuple[str, ...]
     spaces: tuple[SpaceAlignment, ...]
@@ -57,7 +58,7 @@ class Alignment:
 
 
 class Site(NamedTuple):
-    """A layer to be tied, beside the layer of a model that is aligned already."""
+    """A layer to be tied, and a layer that it is to be tied to, in a model that is aligned already."""
 
     layer: str
     other_task: str
@@ -73,18 +74,18 @@ def align(
     seed: int = 0,
     fixed: Collection[str] = (),
 ) -> Alignment:
-    """Permutes channels in place so that the layers of `groups` line up; no model's function changes.
+    """Permutes channels in place so that the layers of `groups` agree channel by channel; no model's function changes.
 
-    The largest model stays as it is, each further one follows all those before it; so do the models of `fixed`, which
-    come first and stay as they are. images: per task, batches of images
-    without labels as its loader gives them; needed by "activations", and used by both to check that each model still
-    computes the same (else it is put back, and listed). seed: order in which "weights" visits the spaces.
+    Models are aligned one by one, those of `fixed` first, then the largest first, each to all those before it. The
+    first one and those of `fixed` stay as they are. images: per task, batches of images without labels as its loader
+    gives them; needed by "activations", and used by both methods to check that each model still computes the same (else
+    its permutations are undone and it is listed as unaligned). seed: of the order in which "weights" visits the spaces.
     Models must not share parameters yet. Raises ValueError.
 
-    "activations": channels that respond alike to the images of both tasks (Li et al., "Convergent Learning", 2015;
-    ZipIt, ICLR 2024, section 4), for spaces whose weights do not line up already. "weights": coordinate descent on the
-    inner product of the layers' weights (Ainsworth et al., "Git Re-Basin", ICLR 2023, algorithm 1), summed over the
-    layers to be tied only.
+    "activations": pairs channels by the correlation of their activations on the images of both tasks (Li et al.,
+    "Convergent Learning", 2015; ZipIt, ICLR 2024, section 4), in spaces whose weights are not aligned already.
+    "weights": coordinate descent on the inner product of the layers' weights (Ainsworth et al., "Git Re-Basin", ICLR
+    2023, algorithm 1), summed over the layers to be tied only.
     """
     _check(models, groups, images, method)
     involved = [task for task in models if any(task in group.tasks for group in groups)]
@@ -100,8 +101,8 @@ def align(
     return Alignment(tuple(order), tuple(spaces), tuple(unaligned))
 
 
-def moved(alignment: Alignment) -> dict[str, dict[str, list[int]]]:
-    """What `align` permuted, as JSON values: task -> {space: permutation}; spaces that stayed are left out."""
+def permutations_of(alignment: Alignment) -> dict[str, dict[str, list[int]]]:
+    """What `align` permuted, as JSON values: task -> {space: permutation}; without the spaces that stayed the same."""
     found: dict[str, dict[str, list[int]]] = {}
     for space in alignment.spaces:
         if space.num_moved:
@@ -109,8 +110,11 @@ def moved(alignment: Alignment) -> dict[str, dict[str, list[int]]]:
     return found
 
 
-def move(model: nn.Module, permutations: Mapping[str, Sequence[int]]) -> None:
-    """Permutes a model as `moved` says of its task. Raises ValueError for a space that the model does not have."""
+def apply_permutations(model: nn.Module, permutations: Mapping[str, Sequence[int]]) -> None:
+    """Permutes a model by {space: permutation}, as `permutations_of` gives it for its task.
+
+    Raises ValueError for a space that the model does not have.
+    """
     spaces = {space.name: space for space in find_channel_spaces(model).spaces} if permutations else {}
     if unknown := sorted(set(permutations) - set(spaces)):
         raise ValueError(f"permutations: got {', '.join(unknown)}; allowed: the channel spaces of the model")
@@ -119,7 +123,7 @@ def move(model: nn.Module, permutations: Mapping[str, Sequence[int]]) -> None:
 
 
 def find_sites(groups: Configuration, task: str, others: Sequence[str]) -> list[Site]:
-    """The layers of a task that shall be tied to layers of `others`."""
+    """The layers of a task that are to be tied to layers of `others`."""
     found = []
     for group in groups:
         layers = dict(group.occurrences)
@@ -145,7 +149,7 @@ def _check(models: Mapping[str, nn.Module], groups: Configuration, images: Mappi
 
 
 def _align_one(models, task: str, sites: list[Site], images, method: str, seed: int):
-    """(what was done per space, layers left as they are with the reason) for one task."""
+    """(SpaceAlignment of each space, (layer, reason) of each layer that is not aligned) of one task."""
     model, own = models[task], (images or {}).get(task) or ()
     example = own[0][:2] if own and torch.is_tensor(own[0]) else None
     found = find_channel_spaces(model, example)
@@ -153,61 +157,56 @@ def _align_one(models, task: str, sites: list[Site], images, method: str, seed: 
     tied = {site.layer for site in sites}
     touched = [s for s in found.spaces if any(m.key.rpartition(".")[0] in tied for m in s.members)]
     done = METHODS[method](models, task, touched, sites, images, seed) if touched else []
-    left = [(layer, reason) for layer, reason in found.unaligned if layer in tied]
-    if not _alike(before, _outputs(model, own)):
+    unaligned = [(layer, reason) for layer, reason in found.unaligned if layer in tied]
+    if not _are_close(before, _outputs(model, own)):
         for space, result in zip(touched, done, strict=True):
             permute(model, space, inverse(result.permutation))
-        log.warning("%s: computed something else once its channels were permuted; they are put back", task)
-        return [], [*left, ("", "the model computed something else once its channels were permuted")]
-    return done, left
+        log.warning("%s: its output changed when its channels were permuted; the permutations are undone", task)
+        return [], [*unaligned, ("", "the model's output changed when its channels were permuted")]
+    return done, unaligned
 
 
 # ---- methods -----------------------------------------------------------------------------------------------
 
 
 def _by_activations(models, task: str, spaces: list[Space], sites: list[Site], images, seed: int):
-    """The best order of each space by itself, where the weights do not say that it lines up already.
+    """The best order of each space by itself, if its weights are not aligned already.
 
-    Fine-tuned models of one ancestor respond to each other's images so differently that correlation alone would
-    reorder them, and spoil what they have in common; their weights tell.
+    Activations of models that were fine-tuned from the same ancestor differ so much on each other's images that
+    correlation alone would permute channels that are aligned. Their weights show that they are.
     """
-    model = models[task]
-    by_weights = _by_weights_now(models, task, spaces, sites)
-    moving = {space.name for space in spaces if best_order(by_weights[space.name]) != list(range(space.size))}
-    likeness = _correlations(models, task, [space for space in spaces if space.name in moving], sites, images)
+    model, targets = models[task], _targets(models, sites)
+    by_weights = {space.name: _weight_similarity(model, space, targets) for space in spaces}
+    unaligned = [space for space in spaces if best_order(by_weights[space.name]) != list(range(space.size))]
+    by_activations = _correlations(models, task, unaligned, sites, images)
     results = []
     for space in spaces:
-        scores = likeness.get(space.name, by_weights[space.name])
-        permutation = best_order(scores) if space.name in likeness else list(range(space.size))
+        scores = by_activations.get(space.name, by_weights[space.name])
+        permutation = best_order(scores) if space.name in by_activations else list(range(space.size))
         permute(model, space, permutation)
         values = float(scores.trace()), float(scores[range(space.size), permutation].sum())
         results.append(SpaceAlignment(task, space.name, space.size, *values, tuple(permutation)))
     return results
 
 
-def _by_weights_now(models, task: str, spaces: list[Space], sites: list[Site]) -> dict[str, Tensor]:
-    targets = _targets(models, sites)
-    return {space.name: _weight_likeness(models[task], space, targets) for space in spaces}
-
-
 def _correlations(models, task: str, spaces: list[Space], sites: list[Site], images) -> dict[str, Tensor]:
-    """Space -> [channels of the models before, channels of the model]: correlations, averaged over layers and models.
+    """Space -> correlations [channels of the models before, channels of the model], averaged over layers and models.
 
     Divided by the number of channels, so that the trace is the mean over channels.
     """
     layers = {member.key.rpartition(".")[0] for space in spaces for member in space.members}
-    likeness: dict[str, list[Tensor]] = {}
+    correlations: dict[str, list[Tensor]] = {}
     for other in dict.fromkeys(site.other_task for site in sites):
         pairs = [(site.other_layer, site.layer) for site in sites if site.other_task == other and site.layer in layers]
         moments = compare((models[other], models[task]), pairs, (images[other], images[task])) if pairs else {}
         for space in spaces:
             if found := _channel_correlations(models[task], space, moments):
-                likeness.setdefault(space.name, []).extend(found)
-    return {name: torch.stack(found).mean(0) / len(found[0]) for name, found in likeness.items()}
+                correlations.setdefault(space.name, []).extend(found)
+    return {name: torch.stack(found).mean(0) / len(found[0]) for name, found in correlations.items()}
 
 
 def _channel_correlations(model: nn.Module, space: Space, moments: Mapping[tuple, Moments]) -> list[Tensor]:
-    """One [channels, channels] matrix for every place where a tied layer takes in, or puts out, the space."""
+    """One matrix [channels, channels] for each input or output of a tied layer that lies in the space."""
     found = []
     for (_, layer, side), moment in moments.items():
         correlation = moment.correlation()
@@ -224,7 +223,7 @@ def _channel_correlations(model: nn.Module, space: Space, moments: Mapping[tuple
 
 
 def _sides(model: nn.Module, layer: str, key: str, axis: int) -> tuple[str, ...]:
-    """Whether an axis of a parameter lies along what the layer takes in or puts out (depthwise: both)."""
+    """INPUT or OUTPUT, whichever channels an axis of a parameter runs along; both in a depthwise convolution."""
     if key != (f"{layer}.weight" if layer else "weight"):
         return ()
     module = model.get_submodule(layer)
@@ -234,23 +233,23 @@ def _sides(model: nn.Module, layer: str, key: str, axis: int) -> tuple[str, ...]
 
 
 def _by_weights(models, task: str, spaces: list[Space], sites: list[Site], images, seed: int):
-    """Coordinate descent: the best order of one space while the others stay, until no space gains any more."""
+    """Coordinate descent: the best order of one space while the others stay, until no space is permuted any more."""
     model = models[task]
     targets = _targets(models, sites)
     orders = [list(range(space.size)) for space in spaces]
-    first = [_weight_likeness(model, space, targets) for space in spaces]
+    first = [_weight_similarity(model, space, targets) for space in spaces]
     random = generator(seed, "alignment", task)
     for _ in range(MAX_SWEEPS):
-        moved = False
+        permuted = False
         for i in torch.randperm(len(spaces), generator=random).tolist():
-            permutation = best_order(_weight_likeness(model, spaces[i], targets))
+            permutation = best_order(_weight_similarity(model, spaces[i], targets))
             if permutation != list(range(spaces[i].size)):
                 permute(model, spaces[i], permutation)
                 orders[i] = [orders[i][j] for j in permutation]
-                moved = True
-        if not moved:
+                permuted = True
+        if not permuted:
             break
-    last = [_weight_likeness(model, space, targets) for space in spaces]
+    last = [_weight_similarity(model, space, targets) for space in spaces]
     values = [(float(a.trace()), float(b.trace())) for a, b in zip(first, last, strict=True)]
     return [
         SpaceAlignment(task, space.name, space.size, *value, tuple(order))
@@ -259,7 +258,7 @@ def _by_weights(models, task: str, spaces: list[Space], sites: list[Site], image
 
 
 def _targets(models: Mapping[str, nn.Module], sites: list[Site]) -> dict[str, Tensor]:
-    """Key of a parameter to be tied -> the mean of what the models before hold there."""
+    """Key of a parameter to be tied -> the mean of the parameters that it is to be tied to."""
     found: dict[str, list[Tensor]] = {}
     for site in sites:
         for key, parameter in models[site.other_task].get_submodule(site.other_layer).named_parameters(recurse=False):
@@ -267,7 +266,7 @@ def _targets(models: Mapping[str, nn.Module], sites: list[Site]) -> dict[str, Te
     return {key: torch.stack([value.to(values[0]) for value in values]).mean(0) for key, values in found.items()}
 
 
-def _weight_likeness(model: nn.Module, space: Space, targets: Mapping[str, Tensor]) -> Tensor:
+def _weight_similarity(model: nn.Module, space: Space, targets: Mapping[str, Tensor]) -> Tensor:
     """[channels of the target, channels of the model]: inner products, so that the trace is the mean cosine."""
     members = [member for member in space.members if member.key in targets]
     matrices = [member for member in members if targets[member.key].ndim > 1]
@@ -285,32 +284,28 @@ METHODS = {"activations": _by_activations, "weights": _by_weights}
 
 
 def best_order(scores: Tensor) -> list[int]:
-    """permutation[i]: the column that suits row i, for the largest sum; the identity unless that gains enough."""
+    """permutation[i]: the column assigned to row i, for the largest sum; the identity unless that is MARGIN better."""
     permutation = linear_sum_assignment(scores.double().numpy(), maximize=True)[1].tolist()
     best, now = float(scores[range(len(scores)), permutation].sum()), float(scores.trace())
     return permutation if best - now > MARGIN * abs(best) else list(range(len(scores)))
 
 
-# ---- the function stays ------------------------------------------------------------------------------------
+# ---- does the model still compute the same? ----------------------------------------------------------------
 
 
-@torch.no_grad()
 def _outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
-    """What the model says to its first batch; of detections their scores, as near ties may change places."""
+    """The model's outputs for its first batch; of detections the scores, since the order of near ties may change."""
     if not batches:
         return []
-    device = next(model.parameters()).device
-    batch = batches[0]
-    with evaluating(model):
-        output = model(batch.to(device) if torch.is_tensor(batch) else [image.to(device) for image in batch])
+    output = run(model, batches[0])
     if isinstance(output, list) and all(isinstance(item, dict) and "scores" in item for item in output):
         return [item["scores"].sort(descending=True).values for item in output]
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _alike(before: list[Tensor], after: list[Tensor]) -> bool:
+def _are_close(before: list[Tensor], after: list[Tensor]) -> bool:
     for one, other in zip(before, after, strict=True):
-        length = min(len(one), len(other))  # a detection at the threshold may come or go
+        length = min(len(one), len(other))  # a detection near the score threshold may appear or vanish
         one, other = one[:length].float(), other[:length].float()
         if one.numel() and float((one - other).abs().max()) > TOLERANCE * max(float(one.abs().max()), 1e-6):
             return False

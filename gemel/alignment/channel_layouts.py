@@ -1,8 +1,8 @@
-"""How channels lie along the axes of tensors, and which channels can only be permuted together.
+"""Which channels lie along each axis of a tensor, and which channels can only be permuted together.
 
-A *space* is a set of channels that must be permuted alike for a network to compute the same. An axis of a tensor is a
-row of segments, each of which lays out one space, every channel `inner` places wide (more than one behind a Flatten).
-A fixed space is never permuted; it remembers why.
+A *space* is a set of channels that must all be permuted in the same way for a network to compute the same. An axis of a
+tensor is a sequence of segments, each of which holds the channels of one space, every channel `inner` elements long
+(more than one behind a Flatten). A fixed space is never permuted; the reason is stored.
 """
 
 import math
@@ -15,7 +15,7 @@ MAX_REPEATS = 64  # of one space along one axis
 
 
 class Segment(NamedTuple):
-    """`size` channels of a space along an axis, each `inner` places wide."""
+    """`size` channels of a space along an axis, each `inner` elements long."""
 
     space: int
     size: int
@@ -35,14 +35,14 @@ def length_of(layout: Layout) -> int:
 
 
 def identity_of(tensor: Tensor) -> tuple:
-    """Equal for two tensors exactly when they are the same values in memory, be they one object or two."""
+    """Equal for two tensors exactly if they are the same values in memory, whether they are one object or two."""
     if tensor.is_meta or not tensor.numel():
         return (id(tensor),)
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
 class Layouts:
-    """Spaces as a union-find structure, and the layout of every axis of a parameter or buffer that was met."""
+    """Spaces as a union-find structure, and the layout of every axis of the parameters and buffers seen so far."""
 
     def __init__(self):
         self._parent: list[int] = []
@@ -50,7 +50,7 @@ class Layouts:
         self.bound: dict[tuple, dict[int, Layout]] = {}  # identity of a tensor -> axis -> layout
 
     def copy(self) -> "Layouts":
-        """An independent copy, to be thrown away if what follows fails."""
+        """An independent copy, which the caller drops if the next step fails."""
         other = Layouts()
         other._parent, other._reason = list(self._parent), dict(self._reason)
         other.bound = {identity: dict(axes) for identity, axes in self.bound.items()}
@@ -59,12 +59,12 @@ class Layouts:
     # ---- spaces -----------------------------------------------------------------------------------------
 
     def new(self, size: int) -> Layout:
-        """An axis of a space of its own."""
+        """The layout of an axis of `size` channels of a new space."""
         self._parent.append(len(self._parent))
         return (Segment(self._parent[-1], size),)
 
-    def positions(self, length: int, reason: str = "places of an image, not channels") -> Layout:
-        """An axis whose order is fixed."""
+    def positions(self, length: int, reason: str = "positions of an image, not channels") -> Layout:
+        """The layout of an axis that must not be permuted."""
         layout = self.new(length)
         self.fix(layout, reason)
         return layout
@@ -87,10 +87,10 @@ class Layouts:
             self._reason.setdefault(self.root(segment.space), reason)
 
     def unify(self, one: Layout, other: Layout, reason: str) -> Layout:
-        """Makes two axes, of one length, move together; where their segments differ both are fixed for `reason`."""
+        """Joins the spaces of two axes of the same length; axes whose segments differ are both fixed, for `reason`."""
         assert length_of(one) == length_of(other), (one, other, reason)
         if [segment[1:] for segment in one] != [segment[1:] for segment in other]:
-            self.fix((*one, *other), f"{reason} joins axes whose channels lie differently")
+            self.fix((*one, *other), f"{reason} combines axes of different layouts")
             return one
         for a, b in zip(one, other, strict=True):
             self._join(self.root(a.space), self.root(b.space))
@@ -108,7 +108,7 @@ class Layouts:
     # ---- parameters and buffers -------------------------------------------------------------------------
 
     def bind(self, tensor: Tensor | None, axis: int, layout: Layout, reason: str) -> Layout:
-        """Says that an axis of a parameter lies as `layout`; a second use must agree with the first."""
+        """Records the layout of an axis of a parameter; where one is recorded already, the two are unified."""
         if tensor is None:
             return layout
         assert tensor.shape[axis] == length_of(layout), (reason, tuple(tensor.shape), axis, layout)
@@ -119,7 +119,7 @@ class Layouts:
         return layout
 
     def axis_of(self, tensor: Tensor, axis: int) -> Layout:
-        """The layout of an axis of a parameter: a new space if nothing has bound it yet."""
+        """The layout recorded for an axis of a parameter; where there is none, that of a new space."""
         axes = self.bound.setdefault(identity_of(tensor), {})
         if axis not in axes:
             axes[axis] = self.new(tensor.shape[axis])
@@ -129,23 +129,23 @@ class Layouts:
         for axis in range(tensor.ndim):
             self.fix(self.axis_of(tensor, axis), reason)
 
-    # ---- what operations do to axes ---------------------------------------------------------------------
+    # ---- operations on axes -----------------------------------------------------------------------------
 
-    def cut(self, layout: Layout, start: int, stop: int, reason: str) -> Layout:
-        """The places start..stop of an axis; a segment that the cut goes through is fixed."""
+    def slice(self, layout: Layout, start: int, stop: int, reason: str) -> Layout:
+        """The elements start..stop of an axis; a segment that is only partly in the slice is fixed."""
         found, offset = [], 0
         for segment in layout:
             low, high = max(start, offset), min(stop, offset + segment.length)
             if high - low == segment.length:
                 found.append(segment)
             elif low < high:
-                self.fix((segment,), f"{reason} cuts through it")
-                found += self.positions(high - low, f"{reason} cuts through it")
+                self.fix((segment,), f"{reason} takes some of the channels")
+                found += self.positions(high - low, f"{reason} takes some of the channels")
             offset += segment.length
         return tuple(found)
 
     def reshape(self, axes: Axes, shape: Sequence[int], reason: str) -> Axes:
-        """The axes after a reshape to `shape`; an axis that is taken apart is fixed."""
+        """The axes after a reshape to `shape`; an axis that is split is fixed."""
         result = [self.positions(length) for length in shape]
         for old, new in _blocks([length_of(layout) for layout in axes], shape):
             layouts = [axes[axis] for axis in old]
@@ -153,7 +153,7 @@ class Layouts:
                 result[new[0]] = self._flatten(layouts, reason)
             else:
                 for layout in layouts:
-                    self.fix(layout, f"{reason} takes it apart")
+                    self.fix(layout, f"{reason} splits the axis")
         return tuple(result)
 
     def _flatten(self, layouts: list[Layout], reason: str) -> Layout:
@@ -164,12 +164,12 @@ class Layouts:
             layout = layouts[free[0]]
             return tuple(Segment(s.space, s.size, s.inner * inner) for s in layout) * outer
         for i in free:
-            self.fix(layouts[i], f"{reason} mixes it with another axis")
-        return self.positions(math.prod(lengths), f"{reason} mixes axes")
+            self.fix(layouts[i], f"{reason} merges it with another axis")
+        return self.positions(math.prod(lengths), f"{reason} merges axes")
 
 
 def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The smallest blocks of axes of a reshape that hold equally many elements; axes of length 1 are left out."""
+    """The smallest blocks of axes before and after a reshape with equally many elements, without axes of length 1."""
     left = [axis for axis, length in enumerate(old) if length > 1]
     right = [axis for axis, length in enumerate(new) if length > 1]
     blocks = []

@@ -1,4 +1,4 @@
-"""What each operation of a traced network does to the channels of its inputs: the rules of a Walk."""
+"""The rules of a Walk: the layout of the output of each operation of a traced network, given those of its inputs."""
 
 import operator
 from collections.abc import Callable
@@ -24,10 +24,10 @@ def linear(walk: Walk, node: fx.Node, out: Tensor, weight: Tensor, bias: Tensor 
 
 
 def convolution(walk: Walk, node: fx.Node, out: Tensor, weight: Tensor, bias: Tensor | None, name: str, **kind) -> Axes:
-    """kind: groups, transposed. Depthwise convolutions pass their channels through; other grouped ones are fixed."""
+    """kind: groups, transposed. Depthwise convolutions keep their input's channels; other grouped ones are fixed."""
     spaces, axes = walk.spaces, walk.axes(source_of(node))
     channel = out.ndim - (weight.ndim - 2) - 1
-    walk.fix_axes(axes[channel + 1 :], f"{name} slides over it")
+    walk.fix_axes(axes[channel + 1 :], f"spatial axis of {name}")
     groups, transposed = kind["groups"], kind["transposed"]
     num_in, num_out = length_of(axes[channel]), out.shape[channel]
     if groups == 1:
@@ -44,11 +44,14 @@ def convolution(walk: Walk, node: fx.Node, out: Tensor, weight: Tensor, bias: Te
         spaces.fix(axes[channel], reason)
         produced = spaces.positions(num_out, reason)
     walk.produced[name] = produced
-    return (*axes[:channel], produced, *walk.places(out.shape[channel + 1 :]))
+    return (*axes[:channel], produced, *walk.positions(out.shape[channel + 1 :]))
 
 
 def channel_norm(walk: Walk, node: fx.Node, tensors: list[Tensor | None], name: str, groups: int | None = None) -> Axes:
-    """Batch, group and instance normalisation: everything per channel of axis 1; groups must be one or all channels."""
+    """Batch, group and instance normalisation, whose tensors have one value per channel of axis 1.
+
+    groups: of a group normalisation; unless there is one, or one per channel, the channels are fixed.
+    """
     axes = walk.axes(source_of(node))
     for tensor in tensors:
         walk.spaces.bind(tensor, 0, axes[1], name)
@@ -92,13 +95,13 @@ def _prelu_module(walk, node, out, m):
 
 
 def _functional(rule: Callable, *parameters: tuple[int, str]) -> Callable:
-    """A rule for a function that is handed its parameters; computed weights are not understood."""
+    """A rule for a function that takes its parameters as arguments; there is none for weights that are computed."""
 
     def follow(walk: Walk, node: fx.Node, out: Any) -> Any:
         try:
-            tensors = [walk.held(argument(node, position, name)) for position, name in parameters]
+            tensors = [walk.stored_tensor(argument(node, position, name)) for position, name in parameters]
         except LookupError:
-            return walk.not_understood(node, out, f"{node.target.__name__} with a computed weight")
+            return walk.without_rule(node, out, f"{node.target.__name__} with a computed weight")
         return rule(walk, node, out, *tensors)
 
     return follow
@@ -129,9 +132,11 @@ def _layer_norm_function(walk, node, out, *tensors):
 
 
 def elementwise(walk: Walk, node: fx.Node, out: Any, *_) -> Any:
-    """Values that are combined place by place, with broadcasting: what meets must move together."""
+    """Values that are combined element by element, with broadcasting: their axes are unified."""
+    if isinstance(out, (tuple, list)):
+        return walk.without_rule(node, out)
     if not isinstance(out, Tensor):
-        return walk.fixed(out, "numbers") if not isinstance(out, (tuple, list)) else walk.not_understood(node, out)
+        return walk.fixed(out, "numbers, not channels")
     result: list[Layout | None] = [None] * out.ndim
     for axes in map(walk.axes, node.all_input_nodes):
         for axis, layout in enumerate(reversed(axes or ()), 1):
@@ -142,27 +147,27 @@ def elementwise(walk: Walk, node: fx.Node, out: Any, *_) -> Any:
 
 
 def spatial(walk: Walk, node: fx.Node, out: Any, *_) -> Any:
-    """Pooling and resizing: axes of the image change, the batch and its channels stay."""
+    """Pooling and resizing: the spatial axes change, batch and channels stay."""
     if not isinstance(out, Tensor) or out.ndim != 4:
-        return walk.not_understood(node, out)
+        return walk.without_rule(node, out)
     axes = walk.axes(source_of(node))
-    walk.fix_axes(axes[2:], f"{label(node)} slides over it")
-    return (*axes[:2], *walk.places(out.shape[2:]))
+    walk.fix_axes(axes[2:], f"spatial axis of {label(node)}")
+    return (*axes[:2], *walk.positions(out.shape[2:]))
 
 
 def pad(walk: Walk, node: fx.Node, out: Tensor) -> Axes:
     axes = walk.axes(source_of(node))
     padded = len(argument(node, 1, "pad")) // 2
-    walk.fix_axes(axes[len(axes) - padded :], "padding")
-    return (*axes[: len(axes) - padded], *walk.places(out.shape[len(axes) - padded :]))
+    walk.fix_axes(axes[len(axes) - padded :], "padded axis")
+    return (*axes[: len(axes) - padded], *walk.positions(out.shape[len(axes) - padded :]))
 
 
 def reduce(walk: Walk, node: fx.Node, out: Any) -> Any:
-    """Mean, sum and the like over some axes do not depend on the order along them."""
+    """Mean, sum and others whose result does not depend on the order along the reduced axes."""
     axes = walk.axes(source_of(node))
     dims = argument(node, 1, "dim")
     if not isinstance(out, Tensor) or dims is None or isinstance(dims, (bool, torch.dtype)):
-        return walk.not_understood(node, out)
+        return walk.without_rule(node, out)
     dims = {dim % len(axes) for dim in (dims if isinstance(dims, (tuple, list)) else [dims])}
     if out.ndim == len(axes):
         return tuple(walk.spaces.positions(1) if i in dims else layout for i, layout in enumerate(axes))
@@ -188,7 +193,7 @@ def split(walk: Walk, node: fx.Node, out: tuple) -> tuple[Axes, ...]:
     parts, start = [], 0
     for piece in out:
         stop = start + piece.shape[dim]
-        parts.append((*axes[:dim], walk.spaces.cut(axes[dim], start, stop, label(node)), *axes[dim + 1 :]))
+        parts.append((*axes[:dim], walk.spaces.slice(axes[dim], start, stop, label(node)), *axes[dim + 1 :]))
         start = stop
     return tuple(parts)
 
@@ -226,15 +231,15 @@ def get_item(walk: Walk, node: fx.Node, out: Any) -> Any:
     source, index = node.args
     found = walk.axes(source)
     if found is None:  # an item of a shape
-        return walk.fixed(out, "numbers")
+        return walk.fixed(out, "numbers, not channels")
     if not isinstance(walk.env[source], Tensor):
-        return found[index] if isinstance(index, int) else walk.not_understood(node, out)
+        return found[index] if isinstance(index, int) else walk.without_rule(node, out)
     return _index(walk, node, out, found, index if isinstance(index, tuple) else (index,))
 
 
 def _index(walk: Walk, node: fx.Node, out: Tensor, axes: Axes, index: tuple) -> Axes:
     if not all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in index):
-        return walk.not_understood(node, out)
+        return walk.without_rule(node, out)
     named = sum(item is not None and item is not Ellipsis for item in index)
     if Ellipsis not in index:
         index = (*index, Ellipsis)
@@ -247,7 +252,7 @@ def _index(walk: Walk, node: fx.Node, out: Tensor, axes: Axes, index: tuple) -> 
         elif item is None:
             result.append(walk.spaces.positions(1))
         elif isinstance(item, int):
-            walk.spaces.fix(left.pop(0), f"{label(node)} picks from it")
+            walk.spaces.fix(left.pop(0), f"{label(node)} takes one of the channels")
         else:
             result.append(_slice(walk, node, left.pop(0), item))
     return tuple(result)
@@ -259,21 +264,21 @@ def _slice(walk: Walk, node: fx.Node, layout: Layout, item: slice) -> Layout:
         item = slice(start, stop, step)
     start, stop, step = item.indices(length_of(layout))
     if step == 1:
-        return walk.spaces.cut(layout, start, max(start, stop), label(node))
-    walk.spaces.fix(layout, f"{label(node)} skips in it")
+        return walk.spaces.slice(layout, start, max(start, stop), label(node))
+    walk.spaces.fix(layout, f"{label(node)} takes some of the channels")
     return walk.spaces.positions(len(range(start, stop, step)))
 
 
 def numbers(walk: Walk, node: fx.Node, out: Any) -> Any:
     """Shapes, devices and assertions about them do not depend on the order of channels."""
-    return None if not isinstance(out, Tensor) else walk.not_understood(node, out)
+    return None if not isinstance(out, Tensor) else walk.without_rule(node, out)
 
 
 def _getattr(walk: Walk, node: fx.Node, out: Any) -> Any:
     return (
         numbers(walk, node, out)
         if node.args[1] in ("shape", "ndim", "device", "dtype")
-        else walk.not_understood(node, out)
+        else walk.without_rule(node, out)
     )
 
 

@@ -1,6 +1,6 @@
-"""Walks a traced network and keeps track of how channels lie on the axes of every value.
+"""Interprets a traced network and follows which channels lie along the axes of every value.
 
-An operation without a rule fixes every channel that it touches: what is not understood is never permuted.
+An operation without a rule fixes the channels of its inputs and outputs, so they are never permuted.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,33 +12,33 @@ from gemel.alignment.channel_layouts import Axes, Layout, Layouts, length_of
 
 
 class Rules(NamedTuple):
-    """What to do at a kind of node: rule(walk, node, value[, module]) -> Axes of the value, or of each part of it."""
+    """The rule of each operation: rule(walk, node, value[, module]) -> Axes of the value, or of each of its parts."""
 
-    modules: Mapping[type[nn.Module], Callable]  # whoever has the same forward follows the same rule
+    modules: Mapping[type[nn.Module], Callable]  # also for subclasses that do not override forward
     functions: Mapping[Callable, Callable]
     methods: Mapping[str, Callable]
 
 
-class Held(NamedTuple):
-    """A parameter or buffer that the graph reads by itself."""
+class StoredTensor(NamedTuple):
+    """A parameter or buffer that the graph reads directly, not through a module."""
 
     tensor: Tensor
 
 
 class DoesNotRun(Exception):
-    """The network raised an error on the input that it was given."""
+    """The network raised an error on the given input."""
 
 
 class Walk(fx.Interpreter):
-    """Interprets a graph under a FakeTensorMode; what it finds goes into `spaces`, `produced` and `unknown`."""
+    """Interprets a graph under a FakeTensorMode; results are in `spaces`, `produced` and `unknown`."""
 
     def __init__(self, graph_module: fx.GraphModule, spaces: Layouts, rules: Rules):
         super().__init__(graph_module, garbage_collect_values=False)
         self.rules = rules
         self.spaces = spaces
-        self.layouts: dict[fx.Node, Any] = {}  # Axes of a tensor, a tuple of Axes, a Held, or None
-        self.produced: dict[str, Layout] = {}  # layer -> the channels that it puts out
-        self.unknown: dict[str, str] = {}  # layer -> why it could not be followed
+        self.layouts: dict[fx.Node, Any] = {}  # Axes of a tensor, a tuple of Axes, a StoredTensor, or None
+        self.produced: dict[str, Layout] = {}  # layer -> layout of its output channels
+        self.unknown: dict[str, str] = {}  # layer -> why its channels are not known
         self.modules = dict(graph_module.named_modules())
 
     def run_node(self, node: fx.Node) -> Any:
@@ -48,7 +48,7 @@ class Walk(fx.Interpreter):
             raise DoesNotRun(node.name) from error
         found = getattr(self, f"_{node.op}")(node, value)
         if isinstance(value, Tensor) and isinstance(found, tuple) and not _fits(found, value):
-            found = self.not_understood(node, value)  # a use of the operation that its rule does not know
+            found = self.without_rule(node, value)  # a use of the operation that its rule does not cover
         self.layouts[node] = found
         return value
 
@@ -63,7 +63,7 @@ class Walk(fx.Interpreter):
     def _get_attr(self, node: fx.Node, value: Any) -> Any:
         owner, _, key = node.target.rpartition(".")
         tensor = getattr(self.module.get_submodule(owner), key)
-        return Held(tensor) if isinstance(tensor, Tensor) else None
+        return StoredTensor(tensor) if isinstance(tensor, Tensor) else None
 
     def _call_module(self, node: fx.Node, value: Any) -> Any:
         module = self.modules[node.target]
@@ -74,35 +74,35 @@ class Walk(fx.Interpreter):
             self.unknown[node.target] = reason
             for tensor in [*module.parameters(), *module.buffers()]:
                 self.spaces.fix_tensor(tensor, reason)
-            return self.not_understood(node, value, reason)
+            return self.without_rule(node, value, reason)
         return self.rules.modules[kind](self, node, value, module)
 
     def _call_function(self, node: fx.Node, value: Any) -> Any:
         if isinstance(node.target, type) and issubclass(node.target, tuple):  # a named tuple of outputs
-            return self.not_understood(node, value, "output")
+            return self.without_rule(node, value, "output")
         rule = self.rules.functions.get(node.target)
-        return rule(self, node, value) if rule else self.not_understood(node, value)
+        return rule(self, node, value) if rule else self.without_rule(node, value)
 
     def _call_method(self, node: fx.Node, value: Any) -> Any:
         rule = self.rules.methods.get(node.target)
-        return rule(self, node, value) if rule else self.not_understood(node, value)
+        return rule(self, node, value) if rule else self.without_rule(node, value)
 
-    # ---- what rules need --------------------------------------------------------------------------------
+    # ---- for the rules ----------------------------------------------------------------------------------
 
     def axes(self, node: fx.Node) -> Axes | None:
-        """Axes of a tensor in the graph; None for what is no tensor."""
-        held = self.layouts[node]
-        if not isinstance(held, Held):
-            return held
-        if not isinstance(held.tensor, nn.Parameter):  # a buffer: tables and masks, whose order is part of the code
-            self.spaces.fix_tensor(held.tensor, "a buffer used in arithmetic")
-        return tuple(self.spaces.axis_of(held.tensor, axis) for axis in range(held.tensor.ndim))
+        """Axes of a tensor in the graph; None for other values."""
+        stored = self.layouts[node]
+        if not isinstance(stored, StoredTensor):
+            return stored
+        if not isinstance(stored.tensor, nn.Parameter):  # a buffer: a table or mask, whose order the code relies on
+            self.spaces.fix_tensor(stored.tensor, "a buffer used in arithmetic")
+        return tuple(self.spaces.axis_of(stored.tensor, axis) for axis in range(stored.tensor.ndim))
 
-    def held(self, value: Any) -> Tensor | None:
-        """The parameter behind an argument. Raises LookupError if it was computed in the graph."""
+    def stored_tensor(self, value: Any) -> Tensor | None:
+        """The parameter or buffer that an argument is. Raises LookupError if it was computed in the graph."""
         if value is None:
             return None
-        if isinstance(value, fx.Node) and isinstance(self.layouts[value], Held):
+        if isinstance(value, fx.Node) and isinstance(self.layouts[value], StoredTensor):
             return self.layouts[value].tensor
         raise LookupError(f"{value} is no parameter of the model")
 
@@ -125,7 +125,8 @@ class Walk(fx.Interpreter):
             elif part:
                 self.spaces.fix(part, reason)
 
-    def not_understood(self, node: fx.Node, value: Any, reason: str | None = None) -> Any:
+    def without_rule(self, node: fx.Node, value: Any, reason: str | None = None) -> Any:
+        """Fixes the channels of the node's inputs, and gives the value fixed axes."""
         reason = reason or f"no rule for {label(node)}"
         self.fix_inputs(node, reason)
         return self.fixed(value, reason)
@@ -134,16 +135,17 @@ class Walk(fx.Interpreter):
         for layout in axes:
             self.spaces.fix(layout, reason)
 
-    def places(self, shape) -> Axes:
+    def positions(self, shape) -> Axes:
+        """Axes of that shape that must not be permuted."""
         return tuple(self.spaces.positions(length) for length in shape)
 
 
-def _fits(found: Axes | Held, value: Tensor) -> bool:
-    return isinstance(found, Held) or tuple(map(length_of, found)) == tuple(value.shape)
+def _fits(found: Axes | StoredTensor, value: Tensor) -> bool:
+    return isinstance(found, StoredTensor) or tuple(map(length_of, found)) == tuple(value.shape)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something runs before or after the module's own forward, such as pruning or weight normalisation."""
+    """Whether hooks run before or after the module's forward, as those of pruning or weight normalisation do."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -152,7 +154,7 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def label(node: fx.Node) -> str:
-    """The operation of a node, as a reason to give."""
+    """Name of a node's operation, for reasons."""
     return node.target if isinstance(node.target, str) else node.target.__name__
 
 

@@ -1,8 +1,9 @@
-"""What moves together: the channel spaces of a model, and permuting them without changing what it computes.
+"""The channel spaces of a model, and permuting them without changing what the model computes.
 
-The model is traced with torch.fx in both modes and walked by channel_rules. A model that cannot be traced as a whole
-(detectors, code that branches on values) is taken apart: each traceable submodule is followed by itself, with its input
-and output fixed. Code that neither trace shows, such as a parent that reads its child's parameters, is not seen.
+The model is traced with torch.fx in train and in eval mode, and the graphs are interpreted by graph_walk.py with the
+rules of graph_rules.py. Of a model that cannot be traced as a whole (detectors, code that branches on values), each
+traceable submodule is analysed by itself, with its input and output fixed. Code that is in no trace, such as a parent
+that reads its child's parameters, is not analysed.
 """
 
 import contextlib
@@ -20,13 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gemel.alignment.channel_layouts import Layout, Layouts, identity_of
 from gemel.alignment.graph_rules import RULES
 from gemel.alignment.graph_walk import DoesNotRun, Walk
+from gemel.forward.modes import evaluating
 
 BATCH = 2
-IMAGE_SIZES = (224, 299, 32, 28, 64, 96, 128, 256, 384, 512)  # tried in turn; some networks take one size only
+IMAGE_SIZES = (224, 299, 32, 28, 64, 96, 128, 256, 384, 512)  # tried in this order; some networks take one size only
 
 
 class Member(NamedTuple):
-    """Where the channels of a space lie: along `axis` of a parameter or buffer, each `inner` places wide."""
+    """Channels of a space along `axis` of a parameter or buffer, from `offset` on, each `inner` elements long."""
 
     key: str
     axis: int
@@ -36,16 +38,16 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Space:
-    """Channels that can be permuted, all members alike, without changing the function."""
+    """Channels that can be permuted, in all members in the same way, without changing the function."""
 
-    name: str  # the first layer that puts them out
+    name: str  # the first layer whose output channels they are
     size: int
     members: tuple[Member, ...]
 
 
 @dataclass(frozen=True)
 class ChannelSpaces:
-    """The channel spaces of a model, and the layers whose output channels are left as they are, with the reason."""
+    """The channel spaces of a model, and the layers whose output channels are fixed: (layer, reason)."""
 
     spaces: tuple[Space, ...]
     unaligned: tuple[tuple[str, str], ...]
@@ -53,7 +55,7 @@ class ChannelSpaces:
 
 @dataclass
 class _Search:
-    """What was found so far, in every part and mode."""
+    """Results so far, over all parts of the model and both modes."""
 
     layouts: Layouts = field(default_factory=Layouts)
     produced: dict[str, Layout] = field(default_factory=dict)
@@ -62,27 +64,26 @@ class _Search:
 
 
 def find_channel_spaces(model: nn.Module, example: Tensor | None = None) -> ChannelSpaces:
-    """The spaces of a model; nothing is run on data, and weights are not looked at.
+    """The spaces of a model, from its structure alone: no data is run, and no weights are read.
 
     example: an input of the model, of which only shape and type matter; without it usual image sizes are tried. The
-    model's inputs and outputs are fixed, and so is whatever an operation without a rule touches.
+    model's inputs and outputs are fixed, and so are the inputs and outputs of operations without a rule.
     """
-    modes = [(module, module.training) for module in model.modules()]
     search = _Search()
-    try:
+    with evaluating(model):
         _explore(model, "", search, example)
-    finally:
-        for module, training in modes:
-            module.training = training
     _fix_unseen(model, search)
     return ChannelSpaces(_collect(model, search), _unaligned(search))
 
 
 @torch.no_grad()
 def permute(model: nn.Module, space: Space, permutation: Sequence[int]) -> None:
-    """Reorders the channels of a space in place: what was at permutation[i] comes to i. Parameter objects stay."""
+    """Permutes the channels of a space in place: channel permutation[i] becomes channel i. Parameter objects stay.
+
+    Raises ValueError.
+    """
     if sorted(map(int, permutation)) != list(range(space.size)):
-        raise ValueError(f"{space.name}: permutation: got no order of 0 to {space.size - 1}")
+        raise ValueError(f"{space.name}: permutation: must hold each number from 0 to {space.size - 1} once")
     order = torch.as_tensor(list(map(int, permutation)))
     for member in space.members:
         part = channels_of(tensor_at(model, member.key), space, member)
@@ -90,13 +91,13 @@ def permute(model: nn.Module, space: Space, permutation: Sequence[int]) -> None:
 
 
 def channels_of(tensor: Tensor, space: Space, member: Member) -> Tensor:
-    """A view of a member, its axis taken apart into (channels of the space, `inner`)."""
+    """A view of a member, its axis split into (channels of the space, `inner`)."""
     part = tensor.narrow(member.axis, member.offset, space.size * member.inner)
     return part.unflatten(member.axis, (space.size, member.inner))
 
 
 def inverse(permutation: Sequence[int]) -> tuple[int, ...]:
-    """The permutation that undoes one."""
+    """The permutation that undoes this one."""
     return tuple(sorted(range(len(permutation)), key=lambda i: permutation[i]))
 
 
@@ -109,20 +110,20 @@ def tensor_at(model: nn.Module, key: str) -> Tensor:
 
 
 class _Tracer(fx.Tracer):
-    """Besides torch's own layers, FrozenBatchNorm2d is one operation."""
+    """Traces FrozenBatchNorm2d as one operation, like torch's own layers."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, torchvision.ops.FrozenBatchNorm2d) or super().is_leaf_module(module, name)
 
 
 def _explore(part: nn.Module, prefix: str, search: _Search, example: Tensor | None) -> None:
-    """Follows a part as a whole, or else each of its children by itself."""
+    """Analyses a part of the model as a whole, or if it cannot be traced, each of its children by itself."""
     if next(part.parameters(), None) is None:
         return
     if not any(True for _ in part.children()):
         search.unknown[prefix] = "used by code that cannot be traced"
         return
-    walks = _follow(part, search.layouts, example)
+    walks = _walks_of(part, search.layouts, example)
     if walks is None:
         for name, child in part.named_children():
             _explore(child, f"{prefix}{name}" if not prefix else f"{prefix}.{name}", search, None)
@@ -144,10 +145,10 @@ def _note(part: nn.Module, walk: Walk, prefix: str, search: _Search) -> None:
             search.visited.add((id(part.get_submodule(owner)), key))
 
 
-def _follow(part: nn.Module, layouts: Layouts, example: Tensor | None) -> list[Walk] | None:
+def _walks_of(part: nn.Module, layouts: Layouts, example: Tensor | None) -> list[Walk] | None:
     """Walks of the part in eval and in train mode (auxiliary heads), or None if either cannot be traced.
 
-    The second goes on from the spaces of the first; both change copies, so that a failure leaves no half-known space.
+    The second starts from the layouts of the first. Both change copies, so that a failure leaves the given layouts.
     """
     walks = []
     for training in (False, True):
@@ -168,14 +169,14 @@ def _trace(part: nn.Module, training: bool) -> fx.GraphModule | None:
     }
     try:
         return fx.GraphModule(part, _Tracer().trace(part, defaults or None)).eval()
-    except Exception:  # a user's code that is handed proxies may raise whatever it likes; it then is not traceable
+    except Exception:  # a user's code may raise anything when it gets proxies; it is then not traceable
         return None
     finally:
         part.eval()
 
 
 def _walk(traced: fx.GraphModule, part: nn.Module, layouts: Layouts, example: Tensor | None) -> Walk | None:
-    """The walk on the first input that runs."""
+    """The walk on the first input shape on which the network runs."""
     shapes = [tuple(example.shape)] if example is not None else _input_shapes(part)
     parameter = next(part.parameters())
     defaults = [p.default for p in inspect.signature(part.forward).parameters.values()]
@@ -190,7 +191,7 @@ def _walk(traced: fx.GraphModule, part: nn.Module, layouts: Layouts, example: Te
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's log of each shape that does not fit."""
+    """Suppresses torch's log entry for each shape that does not fit."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, log.disabled = log.disabled, True
     try:
@@ -200,7 +201,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _input_shapes(part: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Shapes that the part's first layer might take."""
+    """Input shapes to try, by the part's first layer."""
     for module in part.modules():
         if isinstance(module, nn.Linear):
             yield from ((BATCH, module.in_features), (BATCH, 16, module.in_features))
@@ -215,11 +216,11 @@ def _input_shapes(part: nn.Module) -> Iterator[tuple[int, ...]]:
         return
 
 
-# ---- what was found ----------------------------------------------------------------------------------------
+# ---- results -----------------------------------------------------------------------------------------------
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """(full key, owner, key, tensor) of every parameter and buffer, also of those that stand in several places."""
+    """(full key, owner, key, tensor) of every parameter and buffer; one that has several owners comes several times."""
     for name, module in model.named_modules(remove_duplicate=False):
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
@@ -227,7 +228,7 @@ def _slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
 
 
 def _fix_unseen(model: nn.Module, search: _Search) -> None:
-    """A tensor that also stands where no trace came must not move."""
+    """Fixes every tensor that is also held by a module that is in no trace."""
     for _, module, key, tensor in _slots(model):
         if (id(module), key) not in search.visited and identity_of(tensor) in search.layouts.bound:
             search.layouts.fix_tensor(tensor, "a parameter that is also used by code that cannot be traced")

@@ -6,34 +6,36 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import nn
 
+from gemel.forward.batches import to_device
+from gemel.forward.hooks import hooked
 from gemel.forward.modes import evaluating
 
 
 @torch.no_grad()
 def reestimate_statistics(
-    model: nn.Module, batches: list, device: torch.device, but: Collection[nn.Module] = ()
+    model: nn.Module, batches: list, device: torch.device, keep: Collection[nn.Module] = ()
 ) -> None:
     """Recomputes running statistics of batch normalisation as plain averages over the given batches of images.
 
-    A freshly tied layer feeds its followers other activations than those their statistics describe. Only the
+    The outputs of a newly tied layer no longer have the statistics stored in the normalisation after it. Only the
     normalisation layers run in train mode, so dropout is off and detectors take no targets; modes and momentum are
-    restored. batches: (images, targets). but: modules that keep what they have. Source: Jordan et al., "REPAIR",
-    ICLR 2023.
+    restored. batches: (images, targets). keep: modules whose statistics stay as they are. Source: Jordan et al.,
+    "REPAIR", ICLR 2023.
     """
-    if not batches or not _batch_norms(model, but):
+    if not batches or not _batch_norms(model, keep):
         return
-    with averaged_statistics(model, but):
-        for batch in batches:
-            model(_images_of(batch, device))
+    with averaged_statistics(model, keep):
+        for images, _ in batches:
+            model(to_device(images, device))
 
 
 @contextlib.contextmanager
-def averaged_statistics(model: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[None]:
-    """In eval mode but for batch normalisation, which averages anew over the forward passes within.
+def averaged_statistics(model: nn.Module, keep: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Within, batch normalisation averages its statistics anew over the forward passes; all else is in eval mode.
 
-    but: modules that keep the statistics they have.
+    keep: modules whose statistics stay as they are.
     """
-    momenta = [(layer, layer.momentum) for layer in _batch_norms(model, but)]
+    momenta = [(layer, layer.momentum) for layer in _batch_norms(model, keep)]
     with evaluating(model):
         for layer, _ in momenta:
             layer.reset_running_stats()
@@ -46,19 +48,13 @@ def averaged_statistics(model: nn.Module, but: Collection[nn.Module] = ()) -> It
                 layer.momentum = momentum
 
 
-def _batch_norms(model: nn.Module, but: Collection[nn.Module] = ()) -> list[nn.Module]:
-    kept = set(but)
+def _batch_norms(model: nn.Module, keep: Collection[nn.Module] = ()) -> list[nn.Module]:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    return [module for module in norms if module not in kept]
-
-
-def _images_of(batch, device: torch.device):
-    images, _ = batch
-    return images.to(device) if torch.is_tensor(images) else [image.to(device) for image in images]
+    return [module for module in norms if module not in keep]
 
 
 def freeze_statistics(model: nn.Module) -> None:
-    """Puts batch normalisation into eval mode: it goes on training its weight and bias, with the statistics it has."""
+    """Puts batch normalisation into eval mode: its statistics stay the same, its weight and bias are still trained."""
     for layer in _batch_norms(model):
         layer.eval()
 
@@ -67,12 +63,13 @@ def freeze_statistics(model: nn.Module) -> None:
 def match_statistics(
     model: nn.Module, teacher: nn.Module, batches: list, device: torch.device, frozen_only: bool = False
 ) -> None:
-    """Sets every normalisation by stored statistics so that it puts out the teacher's mean and variance per channel.
+    """Sets every normalisation by stored statistics so that its outputs have the teacher's mean and variance.
 
-    The statistics become those of the inputs, weight and bias the teacher's deviation and mean of the outputs; each
-    layer is judged behind those already matched. Works on frozen batch normalisation, as detectors have it, where
-    re-estimating statistics alone would be wrong: what it puts out is not what its weight and bias say. Layers without
-    weight and bias only get statistics. batches: (images, targets). frozen_only: other normalisation stays as it is.
+    Per channel: the statistics become those of the inputs, weight and bias the deviation and mean of the teacher's
+    outputs. The inputs of a layer are those behind the layers already matched. Also for frozen batch normalisation, as
+    in detectors, where it is not enough to re-estimate the statistics: there the moments of the outputs are not the
+    layer's weight and bias. A layer without weight and bias only gets statistics. batches: (images, targets).
+    frozen_only: other normalisation stays as it is.
     Source: Jordan et al., "REPAIR", ICLR 2023, section 3.
     """
     names = [name for name, module in model.named_modules() if _stores_statistics(module)]
@@ -80,19 +77,22 @@ def match_statistics(
         names = [name for name in names if is_frozen(model.get_submodule(name))]
     if not names or not batches:
         return
-    wanted: dict[str, _Moments] = {name: _Moments() for name in names}
-    found: dict[str, _Moments] = {name: _Moments() for name in names}
-    hooks = [teacher.get_submodule(n).register_forward_hook(_watch(wanted[n])) for n in names]
-    try:
+    targets: dict[str, _Moments] = {name: _Moments() for name in names}  # of the teacher's outputs
+    found: dict[str, _Moments] = {name: _Moments() for name in names}  # of the model's inputs
+
+    def measure(name: str, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        targets[name].add(output)
+
+    def impose(name: str, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        return _with_moments(layer, inputs[0], found[name], targets[name])
+
+    with hooked(teacher, names, measure):
         _run_all(teacher, batches, device)
-        hooks += [model.get_submodule(n).register_forward_hook(_impose(found[n], wanted[n])) for n in names]
+    with hooked(model, names, impose):
         _run_all(model, batches, device)
-    finally:
-        for hook in hooks:
-            hook.remove()
     for name in names:
-        if found[name].calls and wanted[name].calls:
-            _set_normalisation(model.get_submodule(name), found[name], wanted[name])
+        if found[name].calls and targets[name].calls:
+            _set_normalisation(model.get_submodule(name), found[name], targets[name])
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -107,7 +107,7 @@ class _Moments:
         self.calls, self.mean, self.var = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counts a call in, and returns the moments of this call alone; values [N, channels, ...]."""
+        """Adds a call to the averages, and returns the moments of this call alone; values [N, channels, ...]."""
         dims = [0, *range(2, values.dim())]
         var, mean = torch.var_mean(values, dims, correction=0)
         self.calls += 1
@@ -117,39 +117,31 @@ class _Moments:
 
 
 def _stores_statistics(module: nn.Module) -> bool:
-    """Batch normalisation, frozen (torchvision's, or one like it) or not."""
+    """Whether the module is batch normalisation, frozen (torchvision's, or with the same attributes) or not."""
     return all(getattr(module, key, None) is not None for key in ("running_mean", "running_var", "eps"))
 
 
-def _watch(moments: _Moments):
-    return lambda module, inputs, output: moments.add(output) and None
+def _with_moments(layer: nn.Module, inputs: torch.Tensor, found: _Moments, target: _Moments) -> torch.Tensor | None:
+    """The output that the layer will have when it is set: its inputs with the target moments. Adds them to `found`."""
+    mean, var = found.add(inputs)
+    if getattr(layer, "weight", None) is None or not target.calls:
+        return None
+    shape = [1, -1] + [1] * (inputs.dim() - 2)
+    sign = torch.where(layer.weight < 0, -1.0, 1.0)
+    gain = sign * (target.var / (var + layer.eps)).sqrt()
+    return (inputs - mean.view(shape)) * gain.view(shape) + target.mean.view(shape)
 
 
-def _impose(found: _Moments, wanted: _Moments):
-    """A hook that puts out the wanted moments, as the layer will when it has been set."""
-
-    def hook(module, inputs, output):
-        mean, var = found.add(inputs[0])
-        if getattr(module, "weight", None) is None or not wanted.calls:
-            return None
-        shape = [1, -1] + [1] * (output.dim() - 2)
-        sign = torch.where(module.weight < 0, -1.0, 1.0)
-        gain = sign * (wanted.var / (var + module.eps)).sqrt()
-        return (inputs[0] - mean.view(shape)) * gain.view(shape) + wanted.mean.view(shape)
-
-    return hook
-
-
-def _set_normalisation(layer: nn.Module, found: _Moments, wanted: _Moments) -> None:
+def _set_normalisation(layer: nn.Module, found: _Moments, target: _Moments) -> None:
     layer.running_mean.copy_(found.mean)
     layer.running_var.copy_(found.var)
     if getattr(layer, "weight", None) is not None:
-        layer.weight.copy_(torch.where(layer.weight < 0, -1.0, 1.0) * wanted.var.sqrt())
-        layer.bias.copy_(wanted.mean)
+        layer.weight.copy_(torch.where(layer.weight < 0, -1.0, 1.0) * target.var.sqrt())
+        layer.bias.copy_(target.mean)
 
 
 def _run_all(model: nn.Module, batches: list, device: torch.device) -> None:
-    """Every batch through the model in eval mode; modes are restored."""
+    """Runs the model on every batch in eval mode; modes are restored."""
     with evaluating(model):
-        for batch in batches:
-            model(_images_of(batch, device))
+        for images, _ in batches:
+            model(to_device(images, device))

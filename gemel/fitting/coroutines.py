@@ -1,94 +1,98 @@
 """Runs several programs that wait for each other, one at a time: the forward passes of tied models, layer by layer.
 
-A forward pass cannot be left in its middle and taken up again, except in a thread of its own. Only one thread ever
-runs, and which one depends on nothing but the order of the programs, so the result is that of a plain loop.
+A forward pass can be suspended in its middle only if it has a stack of its own, which a greenlet has. All programs run
+in the calling thread, with its autocast, gradient mode and current device. Which one runs depends on nothing but the
+order of the programs, so the results are those of a plain loop.
 """
 
-import threading
-from collections.abc import Callable, Collection, Hashable, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 
 import torch
+from greenlet import getcurrent, greenlet
 
-Program = Callable[[Callable[[Hashable], None]], None]  # program(wait); wait(key) sleeps until the key is met
+from gemel.forward.hooks import EndForward, run_until_end
+
+Program = Callable[[], None]
 
 
-class _Stopped(BaseException):
-    """Ends a sleeping program when another one has failed; no `except Exception` of a model's forward may stop it."""
+class _Coroutine(greenlet):
+    """A program with a name, suspended while it waits for a key."""
 
-
-class _Runner:
-    """One program in its thread, and whose turn it is."""
-
-    def __init__(self, program: Program):
-        self.go, self.asleep = threading.Semaphore(0), threading.Semaphore(0)
+    def __init__(self, name: Hashable, program: Program):
+        super().__init__(lambda: run_until_end(program))
+        self.name = name
         self.key: Hashable | None = None
-        self.done = self.stopped = False
-        self.error: BaseException | None = None
-        self.num_threads = torch.get_num_threads()
-        self.thread = threading.Thread(target=self._run, args=(program,), daemon=True)
+        self.caller_modes = _modes()
 
-    def advance(self) -> None:
-        """Lets the program run until it sleeps or ends. Raises what it raised."""
-        if not self.thread.ident:
-            self.thread.start()
-        self.go.release()
-        self.asleep.acquire()
-        if self.error is not None and not isinstance(self.error, _Stopped):
-            raise self.error
 
-    def stop(self) -> None:
-        if self.thread.ident and not self.done:
-            self.stopped = True
-            self.go.release()
-            self.thread.join()
+def current() -> Hashable:
+    """The name of the program that is running."""
+    return getcurrent().name
 
-    def _run(self, program: Program) -> None:
-        self.go.acquire()
-        try:
-            torch.set_num_threads(self.num_threads)  # gradient mode and threads are settings of each thread
-            with torch.no_grad():
-                program(self._wait)
-        except BaseException as error:  # handed to the thread that waits for this one
-            self.error = error
-        finally:
-            self.done = True
-            self.asleep.release()
 
-    def _wait(self, key: Hashable) -> None:
-        self.key = key
-        self.asleep.release()
-        self.go.acquire()
-        if self.stopped:
-            raise _Stopped
+def wait(key: Hashable) -> None:
+    """Suspends the program that is running until the key is met.
+
+    Modes that it has entered (no_grad, inference_mode, autocast) are left until it continues, then entered again.
+    """
+    coroutine = getcurrent()
+    coroutine.key = key
+    with _entered(coroutine.caller_modes):
+        coroutine.parent.switch()
 
 
 def run_coroutines(
     programs: Mapping[Hashable, Program],
-    parties: Mapping[Hashable, Collection[Hashable]],
+    members: Mapping[Hashable, Collection[Hashable]],
     meet: Callable[[Hashable, list[Hashable]], None],
 ) -> None:
-    """Runs all programs to their ends. Those that call wait(key) sleep until every party of the key sleeps there.
+    """Runs all programs to their ends. One that calls wait(key) waits until all members of the key wait for it.
 
-    Then meet(key, present) is called once in the calling thread, and they go on. Programs may meet in different
-    orders: where nobody can go on, the key at which most of its parties are present is met without the absent ones;
-    a program that comes to a key which was met already should not wait there, else it is met once more.
-    Raises what a program or meet raised, after the others were ended. Under torch.no_grad().
+    programs: by name. members: key -> the names of the programs that come to it. Then meet(key, present) is called
+    once, and the programs in `present` continue. Programs may come to keys in different orders: where nobody can
+    continue, the key of which the largest share of the members is waiting is met without the others. A program that
+    comes to a key which was met already should not wait for it; if it does, the key is met once more.
+    Raises what a program or `meet` raised, after the other programs were ended by EndForward at their wait(key).
     """
-    runners = {name: _Runner(program) for name, program in programs.items()}
-    awake = list(runners)
+    coroutines = [_Coroutine(name, program) for name, program in programs.items()]
+    ready = coroutines
     try:
-        while awake:
-            for name in awake:
-                runners[name].advance()
-            sleeping: dict[Hashable, list[Hashable]] = {}
-            for name, runner in runners.items():
-                if not runner.done:
-                    sleeping.setdefault(runner.key, []).append(name)
-            awake = []
-            if sleeping:
-                key = max(sleeping, key=lambda key: len(sleeping[key]) / len(parties[key]))  # the first of the best
-                meet(key, sleeping[key])
-                awake = sleeping[key]
+        while ready:
+            for coroutine in ready:
+                coroutine.switch()
+            waiting: dict[Hashable, list[_Coroutine]] = {}
+            for coroutine in coroutines:
+                if not coroutine.dead:
+                    waiting.setdefault(coroutine.key, []).append(coroutine)
+            ready = []
+            if waiting:
+                key = max(waiting, key=lambda key: len(waiting[key]) / len(members[key]))  # of equal ones the first
+                ready = waiting[key]
+                meet(key, [coroutine.name for coroutine in ready])
     finally:
-        for runner in runners.values():
-            runner.stop()
+        for coroutine in coroutines:
+            while coroutine:  # is suspended; its own errors while it ends would hide the one that is raised
+                with contextlib.suppress(Exception):
+                    coroutine.throw(EndForward)
+
+
+# ---- modes of the thread, which all programs share ------------------------------------------------------------------
+
+
+def _modes() -> tuple:
+    """The gradient, inference and autocast modes of now."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    autocast = [(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in devices]
+    return torch.is_inference_mode_enabled(), torch.is_grad_enabled(), autocast, torch.is_autocast_cache_enabled()
+
+
+@contextlib.contextmanager
+def _entered(modes: tuple) -> Iterator[None]:
+    """Within, the modes are those that `_modes` returned."""
+    is_inference, has_grad, autocast, has_cache = modes
+    with torch.inference_mode(is_inference), torch.set_grad_enabled(has_grad), contextlib.ExitStack() as stack:
+        for device, dtype, is_enabled in autocast:
+            stack.enter_context(torch.autocast(device, dtype, is_enabled, has_cache))
+        yield

@@ -1,11 +1,12 @@
 """Weights of tied layers in closed form: least squares on each task's own inputs, against its unmerged model.
 
-A layer can be fitted on the inputs that it has in the unmerged model, or on those that it has in the tied model, block
-after block of layers (here), or each layer behind all those before it, in one pass (sharing/lockstep_fit.py).
+A layer can be fitted on the inputs that it has in the unmerged model, or on those that it has in the tied model: in
+stages, one block of layers after another (here), or each layer behind all those before it (sequential_fit.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,31 +15,48 @@ from gemel.fitting.ridge import solve_ridge, solve_weighted
 from gemel.fitting.rows import Rows, collect_rows, is_linear_map, matrix_of, normalisation_behind, set_matrix, shape_of
 from gemel.forward.batches import Batch
 from gemel.sharing.adapters import Adapter, adapter_of
-from gemel.sharing.groups import Configuration, Group, find_layers
+from gemel.sharing.groups import Configuration, Group
+from gemel.sharing.signatures import find_layers
 
-RIDGE = 0.1  # measured with benchmarks/initial_weights.py; less of it where rows abound (benchmarks/LOG.md)
-LEAST_RIDGE = 0.1  # of that
-WIDE, ROWS_PER_IMAGE = 1024, 16  # in layers with so many inputs, more rows of one image say little of their own
+# Where a comment names a date and a title, the value follows from that entry of benchmarks/LOG.md.
+RIDGE = 0.1  # 2026-11-24 Initial weights, everything tied, nothing trained
+# Of layers with many rows for their inputs the ridge is lowered, to this share of it at most, and in layers with at
+# least WIDE inputs only so many rows of an image count for that: 2026-11-26 The last thousandth of models trained apart
+LEAST_RIDGE = 0.1
+WIDE, ROWS_PER_IMAGE = 1024, 16
+# Rows of a grouped convolution, per input and at least; there rows are large, and more of them do not improve the fit:
+# 2026-11-25 What a fit matches
+ROWS_PER_INPUT, MIN_ROWS = 4, 512
+# Limits of memory
 MAX_SYSTEM = 5000  # unknowns of the largest system that is solved
 MAX_ROWS_BYTES = 1 << 30  # of the rows that are held at a time
-ROWS_PER_INPUT = (
-    4  # of a grouped convolution, where rows are large: more than this per input (and than MIN_ROWS) add nothing
-)
-MIN_ROWS = 512
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How one group was fitted. `reason` says why it kept the values that it had; empty if it was fitted."""
+    """The result for one group. `reason`: why it kept its values; empty if it was fitted."""
 
     reason: str = ""
-    ridge: float = 0.0  # the one that was needed
+    ridge: float = 0.0  # the one that was used
     before: Mapping[str, float] | None = None  # task -> ||X W0 - Y||^2 / ||Y||^2 over the sampled rows
     after: Mapping[str, float] | None = None  # the same with the fitted weights
 
     @property
     def fitted(self) -> bool:
         return not self.reason
+
+
+class FitSettings(NamedTuple):
+    """How `fit_least_squares` fits."""
+
+    task_weights: Mapping[str, float] | None = None  # of each task in the sum of errors; 1 where none is given
+    ridge: float = RIDGE
+    positions: int = 2048  # rows sampled per layer and task
+    num_stages: int = 1  # blocks of layers, by depth, each on inputs collected behind the blocks before it
+    teacher_inputs: bool = False  # X_t: the inputs of the layer in the teacher, not in the tied model
+
+
+DEFAULT_SETTINGS = FitSettings()
 
 
 @torch.no_grad()
@@ -49,41 +67,35 @@ def fit_least_squares(
     images: Mapping[str, Sequence[Batch]],
     *,
     generator: torch.Generator,
-    task_weights: Mapping[str, float] | None = None,
-    num_stages: int = 1,
-    own_inputs: bool = False,
-    ridge: float = RIDGE,
-    positions: int = 2048,
+    settings: FitSettings = DEFAULT_SETTINGS,
     after_stage: Callable[[int], None] | None = None,
 ) -> dict[Group, Fit]:
     """Writes into every tied linear or convolutional layer the weights W that minimise, over its tasks t,
 
         sum_t task_weights_t ||X_t W - Y_t||^2 / ||Y_t||^2 + ridge ||W - W0||^2
 
-    where Y_t is what the layer puts out in the teacher (the unmerged model), X_t what goes into it in the tied model,
-    W0 the values it has now, and ridge counts in units of the mean squared input (less where rows abound).
+    where Y_t are the layer's outputs in the teacher (the unmerged model), X_t its inputs in the tied model, W0 its
+    present weights, and ridge is in units of the mean squared input (less of it where there are many rows).
     Where each task normalises the layer's outputs itself, their means and scales are free: X_t and Y_t are centred,
-    every channel of Y_t is brought to the same scale in all tasks and counts by the square of its gain in the task's
-    normalisation; then that gain is lowered where the fit is bad. Low-rank residuals (sharing/low_rank.py) are fitted
-    to what is then left over.
+    every channel of Y_t is brought to the same scale in all tasks and weighted by the square of its gain in the task's
+    normalisation; then the gains of channels with a large error are lowered. Adapters are fitted to what the shared
+    weights leave over.
 
-    models: tied already. images: batches per task, without labels. own_inputs: X_t is what goes into the layer in the
-    teacher instead. num_stages: the layers are fitted in blocks by depth; each sees inputs collected behind the blocks
-    before it (1: all from one pass). More blocks are made where the rows would not fit MAX_ROWS_BYTES. positions: rows
-    sampled per layer and task. after_stage(stage): called behind each block; batch normalisation statistics are the
-    caller's business. Returns what became of each group; one that is not fitted keeps its values.
+    models: tied already. images: batches per task, without labels. There are more stages than settings.num_stages where
+    the rows would exceed MAX_ROWS_BYTES. after_stage(stage) is called after each stage; the statistics of batch
+    normalisation are left to the caller. Returns the result of each group; one that is not fitted keeps its values.
     Sources: Jin et al., "Dataless Knowledge Fusion" (RegMean), ICLR 2023, section 3; inputs of the merged model:
     Nguyen et al., "RegMean++", 2025; against the outputs of the unmerged models: Nasery et al., "PLeaS", CVPR 2025.
     """
     fits = {group: Fit(reason) for group in groups if (reason := why_unfit(models, group))}
     order = by_depth(models, [group for group in groups if group not in fits])
-    for stage in range(num_stages):
-        block = order[stage * len(order) // num_stages : (stage + 1) * len(order) // num_stages]
-        for part in _parts(models, block, positions):
-            rows = _collect(models, teachers, part, images, positions, generator, own_inputs)
+    for stage in range(settings.num_stages):
+        block = order[stage * len(order) // settings.num_stages : (stage + 1) * len(order) // settings.num_stages]
+        for part in _parts(models, block, settings.positions):
+            rows = _collect(models, teachers, part, images, settings, generator)
             for group in part:
                 num_images = sum(len(batch) for task in group.tasks for batch in images[task])
-                fits[group] = fit_group(models, group, rows, task_weights, ridge, num_images)
+                fits[group] = fit_group(models, group, rows, settings.task_weights, settings.ridge, num_images)
         if after_stage is not None:
             after_stage(stage)
     return fits
@@ -99,7 +111,7 @@ def by_depth(models: Mapping[str, nn.Module], groups: Sequence[Group]) -> list[G
 
 
 def row_quota(layer: nn.Module, positions: int, num_tasks: int) -> int:
-    """Rows to sample per task: no more than help, and so few that the system to solve stays small."""
+    """Rows to sample per task: no more than improve the fit, and so few that the system to solve stays small."""
     groups, inputs, _ = shape_of(layer)
     quota = positions if groups == 1 else min(positions, max(MIN_ROWS, ROWS_PER_INPUT * inputs))
     return quota if inputs <= MAX_SYSTEM else min(quota, MAX_SYSTEM // num_tasks)
@@ -116,7 +128,7 @@ def why_unfit(models: nn.ModuleDict, group: Group) -> str:
 
 
 def _parts(models: nn.ModuleDict, block: Sequence[Group], positions: int) -> list[list[Group]]:
-    """The block, cut so that the rows of each part fit MAX_ROWS_BYTES."""
+    """The block in parts whose rows take at most MAX_ROWS_BYTES each."""
     parts: list[list[Group]] = []
     held = MAX_ROWS_BYTES
     for group in block:
@@ -132,11 +144,12 @@ def _parts(models: nn.ModuleDict, block: Sequence[Group], positions: int) -> lis
     return parts
 
 
-def _collect(models, teachers, block, images, positions, generator, own_inputs) -> dict[tuple[str, str], Rows]:
+def _collect(models, teachers, block, images, settings: FitSettings, generator) -> dict[tuple[str, str], Rows]:
     rows: dict[tuple[str, str], Rows] = {}
     for task in dict.fromkeys(task for group in block for task in group.tasks):
-        layers = quotas(models, block, task, positions)
-        found = collect_rows(teachers[task], layers, images[task], generator, None if own_inputs else models[task])
+        layers = quotas(models, block, task, settings.positions)
+        student = None if settings.teacher_inputs else models[task]
+        found = collect_rows(teachers[task], layers, images[task], generator, student)
         rows |= {(task, name): sampled for name, sampled in found.items()}
     return rows
 
@@ -157,9 +170,9 @@ def fit_group(
     ridge: float,
     num_images: int,
 ) -> Fit:
-    """Solves for one group, writes the result into its layer, and takes its rows out of `rows` to free them.
+    """Solves for one group, writes the result into its layer, and removes its rows from `rows` to free them.
 
-    num_images: that the rows of all its tasks come from.
+    num_images: from which the rows of all its tasks were sampled.
     """
     unseen = [o for o in group.occurrences if o not in rows]
     sampled = {o.task: rows.pop(o) for o in group.occurrences if o in rows}
@@ -169,53 +182,62 @@ def fit_group(
         return Fit("inputs or outputs are not finite")
     layer = models[group.occurrences[0].task].get_submodule(group.occurrences[0].layer)
     norms = {o.task: normalisation_behind(models[o.task], o.layer) for o in group.occurrences}
-    counts = {task: (task_weights or {}).get(task, 1.0) for task in sampled}
     is_scale_free = all(norm is not None for norm in norms.values())
+    counts = {task: (task_weights or {}).get(task, 1.0) for task in sampled}
     if is_scale_free:
         sampled = {task: r.centred() for task, r in sampled.items()}
-        sampled, weights = _in_equal_units(sampled, norms, counts)
+        sampled, weights = _on_common_scale(sampled, norms, counts)
     else:
         weights = torch.stack([counts[task] * _relative_to(r) for task, r in sampled.items()])
     start = matrix_of(layer)
     residuals = {task: r.y - r.x @ start for task, r in sampled.items()}
     inputs = [r.x for r in sampled.values()]
+    ridge = ridge * _share_of_ridge(inputs, num_images)
+    change, ridge = solve_weighted(inputs, list(residuals.values()), _shares(weights), ridge)
+    set_matrix(layer, start + change)
+    remaining = {task: r - sampled[task].x @ change for task, r in residuals.items()}
+    for o in group.occurrences:
+        adapter = adapter_of(models[o.task].get_submodule(o.layer))
+        if adapter is not None:
+            remaining[o.task] = _fit_adapter(adapter, sampled[o.task].x, remaining[o.task], ridge)
+    for task, norm in norms.items():
+        if is_scale_free and norm.affine:
+            _lower_gains(norm, sampled[task].y - remaining[task], sampled[task].y)
+    return Fit("", ridge, _relative_errors(residuals, sampled), _relative_errors(remaining, sampled))
+
+
+def _share_of_ridge(inputs: list[Tensor], num_images: int) -> float:
+    """The share of the ridge that a layer needs: less of it the more rows there are for its inputs."""
     num_inputs, num_rows = inputs[0].shape[2], sum(x.shape[1] for x in inputs)
     if num_inputs >= WIDE:
         num_rows = min(num_rows, ROWS_PER_IMAGE * num_images)
-    ridge *= min(1.0, max(LEAST_RIDGE, 2 * num_inputs / num_rows))
-    change, ridge = solve_weighted(inputs, list(residuals.values()), _shares(weights), ridge)
-    set_matrix(layer, start + change)
-    left = {task: r - sampled[task].x @ change for task, r in residuals.items()}
-    for o in group.occurrences:
-        own = adapter_of(models[o.task].get_submodule(o.layer))
-        if own is not None:
-            left[o.task] = _fit_adapter(own, sampled[o.task].x, left[o.task], ridge)
-    for task, norm in norms.items():
-        if is_scale_free and norm.affine:
-            _damp(norm, sampled[task].y - left[task], sampled[task].y)
+    return min(1.0, max(LEAST_RIDGE, 2 * num_inputs / num_rows))
+
+
+def _relative_errors(errors: Mapping[str, Tensor], sampled: Mapping[str, Rows]) -> dict[str, float]:
+    """Task -> sum of squared errors over that of the outputs."""
     energy = {task: r.y.square().sum().clamp_min(1e-12) for task, r in sampled.items()}
-    before = {task: float(r.square().sum() / energy[task]) for task, r in residuals.items()}
-    after = {task: float(r.square().sum() / energy[task]) for task, r in left.items()}
-    return Fit("", ridge, before, after)
+    return {task: float(error.square().sum() / energy[task]) for task, error in errors.items()}
 
 
-def _fit_adapter(residual: Adapter, x: Tensor, left: Tensor, ridge: float) -> Tensor:
-    """Fits a task's residual to what the shared weights leave over; returns what it leaves over in turn.
+def _fit_adapter(adapter: Adapter, x: Tensor, residual: Tensor, ridge: float) -> Tensor:
+    """Fits a task's adapter to the residual of the shared weights; returns the residual of both.
 
-    Reduced-rank regression: the ridge regression R of left on x, cut to the directions in which x R is largest.
-    Source: Izenman, "Reduced-rank regression for the multivariate linear model", J. Multivariate Analysis 5, 1975.
+    Reduced-rank regression: the ridge regression R of the residual on x, projected onto the directions in which x R is
+    largest. Source: Izenman, "Reduced-rank regression for the multivariate linear model", J. Multivariate Analysis 5,
+    1975.
     """
-    matrix, _ = solve_ridge(x, left, ridge)
+    matrix, _ = solve_ridge(x, residual, ridge)
     found = x @ matrix
-    directions = torch.linalg.eigh(found.mT @ found).eigenvectors[:, :, -residual.rank :]
-    set_matrix(residual.down, matrix @ directions)
-    set_matrix(residual.up, directions.mT)
-    return left - found @ directions @ directions.mT
+    directions = torch.linalg.eigh(found.mT @ found).eigenvectors[:, :, -adapter.rank :]
+    set_matrix(adapter.down, matrix @ directions)
+    set_matrix(adapter.up, directions.mT)
+    return residual - found @ directions @ directions.mT
 
 
-def _in_equal_units(sampled, norms, counts) -> tuple[dict[str, Rows], Tensor]:
-    """Outputs of all tasks on one scale per channel, since each task normalises them itself, and weights
-    [tasks, groups, o] by what a channel contributes behind the normalisation: the square of its gain there.
+def _on_common_scale(sampled, norms, counts) -> tuple[dict[str, Rows], Tensor]:
+    """The rows with each channel of the outputs on the same scale in all tasks, since each task normalises it itself,
+    and weights [tasks, groups, o]: the square of the channel's gain in the task's normalisation.
     """
     deviations = torch.stack([r.y.square().mean(1).sqrt() for r in sampled.values()])
     deviations = deviations.clamp_min(1e-12).clamp_min(1e-3 * deviations.mean((1, 2), keepdim=True))
@@ -227,29 +249,29 @@ def _in_equal_units(sampled, norms, counts) -> tuple[dict[str, Rows], Tensor]:
     weights = weights / weights.sum((1, 2), keepdim=True).clamp_min(1e-12)
     weights = weights * weights.new_tensor([counts[task] for task in sampled]).view(-1, 1, 1)
     common = (_shares(weights) * deviations).sum(0)
-    units = (common / deviations).unsqueeze(2)
-    return {task: Rows(r.x, r.y * unit) for (task, r), unit in zip(sampled.items(), units, strict=True)}, weights
+    factors = (common / deviations).unsqueeze(2)
+    return {task: Rows(r.x, r.y * factor) for (task, r), factor in zip(sampled.items(), factors, strict=True)}, weights
 
 
 def _relative_to(rows: Rows) -> Tensor:
-    """A weight [groups, o] that makes the squared error one of all outputs' mean square."""
+    """The weight [groups, o] that makes the squared error relative to the mean square of all outputs."""
     groups, _, width = rows.y.shape
     return (1 / rows.y.square().mean().clamp_min(1e-12)).expand(groups, width)
 
 
 def _shares(weights: Tensor) -> Tensor:
-    """Of each task in a channel; [tasks, groups, o], the sum over the tasks is 1."""
+    """The weights [tasks, groups, o] scaled so that the sum over the tasks is 1 in every channel."""
     weights = weights.clamp_min(1e-9 * weights.amax())
     return weights / weights.sum(0, keepdim=True)
 
 
 @torch.no_grad()
-def _damp(norm: nn.Module, found: Tensor, wanted: Tensor) -> None:
-    """Lowers the gain of channels that a fit hits badly.
+def _lower_gains(norm: nn.Module, fitted: Tensor, target: Tensor) -> None:
+    """Multiplies the gain of each channel by the root of the correlation between its fitted and its target outputs.
 
-    The gain at which the error is least is the correlation between what is found and what is wanted, that which keeps
-    the variance is 1; it becomes their geometric mean (measured: benchmarks/LOG.md).
+    Multiplying by the correlation minimises the squared error, multiplying by 1 keeps the variance; this is the
+    geometric mean of both (benchmarks/LOG.md, 2026-11-25 What a fit matches).
     """
-    products = (found * wanted).sum(1), found.square().sum(1) * wanted.square().sum(1)
+    products = (fitted * target).sum(1), fitted.square().sum(1) * target.square().sum(1)
     correlation = (products[0] / products[1].sqrt().clamp_min(1e-12)).clamp(0, 1)
     norm.weight.mul_(correlation.sqrt().reshape(-1))

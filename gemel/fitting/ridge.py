@@ -1,16 +1,16 @@
-"""Ridge regression for several tasks at once, each with a weight of its own for every output channel."""
+"""Ridge regression for several tasks at once, with a weight for each task and output channel."""
 
 import torch
 from torch import Tensor
 
-ITERATIONS = 3  # of the conjugate gradients: 8 gave the same accuracies
+ITERATIONS = 3  # of conjugate gradients; 8 gave the same accuracies (benchmarks/LOG.md, 2026-11-25 What a fit matches)
 
 
 def solve_ridge(x: Tensor, residual: Tensor, ridge: float) -> tuple[Tensor, float]:
     """(D, ridge used): D [groups, d, o] minimises ||x D - residual||^2 + ridge * mean(diagonal of x'x) ||D||^2.
 
-    x [groups, n, d], residual [groups, n, o]. Solves the normal equations, or their dual where n < d, by Cholesky;
-    where rounding leaves no positive definite matrix, with ten times the ridge, and again.
+    x [groups, n, d], residual [groups, n, o]. Solves the normal equations, or their dual where n < d, by Cholesky
+    factorisation. Where rounding leaves the matrix not positive definite, the ridge is raised tenfold, repeatedly.
     """
     dual = x.shape[1] < x.shape[2]
     system = x @ x.mT if dual else x.mT @ x
@@ -23,9 +23,9 @@ def solve_weighted(x: list[Tensor], residuals: list[Tensor], weights: Tensor, ri
     """(D, ridge used): every column D_c minimises sum_t weights[t, c] ||x_t D_c - residual_tc||^2 / n_t and the ridge.
 
     x: per task [groups, n_t, d]; residuals: per task [groups, n_t, o]; weights [tasks, groups, o], at least 0, whose
-    sum over the tasks is 1. The ridge counts in units of the mean squared input. One matrix for each column would be
-    too many: the one for mean weights is factored and preconditions a few conjugate gradient steps for all columns.
-    Where there are fewer rows than inputs, each task counts with its mean weight instead.
+    sum over the tasks is 1. The ridge is in units of the mean squared input. To factor one matrix a column would be too
+    slow: the one for mean weights is factored and preconditions a few conjugate gradient steps for all columns.
+    Where there are fewer rows than inputs, each task has its mean weight in all columns instead.
     """
     x = [part / part.shape[1] ** 0.5 for part in x]
     residuals = [part / part.shape[1] ** 0.5 for part in residuals]
@@ -70,7 +70,7 @@ def _scale(trace: Tensor, inputs: int) -> Tensor:
 
 
 def _factor(system: Tensor, scale: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """Cholesky factor of system + ridge * scale, with the ridge that it took."""
+    """Cholesky factor of system + ridge * scale, and the ridge, raised until there is one."""
     identity = torch.eye(system.shape[1], dtype=system.dtype, device=system.device)
     while True:
         factor, failed = torch.linalg.cholesky_ex(system + ridge * scale * identity)

@@ -1,12 +1,12 @@
-"""What goes into and out of a layer, as rows of the linear map that the layer is.
+"""Inputs and outputs of a linear or convolutional layer as rows of a matrix product.
 
-A convolution is a matrix product over windows of its input (im2col). For a random subsample of output positions this
-file gives the windows X [groups, n, d] and outputs Y [groups, n, o] with Y = X @ M, M [groups, d, o] the layer's
-matrix. Groups are those of a grouped convolution (1 for a dense or linear layer); a bias is the last row of M, and X
-then ends in a column of ones.
+A convolution is a matrix product over windows of its input (im2col). For a random sample of output positions this file
+computes the windows X [groups, n, d] and outputs Y [groups, n, o] with Y = X @ M, where M [groups, d, o] is the layer's
+matrix. Groups are those of a grouped convolution (1 for a dense or linear layer); a bias is the last row of M, and the
+last column of X is then 1.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemel.forward.batches import Batch, run
+from gemel.forward.hooks import hooked
 from gemel.sharing.adapters import KINDS, Adapter, own_modules
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -26,7 +27,7 @@ class Rows(NamedTuple):
     y: Tensor  # [groups, n, o]
 
     def centred(self) -> "Rows":
-        """Without the mean of each column: what is left if a normalisation of the task's own takes the means away."""
+        """Without the mean of each column, which a normalisation after the layer removes."""
         return Rows(self.x - self.x.mean(1, keepdim=True), self.y - self.y.mean(1, keepdim=True))
 
 
@@ -36,9 +37,9 @@ def is_linear_map(layer: nn.Module) -> bool:
 
 
 def normalisation_behind(model: nn.Module, name: str) -> nn.modules.batchnorm._BatchNorm | None:
-    """The batch normalisation that is registered right behind the layer, so that its outputs' mean and scale are free.
+    """The batch normalisation right after the layer, which makes mean and scale of the layer's outputs free, or None.
 
-    Only by the order of registration, which is that of the blocks of every torchvision model.
+    Found by the order of registration, which is the order of computation in the blocks of every torchvision model.
     """
     leaves = (pair for pair in own_modules(model) if all(isinstance(child, Adapter) for child in pair[1].children()))
     layer = next(module for other, module in leaves if other == name)
@@ -48,7 +49,7 @@ def normalisation_behind(model: nn.Module, name: str) -> nn.modules.batchnorm._B
 
 
 def is_normalised(model: nn.Module, name: str) -> bool:
-    """Whether a batch normalisation follows the layer, so that the means of its outputs have no effect."""
+    """Whether a batch normalisation is right after the layer, so that the means of its outputs have no effect."""
     return normalisation_behind(model, name) is not None
 
 
@@ -96,7 +97,7 @@ def set_matrix(layer: nn.Module, matrix: Tensor) -> None:
 
 
 def input_rows(layer: nn.Module, inputs: Tensor, shape: Sequence[int], picked: Tensor) -> Tensor:
-    """[groups, n, d]: what the layer multiplies by its matrix at the picked positions of an output of that shape."""
+    """[groups, n, d]: the windows of the input for the picked positions of an output of that shape."""
     if isinstance(layer, nn.Linear):
         rows = inputs.reshape(-1, layer.in_features)[picked].unsqueeze(0)
     else:
@@ -113,7 +114,7 @@ def output_rows(layer: nn.Module, outputs: Tensor, picked: Tensor) -> Tensor:
 
 
 class Sample(NamedTuple):
-    """Some positions of one call of a layer, and what it puts out there."""
+    """Sampled positions of one call of a layer, and its outputs there."""
 
     picked: Tensor  # positions in the flattened output
     input_shape: torch.Size
@@ -125,20 +126,21 @@ Samples = dict[str, list[Sample]]  # layer -> one sample of each call
 
 
 def sample_outputs(model: nn.Module, quotas: Mapping[str, int], images: Batch, generator: torch.Generator) -> Samples:
-    """Runs the model once and draws about as many positions per layer as its quota says, over all calls together.
+    """Runs the model once and samples about quotas[layer] output positions per layer, over all its calls together.
 
-    A layer that is never called through its forward (attention reads its parameters itself) is left out.
+    A layer whose forward is never called (attention reads the parameters of its layers) is left out.
     """
     samples: Samples = {}
 
-    def hook(name: str, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+    def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
         total, quota = outputs.numel() // output_width(layer), quotas[name]
         drawn = torch.randint(total, (quota,), generator=generator) if total > quota else torch.arange(total)
         picked = drawn.to(outputs.device)
-        sample = Sample(picked, inputs.shape, outputs.shape, output_rows(layer, outputs, picked))
+        sample = Sample(picked, inputs[0].shape, outputs.shape, output_rows(layer, outputs, picked))
         samples.setdefault(name, []).append(sample)
 
-    _run_hooked(model, quotas, images, hook)
+    with hooked(model, quotas, record):
+        run(model, images)
     return {name: _thinned(calls, quotas[name]) for name, calls in samples.items()}
 
 
@@ -149,19 +151,20 @@ def sample_inputs(model: nn.Module, samples: Samples, images: Batch) -> dict[str
     """
     found: dict[str, list[Tensor | None]] = {name: [] for name in samples}
 
-    def hook(name: str, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+    def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
         calls = found[name]
         sample = samples[name][len(calls)] if len(calls) < len(samples[name]) else None
-        fits = sample is not None and sample.input_shape == inputs.shape
-        calls.append(input_rows(layer, inputs, sample.output_shape, sample.picked) if fits else None)
+        fits = sample is not None and sample.input_shape == inputs[0].shape
+        calls.append(input_rows(layer, inputs[0], sample.output_shape, sample.picked) if fits else None)
 
-    _run_hooked(model, samples, images, hook)
+    with hooked(model, samples, record):
+        run(model, images)
     whole = {n: x for n, x in found.items() if len(x) == len(samples[n]) and all(part is not None for part in x)}
     return {name: torch.cat(parts, 1) for name, parts in whole.items()}
 
 
 def of_regions(calls: list[Sample], images: Batch) -> bool:
-    """Whether a layer sees no row block per image but regions, which a two-stage detector chooses by its weights."""
+    """Whether the layer's inputs are not one per image but regions, which a two-stage detector's weights select."""
     return any(sample.input_shape[0] != len(images) for sample in calls)
 
 
@@ -174,16 +177,17 @@ def collect_rows(
 ) -> dict[str, Rows]:
     """Rows of several layers over all batches: y of the teacher, x of the student (without one, of the teacher).
 
-    quotas: layer -> about how many rows; all positions where there are fewer. Where the student's rows could be of
-    other places than the teacher's (regions, other shapes), x is the teacher's too. Layers never called are left out.
+    quotas: layer -> about how many rows; all positions where there are fewer. Where the student's rows may come from
+    other positions than the teacher's (regions, other shapes), x is of the teacher as well. Layers that are never
+    called are left out.
     """
     total = sum(len(batch) for batch in batches)
     parts: dict[str, list[Rows]] = {name: [] for name in quotas}
     for batch in batches:
         shares = {name: -(-quota * len(batch) // total) for name, quota in quotas.items()}
         samples = sample_outputs(teacher, shares, batch, generator)
-        alike = {n: calls for n, calls in samples.items() if not of_regions(calls, batch)}
-        x = sample_inputs(student, alike, batch) if student is not None else {}
+        common = {n: calls for n, calls in samples.items() if not of_regions(calls, batch)}
+        x = sample_inputs(student, common, batch) if student is not None else {}
         if missing := {name: calls for name, calls in samples.items() if name not in x}:
             x |= sample_inputs(teacher, missing, batch)
         for name, calls in samples.items():
@@ -193,22 +197,8 @@ def collect_rows(
     }
 
 
-def _run_hooked(model: nn.Module, names: Collection[str], images: Batch, hook: Callable) -> None:
-    """Runs the model and calls hook(name, layer, input, output) at each call of the named layers, before a ReLU that
-    works in place can change what they put out."""
-    handles = []
-    for name in names:
-        layer = model.get_submodule(name)
-        handles.append(layer.register_forward_hook(lambda m, x, y, name=name: hook(name, m, x[0], y)))
-    try:
-        run(model, images)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _thinned(calls: list[Sample], quota: int) -> list[Sample]:
-    """Of the positions drawn in each call only its share of the quota, by the number of positions it has."""
+    """Of the positions sampled in each call only its share of the quota, by its number of output positions."""
     if len(calls) == 1:
         return calls
     totals = [sample.output_shape.numel() for sample in calls]
@@ -217,24 +207,24 @@ def _thinned(calls: list[Sample], quota: int) -> list[Sample]:
 
 
 def _batched(layer: nn.Module, tensor: Tensor) -> Tensor:
-    """A convolution also takes a single image without a batch dimension."""
+    """The tensor with a batch dimension, which convolutions take without as well."""
     return tensor.unsqueeze(0) if tensor.dim() == len(layer.kernel_size) + 1 else tensor
 
 
 def _windows(layer: nn.Module, inputs: Tensor, size: Sequence[int], picked: Tensor) -> Tensor:
-    """[groups, n, d] windows of the padded input, gathered at the picked positions only."""
+    """[groups, n, d]: windows of the padded input at the picked positions."""
     stride = layer.stride
     if isinstance(layer, TRANSPOSED):
-        padded, stride = _stuffed(layer, inputs, size), (1,) * len(size)
+        padded, stride = _spread(layer, inputs, size), (1,) * len(size)
     else:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
-    image, place = picked, []
+    image, position = picked, []
     for length in reversed(size):  # not torch.unravel_index, which waits for the device
-        place.insert(0, image % length)
+        position.insert(0, image % length)
         image = image // length
     index = [image.reshape(-1, *[1] * len(size)), slice(None)]
-    for i, (start, kernel) in enumerate(zip(place, layer.kernel_size, strict=True)):
+    for i, (start, kernel) in enumerate(zip(position, layer.kernel_size, strict=True)):
         taps = torch.arange(kernel, device=picked.device) * layer.dilation[i]
         shape = [1] * len(size)
         shape[i] = kernel
@@ -243,14 +233,14 @@ def _windows(layer: nn.Module, inputs: Tensor, size: Sequence[int], picked: Tens
     return windows.reshape(len(picked), layer.groups, -1).transpose(0, 1)
 
 
-def _stuffed(layer: nn.Module, inputs: Tensor, size: Sequence[int]) -> Tensor:
-    """Input of the plain convolution that equals a transposed one: zeros between pixels, and around them."""
-    spread = [(n - 1) * stride + 1 for n, stride in zip(inputs.shape[2:], layer.stride, strict=True)]
-    stuffed = inputs.new_zeros(*inputs.shape[:2], *spread)
-    stuffed[(..., *(slice(None, None, stride) for stride in layer.stride))] = inputs
+def _spread(layer: nn.Module, inputs: Tensor, size: Sequence[int]) -> Tensor:
+    """The input, with zeros between and around its pixels, of the convolution that equals a transposed convolution."""
+    lengths = [(n - 1) * stride + 1 for n, stride in zip(inputs.shape[2:], layer.stride, strict=True)]
+    spread = inputs.new_zeros(*inputs.shape[:2], *lengths)
+    spread[(..., *(slice(None, None, stride) for stride in layer.stride))] = inputs
     pads: list[int] = []
     for i in reversed(range(len(size))):
         reach = layer.dilation[i] * (layer.kernel_size[i] - 1)
         left = reach - layer.padding[i]
-        pads += [left, size[i] + reach - left - spread[i]]
-    return F.pad(stuffed, pads)
+        pads += [left, size[i] + reach - left - lengths[i]]
+    return F.pad(spread, pads)

@@ -1,14 +1,16 @@
 """The tables that people read: the workload and what it could save, one row per round, the closing report.
 
-Every function returns text; the merger and the script print it.
+Every function returns text; merger.py and merge_workloads.py print it.
 """
 
 from collections.abc import Mapping, Sequence
 
+from tabulate import tabulate
 from torch import nn
 
-from gemel.sharing.groups import Configuration, find_layers, saved_bytes
+from gemel.sharing.groups import Configuration, saved_bytes
 from gemel.sharing.memory import distinct_bytes
+from gemel.sharing.signatures import find_layers
 from gemel.strategies.baselines import gemel_units
 from gemel.workload import Task
 
@@ -35,17 +37,11 @@ def share(part: float, whole: float) -> str:
     return f"{100 * part / whole if whole else 100:.1f} %"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Left-aligned first column, right-aligned others, widths by content."""
-    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            str(cell).ljust(width) if i == 0 else str(cell).rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [header, ["-" * width for width in widths], *rows]
-    ]
-    return "\n".join(lines)
+    aligned = ("left", *("right" for _ in header[1:]))
+    text = tabulate(rows, header, tablefmt="simple", colalign=aligned if rows else None, disable_numparse=True)
+    return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 def workload_table(tasks: Mapping[str, Task], models: Mapping[str, nn.Module], groups: Configuration) -> str:
@@ -91,7 +87,7 @@ def round_header() -> str:
 
 
 def round_row(row: Mapping) -> str:
-    """One round, as the merger records it (`merger.round_record`), in fixed columns; last, who was below the target."""
+    """One round, as RunRecord.add_round records it, in fixed columns; last, the tasks below their targets."""
     groups = f"{row['num_new_groups']} group{'s' * (row['num_new_groups'] != 1)}"
     tied = f"{groups}, {len(row['tasks'])} tasks: {row['what']}"
     verdict = f"{len(row['met'])}/{len(row['trained'])} {'kept' if row['kept'] else 'undone: ' + row['reason']}"
@@ -107,6 +103,17 @@ def round_row(row: Mapping) -> str:
     line = "  ".join(_fit(cell, width) for cell, (_, width) in zip(cells, ROUND_COLUMNS, strict=True))
     below = [task for task in row["trained"] if task not in row["met"]]
     return f"{line}  {', '.join(below)}".rstrip()
+
+
+def closing_report(manifest: Mapping, per_class: bool) -> str:
+    """The closing table, every class where asked for, and whether the search is over."""
+    parts = [closing_table(manifest), *([per_class_table(manifest)] if per_class else [])]
+    over = (
+        ""
+        if manifest["run"]["finished"]
+        else "\nthe time is over before everything was tried: the same command resumes"
+    )
+    return "\n\n".join(parts) + over
 
 
 def closing_table(manifest: Mapping) -> str:

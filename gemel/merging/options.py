@@ -1,79 +1,178 @@
-"""How a workload is merged: what may be asked for, and what is best for a strategy where nothing was."""
+"""Every option of a merge, what is best for a strategy where nothing was given, and what is allowed."""
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
 
 from gemel.alignment.align import METHODS as ALIGNMENTS
-from gemel.alignment.matching import BY_ORDER, MATCHINGS
+from gemel.alignment.matching import BY_ORDER, BY_WEIGHTS, MATCHINGS
 from gemel.environment import DEVICES
 from gemel.environment.device import has_device
-from gemel.merging.initialisation import (
-    ADAPTER_BUDGET_OF,
-    ALIGNMENT_OF,
-    LEAST_SQUARES,
-    MATCHING_OF,
-    MAX_ADAPTER_BUDGET,
-    NO_ALIGNMENT,
-    WEIGHTS_OF,
-)
 from gemel.sharing.initial_weights import INITIAL_WEIGHTS
 from gemel.strategies import STEM, STRATEGIES
 from gemel.training.options import TrainingOptions
-from gemel.workload import Problem
+from gemel.workload import Problem, WorkloadError
 
+LEAST_SQUARES = "least_squares"
+NO_ALIGNMENT = "none"
+MAX_ADAPTER_BUDGET = 0.45  # from a half on, two tasks would save nothing by sharing
 MAY_BE_NONE = ("warmup_steps", "statistics_batches", "screening_images")  # training options that 0 turns off
 
-
-def with_defaults(how: dict) -> dict:
-    """The options given, and for those left open (None) what the strategy does best with."""
-    strategy, price = how["strategy"], how["adapter_budget"]
-    return {
-        **how,
-        "initial_weights": how["initial_weights"] or WEIGHTS_OF.get(strategy, "mean"),
-        "alignment": how["alignment"] or ALIGNMENT_OF.get(strategy, NO_ALIGNMENT),
-        "matching": how["matching"] or MATCHING_OF.get(strategy, BY_ORDER),
-        "adapter_budget": ADAPTER_BUDGET_OF.get(strategy, 0.0) if price is None else float(price),
+# What an option that is None becomes, by strategy. Adaptive: benchmarks/LOG.md, "2026-11-24 Initial weights",
+# "2026-11-24 Lining up channels", "2026-11-26 Which layers pair", "2026-11-25 Low-rank", "2026-11-26 What each part".
+DEFAULTS = {
+    "initial_weights": "mean",
+    "alignment": NO_ALIGNMENT,
+    "matching": BY_ORDER,
+    "adapter_budget": 0.0,
+}
+DEFAULTS_OF: dict[str, dict[str, Any]] = {
+    "adaptive": {
+        "initial_weights": LEAST_SQUARES,
+        "alignment": "weights",
+        "matching": BY_WEIGHTS,
+        "adapter_budget": 0.125,
     }
+}
+TRAINING_OF: dict[str, dict[str, Any]] = {
+    "adaptive": {"feature_weight": 1.0, "probability_weight": 1.0, "private_epochs": 0.5}
+}
 
 
-def option_problems(how: dict, device, time_budget, seed, num_workers, cache_bytes, training) -> list[Problem]:
-    """What is wrong with the options of merge_workload; how: those that a strategy has defaults for."""
-    problems = []
+@dataclass(frozen=True)
+class MergeOptions:
+    """How a workload is merged. An option that is None becomes what is best for the strategy.
 
-    def check(ok: bool, key: str, got: object, allowed: str) -> None:
-        if not ok:
-            problems.append(Problem("options", key, repr(got), allowed))
+    strategy: a name of gemel.strategies.STRATEGIES.
+    tolerance: a task's target is tolerance x unmerged_acc (default 0.95; a task's own entry wins).
+    device: a name of gemel.environment.DEVICES; auto takes CUDA where there is one.
+    time_budget: seconds after which no new round begins and the one in flight is put off.
+    fresh: start anew although the folder holds a result, which is kept aside.
+    per_class: every task is also judged class by class.
+    initial_weights: of a tied layer: "least_squares", "mean", "similar" or "first".
+    alignment: how channels of models trained apart are aligned first: by "weights", "activations" or "none".
+    matching: which layer pairs with which: by "order", or the most alike by "weights" or "activations".
+    adapter_budget: what a task's low-rank adapter beside a shared layer may take, as a share of the layer's bytes;
+    0: no adapters (only "adaptive" has them).
+    num_workers: loader processes per task (default: none on a CPU; with CUDA eight, or the number of cores, in all).
+    cache_bytes: of the memory in which images stay as the models get them, of all tasks together (0: none); with
+    freeze_prefix, half of it is for what the frozen layers put out.
+    training: how a round is trained.
+    Raises WorkloadError with every problem.
+    """
 
+    strategy: str = "adaptive"
+    tolerance: float | None = None
+    device: str = "auto"
+    time_budget: float | None = None
+    fresh: bool = False
+    per_class: bool = False
+    seed: int = 0
+    initial_weights: str | None = None
+    alignment: str | None = None
+    matching: str | None = None
+    adapter_budget: float | None = None
+    num_workers: int | None = None
+    cache_bytes: int = 1 << 30
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+
+    def __post_init__(self) -> None:
+        if problems := [*_problems(self), *_training_problems(dataclasses.asdict(self.training))]:
+            raise WorkloadError(problems)
+        for key, value in {**DEFAULTS, **DEFAULTS_OF.get(self.strategy, {})}.items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+
+    @property
+    def deciding(self) -> dict:
+        """The options that decide what comes out of a merge: a run resumes only one in which they are the same."""
+        keys = ("strategy", "initial_weights", "alignment", "matching", "adapter_budget", "seed")
+        return {**{key: getattr(self, key) for key in keys}, **dataclasses.asdict(self.training)}
+
+    def memory_per_task(self, num_tasks: int) -> int:
+        """Bytes of memory per task for samples, and as many again for outputs of frozen prefixes, if there are any."""
+        return self.cache_bytes // num_tasks // (2 if self.training.freeze_prefix else 1)
+
+
+def read_options(given: Mapping[str, Any]) -> tuple[MergeOptions, list[Problem]]:
+    """The options of merge_workload, training options among them, and every problem.
+
+    An option with a problem is left at its default, so that the caller can look for problems of the workload, too.
+    """
+    own = {f.name for f in dataclasses.fields(MergeOptions)} - {"training"}
+    strategy = given.get("strategy", "adaptive")
+    training = {key: value for key, value in given.items() if key not in own}
+    problems = [*_problems(_Given(given)), *_training_problems(training)]
+    wrong = {problem.key for problem in problems}
+    usable = {key: value for key, value in given.items() if key not in wrong}
+    best = TRAINING_OF.get(strategy, {}) if isinstance(strategy, str) else {}
+    options = TrainingOptions(**{**best, **{key: value for key, value in usable.items() if key not in own}})
+    return MergeOptions(**{key: value for key, value in usable.items() if key in own}, training=options), problems
+
+
+class _Given:
+    """The options that were given, by attribute, and the defaults of the others."""
+
+    def __init__(self, given: Mapping[str, Any]):
+        defaults = {f.name: f.default for f in dataclasses.fields(MergeOptions)}
+        vars(self).update({**defaults, **given})
+
+
+def _problems(options: MergeOptions | _Given) -> list[Problem]:
+    strategy = options.strategy
     allowed = {
         "strategy": [*STRATEGIES],
         "initial_weights": [None, *INITIAL_WEIGHTS, LEAST_SQUARES],
         "alignment": [None, NO_ALIGNMENT, *ALIGNMENTS],
-        "matching": [None, *([BY_ORDER] if how["strategy"] == STEM else MATCHINGS)],
+        "matching": [None, *([BY_ORDER] if strategy == STEM else MATCHINGS)],
+        "device": [*DEVICES],
     }
-    for key, values in allowed.items():
-        check(how[key] in values, key, how[key], ", ".join(filter(None, values)))
-    price, most = how["adapter_budget"], MAX_ADAPTER_BUDGET if how["strategy"] in [*ADAPTER_BUDGET_OF] else 0.0
-    adapted = price is None or (_is_number(price) and 0 <= price <= most)
-    check(adapted, "adapter_budget", price, f"None or a number in [0, {most:g}] with strategy {how['strategy']}")
-    check(isinstance(seed, int) and seed >= 0, "seed", seed, "a whole number from 0 on")
-    budgeted = time_budget is None or (isinstance(time_budget, (int, float)) and time_budget > 0)
-    check(budgeted, "time_budget", time_budget, "seconds, more than 0")
-    check(type(cache_bytes) is int and cache_bytes >= 0, "cache_bytes", cache_bytes, "a whole number from 0 on")
-    workers = num_workers is None or (isinstance(num_workers, int) and num_workers >= 0)
-    check(workers, "num_workers", num_workers, "None or a whole number from 0 on")
-    check(device in DEVICES, "device", device, ", ".join(DEVICES))
-    if not has_device(device):
-        check(False, "device", device, "auto or cpu: torch sees no CUDA device")
-    fields = TrainingOptions.__dataclass_fields__
-    for key, value in training.items():
-        allowed = (
-            _allowed(key, fields[key].default) if key in fields else (lambda v: False, f"one of {', '.join(fields)}")
-        )
-        check(allowed[0](value), key, value, allowed[1])
+    values = {key: getattr(options, key) for key in allowed}
+    problems = [
+        _problem(key, values[key], ", ".join(filter(None, choices)))
+        for key, choices in allowed.items()
+        if values[key] not in choices
+    ]
+    if values["device"] in DEVICES and not has_device(values["device"]):
+        problems.append(_problem("device", values["device"], "auto or cpu: torch sees no CUDA device"))
+    adapted = isinstance(strategy, str) and "adapter_budget" in DEFAULTS_OF.get(strategy, {})
+    most = MAX_ADAPTER_BUDGET if adapted else 0.0
+    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "adapter_budget": (
+            lambda v: v is None or (_is_number(v) and 0 <= v <= most),
+            f"None or a number in [0, {most:g}] with strategy {strategy}",
+        ),
+        "seed": (lambda v: isinstance(v, int) and v >= 0, "a whole number from 0 on"),
+        "time_budget": (lambda v: v is None or (_is_number(v) and v > 0), "seconds, more than 0"),
+        "cache_bytes": (lambda v: type(v) is int and v >= 0, "a whole number from 0 on"),
+        "num_workers": (lambda v: v is None or (isinstance(v, int) and v >= 0), "None or a whole number from 0 on"),
+        "tolerance": (lambda v: v is None or (_is_number(v) and 0 < v <= 1), "a number in (0, 1]"),
+        "fresh": (lambda v: isinstance(v, bool), "True or False"),
+        "per_class": (lambda v: isinstance(v, bool), "True or False"),
+    }
+    for key, (is_right, what) in checks.items():
+        if not is_right(getattr(options, key)):
+            problems.append(_problem(key, getattr(options, key), what))
     return problems
 
 
-def _allowed(key: str, default: object) -> tuple[Callable[[object], bool], str]:
+def _training_problems(given: Mapping[str, Any]) -> list[Problem]:
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainingOptions)}
+    problems = []
+    for key, value in given.items():
+        if key not in defaults:
+            problems.append(_problem(key, value, f"one of {', '.join(defaults)}"))
+            continue
+        is_right, what = _training_rule(key, defaults[key])
+        if not is_right(value):
+            problems.append(_problem(key, value, what))
+    return problems
+
+
+def _training_rule(key: str, default: object) -> tuple[Callable[[Any], bool], str]:
     """(check, what is allowed) of one training option."""
     if isinstance(default, bool):
         return lambda v: isinstance(v, bool), "True or False"
@@ -88,5 +187,9 @@ def _allowed(key: str, default: object) -> tuple[Callable[[object], bool], str]:
     return lambda v: _is_number(v) and v > 0, "a number greater than 0"
 
 
+def _problem(key: str, got: object, allowed: str) -> Problem:
+    return Problem("options", key, repr(got), allowed)
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

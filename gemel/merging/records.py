@@ -1,153 +1,150 @@
-"""What a merge writes down: the manifest, the statistics for plots, one record per round."""
+"""What a merge writes down: one record per round, the history of kept rounds, and the manifest."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 
-from torch import nn
-
+from gemel.environment.clock import Clock
 from gemel.fitting.batch_norm import is_frozen
-from gemel.merging.initialisation import LEAST_SQUARES
+from gemel.merging.evaluator import Evaluator
+from gemel.merging.options import LEAST_SQUARES, MergeOptions
+from gemel.merging.state import MergeState
 from gemel.sharing.groups import Configuration, saved_bytes, to_plain
 from gemel.sharing.memory import Memory, distinct_bytes
+from gemel.strategies.base import Strategy
 from gemel.training.outcome import Outcome
-from gemel.workload import DETECTION, Task
 from model_architectures import architecture_of
-
-if TYPE_CHECKING:
-    from merger import Run
 
 
 @dataclass
-class Accuracy:
-    """What was measured of one task."""
+class RunRecord:
+    """The run of a merge, over all the times that it was resumed: the only source of the manifest's `run`."""
 
-    unmerged: float
-    merged: float
-    unmerged_test: float | None = None
-    merged_test: float | None = None
-    per_class: dict[str, dict] | None = None  # class id -> {"unmerged": measures, "merged": measures}, on val
+    started_with: dict  # flags, versions and date of this run
+    fingerprint: dict  # what must be equal for another run to resume this one
+    groups: Configuration  # every group of the workload
+    rounds: list[dict] = field(default_factory=list)
+    history: list[dict] = field(default_factory=list)  # one entry per kept round
+    finished: bool = False  # whether everything was tried
+
+    @property
+    def optimal_saved_bytes(self) -> int:
+        """The saving if every group were kept."""
+        return saved_bytes(self.groups)
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether a kept round has changed weights by training."""
+        return any(row["kept"] and row["steps"] for row in self.rounds)
+
+    def add_round(
+        self, proposal: Configuration, before: Configuration, kept: Configuration, outcome: Outcome, seconds: float
+    ) -> dict:
+        """Adds the record of a round. before, kept: what was kept before the round, and after it."""
+        new = [group for group in proposal if group not in set(before)]
+        largest = max(new, key=lambda group: group.saved_bytes)
+        row = {
+            "round": len(self.rounds) + 1,
+            "what": largest.signature.split(":")[0],
+            "num_new_groups": len(new),
+            "tasks": sorted({task for group in new for task in group.tasks}),
+            "trained": sorted(outcome.accuracies),
+            "met": list(outcome.met),
+            "accuracies": outcome.accuracies,
+            "kept": outcome.success,
+            "reason": outcome.reason,
+            "saved_bytes": saved_bytes(kept),
+            "optimal_saved_bytes": self.optimal_saved_bytes,
+            "steps": outcome.steps,
+            "samples": outcome.samples,
+            "seconds": seconds,
+        }
+        self.rounds.append(row)
+        return row
+
+    def add_history(self, clock: Clock, kept: Configuration, num_met: int) -> None:
+        """Adds what is kept by now, and its cost since the run began: undone rounds and earlier runs included."""
+        self.history.append(
+            {
+                "seconds": clock.seconds,
+                "cpu_seconds": clock.cpu_seconds,
+                "steps": sum(row["steps"] for row in self.rounds),
+                "samples": sum(row["samples"] for row in self.rounds),
+                "round": len(self.rounds),
+                "saved_bytes": saved_bytes(kept),
+                "tasks_met": num_met,
+            }
+        )
+
+    def load_rounds(self, run: Mapping) -> None:
+        """Continues the record of an earlier run; run: that part of its manifest."""
+        self.rounds, self.history = run["rounds"], run["history"]
+
+    def statistics(self, unmerged_bytes: int) -> dict:
+        """workload_stats.json."""
+        return {
+            "total_bytes": unmerged_bytes,
+            "optimal_saved_bytes": self.optimal_saved_bytes,
+            "history": self.history,
+        }
 
 
-def manifest_of(run: "Run") -> dict:
-    """The manifest of the workload as it is now, without what the store adds (README, "Results")."""
-    memory = memory_of(run)
-    return {
-        "tasks": {
-            name: task_record(task, run.accuracy[name], run.data[name].class_names, _frozen_normalisation(run, name))
-            for name, task in run.tasks.items()
-        },
-        "shared_layers": to_plain(run.strategy.kept),
-        "memory": {**asdict(memory), "saved_bytes": memory.saved_bytes},
-        "run": run_record(run),
-    }
-
-
-def statistics_of(run: "Run") -> dict:
-    """workload_stats.json."""
-    return {
-        "total_bytes": run.unmerged_bytes,
-        "optimal_saved_bytes": saved_bytes(run.groups),
-        "history": run.history,
-    }
-
-
-def memory_of(run: "Run") -> Memory:
-    return Memory(run.unmerged_bytes, distinct_bytes(run.models), saved_bytes(run.groups))
-
-
-def task_record(
-    task: Task, accuracy: Accuracy, class_names: Sequence[str], frozen_normalisation: str | None = None
+def run_part(
+    record: RunRecord,
+    options: MergeOptions,
+    clock: Clock,
+    strategy: Strategy,
+    evaluator: Evaluator,
+    state: MergeState,
 ) -> dict:
-    """class_names: by class id, without the background; none are null."""
+    """The `run` part of the manifest: how the run was started, and everything that a later run needs to resume it."""
     return {
-        "task": task.kind,
-        "class_names": list(class_names) or None,
-        "frozen_normalisation": frozen_normalisation,
-        "architecture": architecture_of(task.model),
-        "unmerged_acc": task.unmerged_acc,
-        "measured_unmerged_acc": accuracy.unmerged,
-        "target_acc": task.target_acc,
-        "merged_acc": accuracy.merged,
-        "unmerged_test_acc": accuracy.unmerged_test,
-        "test_acc": accuracy.merged_test,
-        "per_class": accuracy.per_class,
-        "met": accuracy.merged >= task.target_acc,
+        **record.started_with,
+        "strategy": options.strategy,
+        "seed": options.seed,
+        "seconds": clock.seconds,
+        "cpu_seconds": clock.cpu_seconds,
+        "finished": record.finished,
+        "groups": to_plain(record.groups),
+        "strategy_state": strategy.state(),
+        "accuracy": evaluator.state(),
+        "permutations": state.order.permutations,
+        "rounds": record.rounds,
+        "history": record.history,
+        "fingerprint": record.fingerprint,
     }
 
 
-def _frozen_normalisation(run: "Run", name: str) -> str | None:
+def task_parts(evaluator: Evaluator, state: MergeState, options: MergeOptions) -> dict[str, dict]:
+    """The `tasks` part of the manifest: what was measured of every task, and what its stored tensors are."""
+    return {
+        name: {
+            "task": task.kind,
+            "class_names": list(evaluator.data[name].class_names) or None,
+            "frozen_normalisation": _frozen_normalisation(name, state, options),
+            "architecture": architecture_of(task.model),
+            "permuted": name in state.order.applied,
+            "unmerged_acc": task.unmerged_acc,
+            "measured_unmerged_acc": evaluator.accuracy[name].unmerged,
+            "target_acc": task.target_acc,
+            "merged_acc": evaluator.accuracy[name].merged,
+            "unmerged_test_acc": evaluator.accuracy[name].unmerged_test,
+            "test_acc": evaluator.accuracy[name].merged_test,
+            "per_class": evaluator.accuracy[name].per_class,
+            "met": evaluator.accuracy[name].merged >= task.target_acc,
+        }
+        for name, task in evaluator.tasks.items()
+    }
+
+
+def memory_part(state: MergeState, record: RunRecord) -> dict:
+    """The `memory` part of the manifest."""
+    memory = Memory(state.unmerged_bytes, distinct_bytes(state.models), record.optimal_saved_bytes)
+    return {**asdict(memory), "saved_bytes": memory.saved_bytes}
+
+
+def _frozen_normalisation(name: str, state: MergeState, options: MergeOptions) -> str | None:
     """How frozen batch normalisation was treated: "refitted", or "kept" where layers were fitted to it; else None."""
-    if not any(map(is_frozen, run.models[name].modules())):
+    if not any(map(is_frozen, state.models[name].modules())):
         return None
-    shares = any(name in group.tasks for group in run.strategy.kept)
-    return "refitted" if shares and run.initial_weights != LEAST_SQUARES else "kept"
-
-
-def per_class_of(task: Task, unmerged: nn.Module, merged: nn.Module, loader: Iterable) -> dict[str, dict] | None:
-    """What the task's eval method can say class by class, before and after; None if it has no `per_class`.
-
-    Classes are ids of the dataset: the background of a detector is taken off.
-    """
-    measure = getattr(task.eval_method, "per_class", None)
-    if measure is None:
-        return None
-    before, after = measure(unmerged, loader), measure(merged, loader)
-    first = int(task.kind == DETECTION and task.background_class)
-    return {str(label - first): {"unmerged": before[label], "merged": after[label]} for label in before}
-
-
-def run_record(run: "Run") -> dict:
-    """The `run` part of the manifest: how it was started, and all that a later run needs to go on."""
-    return {
-        **run.flags,
-        "strategy": run.strategy_name,
-        "seed": run.seed,
-        "seconds": run.seconds,
-        "cpu_seconds": run.cpu_seconds,
-        "finished": run.finished,
-        "groups": to_plain(run.groups),
-        "strategy_state": run.strategy.state(),
-        "accuracy": {name: asdict(accuracy) for name, accuracy in run.accuracy.items()},
-        "permutations": run.permutations,
-        "rounds": run.rounds,
-        "history": run.history,
-        "fingerprint": run.fingerprint,
-    }
-
-
-def round_record(run: "Run", before: Configuration, proposal: Configuration, outcome: Outcome, seconds: float) -> dict:
-    """One round as it is shown and stored."""
-    new = [group for group in proposal if group not in set(before)]
-    largest = max(new, key=lambda group: group.saved_bytes)
-    what = largest.signature.split(":")[0]
-    return {
-        "round": len(run.rounds) + 1,
-        "what": what,
-        "num_new_groups": len(new),
-        "tasks": sorted({task for group in new for task in group.tasks}),
-        "trained": sorted(outcome.accuracies),
-        "met": list(outcome.met),
-        "accuracies": outcome.accuracies,
-        "kept": outcome.success,
-        "reason": outcome.reason,
-        "saved_bytes": saved_bytes(run.strategy.kept),
-        "optimal_saved_bytes": saved_bytes(run.groups),
-        "steps": outcome.steps,
-        "samples": outcome.samples,
-        "seconds": seconds,
-    }
-
-
-def history_entry(run: "Run") -> dict:
-    """What was reached by now, and what it has cost since the run began: undone rounds, resumed runs included."""
-    met = sum(run.accuracy[name].merged >= task.target_acc for name, task in run.tasks.items())
-    return {
-        "seconds": run.seconds,
-        "cpu_seconds": run.cpu_seconds,
-        "steps": sum(row["steps"] for row in run.rounds),
-        "samples": sum(row["samples"] for row in run.rounds),
-        "round": len(run.rounds),
-        "saved_bytes": saved_bytes(run.strategy.kept),
-        "tasks_met": met,
-    }
+    shares = any(name in group.tasks for group in state.kept)
+    return "refitted" if shares and options.initial_weights != LEAST_SQUARES else "kept"

@@ -17,8 +17,8 @@ from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import adapted_layers, read_manifest, read_result
 from gemel.results_store.tensors import Store, raw_bytes, read_tensors
 from gemel.sharing.adapters import plain_state
-from gemel.sharing.groups import signature_of
 from gemel.sharing.memory import distinct_bytes
+from gemel.sharing.signatures import signature_of
 
 OK, SKIP, FAIL = "ok", "skip", "FAIL"
 ACCURACY_MARGIN = 0.005  # another device or number of threads rounds differently, and an image or two may flip

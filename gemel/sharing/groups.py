@@ -1,23 +1,19 @@
-"""Which layers can share one set of parameters: signatures, groups and configurations.
+"""Which layers can share one set of parameters: groups and configurations.
 
-Planned on module structure and tensor shapes alone; nothing here reads or changes a weight, so models on the meta
-device can be planned for as well. Everything returned is frozen data.
+They follow from module structure and tensor shapes alone; no weight is read or changed here, so models on the meta
+device work as well. Everything returned is frozen data.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from gemel.sharing.adapters import own_modules
+from gemel.sharing.signatures import find_layers
 
-NORMALISATION_TYPES = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
-NUM_COMPARED = 8  # layers at which a merged model is compared with its unmerged one
-NORMALISATION_NAME = re.compile(r"(norm|bn)(_?\d+d?)?$", re.IGNORECASE)  # a user's own MyLayerNorm2d
+NUM_COMPARED = 8  # tied layers at which a merged model is compared with its unmerged one
 
 
 class Occurrence(NamedTuple):
@@ -27,19 +23,11 @@ class Occurrence(NamedTuple):
     layer: str  # name of the module in the task's model, "" for the model itself
 
 
-class Layer(NamedTuple):
-    """A module that owns parameters and may share them."""
-
-    name: str
-    signature: str
-    bytes: int
-
-
 @dataclass(frozen=True)
 class Group:
     """Occurrences, at most one per task, that can share one set of parameters of `bytes` bytes.
 
-    At a price: every occurrence then has a private residual of `rank` beside them (sharing/low_rank.py).
+    rank: of the private adapter that each occurrence has beside the shared parameters (adapters.py); 0: none.
     """
 
     signature: str
@@ -50,7 +38,7 @@ class Group:
 
     @property
     def saved_bytes(self) -> int:
-        """Net of the residuals."""
+        """What sharing saves, less the bytes of the adapters."""
         return self.bytes * (len(self.occurrences) - 1) - self.adapter_bytes * len(self.occurrences)
 
     @property
@@ -62,53 +50,15 @@ class Group:
         return replace(self, occurrences=tuple(o for o in self.occurrences if o.task in tasks))
 
     def with_adapters(self, rank: int, adapter_bytes: int) -> "Group":
-        """The group with residuals of that rank, and of so many bytes for an occurrence."""
+        """The group with adapters of that rank, each of adapter_bytes."""
         return replace(self, rank=rank, adapter_bytes=adapter_bytes)
 
 
 Configuration = tuple[Group, ...]  # the groups that are tied
 
 
-def is_normalisation(module: nn.Module) -> bool:
-    """Whether a module normalises: its few bytes stay private to each task, because its statistics matter."""
-    return isinstance(module, NORMALISATION_TYPES) or bool(NORMALISATION_NAME.search(type(module).__name__))
-
-
-def signature_of(module: nn.Module) -> str:
-    """What must be equal for the parameters of two layers to be interchangeable.
-
-    The module's class, its settings as it prints them itself (for a convolution: channels, kernel, stride, padding,
-    groups ...), and name, dtype and shape of each parameter that it owns directly.
-    """
-    kind = type(module)
-    origin = "" if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}."
-    parameters = ", ".join(
-        f"{name} {str(p.dtype).removeprefix('torch.')}{list(p.shape)}"
-        for name, p in module.named_parameters(recurse=False)
-    )
-    return f"{origin}{kind.__qualname__}({module.extra_repr()}): {parameters}"
-
-
-def find_layers(model: nn.Module) -> list[Layer]:
-    """The shareable layers of a model, in the order in which it registers them (input to output, as a rule).
-
-    Left out: normalisation, parameters that are not floating point, and a layer that repeats a parameter of an earlier
-    layer of the same model (it follows that layer wherever it goes).
-    """
-    layers, seen = [], set()
-    for name, module in own_modules(model):
-        parameters = list(module.parameters(recurse=False))
-        repeated = any(id(p) in seen for p in parameters)
-        seen.update(map(id, parameters))
-        if not parameters or repeated or is_normalisation(module):
-            continue
-        if all(p.is_floating_point() for p in parameters):
-            layers.append(Layer(name, signature_of(module), sum(p.nbytes for p in parameters)))
-    return layers
-
-
 def find_groups(models: Mapping[str, nn.Module]) -> Configuration:
-    """Every group of a workload, largest saving first: the k-th layer of a signature pairs with the k-th elsewhere."""
+    """Every group of a workload, largest saving first: the k-th layer of a signature in each task."""
     members: dict[tuple[str, int], list[Occurrence]] = defaultdict(list)
     layer_bytes: dict[str, int] = {}
     for task, model in models.items():
@@ -122,7 +72,7 @@ def find_groups(models: Mapping[str, nn.Module]) -> Configuration:
 
 
 def find_stem(models: Mapping[str, nn.Module], depth: int) -> Configuration:
-    """Groups over the first `depth` layers only: tasks share layer i if all their layers up to i are alike.
+    """Groups over the first `depth` layers only: tasks share layer i if their layers up to i have equal signatures.
 
     Source: Jiang et al., "Mainstream: Dynamic Stem-Sharing for Multi-Tenant Video Processing", ATC 2018.
     """
@@ -138,20 +88,20 @@ def find_stem(models: Mapping[str, nn.Module], depth: int) -> Configuration:
 
 
 def ordered(groups) -> Configuration:
-    """A configuration in its one order: largest saving first, then by signature and occurrences."""
+    """The groups in the order of a configuration: largest saving first, then by signature and occurrences."""
     return tuple(sorted(groups, key=lambda g: (-g.saved_bytes, g.signature, g.occurrences)))
 
 
 def restrict(groups: Configuration, tasks: Collection[str]) -> Configuration:
-    """The groups among these tasks only, without those that then share nothing."""
+    """The groups without the occurrences of other tasks; a group that then shares nothing is left out."""
     trimmed = (group.restricted_to(tasks) for group in groups)
     return ordered(group for group in trimmed if len(group.occurrences) > 1)
 
 
 def joined(*configurations: Configuration) -> Configuration:
-    """One configuration that ties whatever any of these ties; groups with an occurrence in common become one.
+    """One configuration that ties all that any of these ties; groups with an occurrence in common become one.
 
-    Its residuals are those of the last of them, since a later configuration says what becomes of an earlier one.
+    Such a group has the adapters that it has in the last of the configurations.
     """
     merged: list[Group] = []
     for group in (group for configuration in configurations for group in configuration):
@@ -163,22 +113,23 @@ def joined(*configurations: Configuration) -> Configuration:
     return ordered(merged)
 
 
-def around(kept: Configuration, groups: Configuration) -> Configuration:
-    """The groups, made to agree with what is kept: what is tied stays together, and no task comes in twice.
+def reconciled(kept: Configuration, groups: Configuration) -> Configuration:
+    """The groups, changed so that each kept group is a part of one of them; all without adapters.
 
-    An occurrence joins the kept group with which its group has most in common; what does not fit is left out.
+    Of a group that has occurrences in common with kept groups, the others are added to the kept group with which it has
+    most in common, except those that are in a kept group already and those of a task that this one holds already.
     """
-    tied, found, left = {o for group in kept for o in group.occurrences}, list(kept), []
+    tied, found, disjoint = {o for group in kept for o in group.occurrences}, list(kept), []
     for group in ordered(groups):
         partners = [i for i, other in enumerate(found) if set(other.occurrences) & set(group.occurrences)]
         if not partners:
-            left.append(group)
+            disjoint.append(group)
             continue
         best = max(partners, key=lambda i: len(set(found[i].occurrences) & set(group.occurrences)))
         free = [o for o in group.occurrences if o not in tied and o.task not in found[best].tasks]
         found[best] = replace(found[best], occurrences=(*found[best].occurrences, *free))
         tied |= set(free)
-    return ordered(replace(group, rank=0, adapter_bytes=0) for group in (*found, *left))
+    return ordered(replace(group, rank=0, adapter_bytes=0) for group in (*found, *disjoint))
 
 
 def to_plain(configuration: Configuration) -> list[dict]:
@@ -191,7 +142,7 @@ def to_plain(configuration: Configuration) -> list[dict]:
 
 
 def from_plain(plain: list[dict]) -> Configuration:
-    """What `to_plain` made plain."""
+    """The configuration that `to_plain` was given."""
     return ordered(
         Group(
             g["signature"],
@@ -205,7 +156,7 @@ def from_plain(plain: list[dict]) -> Configuration:
 
 
 def saved_bytes(configuration: Configuration) -> int:
-    """Bytes that a configuration saves."""
+    """Bytes that the configuration saves."""
     return sum(group.saved_bytes for group in configuration)
 
 
@@ -221,7 +172,7 @@ def affected_tasks(before: Configuration, after: Configuration) -> list[str]:
 
 
 def compared_layers(model: nn.Module, task: str, configuration: Configuration) -> list[str]:
-    """Layers at which a merged model is compared with its unmerged one: tied ones over the depth, and the last."""
+    """Layers at which a merged model is compared with its unmerged one: tied ones over its depth, and the last."""
     names = [layer.name for layer in find_layers(model)]
     tied = {o.layer for group in configuration for o in group.occurrences if o.task == task}
     candidates = [name for name in names if name in tied]

@@ -22,7 +22,7 @@ def mean(parameters: Sequence[Tensor], weights: Sequence[float] | None = None) -
 
 
 def similar(parameters: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
-    """The geometric median: a mean in which an occurrence counts the more, the nearer it is to the others.
+    """The geometric median: a mean in which occurrences near the others have more weight.
 
     Of two occurrences it is their mean. Source: Pillutla et al., "Robust Aggregation for Federated Learning",
     IEEE Transactions on Signal Processing 2022, algorithm 2 (smoothed Weiszfeld).

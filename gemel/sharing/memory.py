@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """State-dict key -> the very parameter or buffer object behind it (not a detached alias)."""
+    """State-dict key -> the parameter or buffer object itself (not a detached alias)."""
     return model.state_dict(keep_vars=True)
 
 
@@ -28,7 +28,7 @@ def distinct_bytes(models: Mapping[str, nn.Module]) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a workload before and after merging, and the limit of what merging could save."""
+    """Bytes of a workload before and after merging, and the most that merging could save."""
 
     unmerged_bytes: int
     merged_bytes: int

@@ -1,6 +1,6 @@
 """Tying layers at the level of parameters, and undoing it exactly.
 
-A group is tied when every occurrence holds the *same* nn.Parameter objects. Modules stay apart, so train/eval mode,
+A group is tied when every occurrence holds the *same* nn.Parameter objects. Modules stay separate, so train/eval mode,
 hooks and statistics stay private. Hold the models in one nn.ModuleDict: `.parameters()` then yields a tied parameter
 once, and `.to()` moves it once. `load_state_dict(assign=True)` and `deepcopy` of a single model break ties.
 """
@@ -25,7 +25,7 @@ def tie(
 ) -> None:
     """Ties every group of the configuration; groups that are tied already keep their parameters as they are.
 
-    initial: the name of a data-free rule. task_weights: how much each task counts in it (default: all the same).
+    initial: the name of a data-free rule (initial_weights.py). task_weights: those of the tasks in it (default: equal).
     """
     for group in configuration:
         weights = None if task_weights is None else [task_weights[task] for task in group.tasks]
@@ -35,7 +35,7 @@ def tie(
             if all(p is parameters[0] for p in parameters):
                 continue
             values = INITIAL_WEIGHTS[initial](parameters, weights)
-            shared = nn.Parameter(torch.empty_like(parameters[0]).copy_(values))  # its layout in memory, too
+            shared = nn.Parameter(torch.empty_like(parameters[0]).copy_(values))  # keeps the memory layout
             for occurrence, parameter in zip(group.occurrences, parameters, strict=True):
                 replace_parameter(models[occurrence.task], parameter, shared)
 
@@ -43,10 +43,10 @@ def tie(
 def retie(
     models: nn.ModuleDict, before: Configuration, after: Configuration, unmerged: nn.ModuleDict, initial: str = "mean"
 ) -> None:
-    """Goes from one configuration to another with the weights as they are.
+    """Changes the ties from one configuration to another; weights that stay tied keep their values.
 
-    Of a group that splits, the largest part keeps the shared parameters; an occurrence that `after` leaves alone gets
-    the weights that it had in its unmerged model. Residuals of another rank than before begin anew.
+    Of a group that splits, the largest part keeps the shared parameters; an occurrence that is in no group of `after`
+    gets the weights that it has in its unmerged model. An adapter whose rank changes is replaced by a new one.
     """
     group_of = {occurrence: group for group in after for occurrence in group.occurrences}
     for group in set(before) - set(after):
@@ -74,7 +74,7 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
 
 @torch.no_grad()
 def reset(models: nn.ModuleDict, configuration: Configuration, unmerged: nn.ModuleDict, initial: str = "mean") -> None:
-    """Gives tied groups the values that the rule makes of their unmerged models' weights, whatever they are now."""
+    """Sets the weights of tied groups to what the rule makes of their unmerged models' weights."""
     for group in configuration:
         layers = [_layer(unmerged, occurrence) for occurrence in group.occurrences]
         for key, shared in _layer(models, group.occurrences[0]).named_parameters(recurse=False):
@@ -90,7 +90,7 @@ def is_tied(models: nn.ModuleDict, group: Group) -> bool:
 
 
 def untie(models: nn.ModuleDict, occurrence: Occurrence) -> None:
-    """Gives one occurrence parameters of its own again, with the values that it has now."""
+    """Gives one occurrence private parameters with the present values of the shared ones."""
     model = models[occurrence.task]
     for _, parameter in list(_layer(models, occurrence).named_parameters(recurse=False)):
         own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
@@ -98,7 +98,7 @@ def untie(models: nn.ModuleDict, occurrence: Occurrence) -> None:
 
 
 def replace_parameter(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Puts `new` wherever the model holds `old` (a model may use one parameter in several places)."""
+    """Replaces `old` by `new` in all modules of the model (a model may use one parameter in several modules)."""
     for module in model.modules():
         for key, parameter in list(module._parameters.items()):
             if parameter is old:
@@ -111,27 +111,27 @@ def _layer(models: nn.ModuleDict, occurrence: Occurrence) -> nn.Module:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything needed to bring models back bit by bit: which tensor stood where, and the values it had."""
+    """All that is needed to restore models bit by bit: which module held which tensor, and the tensors' values."""
 
-    places: tuple[tuple[nn.Module, str, Tensor], ...]
-    residuals: tuple[tuple[nn.Module, Adapter | None], ...]
+    owners: tuple[tuple[nn.Module, str, Tensor], ...]
+    adapters: tuple[tuple[nn.Module, Adapter | None], ...]
     values: tuple[tuple[Tensor, Tensor], ...]  # (tensor, copy of its values on the CPU)
     flags: tuple[tuple[nn.Parameter, bool], ...]  # requires_grad
     modes: tuple[tuple[nn.Module, bool], ...]  # training
 
 
 def take_snapshot(models: nn.Module) -> Snapshot:
-    """A snapshot of parameters, buffers, ties, requires_grad and train/eval modes; the copies lie in CPU memory."""
-    places = [
+    """A snapshot of parameters, buffers, ties, requires_grad and train/eval modes; the copies are in CPU memory."""
+    owners = [
         (module, key, tensor)
         for module in models.modules()
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]
         if tensor is not None
     ]
-    distinct = {id(tensor): tensor for _, _, tensor in places}.values()
+    distinct = {id(tensor): tensor for _, _, tensor in owners}.values()
     return Snapshot(
-        places=tuple(places),
-        residuals=tuple((module, adapter_of(module)) for _, module in own_modules(models)),
+        owners=tuple(owners),
+        adapters=tuple((module, adapter_of(module)) for _, module in own_modules(models)),
         values=tuple((tensor, tensor.detach().to("cpu", copy=True)) for tensor in distinct),
         flags=tuple((tensor, tensor.requires_grad) for tensor in distinct if isinstance(tensor, nn.Parameter)),
         modes=tuple((module, module.training) for module in models.modules()),
@@ -141,10 +141,10 @@ def take_snapshot(models: nn.Module) -> Snapshot:
 @torch.no_grad()
 def restore_snapshot(snapshot: Snapshot) -> None:
     """Undoes every tie, training step and change of statistics since the snapshot was taken."""
-    for module, residual in snapshot.residuals:
-        if adapter_of(module) is not residual:
-            set_adapter(module, residual)
-    for module, key, tensor in snapshot.places:
+    for module, adapter in snapshot.adapters:
+        if adapter_of(module) is not adapter:
+            set_adapter(module, adapter)
+    for module, key, tensor in snapshot.owners:
         if getattr(module, key) is not tensor:
             setattr(module, key, tensor)
     for tensor, values in snapshot.values:

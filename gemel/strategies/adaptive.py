@@ -1,15 +1,19 @@
-"""The adaptive strategy: everything at once, back off where a task stays below target, then fill in.
+"""The adaptive strategy: everything at once, release layers where a task stays below its target, then fill in.
 
-The first jump ties all groups that one set of weights is predicted to serve. (Layers that read the images themselves
-are tied even if they are not: they are given the weights of the task that is at most risk, and what follows them in the
-other tasks is fitted to that.) The second leaves out those that hurt most for what they save, up to a five-hundredth of
-the saving (early layers, as a rule: their few bytes spoil the input of all that follows). Where that fails as well, the
-groups that hurt a failing task most for what they save are released *for that task* (a group splits: the others go on
-sharing) and the rest is tried, with more released each time. Once
-every target is met, what was held back or released is tried, the largest savings first, in parts that are halved when
-they nearly work; if much is missing then, the same at a price (sharing/low_rank.py). Up to here weights are fitted in
-closed form and not trained, which takes seconds. What is missing still is filled in with training, in parts that are
-halved when they fail: at a price, and then without, until nothing is left. No trial is made twice.
+1. Jump: tie all groups that one set of weights is predicted to serve. A first layer, which reads the images, is tied
+   even where no one set serves all tasks: it takes the weights of the most sensitive task (the donor), and what follows
+   it in the other tasks is fitted to that.
+2. Jump again without the groups of highest predicted sensitivity per byte, up to a five-hundredth of the saving (early
+   layers, as a rule: they have few bytes, and an error in them reaches every layer behind).
+3. Back off: release the most sensitive groups per byte for each task that failed (a group splits: the other tasks still
+   share it) and try the rest; release more each time a task fails again.
+4. Fill in: once every target is met, try what was held back or released, the largest savings first, in parts that are
+   halved when they nearly work.
+5. Fill in with adapters: if much is missing, try the same with a low-rank adapter per task (gemel/sharing/adapters.py).
+   Up to here weights are fitted in closed form and not trained, which takes seconds.
+6. Fill in with training: first with adapters, then without, in parts that are halved when they fail.
+
+No trial is made twice.
 """
 
 import hashlib
@@ -18,52 +22,36 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from gemel.sharing.adapters import adapter_bytes, rank_within
-from gemel.sharing.groups import (
-    Configuration,
-    Group,
-    find_groups,
-    find_layers,
-    from_plain,
-    joined,
-    ordered,
-    saved_bytes,
-    to_plain,
-)
+from gemel.sharing.groups import Configuration, Group, find_groups, from_plain, joined, ordered, saved_bytes, to_plain
+from gemel.sharing.signatures import find_layers
 from gemel.strategies.base import NONE, Adopting, Ratios, Sensitivity
+from gemel.thresholds import THRESHOLDS
 
-NEAR = 0.93  # of its target: from here on a task that fails needs little
-FAR = 0.8  # of its target: below, halving twice would not be enough, if the harm halves along (benchmarks/LOG.md)
-# Of the bytes that it shares; twice as much each time it fails again.
-RELEASED_WHEN_NEAR, RELEASED_WHEN_FAR = 0.03, 0.25
-HELD_BACK = 0.002  # of the possible saving: what the jump leaves out at most, but for what is infeasible
-INFEASIBLE = 0.25  # predicted harm of a group from which it is left to training (benchmarks/LOG.md)
-INFEASIBLE_SHARE = 0.25  # of the possible saving: what is left to training from the start at most, the worst first
-WORTH_A_FIT = 0.01  # of the possible saving: smaller parts that a fit does not bring to target are left to training
-SMALLEST_PART = 0.25  # of what was missing before it was filled in: the same (benchmarks/LOG.md)
-WORTH_ADAPTERS = 0.03  # of the possible saving: if less is missing, it is left to training without residuals
 JUMP, BACK_OFF, FILL, TRAIN, DONE = "jump", "back off", "fill in", "fill in with training", "done"
-WITH_ADAPTERS, TRAIN_WITH_ADAPTERS = "fill in at a price", "fill in at a price with training"
+WITH_ADAPTERS, TRAIN_WITH_ADAPTERS = "fill in with adapters", "fill in with adapters and training"
 FOLLOWING = {FILL: WITH_ADAPTERS, WITH_ADAPTERS: TRAIN_WITH_ADAPTERS, TRAIN_WITH_ADAPTERS: TRAIN, TRAIN: DONE}
 
 Part = dict[int, tuple[str, ...]]  # what is tried as one: index of a group -> tasks that would join it
 
 
 class Adaptive(Adopting):
-    """See the header of this file; what it is worth was measured in benchmarks/LOG.md."""
+    """See the header of this file; benchmarks/LOG.md has what was measured."""
 
-    def __init__(self, models: Mapping[str, nn.Module], groups: Configuration | None = None, price: float = 0.0):
+    def __init__(
+        self, models: Mapping[str, nn.Module], groups: Configuration | None = None, adapter_budget: float = 0.0
+    ):
         self.groups = find_groups(models) if groups is None else groups
-        self.adapted = [_with_adapters(group, models, price) for group in self.groups]
+        self.adapted = [_with_adapters(group, models, adapter_budget) for group in self.groups]
         self.infeasible: Configuration = ()  # what the first jump leaves out
         self.held_back: Configuration = ()  # what the second leaves out, should the first fail
-        self.predicted: list[float] = []  # predicted harm of each of `groups` for the task that it hurts most
+        self.predicted: list[float] = []  # sensitivity of the most sensitive task of each of `groups`
         first = {name: next(iter(find_layers(model)), None) for name, model in models.items()}
         self.stems = [all(first[o.task].name == o.layer for o in group.occurrences) for group in self.groups]
-        self.most_sensitive: str | None = None  # the task that all groups together are predicted to hurt most
+        self.most_sensitive: str | None = None  # the task with the highest sum of predicted sensitivities
         self.own: Configuration = ()
         self.phase = JUMP
-        self.working: Configuration = ()  # what a failed trial of this descent has left to try, or to train
-        self.failures: dict[str, int] = {}  # task -> trials of this descent in which it failed
+        self.working: Configuration = ()  # what a failed trial leaves to try, or to train
+        self.failures: dict[str, int] = {}  # task -> trials of this back-off in which it failed
         self.parts: list[Part] = []  # to fill in, in this order
         self.smallest = 0.0  # bytes that a part would have to save to be halved without training
         self.tried: set[str] = set()
@@ -82,7 +70,10 @@ class Adaptive(Adopting):
 
     @property
     def refits_all_changes(self) -> bool:
-        """Smaller parts are fitted behind what is kept, which is quicker and leaves the targets that were met alone."""
+        """Only for a part that holds all that is missing: smaller ones are fitted behind what is kept.
+
+        That is quicker, and does not move tasks that met their targets.
+        """
         return self.phase not in (FILL, WITH_ADAPTERS) or self.parts[:1] == [self._missing(self.phase)]
 
     @property
@@ -90,7 +81,7 @@ class Adaptive(Adopting):
         return self.phase not in (TRAIN_WITH_ADAPTERS, TRAIN)
 
     def propose(self) -> Configuration | None:
-        """The next configuration; what has been tried, or ties nothing new, is passed over."""
+        """The next configuration; skips what was tried already or ties nothing new."""
         if self.phase == JUMP and (jump := self._next_jump()) is not None:
             return jump
         if self.phase == BACK_OFF and self._is_new(self.working):
@@ -114,18 +105,22 @@ class Adaptive(Adopting):
         return None
 
     def donor_of(self, group: Group) -> str | None:
-        """Stems that no one set of weights is predicted to serve have those of the task at most risk."""
-        for other, is_stem, harm in zip(self.groups, self.stems, self.predicted, strict=False):
-            if is_stem and harm > INFEASIBLE and set(group.occurrences) <= set(other.occurrences):
+        """The most sensitive task, for first layers that no one set of weights is predicted to serve."""
+        for other, is_stem, sensitivity in zip(self.groups, self.stems, self.predicted, strict=False):
+            if (
+                is_stem
+                and sensitivity > THRESHOLDS.sensitivity.infeasible
+                and set(group.occurrences) <= set(other.occurrences)
+            ):
                 return self.most_sensitive if self.most_sensitive in group.tasks else None
         return None
 
-    def set_sensitivity(self, harm: Sensitivity) -> None:
-        """Chooses what the jumps leave out: what no fit can serve, and of the rest the most harm per byte first."""
-        left = HELD_BACK * saved_bytes(self.groups)
-        risk = {task: sum(h for (_, name), h in harm.items() if name == task) for _, task in harm}
-        self.most_sensitive = max(sorted(risk), key=risk.__getitem__, default=None)
-        worst = {group: max(harm.get((group, task), 0.0) for task in group.tasks) for group in self.groups}
+    def set_sensitivity(self, sensitivity: Sensitivity) -> None:
+        """Chooses what the jumps leave out: infeasible groups, and of the rest the most sensitive per byte."""
+        left = THRESHOLDS.sensitivity.held_back * saved_bytes(self.groups)
+        total = {task: sum(s for (_, name), s in sensitivity.items() if name == task) for _, task in sensitivity}
+        self.most_sensitive = max(sorted(total), key=total.__getitem__, default=None)
+        worst = {group: max(sensitivity.get((group, task), 0.0) for task in group.tasks) for group in self.groups}
         self.predicted = list(worst.values())
         held = self._infeasible(worst)
         self.infeasible = ordered(held)
@@ -136,18 +131,22 @@ class Adaptive(Adopting):
         self.held_back = ordered(held)
 
     def _infeasible(self, worst: Mapping[Group, float]) -> list[Group]:
-        """Groups that no one set of weights is predicted to serve."""
-        left = INFEASIBLE_SHARE * saved_bytes(self.groups)
+        """Groups that no one set of weights is predicted to serve, the most sensitive first, within their share."""
+        left = THRESHOLDS.sensitivity.infeasible_share * saved_bytes(self.groups)
         chosen = []
         for group in sorted(worst, key=lambda group: (-worst[group], group.occurrences)):
-            if worst[group] > INFEASIBLE and group.saved_bytes <= left and self.donor_of(group) is None:
+            if (
+                worst[group] > THRESHOLDS.sensitivity.infeasible
+                and group.saved_bytes <= left
+                and self.donor_of(group) is None
+            ):
                 chosen.append(group)
                 left -= group.saved_bytes
         return chosen
 
-    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Sensitivity = NONE) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, sensitivity: Sensitivity = NONE) -> None:
         trial = self.propose()
-        assert trial is not None, "a trial is recorded that was never proposed"
+        assert trial is not None, "a recorded trial must have been proposed"
         self.tried.add(self._key(trial))
         self.working = ()
         if kept:
@@ -161,35 +160,41 @@ class Adaptive(Adopting):
             while self.phase in (FILL, WITH_ADAPTERS, TRAIN_WITH_ADAPTERS) and not self.parts:
                 self._begin_filling(FOLLOWING[self.phase])
             if self.phase in (TRAIN_WITH_ADAPTERS, TRAIN) and self.parts and self._filled(self.parts[0]) == trial:
-                self.working = trial  # training goes on from what was fitted
+                self.working = trial  # training continues from the fitted weights
         elif self.phase == BACK_OFF or self._next_jump() is None:
-            self._back_off(trial, set(met), ratios, harm)
+            self._back_off(trial, set(met), ratios, sensitivity)
 
-    def _back_off(self, trial: Configuration, met: set[str], ratios: Ratios, harm: Sensitivity) -> None:
+    def _back_off(self, trial: Configuration, met: set[str], ratios: Ratios, sensitivity: Sensitivity) -> None:
         failing = sorted({task for group in trial for task in group.tasks} - met)
         released = set()
         for task in failing or sorted({task for group in trial for task in group.tasks}):
-            at_first = RELEASED_WHEN_NEAR if ratios.get(task, 1.0) >= NEAR else RELEASED_WHEN_FAR
+            at_first = (
+                THRESHOLDS.release.share_when_near
+                if ratios.get(task, 1.0) >= THRESHOLDS.release.near
+                else THRESHOLDS.release.share_when_far
+            )
             share = min(1.0, at_first * 2 ** self.failures.get(task, 0))
             self.failures[task] = self.failures.get(task, 0) + 1
-            released |= {(group, task) for group in most_sensitive_groups(trial, task, share, harm, self.kept)}
+            released |= {(group, task) for group in most_sensitive_groups(trial, task, share, sensitivity, self.kept)}
         left = (group.restricted_to({t for t in group.tasks if (group, t) not in released}) for group in trial)
         self.working = joined(self.kept, ordered(group for group in left if len(group.occurrences) > 1))
         self.phase = BACK_OFF
 
     def _begin_filling(self, phase: str) -> None:
-        """One part of all that is missing; at a price only where it is worth it."""
+        """One part with all that is missing; with adapters only where enough is missing."""
         part = self._missing(phase)
         self.phase, self.parts, self.working = phase, [part] if part else [], ()
-        self.smallest = max(WORTH_A_FIT * saved_bytes(self.groups), SMALLEST_PART * self._gain(part))
-        if phase in (WITH_ADAPTERS, TRAIN_WITH_ADAPTERS) and self._gain(part) < WORTH_ADAPTERS * saved_bytes(
-            self.groups
-        ):
+        self.smallest = max(
+            THRESHOLDS.fill.worth_a_fit * saved_bytes(self.groups), THRESHOLDS.fill.smallest_part * self._gain(part)
+        )
+        if phase in (WITH_ADAPTERS, TRAIN_WITH_ADAPTERS) and self._gain(
+            part
+        ) < THRESHOLDS.fill.worth_adapters * saved_bytes(self.groups):
             self.parts = []
 
     def _missing(self, phase: str) -> Part:
-        """What could be tied: not what no fit can serve where there is neither price nor training, at a price only what
-        can have a residual, and with training also what is tied at a price and may do without."""
+        """What could still be tied: with fitted weights alone no infeasible group, with adapters only layers that can
+        have one, and with training also what is tied with adapters and may do without."""
         settled = [group for group in self.kept if phase != TRAIN or not group.rank]
         tied = {occurrence for group in settled for occurrence in group.occurrences}
         missing = {i: tuple(o.task for o in group.occurrences if o not in tied) for i, group in enumerate(self.groups)}
@@ -201,19 +206,19 @@ class Adaptive(Adopting):
         return {i: tasks for i, tasks in missing.items() if tasks and self.groups[i] not in left_out}
 
     def _give_up_part(self, met: Collection[str], ratios: Ratios = NONE) -> None:
-        """Puts two smaller parts in the place of the first: the tasks that failed apart, or else half of the groups.
+        """Replaces the first part by two smaller ones: tasks at target and below it, or half of the groups each.
 
-        What is far from its targets after a fit, or small, is left to the phases that follow.
+        A part that is far from its targets after a fit, or small, is left to the next phases.
         """
         part = self.parts.pop(0)
-        is_far = any(ratio < FAR for ratio in ratios.values())
+        is_far = any(ratio < THRESHOLDS.fill.far for ratio in ratios.values())
         if self.phase in (FILL, WITH_ADAPTERS) and (is_far or self._gain(part) < self.smallest):
             return
         good, bad = (
             {i: left for i, tasks in part.items() if (left := tuple(t for t in tasks if (t in met) == is_good))}
             for is_good in (True, False)
         )
-        if not bad or self._gain(good) <= 0:  # those that met their targets share nothing without the others
+        if not bad or self._gain(good) <= 0:  # the tasks at target share nothing without the others
             if len(part) < 2:
                 self.parts += [bad] if good and bad else []
                 return
@@ -226,7 +231,7 @@ class Adaptive(Adopting):
         return saved_bytes(self._filled(part)) - saved_bytes(self.kept)
 
     def _filled(self, part: Part) -> Configuration:
-        """What is kept, and the part: its tasks join those of the group that are tied, or in the part as well."""
+        """What is kept, and the part: its tasks join the tasks of each group that are tied or in the part."""
         tied = {occurrence for group in self.kept for occurrence in group.occurrences}
         groups = self.adapted if self.phase in (WITH_ADAPTERS, TRAIN_WITH_ADAPTERS) else self.groups
         added = [
@@ -236,7 +241,7 @@ class Adaptive(Adopting):
         return joined(self.kept, ordered(group for group in added if self._is_worth_it(group)))
 
     def _is_worth_it(self, group: Group) -> bool:
-        """Whether it saves more than what is kept of it: at a price that all pay, one more task may not pay off."""
+        """Whether it saves more than what is kept of it: where every task gets an adapter, one more may not pay off."""
         replaced = [other for other in self.kept if set(other.occurrences) & set(group.occurrences)]
         return len(group.occurrences) > 1 and group.saved_bytes > saved_bytes(tuple(replaced))
 
@@ -244,7 +249,7 @@ class Adaptive(Adopting):
         return self._key(trial) not in self.tried and saved_bytes(trial) > saved_bytes(self.kept)
 
     def _key(self, trial: Configuration) -> str:
-        """A trial is known by what it ties, and by whether it is trained."""
+        """Identifies a trial: what it ties, with which adapters, and whether it is trained."""
         named = sorted(",".join(f"{o.task}:{o.layer}" for o in g.occurrences) + "+" * bool(g.rank) for g in trial)
         digest = hashlib.sha256(";".join(named).encode()).hexdigest()[:16]
         return f"{digest} trained" if self.phase in (TRAIN_WITH_ADAPTERS, TRAIN) else digest
@@ -275,24 +280,24 @@ class Adaptive(Adopting):
         self.tried, self.adopted = set(state["tried"]), from_plain(state["adopted"])
 
 
-def _with_adapters(group: Group, models: Mapping[str, nn.Module], price: float) -> Group:
-    """The group with the residuals that the price buys; without, where it buys none."""
+def _with_adapters(group: Group, models: Mapping[str, nn.Module], adapter_budget: float) -> Group:
+    """The group with the largest adapters that the budget allows; without, where it allows none."""
     first = group.occurrences[0]
     layer = models[first.task].get_submodule(first.layer)
-    rank = rank_within(layer, price)
+    rank = rank_within(layer, adapter_budget)
     return group.with_adapters(rank, adapter_bytes(layer, rank)) if rank else group
 
 
 def most_sensitive_groups(
-    trial: Configuration, task: str, share: float, harm: Sensitivity, kept: Configuration = ()
+    trial: Configuration, task: str, share: float, sensitivity: Sensitivity, kept: Configuration = ()
 ) -> list[Group]:
-    """Groups of the task to release: the most harm per byte first, until `share` of the bytes it shares is reached.
+    """Groups to release for the task: the most sensitive per byte first, until `share` of the bytes it shares.
 
-    Groups that are kept already are not released. Without a measure of harm the largest go first.
+    Groups that are kept already are not released. Groups of unknown sensitivity go first, the largest first.
     """
     held = {occurrence for group in kept for occurrence in group.occurrences}
     own = [g for g in trial if task in g.tasks and not {o for o in g.occurrences if o.task == task} <= held]
-    own.sort(key=lambda g: -harm.get((g, task), float(g.bytes)) / g.bytes)
+    own.sort(key=lambda g: -sensitivity.get((g, task), float(g.bytes)) / g.bytes)
     wanted = share * sum(group.bytes for group in own)
     chosen, released = [], 0
     for group in own:

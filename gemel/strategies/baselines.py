@@ -1,4 +1,4 @@
-"""Strategies by name: which configuration to try next. strategy.py says what a strategy is."""
+"""The baseline strategies: the published heuristic, everything at once, a shared stem."""
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -9,7 +9,6 @@ from gemel.sharing.groups import (
     Configuration,
     Group,
     find_groups,
-    find_layers,
     find_stem,
     from_plain,
     joined,
@@ -18,6 +17,7 @@ from gemel.sharing.groups import (
     saved_bytes,
     to_plain,
 )
+from gemel.sharing.signatures import find_layers
 from gemel.strategies.base import NONE, Adopting, Ratios, Sensitivity
 
 
@@ -37,7 +37,7 @@ class All(Adopting):
         trial = self._trial()
         return trial if trial != self.kept and not self.done else None
 
-    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Sensitivity = NONE) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, sensitivity: Sensitivity = NONE) -> None:
         left = tuple(task for task in self.tasks if task in met)
         self.succeeded = kept
         self.done = kept or left == self.tasks
@@ -84,7 +84,7 @@ class Gemel(Adopting):
             self._advance()
         return None
 
-    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Sensitivity = NONE) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, sensitivity: Sensitivity = NONE) -> None:
         if kept:
             self.trimmed[self.index] = self.tasks
             self._advance()
@@ -142,7 +142,7 @@ class Stem(Adopting):
             self.longest_kept = self._next()  # tied already by what was adopted
         return None
 
-    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, harm: Sensitivity = NONE) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, sensitivity: Sensitivity = NONE) -> None:
         if kept:
             self.longest_kept = self._next()
         else:

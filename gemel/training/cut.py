@@ -1,7 +1,8 @@
-"""Where a classifier is cut: behind the last module before its tied layers whose output is all that the rest needs.
+"""Where a classifier is cut in two: after the last module before its tied layers whose output is all the rest needs.
 
-Found by running a copy of the model, whatever it is built of, and proved by running what lies behind the cut on NaN
-for all else. Not for detectors: their images are padded to those beside them, and their necks read from early layers.
+Found by running a copy of the model, whatever its architecture, and checked by running the modules after the cut with
+NaN in place of all outputs before it except that one. Not for detectors: the padding of an image depends on the others
+in its batch, and necks read the outputs of early layers.
 """
 
 import contextlib
@@ -17,13 +18,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from gemel.environment.seeds import seeded
+from gemel.forward.hooks import EndForward, hooked, run_until_end
 from gemel.forward.modes import evaluating
 
-MIN_SHARE = 0.15  # of a model's multiplications before the cut: with less, keeping what comes out costs as much
-
-
-class _Reached(BaseException):
-    """Ends a forward pass at the cut; no `except Exception` of a model's forward may stop it."""
+MIN_SHARE = 0.15  # of a model's multiplications before the cut: with less, reading a stored output takes as long
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Cut:
     """Where a model is cut."""
 
     last: str  # the module whose output is all that the rest needs
-    skipped: dict[str, torch.Size]  # modules that need not run, `last` among them -> shape of their output for an image
+    skipped: dict[str, torch.Size]  # modules before the cut, `last` among them -> shape of their output for one image
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
         """All modules before the cut."""
@@ -41,31 +39,28 @@ class Cut:
         return [p for name in self.skipped for p in model.get_submodule(name).parameters()]
 
     def output(self, model: nn.Module, forward: Callable, images: Tensor) -> Tensor:
-        """What comes out at the cut, in eval mode, without gradients."""
+        """The output of `last` for these images, in eval mode, without gradients.
 
-        def stop(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            reached.append(output)
-            raise _Reached
-
+        forward: that of the model, or the one that it had before it was replaced.
+        """
         reached: list[Tensor] = []
-        handle = model.get_submodule(self.last).register_forward_hook(stop)
-        try:
-            with torch.no_grad(), evaluating(model):
-                forward(images)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
+
+        def stop(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            reached.append(output)
+            raise EndForward
+
+        with torch.no_grad(), evaluating(model), hooked(model, [self.last], stop):
+            run_until_end(forward, images)
         return reached[0]
 
     @contextlib.contextmanager
     def given(self, model: nn.Module, output: Tensor) -> Iterator[None]:
-        """Within, the modules before the cut do not run: the last one puts out what is given, the others no numbers."""
+        """Within, the modules before the cut do not run: `last` returns `output`, the others return NaN."""
         modules = {name: model.get_submodule(name) for name in self.skipped}
         own = {name: vars(module).get("forward") for name, module in modules.items()}
         for name, module in modules.items():
-            nothing = output.new_full((), torch.nan).expand(len(output), *self.skipped[name])
-            value = output if name == self.last else nothing
+            nan = output.new_full((), torch.nan).expand(len(output), *self.skipped[name])
+            value = output if name == self.last else nan
             module.forward = lambda *args, value=value, **kwargs: value
         try:
             yield
@@ -84,8 +79,8 @@ class _Call:
     """One call of a module in a forward pass."""
 
     name: str
-    began: int
-    outer: "_Call | None"
+    began: int  # counted over the beginnings and ends of all calls
+    outer: "_Call | None"  # the call within which it began
     ended: int = -1
     shape: torch.Size | None = None  # of its output; None: no tensor
 
@@ -100,11 +95,13 @@ class Cuts:
         self.model, self.images = model, images
         with torch.no_grad(), evaluating(model):
             self.calls = _record_calls(model, images)
-        self.found: dict[int, Cut | None] = {}  # by when the first tied layer is needed
+        self.found: dict[int, Cut | None] = {}  # by the time at which the first tied layer is called
 
     def before(self, tied: Collection[str]) -> Cut | None:
-        """The latest cut before all tied layers; None without any, or with less than MIN_SHARE of the multiplications
-        before it."""
+        """The latest cut before all tied layers.
+
+        None if there is none, or if less than MIN_SHARE of the model's multiplications are before it.
+        """
         first = _first_call(self.calls, tied) if tied else 0
         if first not in self.found:
             self.found[first] = self._search(first)
@@ -118,7 +115,7 @@ class Cuts:
         with torch.no_grad(), evaluating(probe):
             for end in range(len(before), 0, -1):
                 cut = Cut(before[end - 1].name, {call.name: call.shape[1:] for call in before[:end]})
-                if _follows(probe, cut, self.images):
+                if _is_sufficient(probe, cut, self.images):
                     return cut if _share_before(probe, cut, self.images) >= MIN_SHARE else None
         return None
 
@@ -129,32 +126,23 @@ def _record_calls(model: nn.Module, images: Tensor) -> list[_Call]:
     open_calls: list[_Call] = []
     clock = itertools.count()
 
-    def begin(name: str):
-        def hook(module: nn.Module, inputs: tuple) -> None:
-            calls.append(_Call(name, next(clock), open_calls[-1] if open_calls else None))
-            open_calls.append(calls[-1])
+    def begin(name: str, module: nn.Module, inputs: tuple) -> None:
+        calls.append(_Call(name, next(clock), open_calls[-1] if open_calls else None))
+        open_calls.append(calls[-1])
 
-        return hook
-
-    def end(module: nn.Module, inputs: tuple, output: Any) -> None:
+    def end(name: str, module: nn.Module, inputs: tuple, output: Any) -> None:
         call = open_calls.pop()
         call.ended = next(clock)
         call.shape = output.shape if torch.is_tensor(output) else None
 
-    handles = []
-    for name, module in model.named_modules():
-        if name:
-            handles += [module.register_forward_pre_hook(begin(name)), module.register_forward_hook(end)]
-    try:
+    names = [name for name, _ in model.named_modules() if name]
+    with hooked(model, names, begin, before=True), hooked(model, names, end):
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 
 def _first_call(calls: list[_Call], tied: Collection[str]) -> int:
-    """When the first tied layer is needed; one that is never called (attention reads its parameters) with its owner."""
+    """When the first tied layer is called; for one that is never called, as in attention, when its parent is."""
     began: dict[str, int] = {}
     for call in calls:
         began.setdefault(call.name, call.began)
@@ -167,9 +155,9 @@ def _first_call(calls: list[_Call], tied: Collection[str]) -> int:
 
 
 def _skippable(calls: list[_Call], first: int, num_images: int) -> list[_Call]:
-    """The outermost calls that end before `first`, in order, up to the first that cannot be left out.
+    """The outermost calls that end before `first`, in order, up to the first that cannot be skipped.
 
-    A module that is called again later, or that puts out something else than a row per image, cannot.
+    A module cannot be skipped if it is called several times, or if its output is not a tensor with a row per image.
     """
     times_called: dict[str, int] = {}
     for call in calls:
@@ -185,28 +173,28 @@ def _skippable(calls: list[_Call], first: int, num_images: int) -> list[_Call]:
 
 
 def _shares_parameters(model: nn.Module, cut: Cut) -> bool:
-    """Whether something behind the cut uses a parameter of what lies before it."""
+    """Whether a module after the cut uses a parameter of a module before it."""
     before = {id(module) for module in cut.modules(model)}
     others = {id(p) for m in model.modules() if id(m) not in before for p in m.parameters(recurse=False)}
     return any(id(parameter) in others for parameter in cut.parameters(model))
 
 
-def _follows(model: nn.Module, cut: Cut, images: Tensor) -> bool:
+def _is_sufficient(model: nn.Module, cut: Cut, images: Tensor) -> bool:
     """Whether the rest of the model depends on the output at the cut alone, in evaluation and in training.
 
-    What stands for all else is no number, and what is computed from that is none either.
+    All other outputs before the cut are NaN, and so are the images: whatever is computed from them is NaN as well.
     """
     if isinstance(model.get_submodule(cut.last), nn.modules.dropout._DropoutNd) or _shares_parameters(model, cut):
-        return False  # the rest is trained with dropout before it
-    nothing = torch.full_like(images, torch.nan)
+        return False  # the rest is to be trained with dropout, which a cut in eval mode would leave out
+    nan = torch.full_like(images, torch.nan)
     output = cut.output(model, model.forward, images)
     try:
-        if not _is_close(_rest(model, cut, output, nothing), model(images)):
+        if not _is_close(_rest(model, cut, output, nan), model(images)):
             return False
         with seeded(0, "cut"):  # dropout draws
             trained = copy.deepcopy(model).train()  # a copy: its statistics change
-            return _is_finite(_rest(trained, cut, output, nothing))
-    except Exception:  # a user's forward may raise anything when modules are left out
+            return _is_finite(_rest(trained, cut, output, nan))
+    except Exception:  # a user's forward may raise anything when modules are skipped
         return False
 
 
@@ -220,8 +208,8 @@ def _is_finite(outputs: Any) -> bool:
     return bool(tensors) and all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def _is_close(outputs: Any, wanted: Any) -> bool:
-    pairs = list(zip(pytree.tree_leaves(outputs), pytree.tree_leaves(wanted), strict=True))
+def _is_close(outputs: Any, expected: Any) -> bool:
+    pairs = list(zip(pytree.tree_leaves(outputs), pytree.tree_leaves(expected), strict=True))
     scales = [float(b.abs().max()) for _, b in pairs]
     return _is_finite(outputs) and all(
         float((a - b).abs().max()) <= 1e-3 * scale for (a, b), scale in zip(pairs, scales, strict=True)
@@ -229,7 +217,7 @@ def _is_close(outputs: Any, wanted: Any) -> bool:
 
 
 def _share_before(model: nn.Module, cut: Cut, images: Tensor) -> float:
-    """Share of the model's multiplications that lie before the cut."""
+    """Share of the model's multiplications that are before the cut."""
     output = cut.output(model, model.forward, images)
     with FlopCounterMode(display=False) as whole:
         model(images)

@@ -1,8 +1,7 @@
-"""Where a task stands in a round: how far it is from its target, and whether it will get there."""
+"""How far a task is from its target over the steps of a round, and whether it is given up."""
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
 
 from gemel.workload import Task
 
@@ -15,13 +14,6 @@ def loss_weight(accuracy: float, target: float) -> float:
     return 10.0 if accuracy <= 0 else min(10.0, max(1.0, (target / accuracy) ** 0.75))
 
 
-class Standing(NamedTuple):
-    """Where a task is before a round trains it."""
-
-    ratio: float  # of accuracy to target; on the screening subset, unless the whole val split was evaluated
-    accuracy: float | None = None  # on the whole val split, if that was evaluated
-
-
 @dataclass
 class Progress:
     """Accuracy of one task over the steps of a round."""
@@ -30,9 +22,9 @@ class Progress:
     accuracy: float = 0.0
     confirmed: bool = False  # whether `accuracy` was measured on the whole val split
     given_up: bool = False
-    patient_since: int = 0  # step
+    patient_since: int = 0  # step at which the present span of patience began
     accuracy_then: float = 0.0
-    gain_before: float = 0.0  # accuracy gained in the span of patience before this one
+    gain_before: float = 0.0  # accuracy gained in the previous span of patience
     validated: list[tuple[int, float]] = field(default_factory=list)  # (step, accuracy)
 
     @classmethod
@@ -57,10 +49,10 @@ class Progress:
         self.patient_since, self.accuracy_then, self.gain_before = step, self.accuracy, 0.0
 
     def stalled(self, step: int, patience: float, max_steps: int) -> bool:
-        """Whether the learning curve, carried on, misses the target in the steps that are left; asked once a patience.
+        """Whether the extrapolated learning curve misses the target in the steps that are left; False within a span.
 
-        After one span of patience the curve is a line; after two, the gains of the spans are a geometric series, as
-        those of a curve that levels off are.
+        patience: steps of a span, after each of which the curve is judged. After one span it is extrapolated as a line;
+        from two spans on their gains are taken for a geometric series, as for a curve that levels off.
         """
         waited = step - self.patient_since
         if waited < patience:
@@ -71,11 +63,11 @@ class Progress:
         if 0 < gain < self.gain_before:
             rate = gain / self.gain_before
             reachable = self.accuracy + gain * rate * (1 - rate**spans) / (1 - rate)
-        infeasible = reachable < self.target
-        if not infeasible:
+        out_of_reach = reachable < self.target
+        if not out_of_reach:
             self.restart_patience(step)
             self.gain_before = gain
-        return infeasible
+        return out_of_reach
 
     def steps_to_target(self) -> float:
         """Steps still needed if the last two evaluations lie on a line; infinite without progress."""

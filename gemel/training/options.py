@@ -51,7 +51,3 @@ class TrainingOptions:
         if loss not in taught:
             return self.label_weight
         return taught[loss] if task.labels else taught[loss] or 1.0  # without labels there is nothing else
-
-
-# What a strategy trains with, where that is not the default (benchmarks/LOG.md).
-TRAINING_OF = {"adaptive": {"feature_weight": 1.0, "probability_weight": 1.0, "private_epochs": 0.5}}

@@ -1,20 +1,17 @@
-"""What a round of training depends on, and how it ended."""
+"""How a round of training ended."""
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-
-import torch
-
-from gemel.training.early_stopping import Standing
-from gemel.training.prefix import Prefix
+from dataclasses import dataclass
+from typing import NamedTuple
 
 MET, GIVEN_UP, EPOCHS_SPENT, UNTRAINED = "met", "given up", "epochs spent", "needs training"
 NOT_FINITE, OUT_OF_MEMORY, TIME_OVER = "loss not finite", "out of memory", "time over"
 
 
-class Interrupted(KeyboardInterrupt):
-    """The user asked for an end; the round in flight was saved after its last step."""
+class Standing(NamedTuple):
+    """Where a task is before a round trains it."""
+
+    ratio: float  # of accuracy to target; on the screening subset, unless the whole val split was evaluated
+    accuracy: float | None = None  # on the whole val split, if that was evaluated
 
 
 @dataclass(frozen=True)
@@ -31,24 +28,3 @@ class Outcome:
     def success(self) -> bool:
         """Every task was at its target with the weights as they are now."""
         return self.reason == MET
-
-
-def never() -> bool:
-    return False
-
-
-@dataclass(frozen=True)
-class RoundContext:
-    """What a round depends on besides its tasks and options."""
-
-    device: torch.device
-    seed: int
-    purpose: tuple = ()  # with the seed, what the random numbers of the round depend on
-    deadline: float = math.inf  # on time.monotonic()
-    fitted: Mapping[str, Standing] = field(default_factory=dict)  # where fitted models are, statistics included; empty:
-    # the weights were not fitted
-    screen_targets: Mapping[str, float] | None = None  # accuracy on TaskData.screen that makes all of val worth a look
-    prefixes: Mapping[str, Prefix] = field(default_factory=dict)  # of the tasks whose first layers stay as they are
-    save: Callable[[dict, bool], None] | None = None  # (state of the round, whether the run ends here)
-    saved: dict | None = None  # a state to go on from
-    stop_asked: Callable[[], bool] = never  # whether the user asked for an end

@@ -1,8 +1,8 @@
-"""The part of a classifier before its first tied layer, frozen: it needs no gradients, and what it puts out is kept.
+"""The part of a classifier before its first tied layer, frozen: it needs no gradients, and its outputs are cached.
 
-Where a trial ties late layers only, all that runs before them may stay as it is. It then runs in eval mode and without
-gradients, and for an image that was seen before not at all, in training and in evaluation alike. Source of the idea:
-Jiang et al., "Mainstream", ATC 2018 (a stem that is not trained runs once for all that follow).
+Where a round ties late layers only, the modules before them can stay frozen. They then run in eval mode and without
+gradients, and do not run at all for an image whose output is cached, in training and in evaluation. Source of the idea:
+Jiang et al., "Mainstream", ATC 2018 (a stem that is not trained runs once for all tasks that share it).
 """
 
 import contextlib
@@ -19,26 +19,27 @@ from gemel.training.cut import Cut
 
 @dataclass
 class Prefix:
-    """What lies before a model's cut, with what it put out for images that may come again."""
+    """The part of a model before its cut, with its cached outputs."""
 
     cut: Cut
     weights: str  # digest of the parameters and buffers before the cut
-    limit: int  # bytes of outputs that are kept
-    keeps_training: bool  # whether images of train come again exactly; else they always run
+    limit: int  # bytes of outputs that are cached at most
+    keeps_training: bool  # whether images of train are the same each time, so that their outputs are worth caching
     outputs: dict[tuple, Tensor] = field(default_factory=dict)  # (in training, digest of the image) -> [1, ...]
     num_bytes: int = 0
 
     def __deepcopy__(self, memo: dict) -> "Prefix":
         return self  # copies of a model, such as the average of its weights, have the same frozen part
 
-    def is_like(self, other: "Prefix | None") -> bool:
-        """Whether the other one puts out the same."""
+    def computes_the_same_as(self, other: "Prefix | None") -> bool:
+        """Whether the other one has the same cut and weights, so that its cached outputs are valid here."""
         return other is not None and (self.cut, self.weights) == (other.cut, other.weights)
 
     def output(self, model: nn.Module, forward: Callable, images: Tensor) -> Tensor:
-        """What comes out at the cut for every image.
+        """The output at the cut for every image.
 
-        In training an image runs alone when it is first seen, so that what it was first in a batch with is no matter.
+        In training an image whose output is not cached runs alone, so that the output does not depend on which other
+        images are in the batch with which it came first.
         """
         training = any(module.training for module in model.modules())
         if training and not self.keeps_training:
@@ -80,7 +81,7 @@ def _digest(tensors: list[Tensor]) -> bytes:
 
 
 class _WithPrefix(nn.Module):
-    """What is put in front of a model's class while its prefix is frozen; copies of the model are frozen like it."""
+    """A mixin of the class that a model has while its prefix is frozen; copies of the model have that class too."""
 
     frozen_prefix: Prefix
 
@@ -92,7 +93,7 @@ class _WithPrefix(nn.Module):
 
 @contextlib.contextmanager
 def frozen(models: Mapping[str, nn.Module], prefixes: Mapping[str, Prefix]) -> Iterator[None]:
-    """Within, the named models' prefixes are neither trained nor run for images that they keep the outputs of."""
+    """Within, the prefixes of the named models are not trained, and do not run for images with cached outputs."""
     before = {name: type(models[name]) for name in prefixes}
     parameters = [p for name, prefix in prefixes.items() for p in prefix.cut.parameters(models[name])]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -112,5 +113,5 @@ def frozen(models: Mapping[str, nn.Module], prefixes: Mapping[str, Prefix]) -> I
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """What is frozen of the model, within `frozen`."""
+    """The modules of the model that are frozen; none outside `frozen`."""
     return model.frozen_prefix.cut.modules(model) if isinstance(model, _WithPrefix) else []

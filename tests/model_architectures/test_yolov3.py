@@ -16,7 +16,8 @@ from gemel.alignment.align import align
 from gemel.alignment.permutation import find_channel_spaces, permute
 from gemel.fitting.batch_norm import reestimate_statistics
 from gemel.results_store.load import load_merged
-from gemel.sharing.groups import find_groups, find_layers
+from gemel.sharing.groups import find_groups
+from gemel.sharing.signatures import find_layers
 from gemel.sharing.tying import tie
 from gemel.training.distillation import Taps
 from gemel.workload import read_workload

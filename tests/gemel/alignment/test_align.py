@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gemel.alignment import align as align_module
-from gemel.alignment.activations import INPUT, OUTPUT, Moments, compare, show, watch
+from gemel.alignment.activations import INPUT, OUTPUT, Moments, adapt_images, compare, record_activations
 from gemel.alignment.align import METHODS, align, best_order
 from gemel.alignment.permutation import find_channel_spaces, permute
 from gemel.sharing.groups import Group, Occurrence, find_groups
@@ -18,7 +18,7 @@ BATCH = torch.rand(24, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 
 
 
 class Detector(nn.Module):
-    """A traceable backbone with a space inside, and code around it that cannot be traced."""
+    """A traceable backbone with a space inside, in code that cannot be traced."""
 
     def __init__(self, width: int = 8, reads_its_child: bool = False):
         super().__init__()
@@ -58,7 +58,7 @@ def unlike(one: nn.Module, other: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_shuffled_channels_are_put_back_in_order(method):
+def test_the_order_of_shuffled_channels_is_found(method):
     first = net(0)
     second = shuffled(first)
     assert unlike(first, second) > 0.1
@@ -91,12 +91,12 @@ def test_models_of_one_ancestor_need_no_images_to_be_compared(monkeypatch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_strangers_compute_the_same_and_come_closer(method):
+def test_models_trained_apart_compute_the_same_and_become_more_similar(method):
     models = {"a_x": net(1), "b_x": net(2, num_classes=4), "c_x": net(3, extra=2)}
     originals = {task: copy.deepcopy(model) for task, model in models.items()}
     parameters = {task: list(map(id, model.parameters())) for task, model in models.items()}
     done = align(models, find_groups(models), images_of(models), method=method, seed=SEED)
-    assert done.order == ("c_x", "b_x", "a_x")  # the largest leads
+    assert done.order == ("c_x", "b_x", "a_x")  # the largest is first
     assert unlike(models["c_x"], originals["c_x"]) == 0
     for task, model in models.items():
         assert torch.allclose(model(BATCH), originals[task](BATCH), atol=1e-5)
@@ -125,7 +125,7 @@ def test_only_spaces_of_layers_to_be_tied_move():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_detector_follows_a_classifier_on_each_others_images(method):
+def test_a_detector_is_aligned_to_a_classifier_on_the_images_of_both(method):
     detector, classifier = Detector(), net(0, extra=4)
     with torch.no_grad():
         detector.backbone[0].weight.copy_(classifier.conv1.weight.flip(0))
@@ -139,13 +139,13 @@ def test_a_detector_follows_a_classifier_on_each_others_images(method):
         assert torch.allclose(one["scores"], other["scores"], atol=1e-5)
 
 
-def test_a_model_that_would_compute_something_else_is_put_back(caplog):
+def test_permutations_that_change_a_models_output_are_undone(caplog):
     models = {"a_x": net(0, extra=4), "b_x": Detector(reads_its_child=True).eval()}
     group = Group("conv", 4, (Occurrence("a_x", "conv1"), Occurrence("b_x", "backbone.0")))
     before = copy.deepcopy(models["b_x"])
     done = align(models, (group,), {"a_x": [BATCH], "b_x": [[*BATCH]]}, method="weights", seed=SEED)
     assert unlike(before, models["b_x"]) == 0 and not done.spaces
-    assert "put back" in caplog.text and "something else" in done.unaligned[-1][-1]
+    assert "undone" in caplog.text and "output changed" in done.unaligned[-1][-1]
 
 
 def test_a_layer_that_cannot_be_aligned_is_listed():
@@ -180,7 +180,7 @@ def test_the_best_order_needs_to_gain_enough():
 
 def test_correlation_is_that_of_torch():
     x, y = torch.randn(3, 40), torch.randn(4, 40)
-    y[0] = 2.0  # a channel that never changes
+    y[0] = 2.0  # a constant channel
     moments = Moments()
     moments.add(x[:, :15], y[:, :15])
     moments.add(x[:, 15:], y[:, 15:])
@@ -189,29 +189,29 @@ def test_correlation_is_that_of_torch():
     assert torch.equal(moments.correlation()[:, 0], torch.zeros(3))
 
 
-def test_images_are_shown_as_the_task_would_get_them():
+def test_images_are_adapted_to_those_of_the_task():
     plain, normalised = [torch.rand(3, 10, 8), torch.rand(3, 6, 6)], torch.randn(5, 3, 16, 16) * 2 + 1
-    shown = show(plain, normalised)
-    assert shown.shape == (2, 3, 16, 16)
-    assert shown.mean() == pytest.approx(1, abs=0.3) and shown.std() == pytest.approx(2, rel=0.3)
-    back = show(normalised, plain)
+    adapted = adapt_images(plain, normalised)
+    assert adapted.shape == (2, 3, 16, 16)
+    assert adapted.mean() == pytest.approx(1, abs=0.3) and adapted.std() == pytest.approx(2, rel=0.3)
+    back = adapt_images(normalised, plain)
     assert isinstance(back, list) and back[0].shape == (3, 16, 16)
-    same = show(normalised, torch.randn(2, 3, 16, 16))
+    same = adapt_images(normalised, torch.randn(2, 3, 16, 16))
     assert torch.equal(same, normalised)
 
 
-def test_layers_are_watched_in_eval_mode_and_modes_and_hooks_restored():
+def test_activations_are_recorded_in_eval_mode_and_modes_and_hooks_restored():
     model = net(0).train()
     before = copy.deepcopy(model.state_dict())
-    seen = watch(model, ["conv2", "fc"], BATCH)
+    found = record_activations(model, ["conv2", "fc"], BATCH)
     assert model.training and not model.conv2._forward_hooks
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert seen["conv2", INPUT][0].shape == (8, 24, 16, 16) and seen["fc", OUTPUT][0].shape == (3, 24, 1, 1)
+    assert found["conv2", INPUT][0].shape == (8, 24, 16, 16) and found["fc", OUTPUT][0].shape == (3, 24, 1, 1)
     expected = F.relu(model.eval().bn1(model.conv1(BATCH))).movedim(1, 0)
-    assert torch.allclose(seen["conv2", INPUT][0], expected)
+    assert torch.allclose(found["conv2", INPUT][0], expected)
 
 
-def test_maps_of_different_size_are_compared_at_the_same_places():
+def test_maps_of_different_size_are_compared_at_the_same_positions():
     models = (net(0), net(0))
     large = F.interpolate(BATCH, size=32, mode="bilinear")
     moments = compare(models, [("conv2", "conv2")], ([BATCH], [large]), [OUTPUT])

@@ -6,7 +6,7 @@ from pico import PicoDetector, PicoNet
 from torch import nn
 
 from gemel.alignment.matching import match_groups
-from gemel.sharing.groups import Group, Occurrence, around, find_groups, saved_bytes
+from gemel.sharing.groups import Group, Occurrence, find_groups, reconciled, saved_bytes
 
 BATCH = torch.rand(24, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 0.5
 
@@ -14,7 +14,7 @@ BATCH = torch.rand(24, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 
 def net(seed: int = 0, extra: int = 4) -> nn.Module:
     torch.manual_seed(seed)
     model = PicoNet(extra=extra)
-    with torch.no_grad():  # layers whose weights are unlike
+    with torch.no_grad():  # layers whose weights differ
         for i, layer in enumerate([model.conv2, *model.more]):
             layer.weight[: i + 1] *= 3 + i
     return model.eval()
@@ -30,14 +30,14 @@ def test_by_order_is_find_groups():
 
 
 @pytest.mark.parametrize("by", ["weights", "activations"])
-def test_the_most_alike_pair(by):
-    """A network without its second and third layer: what is left pairs with where it came from, not with the k-th."""
+def test_the_most_similar_layers_are_paired(by):
+    """A copy without two of the layers: its layers are paired with those they are copies of, not with the k-th."""
     long, short = net(), net(extra=2)
     short.load_state_dict(long.state_dict(), strict=False)
     short.conv2.load_state_dict(long.conv2.state_dict())
     for i, j in ((0, 2), (1, 3)):
         short.more[i].load_state_dict(long.more[j].state_dict())
-    if by == "activations":  # alike by what passes through: the layers left out do nothing in the long one
+    if by == "activations":  # the same inputs and outputs: the layers left out do nothing in the long one
         for i in (0, 1):
             nn.init.dirac_(long.more[i].weight)
             nn.init.zeros_(long.more[i].bias)
@@ -48,7 +48,7 @@ def test_the_most_alike_pair(by):
 
 
 @pytest.mark.parametrize("by", ["weights", "activations"])
-def test_it_is_blind_to_the_order_of_channels(by):
+def test_the_order_of_channels_does_not_matter(by):
     long = net()
     other = copy.deepcopy(long)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
@@ -80,12 +80,12 @@ def test_wrong_input_is_named_all_at_once():
         match_groups({"a_x": net(), "b_x": net()}, "activations")
 
 
-def test_groups_are_made_to_agree_with_what_is_kept():
+def test_groups_are_reconciled_with_those_that_are_kept():
     def group(*names):
         return Group("x", 4, tuple(Occurrence(*name.split(".")) for name in names))
 
     kept = (group("a.1", "b.2").with_adapters(1, 1),)
-    found = around(kept, (group("a.1", "b.1", "c.1"), group("a.2", "b.2", "c.2"), group("a.3", "c.3")))
+    found = reconciled(kept, (group("a.1", "b.1", "c.1"), group("a.2", "b.2", "c.2"), group("a.3", "c.3")))
     tied = [set(g.occurrences) for g in found]
     assert any(set(kept[0].occurrences) < occurrences for occurrences in tied), "what is tied stays, and grows"
     assert all(len(set(g.tasks)) == len(g.tasks) for g in found) and not any(g.rank for g in found)

@@ -72,10 +72,10 @@ def test_a_detector_learns_from_what_its_teacher_is_sure_of(monkeypatch):
     task = tasks["a_pico"]
     teacher = Teacher(task.model, copy.deepcopy(task.model).eval(), ["conv2"])
     images = [torch.rand(3, 16, 16) for _ in range(4)]
-    monkeypatch.setattr("gemel.training.distillation.SURE", 0.0)
+    monkeypatch.setattr("gemel.training.distillation.MIN_SCORE", 0.0)
     found = teacher.detections(images)
     assert [len(target["boxes"]) for target in found] == [2, 2, 2, 2] and found[0]["labels"].min() >= 1
-    monkeypatch.setattr("gemel.training.distillation.SURE", 1.1)
+    monkeypatch.setattr("gemel.training.distillation.MIN_SCORE", 1.1)
     assert [len(target["boxes"]) for target in teacher.detections(images)] == [0, 0, 0, 0]
     nothing = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for _ in images]
     task.model.train()

@@ -34,7 +34,7 @@ def moments(model, images):
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d])
-def test_matched_layers_put_out_the_teachers_moments(norm):
+def test_outputs_of_matched_layers_have_the_teachers_moments(norm):
     teacher, images = network(norm), torch.rand(16, 3, 12, 12)
     model = copy.deepcopy(teacher)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_matched_layers_put_out_the_teachers_moments(norm):
     assert torch.equal(model[1].weight.sign(), teacher[1].weight.sign())
 
 
-def test_a_model_that_is_its_teacher_stays_what_it_computes():
+def test_matching_a_model_to_itself_changes_little():
     teacher, images = network(FrozenBatchNorm2d), torch.rand(16, 3, 12, 12)
     model = copy.deepcopy(teacher)
     match_statistics(model, teacher, [(images[:8], None), (images[8:], None)], CPU)

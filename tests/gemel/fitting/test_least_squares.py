@@ -7,7 +7,7 @@ from pico import Mixed, PicoDetector, PicoNet
 from torch import nn
 
 from gemel.fitting import least_squares
-from gemel.fitting.least_squares import by_depth, fit_least_squares, row_quota
+from gemel.fitting.least_squares import FitSettings, by_depth, fit_least_squares, row_quota
 from gemel.fitting.ridge import solve_ridge, solve_weighted
 from gemel.fitting.rows import collect_rows, matrix_of
 from gemel.sharing.groups import find_groups
@@ -16,6 +16,11 @@ from gemel.sharing.tying import is_tied, tie
 
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+def fit_all(models, teachers, groups, images, after_stage=None, **settings):
+    how = {"generator": generator(), "settings": FitSettings(**settings), "after_stage": after_stage}
+    return fit_least_squares(models, teachers, groups, images, **how)
 
 
 def tied(**models):
@@ -53,8 +58,8 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("own_inputs", [True, False])
-def test_a_layer_that_can_serve_both_tasks_is_found(name, own_inputs):
+@pytest.mark.parametrize("teacher_inputs", [True, False])
+def test_a_layer_that_can_serve_both_tasks_is_found(name, teacher_inputs):
     """The two teachers agree on the directions that their images have, so one layer does for both."""
     torch.manual_seed(0)
     models, teachers, groups = tied(a_x=LAYERS[name](), b_x=LAYERS[name]())
@@ -67,8 +72,8 @@ def test_a_layer_that_can_serve_both_tasks_is_found(name, own_inputs):
         if key.endswith("bias"):
             teachers["b_x"].state_dict()[key].copy_(value)
     images = {"a_x": list(a.split(16)), "b_x": list(b.split(16))}
-    options = {"generator": generator(), "ridge": 1e-6, "own_inputs": own_inputs}
-    (fit,) = fit_least_squares(models, teachers, groups, images, **options).values()
+    options = {"ridge": 1e-6, "teacher_inputs": teacher_inputs}
+    (fit,) = fit_all(models, teachers, groups, images, **options).values()
     assert fit.fitted and max(fit.after.values()) < 1e-3 < 0.05 < min(fit.before.values())
     assert is_tied(models, groups[0])
 
@@ -77,8 +82,8 @@ def test_it_is_the_minimum_of_the_weighted_relative_errors():
     torch.manual_seed(0)
     models, teachers, groups = tied(a_x=nn.Linear(6, 4), b_x=nn.Linear(6, 4))
     start, images = matrix_of(models["a_x"]), {t: [torch.rand(50, 6)] for t in models}
-    options = {"generator": generator(), "task_weights": {"a_x": 5.0}, "ridge": 0.1}
-    (fit,) = fit_least_squares(models, teachers, groups, images, **options).values()
+    options = {"task_weights": {"a_x": 5.0}, "ridge": 0.1}
+    (fit,) = fit_all(models, teachers, groups, images, **options).values()
     assert fit.ridge == pytest.approx(0.1 * 2 * 7 / 100)  # less of it where rows abound: 7 inputs, 100 rows
     found = matrix_of(models["a_x"]).requires_grad_()
     rows = {t: collect_rows(teachers[t], {"": 500}, images[t], generator())[""] for t in models}
@@ -98,7 +103,7 @@ def test_rows_of_few_images_leave_the_ridge_of_wide_layers_as_it_is(monkeypatch)
         torch.manual_seed(0)
         models, teachers, groups = tied(a_x=nn.Conv2d(3, 4, 1), b_x=nn.Conv2d(3, 4, 1))
         images = {t: [torch.rand(2, 3, 16, 16)] for t in models}
-        (fit,) = fit_least_squares(models, teachers, groups, images, generator=generator(), ridge=0.1).values()
+        (fit,) = fit_all(models, teachers, groups, images, ridge=0.1).values()
         ridges.append(fit.ridge)
     assert ridges == pytest.approx([0.1, 0.1 * 2 * 4 / 16, 0.01, 0.01]), "4 inputs, rows of 4 images"
 
@@ -110,8 +115,8 @@ def test_a_task_that_counts_more_is_served_better():
         torch.manual_seed(0)
         models, teachers, groups = tied(a_x=nn.Linear(6, 4), b_x=nn.Linear(6, 4))
         images = {t: [torch.rand(50, 6)] for t in models}
-        options = {"generator": generator(), "task_weights": {"a_x": weight}}
-        (fit,) = fit_least_squares(models, teachers, groups, images, **options).values()
+        options = {"task_weights": {"a_x": weight}}
+        (fit,) = fit_all(models, teachers, groups, images, **options).values()
         errors[weight] = fit.after
     assert errors[100.0]["a_x"] < 0.1 * errors[1.0]["a_x"] and errors[100.0]["b_x"] > errors[1.0]["b_x"]
 
@@ -121,7 +126,7 @@ def test_what_is_not_fitted_keeps_its_values_and_is_named():
     models, teachers, groups = tied(a_x=Mixed(), b_x=Mixed())
     before = models["a_x"].attention.in_proj_weight.clone()
     images = {t: [torch.rand(6, 3, 16, 16)] for t in models}
-    fits = fit_least_squares(models, teachers, groups, images, generator=generator())
+    fits = fit_all(models, teachers, groups, images)
     reasons = {group.occurrences[0].layer: fit.reason for group, fit in fits.items()}
     assert {name for name, reason in reasons.items() if not reason} == {"conv1", "conv2", "fc"}
     assert "no linear map" in reasons["attention"] and "never called" in reasons["attention.out_proj"]
@@ -132,10 +137,10 @@ def test_untied_groups_and_inputs_that_are_not_finite_are_named():
     models, teachers, groups = tied(a_x=PicoNet(), b_x=PicoNet())
     images = {t: [torch.full((2, 3, 16, 16), float("nan"))] for t in models}
     before = models["a_x"].conv1.weight.clone()
-    fits = fit_least_squares(models, teachers, groups, images, generator=generator())
+    fits = fit_all(models, teachers, groups, images)
     assert all("not finite" in fit.reason for fit in fits.values()) and torch.equal(models["a_x"].conv1.weight, before)
     untied = nn.ModuleDict({t: copy.deepcopy(teachers[t]) for t in models})
-    fits = fit_least_squares(untied, teachers, groups, images, generator=generator())
+    fits = fit_all(untied, teachers, groups, images)
     assert all(fit.reason == "not tied" for fit in fits.values())
 
 
@@ -151,9 +156,7 @@ def test_stages_follow_each_other_by_depth():
         seen.append(stage)
         conv1.append(models["a_x"].conv1.weight.clone())
 
-    fits = fit_least_squares(
-        models, teachers, groups, images, generator=generator(), num_stages=3, after_stage=after_stage
-    )
+    fits = fit_all(models, teachers, groups, images, num_stages=3, after_stage=after_stage)
     assert seen == [0, 1, 2] and torch.equal(conv1[0], conv1[2])
     assert set(fits) == set(groups) and all(fit.fitted for fit in fits.values())
 
@@ -167,7 +170,7 @@ def test_the_same_seed_gives_the_same_weights_and_nothing_else_changes():
         states = {t: copy.deepcopy(m.state_dict()) for t, m in teachers.items()}
         images = {t: [torch.rand(4, 3, 16, 16)] for t in models}
         before = models["a_x"].bn1.running_mean.clone()
-        fit_least_squares(models, teachers, groups, images, generator=generator(), positions=30)
+        fit_all(models, teachers, groups, images, positions=30)
         assert torch.equal(models["a_x"].bn1.running_mean, before) and models["a_x"].bn1.training
         assert all(torch.equal(v, states[t][k]) for t in teachers for k, v in teachers[t].state_dict().items())
         results.append(models.state_dict())
@@ -179,7 +182,7 @@ def test_rows_that_would_not_fit_are_held_part_by_part(monkeypatch):
     models, teachers, groups = tied(a_x=PicoNet(), b_x=PicoNet())
     monkeypatch.setattr(least_squares, "MAX_ROWS_BYTES", 1)
     images = {t: [torch.rand(4, 3, 16, 16)] for t in models}
-    fits = fit_least_squares(models, teachers, groups, images, generator=generator())
+    fits = fit_all(models, teachers, groups, images)
     assert len(least_squares._parts(models, groups, 100)) == len(groups) and all(f.fitted for f in fits.values())
 
 
@@ -190,7 +193,7 @@ def test_a_large_layer_stays_in_bounds():
     assert row_quota(models["a_x"], 10**6, 10) * 10 <= least_squares.MAX_SYSTEM
     images = {t: [torch.rand(100, 25088)] for t in models}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    (fit,) = fit_least_squares(models, teachers, groups, images, generator=generator()).values()
+    (fit,) = fit_all(models, teachers, groups, images).values()
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert fit.fitted and max(fit.after.values()) < 0.01 and grown_mib < 400
 
@@ -229,7 +232,7 @@ def test_the_scale_of_normalised_outputs_is_free():
         second[0].weight *= torch.tensor([0.1, 1.0, 3.0, 10.0]).view(4, 1, 1, 1)
     models, teachers, groups = tied(a_x=first, b_x=second)
     images = {t: [torch.rand(20, 3, 8, 8)] for t in models}
-    (fit,) = fit_least_squares(models, teachers, groups, images, generator=generator(), ridge=1e-4).values()
+    (fit,) = fit_all(models, teachers, groups, images, ridge=1e-4).values()
     assert max(fit.after.values()) < 1e-3
 
 
@@ -240,7 +243,7 @@ def test_the_gain_of_channels_that_are_hit_badly_is_lowered():
         b_x=nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)).eval(),
     )
     images = {t: [torch.rand(20, 3, 8, 8)] for t in models}
-    fit_least_squares(models, teachers, groups, images, generator=generator())
+    fit_all(models, teachers, groups, images)
     gains = torch.stack([model[1].weight.detach() for model in models.values()])
     assert (gains <= 1).all() and gains.min() < 0.95 and (gains > 0).all()
     assert all((teacher[1].weight == 1).all() for teacher in teachers.values())

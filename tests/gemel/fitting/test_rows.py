@@ -66,12 +66,12 @@ def test_a_layer_with_a_forward_of_its_own_is_no_linear_map():
     assert not is_linear_map(Squared(2, 2)) and not is_linear_map(nn.LSTM(2, 2)) and is_linear_map(Renamed(2, 2))
 
 
-def test_only_a_batch_norm_right_behind_takes_the_mean_away():
+def test_only_a_batch_norm_right_after_the_layer_removes_the_mean():
     model = PicoNet()
     assert is_normalised(model, "conv1") and not is_normalised(model, "conv2") and not is_normalised(model, "fc")
 
 
-def test_sampled_outputs_are_those_before_work_in_place_and_modes_are_kept():
+def test_outputs_are_sampled_before_operations_in_place_and_modes_are_kept():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Dropout(0.5))
     model[2].train()
     model[0].eval()
@@ -102,7 +102,7 @@ def test_rows_are_gathered_over_all_calls_and_batches():
     assert 30 <= fewer.x.shape[1] <= 34 and torch.allclose(fewer.x @ matrix_of(model.head), fewer.y, atol=1e-5)
 
 
-def test_the_students_inputs_meet_the_teachers_outputs_at_the_same_places():
+def test_inputs_of_the_student_and_outputs_of_the_teacher_are_of_the_same_positions():
     torch.manual_seed(0)
     teacher, student = PicoDetector(), PicoDetector()
     batches = [[torch.rand(3, 16, 16) for _ in range(3)]]
@@ -115,7 +115,7 @@ def test_the_students_inputs_meet_the_teachers_outputs_at_the_same_places():
 
 
 class Regions(nn.Module):
-    """A second stage that looks at as many regions as the first stage finds."""
+    """A second stage on as many regions as the first stage finds."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -125,7 +125,7 @@ class Regions(nn.Module):
         return self.box(images.mean((2, 3)).repeat(self.number, 1) + self.number)
 
 
-def test_regions_that_models_choose_themselves_are_taken_from_the_teacher():
+def test_inputs_on_regions_are_those_of_the_teacher():
     batches = [torch.rand(2, 3, 4, 4)]
     for number in (1, 2, 5):
         teacher, student = Regions(2), Regions(number)

@@ -6,7 +6,7 @@ from pico import PicoDetector, PicoNet
 from torch import nn
 
 from gemel.fitting.batch_norm import reestimate_statistics
-from gemel.fitting.least_squares import by_depth, fit_least_squares
+from gemel.fitting.least_squares import FitSettings, by_depth, fit_least_squares
 from gemel.fitting.rows import matrix_of
 from gemel.fitting.sequential_fit import fit_sequentially, is_short_of_rows, sample_teachers
 from gemel.sharing.groups import Group, Occurrence, find_groups
@@ -20,8 +20,8 @@ def generator():
 
 
 def fit(models, teachers, groups, images, positions=2048, **options):
-    asked = sample_teachers(teachers, groups, images, generator=generator(), positions=positions)
-    return fit_sequentially(models, teachers, groups, images, asked=asked, **options)
+    samples = sample_teachers(teachers, groups, images, generator=generator(), positions=positions)
+    return fit_sequentially(models, teachers, groups, images, teacher_samples=samples, **options)
 
 
 def tied(groups=None, **models):
@@ -49,8 +49,8 @@ def test_it_equals_one_stage_per_layer_with_statistics_in_between():
             fits = fit(models, teachers, groups, images, positions=10_000)
         else:
             statistics()
-            options = {"generator": generator(), "positions": 10_000, "num_stages": len(groups)}
-            fit_least_squares(models, teachers, groups, images, after_stage=statistics, **options)
+            how = {"generator": generator(), "settings": FitSettings(positions=10_000, num_stages=len(groups))}
+            fit_least_squares(models, teachers, groups, images, after_stage=statistics, **how)
         states.append(models.state_dict())
     assert all(fit.fitted for fit in fits.values())
     assert all(torch.allclose(states[0][key], states[1][key], atol=1e-3) for key in states[0])
@@ -124,7 +124,8 @@ def test_a_head_over_levels_is_fitted_behind_the_stem_and_an_idle_layer_is_named
     assert fits["stem"].fitted and fits["head"].fitted and "never called" in fits["idle"].reason
     own = nn.ModuleDict(copy.deepcopy(teachers))
     tie(own, groups)
-    fit_least_squares(own, teachers, groups, images, generator=generator(), own_inputs=True, ridge=1e-3)
+    settings = FitSettings(teacher_inputs=True, ridge=1e-3)
+    fit_least_squares(own, teachers, groups, images, generator=generator(), settings=settings)
 
     @torch.no_grad()
     def error(fitted):
@@ -158,8 +159,8 @@ def test_a_layer_with_far_fewer_rows_than_inputs_is_noticed():
     few, enough = ({t: [torch.rand(count, 3, 16, 16, generator=generator())] for t in models} for count in (4, 12))
 
     def is_short(images, groups, positions=10_000):
-        asked = sample_teachers(teachers, groups, images, generator=generator(), positions=positions)
-        return is_short_of_rows(teachers, groups, asked, positions)
+        samples = sample_teachers(teachers, groups, images, generator=generator(), positions=positions)
+        return is_short_of_rows(teachers, groups, samples, positions)
 
     linear = [group for group in groups if group.occurrences[0].layer == "fc"]
     assert is_short(few, linear), "4 rows, 9 inputs with the bias"

@@ -5,38 +5,45 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pico import merger_of, thresholds
 from torchvision.ops import FrozenBatchNorm2d
 
-import merger
-from gemel.merging import initialisation as merger_trial
+from gemel.merging import evaluator, images, initialisation
+from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisation
+from gemel.merging.sensitivity import sensitivity_if_all_were_tied
+from gemel.merging.task_weights import TaskWeights
 from gemel.sharing.groups import saved_bytes
 from gemel.sharing.tying import is_tied, retie
-from gemel.strategies.adaptive import HELD_BACK
-from gemel.training.early_stopping import Standing
-from gemel.training.options import TrainingOptions
-
-CPU = torch.device("cpu")
+from gemel.thresholds import THRESHOLDS
+from gemel.training.outcome import Standing
 
 
 @pytest.fixture
 def run(tasks, data, tmp_path):
-    return merger.start(
-        tasks,
-        data,
-        tmp_path / "results",
-        strategy_name="adaptive",
-        training=TrainingOptions(),
-        initial_weights="least_squares",
-        alignment="weights",
-        seed=0,
-        device=CPU,
-        flags={},
-        fingerprint={},
-    )
+    return merger_of(tasks, data, tmp_path / "results", strategy="adaptive", feature_weight=0.0, private_epochs=0.0)
+
+
+@pytest.fixture
+def fit(run):
+    """Fits tied groups, as a trial of the first round does."""
+
+    def fit(groups):
+        fitter = WeightFitter(run.state, run.evaluator, run.images, run.strategy.donor_of)
+        return fitter.fit(groups, run.tasks, 0, THRESHOLDS.fit.max_fits)
+
+    return fit
+
+
+def tie_all(run) -> None:
+    retie(run.state.models, (), run.record.groups, run.state.unmerged, "mean")
+
+
+def predict(run) -> None:
+    run.strategy.set_sensitivity(sensitivity_if_all_were_tied(run.state, run.images, run.record.groups))
 
 
 def state_of(run) -> dict:
-    return {key: value.clone() for key, value in run.models.state_dict().items()}
+    return {key: value.clone() for key, value in run.state.models.state_dict().items()}
 
 
 def same(first: dict, second: dict) -> bool:
@@ -45,86 +52,90 @@ def same(first: dict, second: dict) -> bool:
 
 def test_foreseeing_changes_nothing_and_holds_back_a_little(run, monkeypatch):
     before = state_of(run)
-    monkeypatch.setattr("gemel.strategies.adaptive.INFEASIBLE", math.inf)
-    merger_trial.set_sensitivity(run)
-    assert same(before, state_of(run)) and not any(is_tied(run.models, group) for group in run.groups)
-    assert saved_bytes(run.strategy.held_back) <= HELD_BACK * saved_bytes(run.groups)
-    monkeypatch.setattr("gemel.strategies.adaptive.HELD_BACK", 0.5)
-    merger_trial.set_sensitivity(run)
+    monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(infeasible=math.inf))
+    predict(run)
+    assert same(before, state_of(run)) and not any(is_tied(run.state.models, group) for group in run.record.groups)
+    assert saved_bytes(run.strategy.held_back) <= THRESHOLDS.sensitivity.held_back * saved_bytes(run.record.groups)
+    monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(infeasible=math.inf, held_back=0.5))
+    predict(run)
     held = run.strategy.held_back
-    assert 0 < saved_bytes(held) <= 0.5 * saved_bytes(run.groups)
+    assert 0 < saved_bytes(held) <= 0.5 * saved_bytes(run.record.groups)
     everything = run.strategy.propose()
-    assert set(everything) == set(run.groups), "the first jump holds nothing back but what is infeasible"
+    assert set(everything) == set(run.record.groups), "the first jump holds nothing back but what is infeasible"
     run.strategy.record(False, set())
     assert not set(held) & set(run.strategy.propose())
 
 
-def test_fitted_weights_come_near_to_what_each_task_could(run):
-    retie(run.models, (), run.groups, run.unmerged, "mean")
-    mean = merger_trial.standings(run, run.tasks)
-    fitted = merger_trial.fit_weights(run, run.groups, run.tasks)
-    assert all(is_tied(run.models, group) for group in run.groups)
+def test_fitted_weights_come_near_to_what_each_task_could(run, fit):
+    tie_all(run)
+    mean = run.evaluator.standings(run.tasks)
+    fitted = fit(run.record.groups)
+    assert all(is_tied(run.state.models, group) for group in run.record.groups)
     assert min(fitted.values()) > min(mean.values()), "better than the mean for the task that suffers most"
-    assert fitted == merger_trial.standings(run, run.tasks), "what is returned is what the models are now"
+    assert fitted == run.evaluator.standings(run.tasks), "what is returned is what the models are now"
 
 
-def test_a_stem_may_be_given_by_one_task_and_the_rest_is_fitted_to_it(run, monkeypatch):
-    stem = next(group for group in run.groups if group.occurrences[0].layer == "conv1" and len(group.tasks) > 1)
+def test_a_stem_may_be_given_by_one_task_and_the_rest_is_fitted_to_it(run, fit, monkeypatch):
+    stem = next(group for group in run.record.groups if group.occurrences[0].layer == "conv1" and len(group.tasks) > 1)
     monkeypatch.setattr(run.strategy, "donor_of", lambda group: "south_pico" if group == stem else None)
-    retie(run.models, (), run.groups, run.unmerged, "mean")
+    tie_all(run)
     before = state_of(run)
-    merger_trial.fit_weights(run, run.groups, run.tasks)
-    donor = run.unmerged["south_pico"]
+    fit(run.record.groups)
+    donor = run.state.unmerged["south_pico"]
     for o in stem.occurrences:
-        layer, norm = (run.models[o.task].get_submodule(name) for name in (o.layer, "bn1"))
+        layer, norm = (run.state.models[o.task].get_submodule(name) for name in (o.layer, "bn1"))
         assert torch.equal(layer.weight, donor.conv1.weight) and torch.equal(norm.weight, donor.bn1.weight)
-    assert is_tied(run.models, stem) and not same({k: v for k, v in before.items() if "conv2" in k}, state_of(run))
-    run.models.load_state_dict(before)
-    merger_trial.fit_weights(run, (stem,), run.tasks)
-    assert not torch.equal(run.models["south_pico"].conv1.weight, donor.conv1.weight), "nothing could be fitted to it"
+    assert is_tied(run.state.models, stem) and not same(
+        {k: v for k, v in before.items() if "conv2" in k}, state_of(run)
+    )
+    run.state.models.load_state_dict(before)
+    fit((stem,))
+    assert not torch.equal(run.state.models["south_pico"].conv1.weight, donor.conv1.weight), (
+        "nothing could be fitted to it"
+    )
 
 
-def test_fits_depend_on_the_seed_alone(run):
-    retie(run.models, (), run.groups, run.unmerged, "mean")
+def test_fits_depend_on_the_seed_alone(run, fit):
+    tie_all(run)
     start, states = state_of(run), []
     for _ in range(2):
-        run.models.load_state_dict(start)
-        merger_trial.fit_weights(run, run.groups, run.tasks)
+        run.state.models.load_state_dict(start)
+        fit(run.record.groups)
         states.append(state_of(run))
     assert same(*states)
 
 
-def test_the_better_of_two_fits_is_kept(run, monkeypatch):
+def test_the_better_of_two_fits_is_kept(run, fit, monkeypatch):
     """The second fit weights tasks by what they lack; where it is worse, the first stays."""
-    retie(run.models, (), run.groups, run.unmerged, "mean")
+    tie_all(run)
     given, answers = (
         [],
         iter([{"north_pico": 0.9, "south_pico": 1.1, "east_pico": 0.95}, dict.fromkeys(run.tasks, 0.85)]),
     )
     first = {}
 
-    def fit(models, *more, task_weights, **options):
+    def fake(models, *more, task_weights, **options):
         given.append(dict(task_weights))
         with torch.no_grad():
             models["north_pico"].conv2.weight += len(given)
 
-    def standings(run, trained):
+    def standings(names):
         first.setdefault("state", state_of(run))
         return {name: Standing(ratio) for name, ratio in next(answers).items()}
 
-    monkeypatch.setattr(merger_trial, "fit_sequentially", fit)
-    monkeypatch.setattr(merger_trial, "standings", standings)
-    assert merger_trial.fit_weights(run, run.groups, run.tasks)["north_pico"].ratio == 0.9
+    monkeypatch.setattr(initialisation, "fit_sequentially", fake)
+    monkeypatch.setattr(run.evaluator, "standings", standings)
+    assert fit(run.record.groups)["north_pico"].ratio == 0.9
     assert same(first["state"], state_of(run))
     assert set(given[0].values()) == {1.0}
     assert given[1]["north_pico"] > given[1]["east_pico"] > given[1]["south_pico"]
     assert sum(given[1].values()) == pytest.approx(3.0)
 
 
-def test_a_fit_that_does_not_fit_the_memory_is_made_on_fewer_images(run, monkeypatch, caplog):
-    retie(run.models, (), run.groups, run.unmerged, "mean")
+def test_a_fit_that_does_not_fit_the_memory_is_made_on_fewer_images(run, fit, monkeypatch, caplog):
+    tie_all(run)
     start, asked_for = state_of(run), []
-    images_of, fit = merger_trial.plain_images, merger_trial.fit_sequentially
+    images_of, real = images.plain_images, initialisation.fit_sequentially
 
     def plain_images(data, num_pixels, *more, **options):
         asked_for.append(num_pixels)
@@ -135,112 +146,115 @@ def test_a_fit_that_does_not_fit_the_memory_is_made_on_fewer_images(run, monkeyp
             with torch.no_grad():
                 models["north_pico"].conv2.weight += 1  # it had begun
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return fit(models, *more, **options)
+        return real(models, *more, **options)
 
-    monkeypatch.setattr(merger_trial, "MORE_IMAGES", 1)
-    monkeypatch.setattr(merger_trial, "is_short_of_rows", lambda *more: False)
-    monkeypatch.setattr(merger_trial, "plain_images", plain_images)
-    monkeypatch.setattr(merger_trial, "fit_sequentially", short_of_memory)
-    merger_trial.fit_weights(run, run.groups, run.tasks)
+    monkeypatch.setattr(initialisation, "THRESHOLDS", thresholds(more_images=1))
+    monkeypatch.setattr(initialisation, "is_short_of_rows", lambda *more: False)
+    monkeypatch.setattr(images, "plain_images", plain_images)
+    monkeypatch.setattr(initialisation, "fit_sequentially", short_of_memory)
+    fit(run.record.groups)
     first, second, third = asked_for[:: len(run.tasks)]
     assert first == 2 * second == 4 * third and "out of memory" in caplog.text
     found = state_of(run)
-    run.models.load_state_dict(start)
-    monkeypatch.setattr(merger_trial, "fit_sequentially", fit)
-    monkeypatch.setattr(merger_trial, "FIT_PIXELS", merger_trial.FIT_PIXELS // 4)
-    merger_trial.fit_weights(run, run.groups, run.tasks)
+    run.state.models.load_state_dict(start)
+    monkeypatch.setattr(initialisation, "fit_sequentially", real)
+    fewer = replace(THRESHOLDS.fit, pixels=THRESHOLDS.fit.pixels // 4, more_images=1)
+    monkeypatch.setattr(initialisation, "THRESHOLDS", replace(THRESHOLDS, fit=fewer))
+    fit(run.record.groups)
     assert same(found, state_of(run)), "as if it had begun with these"
-    monkeypatch.setattr(merger_trial, "fit_sequentially", lambda *more, **options: [].missing)
+    monkeypatch.setattr(initialisation, "fit_sequentially", lambda *more, **options: [].missing)
     with pytest.raises(AttributeError):
-        merger_trial.fit_weights(run, run.groups, run.tasks)
+        fit(run.record.groups)
 
 
 def test_a_trial_whose_fit_never_fits_the_memory_is_undone(run, monkeypatch):
     def fit(*more, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(merger_trial, "fit_sequentially", fit)
-    merger.preflight(run)
+    monkeypatch.setattr(initialisation, "fit_sequentially", fit)
+    run.preflight()
     before = state_of(run)
-    manifest = merger.merge(run)
+    manifest = run.merge()
     assert manifest["memory"]["saved_bytes"] == 0 and all(not record["kept"] for record in manifest["run"]["rounds"])
     assert same(before, state_of(run))
 
 
 def test_balance_moves_weight_to_what_lacks_and_learns_how_much_it_takes():
-    balance = merger_trial.Balance(["a", "b"])
+    balance = TaskWeights(["a", "b"])
     assert balance.update({"a": 0.96, "b": 1.04}) == pytest.approx(1.0)
     assert balance.weights["a"] > 1 > balance.weights["b"] and sum(balance.weights.values()) == pytest.approx(2)
     before = dict(balance.weights)
     assert balance.update({"a": 1.0, "b": 1.0}) == pytest.approx(1.0)
     assert balance.weights == pytest.approx(before), "level already"
-    steep = merger_trial.Balance(["a", "b"])
+    steep = TaskWeights(["a", "b"])
     steep.update({"a": 0.9, "b": 1.1})
     moved = steep.weights["a"]
     steep.update({"a": 1.1, "b": 0.9})
-    assert max(steep.slopes.values()) <= merger_trial.MAX_SLOPE
+    assert max(steep.slopes.values()) <= THRESHOLDS.balance.max_slope
     assert steep.weights["a"] < moved, "too much was moved, some of it comes back"
 
 
 def test_a_fit_starts_from_the_unmerged_models_whatever_was_tried_before(run):
-    retie(run.models, (), run.groups, run.unmerged, "mean")
+    tie_all(run)
     start = state_of(run)
     with torch.no_grad():
-        for tensor in run.models.state_dict().values():
+        for tensor in run.state.models.state_dict().values():
             if tensor.is_floating_point():
                 tensor.mul_(0.5)
-    merger_trial.reset_to_unmerged(run, run.groups, run.tasks)
-    assert same(start, state_of(run)) and all(is_tied(run.models, group) for group in run.groups)
+    run.state.reset_to_unmerged(run.record.groups, run.tasks)
+    assert same(start, state_of(run)) and all(is_tied(run.state.models, group) for group in run.record.groups)
 
 
 def test_lined_up_models_compute_the_same(run):
     images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    before = [run.models[name].eval()(images) for name in ("north_pico", "south_pico")]
-    run.alignment = "activations"
-    merger_trial.align_channels(run)
-    after = [run.models[name](images) for name in ("north_pico", "south_pico")]
+    before = [run.state.models[name].eval()(images) for name in ("north_pico", "south_pico")]
+    object.__setattr__(run.options, "alignment", "activations")
+    run._align_channels()
+    after = [run.state.models[name](images) for name in ("north_pico", "south_pico")]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(before, after, strict=True))
-    assert set(run.permutations) == set(run.tasks) and any(run.permutations.values())
-    assert same(state_of(run), {k: v for k, v in run.unmerged.state_dict().items()}), "teachers are permuted alike"
+    assert set(run.state.order.permutations) == set(run.tasks) and any(run.state.order.permutations.values())
+    assert same(state_of(run), {k: v for k, v in run.state.unmerged.state_dict().items()}), (
+        "teachers are permuted alike"
+    )
 
 
 def test_frozen_normalisation_is_refitted_behind_tied_layers(run):
     """The detector's only normalisation becomes torchvision's frozen one; conv1 in front of it is tied to the mean."""
-    for models in (run.models, run.unmerged):
+    for models in (run.state.models, run.state.unmerged):
         own = models["east_pico"].bn1
         frozen = FrozenBatchNorm2d(own.num_features, own.eps)
         frozen.load_state_dict({key: value for key, value in own.state_dict().items() if "tracked" not in key})
         models["east_pico"].bn1 = frozen
-    retie(run.models, (), run.groups, run.unmerged, "mean")
-    images = torch.stack([run.data["east_pico"].plain.dataset[i][0] for i in range(12)])
+    tie_all(run)
+    batch = torch.stack([run.data["east_pico"].plain.dataset[i][0] for i in range(12)])
 
     def outputs(model):
-        return model.bn1(model.conv1(images)).mean((0, 2, 3)).detach()
+        return model.bn1(model.conv1(batch)).mean((0, 2, 3)).detach()
 
-    wanted, tied = outputs(run.unmerged["east_pico"]), outputs(run.models["east_pico"])
-    others = {key: value.clone() for key, value in run.models["north_pico"].state_dict().items()}
-    merger_trial.refit_frozen(run, run.tasks)
-    refitted = outputs(run.models["east_pico"])
+    wanted, tied = outputs(run.state.unmerged["east_pico"]), outputs(run.state.models["east_pico"])
+    others = {key: value.clone() for key, value in run.state.models["north_pico"].state_dict().items()}
+    refit_frozen_normalisation(run.state, run.images, run.tasks, 0)
+    refitted = outputs(run.state.models["east_pico"])
     assert (refitted - wanted).abs().max() < 0.3 * (tied - wanted).abs().max()
-    assert same(others, run.models["north_pico"].state_dict()), "only what is frozen"
+    assert same(others, run.state.models["north_pico"].state_dict()), "only what is frozen"
 
 
 def test_models_are_judged_on_all_of_val_only_where_the_subset_is_met(run, monkeypatch):
     screens = {name: object() for name in run.tasks}
-    run.data = {name: replace(data, screen=screens[name]) for name, data in run.data.items()}
+    run.evaluator.data = {name: replace(data, screen=screens[name]) for name, data in run.data.items()}
     looked_at = []
 
     def evaluate(task, loader, model=None):
         looked_at.append((task.name, loader is screens[task.name]))
         return 0.5 if (task.name, loader) == low else 1.0
 
-    monkeypatch.setattr(merger_trial, "evaluate", evaluate)
-    monkeypatch.setattr(merger_trial, "screen_targets", lambda run, trained: dict.fromkeys(trained, 0.9))
+    monkeypatch.setattr(evaluator, "evaluate", evaluate)
+    monkeypatch.setattr(run.evaluator, "screen_targets", lambda names: dict.fromkeys(names, 0.9))
     low = ("south_pico", screens["south_pico"])
-    found = merger_trial.standings(run, run.tasks)
+    found = run.evaluator.standings(run.tasks)
     assert found["south_pico"] == Standing(0.5 / 0.9) and found["north_pico"].accuracy is None
     assert all(on_screen for _, on_screen in looked_at)
     low = ("south_pico", run.data["south_pico"].val)
-    found = merger_trial.standings(run, run.tasks)
+    found = run.evaluator.standings(run.tasks)
     assert found["south_pico"] == Standing(0.5 / run.tasks["south_pico"].target_acc, 0.5)
     assert found["north_pico"].accuracy == 1.0

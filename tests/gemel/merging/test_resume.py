@@ -6,16 +6,18 @@ import signal
 
 import pytest
 import torch
-from pico import PicoNet, classification_entry, write_classification
+from pico import PicoNet, classification_entry, thresholds, write_classification
 from torch import nn
 
 import merger
-import trainer
 from dataset_manager import open_task
 from gemel.datasets.folders import SampleError
 from gemel.datasets.loaders import reseed
+from gemel.environment.clock import Clock, Interrupted
 from gemel.environment.interrupts import Interrupts
 from gemel.environment.seeds import random_state, seeded, set_random_state
+from gemel.evaluation.eval_method import evaluate
+from gemel.merging import evaluator
 from gemel.results_store import files as results_files
 from gemel.results_store.checkpoint import read_checkpoint
 from gemel.results_store.files import ResultsError
@@ -23,13 +25,18 @@ from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import read_manifest
 from gemel.sharing.adapters import adapter_of
 from gemel.sharing.groups import compared_layers, find_groups, from_plain, saved_bytes
+from gemel.training import step as step_module
+from gemel.training import validation
 from gemel.training.batches import Batches
+from gemel.training.context import RoundContext
 from gemel.training.distillation import Teacher
 from gemel.training.options import TrainingOptions
-from gemel.training.outcome import Interrupted, RoundContext
-from gemel.workload import WorkloadError, read_workload
+from gemel.training.outcome import Outcome
+from gemel.training.step import Member
+from gemel.workload import WorkloadError
 from merge_workloads import merge_workload
-from trainer import recover
+from merger import Merger
+from trainer import Round, recover
 
 CPU = torch.device("cpu")
 QUICK = {"learning_rate": 0.02, "max_epochs": 60, "patience_epochs": 10, "tolerance": 0.85}
@@ -50,6 +57,11 @@ def same(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
 
 
+def round_of(models, tasks, data, options=None) -> Round:
+    members = {name: Member.of(task, data[name]) for name, task in tasks.items()}
+    return Round(models, members, options or TrainingOptions(), RoundContext(CPU, 0))
+
+
 class StopsAfter:
     """The user's wish to end, after a number of steps."""
 
@@ -66,7 +78,7 @@ class StopsAfter:
 def test_a_round_goes_on_within_bit_for_bit(entries, tasks, data, steps, options, monkeypatch):
     """The weights, the optimizer, the average, the batches and the random numbers are all where they were."""
     training = TrainingOptions(learning_rate=0.005, max_epochs=4, patience_epochs=10, **options)
-    monkeypatch.setattr(trainer, "evaluate", lambda task, loader, model=None: 0.1)  # nobody gets there
+    monkeypatch.setattr(validation, "evaluate", lambda task, loader, model=None: 0.1)  # nobody gets there
     start = state_of(entries)
     models = nn.ModuleDict({name: task.model for name, task in tasks.items()})
     unmerged = copy.deepcopy(models).eval()
@@ -86,7 +98,8 @@ def test_a_round_goes_on_within_bit_for_bit(entries, tasks, data, steps, options
     models.load_state_dict(start)
     saved = []
     with pytest.raises(Interrupted):
-        run(save=lambda state, last: saved.append(copy.deepcopy(state)), stop_asked=StopsAfter(steps))
+        clock = Clock(stop_asked=StopsAfter(steps))
+        run(save=lambda state, last: saved.append(copy.deepcopy(state)), clock=clock)
     assert saved[-1]["step"] == steps
     models.load_state_dict(start)
     torch.manual_seed(99)  # what the global generators hold has no say
@@ -104,7 +117,7 @@ def test_an_interrupted_run_ends_where_the_uninterrupted_one_ends(
     with monkeypatch.context() as patch:
         stop = StopsAfter(steps)
         patch.setattr("gemel.environment.interrupts.Interrupts.asked", lambda self: stop())
-        patch.setattr(merger, "raise_if_interrupted", lambda run: None)  # only the trainer asks, once a step
+        patch.setattr(Clock, "raise_if_interrupted", lambda self: None)  # only the trainer asks, once a step
         with pytest.raises(KeyboardInterrupt):
             merge(halted, tmp_path / "halted", datasets, **options)
     assert same(state_of(halted), state_of(trained_entries)), "the models are handed back as they were kept"
@@ -155,30 +168,29 @@ def test_a_failed_trial_that_goes_on_survives_an_interruption(
     entries, trained_entries, datasets, tmp_path, monkeypatch
 ):
     """What was fitted and not met is trained from there: the weights are in the checkpoint between the two trials."""
-    monkeypatch.setattr("gemel.strategies.adaptive.WORTH_A_FIT", 1.0)
-    monkeypatch.setattr("gemel.strategies.adaptive.HELD_BACK", 0.5)
+    monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(worth_a_fit=1.0, held_back=0.5))
     honest, rounds = merger.recover, []
 
     def recover(models, tasks, data, options, *more):
         outcome = honest(models, tasks, data, options, *more)
         rounds.append(len(more[0].purpose) and more[0].purpose[1])
         if rounds[-1] in (0, 2):  # the jump; the part that is filled in at a price
-            return trainer.Outcome("needs training", dict.fromkeys(tasks, 0.8), (), 0, 0)
+            return Outcome("needs training", dict.fromkeys(tasks, 0.8), (), 0, 0)
         return outcome
 
     monkeypatch.setattr(merger, "recover", recover)
     options = {"strategy": "adaptive", "private_epochs": 1.0, "tolerance": 0.3, "adapter_budget": 0.3}
     whole = merge(entries, tmp_path / "whole", datasets, **options)
     assert [row["kept"] for row in whole["run"]["rounds"][:3]] == [False, True, False] and rounds[:4] == [0, 1, 2, 3]
-    halted, play_round = copy.deepcopy(trained_entries), merger.play_round
+    halted, play_round = copy.deepcopy(trained_entries), Merger.play_round
 
-    def killed(run, proposal):
-        if len(run.rounds) == 3:
+    def killed(self, proposal):
+        if len(self.record.rounds) == 3:
             raise KeyboardInterrupt
-        return play_round(run, proposal)
+        return play_round(self, proposal)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merger, "play_round", killed)
+        patch.setattr(Merger, "play_round", killed)
         with pytest.raises(KeyboardInterrupt):
             merge(halted, tmp_path / "halted", datasets, **options)
     assert read_checkpoint(tmp_path / "halted")["working"]
@@ -257,7 +269,7 @@ def test_a_workload_without_a_task_in_common_is_refused(trained_entries, dataset
 
 
 def test_a_second_process_is_refused_before_it_evaluates_anything(entries, datasets, tmp_path, monkeypatch):
-    monkeypatch.setattr(merger, "evaluate", None)
+    monkeypatch.setattr(evaluator, "evaluate", None)
     with results_files.lock(tmp_path / "results"), pytest.raises(ResultsError, match="another process is merging"):
         merge(entries, tmp_path / "results", datasets)
 
@@ -273,7 +285,7 @@ def refuse_without_adapter(monkeypatch) -> None:
         layers = [models[name].conv2 for name in tasks]
         shared = len({id(layer.weight) for layer in layers}) < len(layers)
         if shared and not all(adapter_of(layer) for layer in layers):
-            return trainer.Outcome("needs training", dict.fromkeys(tasks, 0.1), (), 0, 0)
+            return Outcome("needs training", dict.fromkeys(tasks, 0.1), (), 0, 0)
         return honest(models, tasks, *more)
 
     monkeypatch.setattr(merger, "recover", recover)
@@ -300,15 +312,15 @@ def test_what_is_shared_at_a_price_goes_through_every_door(trained_entries, data
     kept = {g.occurrences[0].layer: g for g in from_plain(whole["shared_layers"])}
     assert kept["conv2"].rank > 0 and kept["conv1"].rank == 0
     assert whole["memory"]["saved_bytes"] == saved_bytes(from_plain(whole["shared_layers"]))
-    last, play_round = len(whole["run"]["rounds"]) - 1, merger.play_round
+    last, play_round = len(whole["run"]["rounds"]) - 1, Merger.play_round
 
-    def killed(run, proposal):
-        if len(run.rounds) == last:
+    def killed(self, proposal):
+        if len(self.record.rounds) == last:
             raise KeyboardInterrupt
-        return play_round(run, proposal)
+        return play_round(self, proposal)
 
     with monkeypatch.context() as patch:
-        patch.setattr(merger, "play_round", killed)
+        patch.setattr(Merger, "play_round", killed)
         with pytest.raises(KeyboardInterrupt):
             merge(copy.deepcopy(trained_entries), tmp_path / "halted", datasets, **WITH_ADAPTERS)
     again = merge(copy.deepcopy(trained_entries), tmp_path / "halted", datasets, **WITH_ADAPTERS)
@@ -328,32 +340,32 @@ def test_what_is_shared_at_a_price_goes_through_every_door(trained_entries, data
 
 
 def test_out_of_memory_halves_the_batch_of_that_task_and_goes_on(entries, tasks, data, monkeypatch, caplog):
-    honest = trainer.task_losses
+    honest = step_module.task_losses
 
     def crowded(task, batch, *more):
         if task.name == "south_pico" and len(batch[0]) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return honest(task, batch, *more)
 
-    monkeypatch.setattr(trainer, "task_losses", crowded)
+    monkeypatch.setattr(step_module, "task_losses", crowded)
     models = nn.ModuleDict({name: task.model for name, task in tasks.items()})
-    session = trainer._Round(models, tasks, data, TrainingOptions(), RoundContext(CPU, 0), {})
+    session = round_of(models, tasks, data)
     for member in session.members.values():
         member.task.model.train()
-    assert session.train_step() is None and session.step == 1
+    assert session.training.step(session.validation.active) is None and session.schedule.step == 1
     assert {name: m.num_parts for name, m in session.members.items()} == {
         "north_pico": 1,
         "south_pico": 4,
         "east_pico": 1,
     }
-    assert "south_pico: out of memory; goes on with 2 images at a time" in caplog.text
+    assert "south_pico: out of memory; continues with 2 images at a time" in caplog.text
 
 
 def test_a_round_is_given_up_when_one_sample_does_not_fit(entries, trained_entries, datasets, tmp_path, monkeypatch):
     def crowded(*more):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: 1 bytes")
 
-    monkeypatch.setattr(trainer, "task_losses", crowded)
+    monkeypatch.setattr(step_module, "task_losses", crowded)
     manifest = merge(entries, tmp_path / "results", datasets)
     assert {row["reason"] for row in manifest["run"]["rounds"]} == {"out of memory"}
     assert manifest["shared_layers"] == [] and same(state_of(entries), state_of(trained_entries))
@@ -362,14 +374,14 @@ def test_a_round_is_given_up_when_one_sample_does_not_fit(entries, trained_entri
 def test_gradients_of_a_split_batch_are_those_of_the_whole(tasks, data):
     models = nn.ModuleDict({"east_pico": tasks["east_pico"].model})
     one = {"east_pico": tasks["east_pico"]}
-    session = trainer._Round(models, one, data, TrainingOptions(), RoundContext(CPU, 0), {})
+    session = round_of(models, one, data)
     member = session.members["east_pico"]
     member.task.model.train()
     member.task.model.bn1.eval()
     batch = member.batches.next()
     gradients = []
     for member.num_parts in (1, 2):
-        session.backward([(member, batch)])
+        session.training._backward([(member, batch)])
         gradients.append(member.task.model.offsets.weight.grad.clone())
     assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().sum() > 0
 
@@ -385,7 +397,7 @@ def test_out_of_memory_in_evaluation_halves_the_batch(tasks, data, monkeypatch):
 
     task = copy.copy(tasks["north_pico"])
     object.__setattr__(task, "eval_method", crowded)
-    assert trainer.evaluate(task, data["north_pico"].val) == 0.5
+    assert evaluate(task, data["north_pico"].val) == 0.5
     assert sizes == [12, 6, 3]
 
 
@@ -422,26 +434,3 @@ def test_a_dataset_that_disappears_ends_the_run_with_its_name_and_the_result_sta
         merge(entries, tmp_path / "results", datasets)
     assert read_manifest(tmp_path / "results")["memory"]["saved_bytes"] == 0
     assert load_merged(tmp_path / "results", {name: copy.deepcopy(entry["model"]) for name, entry in entries.items()})
-
-
-def test_models_that_share_nothing_get_their_order_of_channels_back(
-    entries, trained_entries, datasets, tmp_path, monkeypatch
-):
-    """Channels are lined up before anything is tied; what ends up private is bit for bit what came in."""
-
-    def fails(models, tasks, *more):
-        return trainer.Outcome("given up", {name: 0.0 for name in tasks}, (), 0, 0)
-
-    moved = {}
-    align_channels = merger.align_channels
-
-    def watched(run):
-        align_channels(run)
-        moved.update(run.permutations)
-
-    monkeypatch.setattr(merger, "align_channels", watched)
-    monkeypatch.setattr(merger, "recover", fails)
-    merge(entries, tmp_path / "results", datasets, strategy="adaptive", alignment="activations")
-    assert any(moved.values()), "the pico models were trained apart, so some channels move"
-    assert same(state_of(entries), state_of(trained_entries))
-    assert read_workload(entries)[1] == []

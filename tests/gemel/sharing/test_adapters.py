@@ -1,4 +1,4 @@
-"""Low-rank residuals: what a layer computes with one, fits, ties and snapshots, the results folder, the search."""
+"""Adapters: what a layer computes with one, fits, ties and snapshots, the results folder, the search."""
 
 import copy
 import json
@@ -17,18 +17,9 @@ from gemel.results_store.manifest import seal
 from gemel.results_store.verify import FAIL, verify
 from gemel.results_store.write import repair, write_results
 from gemel.sharing.adapters import adapter_bytes, adapter_of, fold, max_rank, plain_state, rank_within, set_rank
-from gemel.sharing.groups import (
-    Group,
-    Occurrence,
-    find_groups,
-    find_layers,
-    from_plain,
-    joined,
-    restrict,
-    saved_bytes,
-    to_plain,
-)
+from gemel.sharing.groups import Group, Occurrence, find_groups, from_plain, joined, restrict, saved_bytes, to_plain
 from gemel.sharing.memory import distinct_bytes
+from gemel.sharing.signatures import find_layers
 from gemel.sharing.tying import restore_snapshot, retie, take_snapshot
 from gemel.strategies.adaptive import Adaptive
 
@@ -41,7 +32,7 @@ LAYERS = {
 
 
 def filled(layer: nn.Module, rank: int = 2) -> nn.Module:
-    """With a residual that does something."""
+    """With an adapter whose output is not zero."""
     set_rank(layer, rank)
     for parameter in adapter_of(layer).parameters():
         nn.init.normal_(parameter)
@@ -52,13 +43,13 @@ def filled(layer: nn.Module, rank: int = 2) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_and_its_residual_are_the_layer_of_the_folded_weight(name):
+def test_a_layer_with_its_adapter_is_a_layer_with_the_folded_weight(name):
     torch.manual_seed(0)
     layer, inputs = LAYERS[name][0](), torch.randn(LAYERS[name][1])
     model = nn.Sequential(layer)
     alone = model(inputs)
     set_rank(layer, 2)
-    assert torch.equal(model(inputs), alone), "a new residual adds nothing"
+    assert torch.equal(model(inputs), alone), "a new adapter adds nothing"
     both = nn.Sequential(filled(layer))(inputs)
     assert not torch.allclose(both, alone, atol=1e-2)
     assert adapter_bytes(layer, 2) == sum(p.nbytes for p in adapter_of(layer).parameters())
@@ -70,7 +61,7 @@ def test_a_layer_and_its_residual_are_the_layer_of_the_folded_weight(name):
     assert all(torch.equal(plain[key], value) for key, value in model.state_dict().items())
 
 
-def test_residuals_move_and_copy_with_their_layers():
+def test_adapters_are_moved_and_copied_with_their_layers():
     torch.manual_seed(0)
     model = nn.Sequential(filled(nn.Conv2d(3, 4, 3)))
     inputs = torch.randn(2, 3, 6, 6)
@@ -82,7 +73,7 @@ def test_residuals_move_and_copy_with_their_layers():
     assert torch.allclose(model.float().to(memory_format=torch.channels_last)(inputs), expected, atol=1e-5)
 
 
-def test_ranks_and_prices():
+def test_ranks_within_a_budget():
     layer = nn.Conv2d(8, 16, 3, bias=False)  # 1152 numbers, 88 per rank
     assert rank_within(layer, 0.125) == 1 and rank_within(layer, 0.25) == 3 and rank_within(layer, 0.05) == 0
     assert max_rank(layer) == 16 and max_rank(nn.Conv2d(8, 8, 3, groups=8)) == 1
@@ -92,10 +83,10 @@ def test_ranks_and_prices():
             set_rank(other, 1)
     state = torch.get_rng_state()
     set_rank(layer, 3)
-    assert torch.equal(torch.get_rng_state(), state), "what is drawn elsewhere stays what it was"
+    assert torch.equal(torch.get_rng_state(), state), "other random numbers stay the same"
 
 
-def test_a_residual_is_no_layer_of_its_own():
+def test_an_adapter_is_no_layer_of_its_own():
     model = PicoNet()
     names, normalised = [layer.name for layer in find_layers(model)], is_normalised(model, "conv1")
     filled(model.conv1)
@@ -103,8 +94,8 @@ def test_a_residual_is_no_layer_of_its_own():
     assert is_normalised(model, "conv1") == normalised is True
 
 
-def test_a_residual_takes_up_what_the_shared_weights_leave_over():
-    """The more rank, the less error; with full rank both tasks are served as if they had a layer each."""
+def test_an_adapter_is_fitted_to_the_error_of_the_shared_weights():
+    """The higher the rank, the smaller the error; with full rank it is that of a layer for each task."""
     torch.manual_seed(0)
     rows = {name: Rows(torch.randn(1, 400, 10), torch.randn(1, 400, 6)) for name in "ab"}
     errors = []
@@ -118,7 +109,7 @@ def test_a_residual_takes_up_what_the_shared_weights_leave_over():
         errors.append(sum(fit.after.values()))
         for name, (x, y) in rows.items():
             left = (models[name](x).detach() - y).square().sum() / y.square().sum()
-            assert float(left) == pytest.approx(fit.after[name], abs=1e-4), "what is said is what it then does"
+            assert float(left) == pytest.approx(fit.after[name], abs=1e-4), "the reported error is that of the layer"
     alone = sum(
         float((y - x @ torch.linalg.lstsq(x, y).solution).square().sum() / y.square().sum()) for x, y in rows.values()
     )
@@ -129,12 +120,12 @@ def test_a_residual_takes_up_what_the_shared_weights_leave_over():
 # ---- configurations -------------------------------------------------------------------------------------
 
 
-def adapted(models, price: float = 0.3) -> tuple:
-    """Every group at a price, where that buys a residual."""
+def adapted(models, adapter_budget: float = 0.3) -> tuple:
+    """Every group, with adapters where the budget allows for a rank of 1."""
     groups = []
     for group in find_groups(models):
         layer = models[group.occurrences[0].task].get_submodule(group.occurrences[0].layer)
-        rank = rank_within(layer, price)
+        rank = rank_within(layer, adapter_budget)
         groups.append(group.with_adapters(rank, adapter_bytes(layer, rank)) if rank else group)
     assert any(group.rank for group in groups)
     return tuple(groups)
@@ -156,17 +147,17 @@ def test_savings_are_net_and_survive_json():
     assert distinct_bytes(models) == before and same_state(unmerged, models)
 
 
-def test_undo_brings_residuals_back_and_takes_them_away():
+def test_undo_restores_adapters_and_removes_new_ones():
     models = nn.ModuleDict({"a_x": PicoNet(), "b_x": PicoNet()}).eval()
     groups, unmerged = adapted(models), copy.deepcopy(models)
     plain = take_snapshot(models)
     retie(models, (), groups, unmerged)
     filled(models["a_x"].conv2, adapter_of(models["a_x"].conv2).rank)
     state, inputs = copy.deepcopy(models.state_dict()), torch.rand(2, 3, 8, 8)
-    expected, with_adapters_text = models["a_x"](inputs), take_snapshot(models)
+    expected, with_adapters = models["a_x"](inputs), take_snapshot(models)
     retie(models, groups, find_groups(models)[:1], unmerged)
     assert adapter_of(models["a_x"].conv2) is None
-    restore_snapshot(with_adapters_text)
+    restore_snapshot(with_adapters)
     assert torch.equal(models["a_x"](inputs), expected)
     assert all(torch.equal(value, state[key]) for key, value in models.state_dict().items())
     restore_snapshot(plain)
@@ -179,7 +170,7 @@ def test_undo_brings_residuals_back_and_takes_them_away():
 
 @pytest.fixture
 def written(tmp_path):
-    """(folder, models, manifest) of a result in which some layers are shared at a price."""
+    """(folder, models, manifest) of a result in which some shared layers have adapters."""
     models = pico_models()
     groups = adapted(models)
     retie(models, find_groups(models), groups, copy.deepcopy(models))
@@ -208,7 +199,7 @@ def written(tmp_path):
     return tmp_path, models, write_results(tmp_path, models, manifest, statistics)
 
 
-def test_residuals_are_loaded_into_modules_that_have_none(written):
+def test_adapters_are_loaded_into_models_that_have_none(written):
     path, models, _ = written
     loaded = load_merged(path, fresh_models(), verify=True)
     assert same_state(models, loaded) and distinct_bytes(loaded) == distinct_bytes(models)
@@ -218,7 +209,7 @@ def test_residuals_are_loaded_into_modules_that_have_none(written):
     assert same_state(models, again) and torch.equal(again["b_x"](images), models["b_x"](images))
 
 
-def test_plain_files_hold_the_weights_that_the_layers_have_with_their_residuals(written):
+def test_plain_files_hold_the_folded_weights(written):
     path, models, _ = written
     images = torch.rand(2, 3, 16, 16)
     for name in ("a_x", "b_x"):
@@ -227,14 +218,14 @@ def test_plain_files_hold_the_weights_that_the_layers_have_with_their_residuals(
         assert torch.allclose(plain(images), models[name].eval()(images), atol=1e-4)
     checks = list(verify(path))
     assert not [check for check in checks if check.status == FAIL]
-    assert any("residuals folded in" in check.what for check in checks)
+    assert any("folded in" in check.what for check in checks)
     content = (path / "weights" / "a_x.pt").read_bytes()
     (path / "weights" / "a_x.pt").unlink()
     assert any("a_x.pt: rebuilt" in line for line in repair(path))
     assert (path / "weights" / "a_x.pt").read_bytes() == content
 
 
-def test_residuals_that_a_model_has_beyond_the_result_are_taken_away(written, tmp_path):
+def test_adapters_that_are_not_in_the_result_are_removed(written, tmp_path):
     models = pico_models(1)
 
     write(tmp_path / "plain", models)
@@ -255,21 +246,21 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_a_manifest_that_says_other_things_of_residuals_is_refused(written, what):
+def test_a_manifest_with_wrong_adapters_is_refused(written, what):
     path, _, manifest = written
     handed_in = fresh_models()
     before = copy.deepcopy({name: model.state_dict() for name, model in handed_in.items()})
     group = next(group for group in manifest["shared_layers"] if group.get("rank"))
     WRONG[what](group)
     (path / "merged.json").write_text(json.dumps(seal(manifest)))
-    with pytest.raises(ResultsError, match=r"residual|saved_bytes|rank"):
+    with pytest.raises(ResultsError, match=r"residual|adapter|saved_bytes|rank"):
         load_merged(path, handed_in)
     assert before.keys() == handed_in.keys()
     for name, state in before.items():
         assert handed_in[name].state_dict().keys() == state.keys()
 
 
-def test_a_model_that_does_not_fit_stays_without_residuals(written):
+def test_a_model_that_does_not_fit_gets_no_adapters(written):
     path, _, _ = written
     handed_in = {**fresh_models(), "b_x": PicoNet(9)}
     with pytest.raises(ResultsError, match="b_x: the results do not fit the model"):
@@ -280,9 +271,9 @@ def test_a_model_that_does_not_fit_stays_without_residuals(written):
 # ---- the search -----------------------------------------------------------------------------------------
 
 
-def test_what_refuses_is_tried_at_a_price_and_then_with_training():
+def test_a_group_that_fails_is_tried_with_adapters_and_then_with_training():
     models = {f"task{i}_x": PicoNet(extra=1) for i in range(3)}
-    strategy = Adaptive(models, price=0.3)
+    strategy = Adaptive(models, adapter_budget=0.3)
     refused = max(strategy.groups, key=lambda group: group.bytes)
     phases, judged = [], []
     while (proposal := strategy.propose()) is not None:
@@ -294,23 +285,23 @@ def test_what_refuses_is_tried_at_a_price_and_then_with_training():
     kept = next(g for g in strategy.kept if g.occurrences == refused.occurrences)
     assert kept.rank > 0 and len(strategy.kept) == len(strategy.groups)
     assert phases.index("fill in at a price") < phases.index("fill in with training")
-    assert judged[-1] == 0, "whether it can do without is tried last"
-    again = Adaptive(models, price=0.3)
+    assert judged[-1] == 0, "without adapters is tried last"
+    again = Adaptive(models, adapter_budget=0.3)
     again.load_state(json.loads(json.dumps(strategy.state())))
     assert again.kept == strategy.kept and again.propose() is None
 
 
-def test_without_a_price_nothing_has_a_residual():
+def test_without_a_budget_no_group_has_adapters():
     strategy = Adaptive({f"task{i}_x": PicoNet(extra=1) for i in range(3)})
     while (proposal := strategy.propose()) is not None:
         assert not any(group.rank for group in proposal) and "price" not in strategy.phase
         strategy.record(False, set())
 
 
-def test_a_price_that_all_pay_for_one_more_task_has_to_pay_off():
-    strategy = Adaptive({f"task{i}_x": PicoNet(extra=1) for i in range(4)}, price=0.3)
+def test_adapters_for_all_tasks_must_save_more_than_one_task_fewer_without():
+    strategy = Adaptive({f"task{i}_x": PicoNet(extra=1) for i in range(4)}, adapter_budget=0.3)
     strategy.own, strategy.phase = restrict(strategy.groups, ["task0_x", "task1_x", "task2_x"]), "fill in at a price"
-    assert strategy.adapted[0].saved_bytes < strategy.kept[0].saved_bytes, "four prices are more than a layer"
+    assert strategy.adapted[0].saved_bytes < strategy.kept[0].saved_bytes, "four adapters are larger than the layer"
     assert strategy._filled({0: ("task3_x",)}) == strategy.kept
     strategy.own = restrict(strategy.groups, ["task0_x", "task1_x"])
     assert any(group.rank for group in strategy._filled({0: ("task2_x", "task3_x")}))

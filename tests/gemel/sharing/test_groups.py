@@ -2,61 +2,12 @@ import time
 
 import pytest
 import torch
-import torchvision
 from pico import PicoDetector, PicoNet
 from torch import nn
 
-from gemel.sharing.groups import (
-    Occurrence,
-    affected_tasks,
-    find_groups,
-    find_layers,
-    find_stem,
-    is_normalisation,
-    saved_bytes,
-    signature_of,
-)
+from gemel.sharing.groups import Occurrence, affected_tasks, find_groups, find_stem, saved_bytes
 from gemel.sharing.memory import distinct_bytes
 from model_architectures import build, names
-
-
-def names_of(model: nn.Module) -> list[str]:
-    return [layer.name for layer in find_layers(model)]
-
-
-def test_layers_leave_normalisation_out():
-    assert names_of(PicoNet(extra=1)) == ["conv1", "conv2", "more.0", "fc"]
-    for module in (nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4), torchvision.ops.FrozenBatchNorm2d(4)):
-        assert is_normalisation(module)
-    assert is_normalisation(type("MyChannelNorm2d", (nn.Module,), {})())
-    assert not is_normalisation(torchvision.ops.Conv2dNormActivation(3, 4))
-
-
-def test_layer_bytes_are_those_of_its_own_parameters():
-    (layer,) = find_layers(nn.Sequential(nn.Conv2d(3, 8, 5)))
-    assert layer.bytes == (3 * 8 * 25 + 8) * 4
-
-
-@pytest.mark.parametrize(
-    "one, other",
-    [
-        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, stride=2)),
-        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2)),
-        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, bias=False)),
-        (nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3)),
-        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3).half()),
-        (nn.Linear(4, 4), nn.Linear(4, 5)),
-    ],
-)
-def test_signatures_that_differ(one, other):
-    assert signature_of(one) != signature_of(other)
-
-
-def test_signatures_that_agree():
-    assert signature_of(nn.Conv2d(4, 4, 3)) == signature_of(nn.Conv2d(4, 4, (3, 3)))
-    with torch.device("meta"):
-        on_meta = nn.ConvTranspose2d(4, 2, 3)
-    assert signature_of(nn.ConvTranspose2d(4, 2, 3)) == signature_of(on_meta)
 
 
 class Scale(nn.Module):
@@ -67,19 +18,13 @@ class Scale(nn.Module):
         self.factor = nn.Parameter(torch.ones(width))
 
 
-def test_users_own_modules_share_too():
+def test_modules_of_users_are_shared_too():
     models = {"a_x": nn.Sequential(Scale(4), Scale(5)), "b_x": nn.Sequential(Scale(5), Scale(6))}
     (group,) = find_groups(models)
     assert group.occurrences == (Occurrence("a_x", "1"), Occurrence("b_x", "0")) and group.bytes == 20
 
 
-def test_a_parameter_used_twice_in_a_model_is_one_layer():
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    model[1].weight = model[0].weight
-    assert names_of(model) == ["0"]
-
-
-def test_kth_pairs_with_kth_and_a_task_stands_once_in_a_group():
+def test_the_kth_layers_are_paired_and_a_task_is_once_in_a_group():
     models = {"a_x": PicoNet(extra=2), "b_x": PicoNet(extra=1), "c_x": PicoNet(num_classes=5)}
     groups = find_groups(models)
     by_layers = {tuple(group.occurrences) for group in groups}
@@ -135,7 +80,7 @@ def test_grouping_every_model_of_torchvision_is_quick():
     assert len(models) > 90 and len(groups) > 500
 
 
-def test_stem_stops_where_models_part():
+def test_a_stem_ends_where_models_differ():
     models = {"a_x": PicoNet(extra=1), "b_x": PicoNet(extra=2), "c_x": PicoNet(width=4)}
     assert find_stem(models, 0) == ()
     (first,) = find_stem(models, 1)

@@ -3,7 +3,7 @@ import json
 import random
 
 import pytest
-from pico import PicoNet
+from pico import PicoNet, thresholds
 
 from gemel.sharing.groups import affected_tasks, find_groups, from_plain, joined, restrict, saved_bytes, to_plain
 from gemel.strategies import STRATEGIES, strategy_class
@@ -294,7 +294,7 @@ def test_parts_smaller_than_a_share_of_what_was_missing_are_not_halved_without_t
 
 
 def test_training_goes_on_from_a_small_part_that_was_fitted(monkeypatch):
-    monkeypatch.setattr("gemel.strategies.adaptive.WORTH_A_FIT", 0.5)
+    monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(worth_a_fit=0.5))
     strategy = Adaptive(workload(1, 1))
     everything = strategy.propose()
     strategy.infeasible = strategy.held_back = tuple(g for g in everything if g.occurrences[0].layer == "conv1")

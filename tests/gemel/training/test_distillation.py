@@ -55,6 +55,25 @@ def test_a_detector_is_taught_by_features_alone_and_its_pass_ends_early(images):
     assert len(called) == 1, "after the first pass it is known that nothing behind conv2 is needed"
 
 
+def test_the_end_of_a_pass_is_no_error_that_a_model_can_catch(images):
+    caught = []
+
+    class Catching(PicoDetector):
+        def forward(self, images, targets=None):
+            try:
+                return super().forward(images, targets)
+            except Exception as error:
+                caught.append(error)
+                return []
+
+    model, teacher = PicoDetector().train(), Catching().eval()
+    both = Teacher(model, teacher, ("conv1", "conv2"))
+    targets = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for _ in images]
+    for _ in range(3):
+        both.losses(list(images), model(list(images), targets))
+    assert both.taught.max_calls == 2 and not caught
+
+
 def test_other_passes_leave_no_trace(images):
     """Passes that re-estimate statistics or evaluate, of the model or of a copy of it, are not compared."""
     model, teacher = PicoNet().eval(), PicoNet().eval()

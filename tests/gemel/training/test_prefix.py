@@ -2,10 +2,11 @@
 
 import copy
 import functools
+from dataclasses import asdict
 
 import pytest
 import torch
-from pico import PicoNet, to_tensor
+from pico import PicoNet, merger_of, to_tensor
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models as zoo
@@ -17,14 +18,14 @@ from dataset_manager import open_task
 from gemel.datasets.loaders import plain_images, repeats
 from gemel.evaluation.eval_method import evaluate
 from gemel.fitting.batch_norm import reestimate_statistics
-from gemel.merging.initialisation import prefixes_of
 from gemel.results_store.load import load_merged
-from gemel.sharing.groups import find_groups, find_layers, restrict
+from gemel.sharing.groups import find_groups, restrict
+from gemel.sharing.signatures import find_layers
 from gemel.sharing.tying import tie
+from gemel.training.context import RoundContext
 from gemel.training.cut import Cut, Cuts
 from gemel.training.losses import task_losses
 from gemel.training.options import TrainingOptions
-from gemel.training.outcome import RoundContext
 from gemel.training.prefix import frozen, frozen_modules, prefix_of
 from merge_workloads import merge_workload
 from trainer import recover
@@ -215,7 +216,7 @@ def test_images_that_are_drawn_anew_are_not_kept_in_training():
     with frozen({"a": model}, {"a": part}):
         model.train()(IMAGES), model(IMAGES)
         assert runs == [4, 4] and not part.outputs
-        reestimate_statistics(model, [(IMAGES, None)], CPU, but=frozen_modules(model))
+        reestimate_statistics(model, [(IMAGES, None)], CPU, keep=frozen_modules(model))
         assert runs == [4, 4, 4] and not part.outputs, "they are images of train"
         model.eval()(IMAGES), model(IMAGES)
         assert runs == [4, 4, 4, 4] and len(part.outputs) == 4
@@ -230,7 +231,7 @@ def test_a_prefix_is_not_trained_and_its_statistics_stay():
             *("conv2.weight", "conv2.bias", "fc.weight", "fc.bias")
         ]
         F.cross_entropy(model.train()(IMAGES), torch.tensor([0, 1, 2, 0])).backward()
-        reestimate_statistics(model, [(IMAGES, None)], CPU, but=frozen_modules(model))
+        reestimate_statistics(model, [(IMAGES, None)], CPU, keep=frozen_modules(model))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     frozen_ones = [n for n, p in model.named_parameters() if not p.requires_grad]
     assert frozen_ones == ["conv1.bias"], "as the user had it"
@@ -247,9 +248,9 @@ def test_prefixes_are_alike_where_cut_and_weights_are():
     model = PicoNet()
     part = prefix(model)
     model.fc.weight.data.add_(1)
-    assert prefix(model).is_like(part) and not part.is_like(None)
+    assert prefix(model).computes_the_same_as(part) and not part.computes_the_same_as(None)
     model.bn1.running_mean.add_(1)
-    assert not prefix(model).is_like(part)
+    assert not prefix(model).computes_the_same_as(part)
 
 
 # ---- in a trial -----------------------------------------------------------------------------------------
@@ -284,24 +285,23 @@ def test_a_round_trains_what_lies_behind_the_cut_alone(tasks, data):
 @pytest.fixture
 def run(tasks, data, tmp_path):
     two = {name: tasks[name] for name in ("north_pico", "south_pico")}
-    how = {"strategy_name": "gemel", "training": LATE, "initial_weights": "mean", "alignment": "none"}
-    return merger.start(
-        two, data, tmp_path / "results", seed=0, device=CPU, flags={}, fingerprint={}, prefix_bytes=1 << 20, **how
-    )
+    return merger_of(two, data, tmp_path / "results", strategy="gemel", cache_bytes=1 << 22, **asdict(LATE))
 
 
 def test_the_next_trial_uses_what_the_last_one_kept(run):
-    late = late_groups(run.models)
-    first = prefixes_of(run, run.tasks, late)
+    late = late_groups(run.state.models)
+
+    def prefixes_of(groups):
+        return run.prefixes.of_round(run.tasks, groups, resumed=False)
+
+    first = prefixes_of(late)
     assert [part.cut.last for part in first.values()] == ["bn1", "bn1"]
-    again = prefixes_of(run, run.tasks, late)
+    again = prefixes_of(late)
     assert all(again[name] is first[name] for name in first)
-    run.models["north_pico"].conv1.weight.data.add_(1)
-    third = prefixes_of(run, run.tasks, late)
+    run.state.models["north_pico"].conv1.weight.data.add_(1)
+    third = prefixes_of(late)
     assert third["north_pico"] is not first["north_pico"] and third["south_pico"] is first["south_pico"]
-    assert prefixes_of(run, run.tasks, run.groups) == {}, "the first layers are tied"
-    run.training = TrainingOptions()
-    assert prefixes_of(run, run.tasks, late) == {}, "as a default everything is trained"
+    assert prefixes_of(run.record.groups) == {}, "the first layers are tied"
 
 
 def test_whether_images_come_again(tasks, datasets):

@@ -1,0 +1,40 @@
+"""Images without labels that a merge fits, aligns and compares on: a sample of each task's train split, by seed."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from gemel.datasets.loaders import TaskData, plain_images
+from gemel.forward.batches import Batch
+from gemel.sharing.groups import Configuration
+from gemel.thresholds import FIT_PIXELS, THRESHOLDS
+from gemel.workload import CLASSIFICATION, Task
+
+
+class ImageSampler:
+    """Draws images of the tasks' train splits, without labels and augmentation, on the seed and a purpose alone."""
+
+    def __init__(self, tasks: Mapping[str, Task], data: Mapping[str, TaskData], seed: int, device: torch.device):
+        self.tasks, self.data, self.seed, self.device = tasks, data, seed, device
+
+    def of_groups(self, configuration: Configuration, num_pixels: int, *purpose: object) -> dict[str, list[Batch]]:
+        """Batches of images of every task in the configuration, as many as have about `num_pixels` pixels."""
+        return self.of_tasks((task for group in configuration for task in group.tasks), num_pixels, *purpose)
+
+    def of_tasks(self, names: Iterable[str], num_pixels: int, *purpose: object) -> dict[str, list[Batch]]:
+        """The same of the named tasks; a detector gets its share of the pixels."""
+        together = FIT_PIXELS if self.device.type == "cuda" else 0  # small batches leave a GPU waiting for kernels
+        return {
+            name: plain_images(
+                self.data[name], self._share_of(name, num_pixels), self.seed, *purpose, batch_pixels=together
+            )
+            for name in dict.fromkeys(names)
+        }
+
+    def first_of(self, name: str, count: int, *purpose: object) -> torch.Tensor:
+        """The first images [N, C, H, W] of a classifier's sample, on the device."""
+        return plain_images(self.data[name], 0, self.seed, *purpose)[0][:count].to(self.device)
+
+    def _share_of(self, name: str, num_pixels: int) -> int:
+        share = 1.0 if self.tasks[name].kind == CLASSIFICATION else THRESHOLDS.fit.detection_share
+        return int(share * num_pixels)

@@ -1,0 +1,52 @@
+"""Resuming: what lies in the results folder, whether it is of this workload, and where the search was."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from gemel.merging.fingerprint import differences
+from gemel.results_store.files import ResultsError
+from gemel.results_store.manifest import has_results, read_manifest
+from gemel.results_store.write import repair
+from gemel.sharing.groups import Configuration
+from gemel.strategies import STEM, strategy_class
+from gemel.strategies.base import Strategy
+from gemel.workload import Problem, WorkloadError
+
+MAX_SET_ASIDE = 10_000
+
+
+def previous_manifest(results_path: Path, fingerprint: Mapping) -> dict | None:
+    """The manifest to resume from, its files repaired; None if the folder holds none.
+
+    Raises WorkloadError if it is of another workload; tasks that were added or taken away do not make it another one.
+    """
+    if not has_results(results_path):
+        return None
+    allowed = "the same as before, or --fresh to start anew (the old result is kept aside), or another --results"
+    try:
+        stored = read_manifest(results_path)["run"]["fingerprint"]
+    except ResultsError as error:
+        raise WorkloadError([Problem(str(results_path), "results", str(error), allowed)]) from None
+    changed = differences(stored, fingerprint)
+    if not set(stored["tasks"]) & set(fingerprint["tasks"]):
+        changed.append(f"tasks: were {', '.join(stored['tasks'])}, are {', '.join(fingerprint['tasks'])}")
+    if changed:
+        raise WorkloadError([Problem(str(results_path), "results", line, allowed) for line in changed])
+    for line in repair(results_path):
+        print(line)
+    return read_manifest(results_path)
+
+
+def set_aside(results_path: Path) -> Path:
+    """Renames a results folder to the first free <name>-previous-N; returns that."""
+    for number in range(1, MAX_SET_ASIDE):
+        aside = results_path.with_name(f"{results_path.name}-previous-{number}")
+        if not aside.exists():
+            return results_path.rename(aside)
+    raise RuntimeError(f"{results_path}: there are too many earlier results beside it")
+
+
+def new_strategy(name: str, models: Mapping, groups: Configuration, adapter_budget: float) -> Strategy:
+    """A strategy that has tried nothing yet."""
+    given = {"adapter_budget": adapter_budget} if adapter_budget else {}
+    return strategy_class(name)(models, **given, **({} if name == STEM else {"groups": groups}))

@@ -1,0 +1,170 @@
+"""The live models of a merge: what is tied now, how to undo a trial, and the order of each model's channels."""
+
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gemel.alignment.align import align, apply_permutations, permutations_of
+from gemel.alignment.permutation import inverse
+from gemel.forward.batches import Batch
+from gemel.forward.modes import to_channels_last
+from gemel.results_store.load import load_merged
+from gemel.sharing.adapters import fold, own_modules
+from gemel.sharing.groups import Configuration, affected_tasks, from_plain
+from gemel.sharing.memory import distinct_bytes
+from gemel.sharing.tying import Snapshot, is_tied, reset, restore_snapshot, retie, take_snapshot
+from gemel.workload import Task
+
+Permutations = dict[
+    str, list[int]
+]  # channel space -> what was at permutation[i] is at i (gemel.alignment.align.permutations_of)
+
+
+@dataclass
+class ChannelOrder:
+    """In which order the channels of each model are, beside the order that the model came in."""
+
+    permutations: dict[str, Permutations] = field(
+        default_factory=dict
+    )  # task -> found by alignment; {}: stays as it is
+    applied: set[str] = field(default_factory=set)  # tasks whose live model has that order now
+
+    def apply(self, name: str, model: nn.Module) -> None:
+        """Brings a live model into the order that alignment found."""
+        if name not in self.applied and self.permutations.get(name):
+            apply_permutations(model, self.permutations[name])
+            self.applied.add(name)
+
+    def revert(self, name: str, model: nn.Module) -> None:
+        """Brings a live model back, bit by bit, into the order that it came in."""
+        if name in self.applied:
+            apply_permutations(model, {space: inverse(order) for space, order in self.permutations[name].items()})
+            self.applied.discard(name)
+
+
+class MergeState:
+    """The models of a workload while they are merged, in place and on the device.
+
+    models: the live ones, in one container, so that a tied parameter is there once. unmerged: copies of them as they
+    came, in eval mode, with the channels in the order of the live ones.
+    """
+
+    def __init__(self, tasks: Mapping[str, Task], device: torch.device):
+        self.device = device
+        self.models = nn.ModuleDict({name: task.model for name, task in tasks.items()}).to(device)
+        to_channels_last(self.models, device)
+        self.unmerged = copy.deepcopy(self.models).eval().requires_grad_(False)
+        self.unmerged_bytes = distinct_bytes(self.models)
+        self.kept: Configuration = ()  # tied in the last trial that was kept
+        self.tied: Configuration = ()  # tied now: more than `kept` within a trial, and where the next one continues it
+        self.order = ChannelOrder()
+        self._undo: Snapshot | None = None  # of what is kept, while the models hold something else
+
+    # ---- trials ----------------------------------------------------------------------------------------------
+
+    def begin_trial(self, proposal: Configuration, initial: str) -> bool:
+        """Ties the proposal, new ties with the values of a data-free rule; whether it was tied already."""
+        continues = self.continued_trial == proposal
+        if self._undo is None:
+            self._undo = take_snapshot(self._container(affected_tasks(self.kept, proposal)))
+        retie(self.models, self.tied, proposal, self.unmerged, initial)
+        self.tied = proposal
+        return continues
+
+    def keep(self, kept: Configuration) -> None:
+        """Makes what is tied now, with its weights, what later trials are undone to; kept: as the strategy has it."""
+        self.kept = self.tied = kept
+        self._undo = None
+
+    def undo(self) -> None:
+        """Brings the models back to what is kept, bit by bit."""
+        if self._undo is not None:
+            restore_snapshot(self._undo)
+        self.tied, self._undo = self.kept, None
+
+    @property
+    def continued_trial(self) -> Configuration | None:
+        """The failed trial whose weights the next one starts from, if any."""
+        return self.tied if self.tied != self.kept else None
+
+    def reset_to_unmerged(self, groups: Configuration, names: Iterable[str]) -> None:
+        """Gives tied groups the mean of the unmerged models' weights, and all that is private its unmerged values."""
+        for name in names:
+            self.models[name].load_state_dict(self.unmerged[name].state_dict(), strict=False)  # it has no adapters
+        reset(self.models, groups, self.unmerged)
+
+    # ---- the order of channels -------------------------------------------------------------------------------
+
+    def needs_alignment(self) -> bool:
+        """Whether a model that shares nothing has not been aligned yet."""
+        return not set(self.models) <= self._sharing() | set(self.order.permutations)
+
+    def align_channels(self, groups: Configuration, images: Mapping[str, list[Batch]], method: str, seed: int) -> None:
+        """Permutes the channels of models that share nothing yet so that they line up with those of the others.
+
+        What they compute stays the same. A model that was aligned once stays as it is.
+        """
+        fixed = self._sharing() | set(self.order.permutations)
+        done = align(self.unmerged, groups, images, method=method, seed=seed, fixed=fixed)
+        for name, permutations in permutations_of(done).items():
+            self.models[name].load_state_dict(self.unmerged[name].state_dict())
+            self.order.permutations[name] = permutations
+            self.order.applied.add(name)
+        for name in self.models:
+            self.order.permutations.setdefault(name, {})
+
+    def restore_channel_order(self) -> None:
+        """Gives the models that share nothing the order of channels that they came with, bit by bit."""
+        for name in set(self.order.applied) - self._sharing():
+            self.order.revert(name, self.models[name])
+
+    def _sharing(self) -> set[str]:
+        """Tasks that share something in what is kept."""
+        return {task for group in self.kept for task in group.tasks}
+
+    # ---- resuming --------------------------------------------------------------------------------------------
+
+    def load_kept(self, results_path: Path, manifest: Mapping, names: Collection[str]) -> None:
+        """Loads the named models from a results folder, with its ties, into the order of channels of its search.
+
+        Stored models that share nothing may be in either order: the manifest says of each whether it is `permuted`.
+        """
+        load_merged(results_path, {name: self.models[name] for name in names}, self.device, tasks=names, verify=True)
+        to_channels_last(self.models, self.device)
+        sharing = {o["task"] for group in manifest["shared_layers"] for o in group["occurrences"]}
+        recorded = manifest["run"]["permutations"]
+        self.order.permutations = {name: recorded[name] for name in names if name in recorded}
+        for name in self.order.permutations:
+            if manifest["tasks"][name].get("permuted", name in sharing):
+                self.order.applied.add(name)
+            apply_permutations(self.unmerged[name], self.order.permutations[name])
+            self.order.apply(name, self.models[name])
+
+    def set_kept(self, kept: Configuration) -> None:
+        """Says what the loaded models have tied."""
+        assert all(is_tied(self.models, group) for group in kept), "the store and the search state disagree"
+        self.kept = self.tied = kept
+
+    def fold_adapters(self, names: Iterable[str]) -> None:
+        """Writes adapters of layers that no longer share into the layers' own weights."""
+        adapted = {occurrence for group in self.kept if group.rank for occurrence in group.occurrences}
+        for name in names:
+            for layer, module in list(own_modules(self.models[name])):
+                if (name, layer) not in adapted:
+                    fold(module)
+
+    def state_of_continued_trial(self) -> dict:
+        """The weights of the failed trial that the next one continues."""
+        return self._container(affected_tasks(self.kept, self.tied)).state_dict()
+
+    def load_continued_trial(self, plain: list[dict], weights: Mapping) -> None:
+        """Ties and loads a failed trial that the next one continues; plain: its configuration."""
+        self.begin_trial(from_plain(plain), "mean")
+        self.models.load_state_dict(weights, strict=False)
+
+    def _container(self, names: Iterable[str]) -> nn.ModuleDict:
+        return nn.ModuleDict({name: self.models[name] for name in names})

@@ -1,0 +1,102 @@
+"""Every number of the search and the fits that was chosen by measuring, with its entry in benchmarks/LOG.md.
+
+Where an entry is named, the figures that decided are there. "unmeasured" marks a first guess that nothing contradicted.
+"""
+
+from dataclasses import dataclass
+
+FIT_PIXELS = 320 * 96 * 96
+
+
+@dataclass(frozen=True)
+class FitThresholds:
+    """How many images weights are fitted on, and how often they are fitted again."""
+
+    # Of the images per classifier ("2026-11-24 Initial weights", more images help).
+    pixels: int = FIT_PIXELS
+    # Of these pixels, for a detector ("2026-11-25 Detectors").
+    detection_share: float = 0.5
+    # Where memory is short (unmeasured).
+    fewest_pixels: int = FIT_PIXELS // 16
+    # Rows per layer and task ("2026-11-25 What a fit matches").
+    positions: int = 4096
+    # Times as many, where there are fewer rows than half the inputs ("2026-11-26 Rows for wide layers").
+    more_images: int = 4
+    # With other task weights ("2026-11-25 What a fit matches").
+    max_fits: int = 3
+    # Of the targets on the screening subset ("2026-11-26 The last thousandth").
+    full_validation_from: float = 0.97
+    # Of the targets, predicted for the next task weights (unmeasured).
+    refit_from: float = 0.97
+
+
+@dataclass(frozen=True)
+class BalanceThresholds:
+    """How task weights of a fit follow what was reached: slopes of (accuracy / target) over the logarithm of a weight.
+
+    Task weights follow measured slopes: "2026-11-25 What a fit matches". The limits themselves are unmeasured.
+    """
+
+    usual_slope: float = 0.12
+    min_slope: float = 0.08
+    max_slope: float = 0.4
+    min_move: float = 0.03  # of the logarithm of a weight: a smaller move says nothing of the slope
+    max_move: float = 1.1  # a larger one goes beyond where the line holds
+
+
+@dataclass(frozen=True)
+class SensitivityThresholds:
+    """How sensitivity is predicted, and what it decides."""
+
+    # Of gemel.fitting.sensitivity.METHODS ("2026-11-24 Holding back a little", "2026-11-24 The search").
+    method: str = "fitted_error"
+    # Of the images per task (unmeasured).
+    pixels: int = FIT_PIXELS // 4
+    # Of the images that aligned models are checked on, and activations compared on (unmeasured).
+    alignment_pixels: int = FIT_PIXELS // 8
+    # From this sensitivity on a group is left to training ("2026-11-25 Detectors").
+    infeasible: float = 0.25
+    # Of the possible saving that is left to training at first ("2026-11-25 Detectors").
+    infeasible_share: float = 0.25
+    # Of the possible saving that the second jump leaves out ("2026-11-24 Holding back a little").
+    held_back: float = 0.002
+
+
+@dataclass(frozen=True)
+class ReleaseThresholds:
+    """How much of what a failing task shares is released for it; twice as much each time it fails again."""
+
+    # Of its target: from here on a task needs little ("2026-11-24 The search").
+    near: float = 0.93
+    # Of the bytes that the task shares ("2026-11-24 The search").
+    share_when_near: float = 0.03
+    # The same, below `near` ("2026-11-24 The search").
+    share_when_far: float = 0.25
+
+
+@dataclass(frozen=True)
+class FillThresholds:
+    """When what is missing is filled in by parts, with adapters or with training."""
+
+    # Of its target: below, a part is not halved ("2026-11-26 On a GPU").
+    far: float = 0.8
+    # Of the possible saving: smaller parts are not halved ("2026-11-25 What a fit matches").
+    worth_a_fit: float = 0.01
+    # Of what was missing at first: the same ("2026-11-26 On a GPU").
+    smallest_part: float = 0.25
+    # Of the possible saving: if less is missing, no adapters ("2026-11-26 Low-rank").
+    worth_adapters: float = 0.03
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """All of them."""
+
+    fit: FitThresholds = FitThresholds()
+    balance: BalanceThresholds = BalanceThresholds()
+    sensitivity: SensitivityThresholds = SensitivityThresholds()
+    release: ReleaseThresholds = ReleaseThresholds()
+    fill: FillThresholds = FillThresholds()
+
+
+THRESHOLDS = Thresholds()

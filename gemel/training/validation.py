@@ -1,0 +1,122 @@
+"""Validation within a round: when, of which tasks first, and what it decides."""
+
+import logging
+import math
+from collections.abc import Mapping
+
+from torch import nn
+
+from gemel.evaluation.eval_method import evaluate
+from gemel.training.context import RoundContext
+from gemel.training.options import TrainingOptions
+from gemel.training.outcome import EPOCHS_SPENT, GIVEN_UP, MET, UNTRAINED
+from gemel.training.schedule import Schedule
+from gemel.training.step import Member
+
+NEARLY_THERE = 0.98  # share of the target from which validation is as frequent as it may be
+
+log = logging.getLogger(__name__)
+
+
+class Validation:
+    """Evaluates the tasks of a round and gives up those whose learning curve misses the target.
+
+    averaged: by task, the models that are validated once a step was made: those with averaged weights.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[str, Member],
+        averaged: nn.ModuleDict,
+        options: TrainingOptions,
+        schedule: Schedule,
+        context: RoundContext,
+    ):
+        self.members, self.averaged = members, averaged
+        self.options, self.schedule, self.context = options, schedule, context
+
+    @property
+    def active(self) -> list[Member]:
+        """The tasks that are not given up."""
+        return [member for member in self.members.values() if not member.progress.given_up]
+
+    def validate(self, everything: bool = False) -> str | None:
+        """Evaluates the tasks furthest below target first, and stops at the first below it unless all are asked for.
+
+        Returns why the round ends, or None.
+        """
+        for member in sorted(self.active, key=lambda member: member.progress.ratio):
+            self.measure(member)
+            if not member.progress.met and not self.give_up_if_stalled(member) and not everything:
+                return None
+        return self._decide()
+
+    def measure(self, member: Member) -> None:
+        """Accuracy on val; where the screening subset is below its target, an estimate from that alone."""
+        name, progress, step = member.task.name, member.progress, self.schedule.step
+        model = self.averaged[name] if step else member.task.model
+        known = self.context.fitted.get(name) if step == 0 else None
+        accuracy = known.accuracy if known else None
+        if accuracy is None and self.screens(member):
+            ratio = known.ratio if known else self._screen(member, model)
+            if ratio < 1:
+                progress.note(step, min(ratio, 1.0) * progress.target, confirmed=False)
+                log.debug("step %d: %s about %.4f of %.4f", step, name, progress.accuracy, progress.target)
+                return
+        if accuracy is None:
+            accuracy = evaluate(member.task, member.data.val, model)
+        progress.note(step, accuracy)
+        log.debug("step %d: %s %.4f of %.4f", step, name, progress.accuracy, progress.target)
+
+    def screens(self, member: Member) -> bool:
+        """Whether a subset of the task's val split is evaluated before all of it."""
+        known = member.task.name in self.context.screen_targets
+        return known and self.options.screening_images > 0 and member.data.screen is not member.data.val
+
+    def give_up_if_stalled(self, member: Member) -> bool:
+        """A first stall lowers the learning rate for all; a task that then stalls again is given up for good."""
+        if not member.progress.stalled(self.schedule.step, self.schedule.patience, self.schedule.max_steps):
+            return False
+        if self.schedule.lower_rate():
+            for other in self.active:
+                other.progress.restart_patience(self.schedule.step)
+            return False
+        member.progress.given_up = True
+        return True
+
+    def interval(self) -> int:
+        """Steps until the next validation: fewer, the nearer the worst task seems to be to its target.
+
+        Bounded below so that evaluating that one task (a forward pass costs about a third of a training step on the
+        same images) takes no more than its share of the time. Counts only, no clock: the same seed, the same result.
+        """
+        if not self.active:
+            return 0
+        left = self.schedule.private_steps - self.schedule.step
+        return min(self._usual_interval(), left) if left > 0 else self._usual_interval()
+
+    def _usual_interval(self) -> int:
+        worst = min(self.active, key=lambda member: member.progress.ratio)
+        images_per_step = sum(self.options.batch_size(member.task) for member in self.active)
+        evaluated = worst.data.screen if self.screens(worst) else worst.data.val
+        cost_in_steps = len(evaluated.dataset) / 3 / images_per_step
+        shortest = max(5, math.ceil(cost_in_steps / self.options.validation_share))
+        shortest = min(shortest, self.schedule.steps_per_epoch)
+        if worst.progress.ratio > NEARLY_THERE:
+            return shortest
+        return int(min(max(shortest, worst.progress.steps_to_target() / 2), 4 * shortest))
+
+    def _screen(self, member: Member, model: nn.Module) -> float:
+        accuracy = evaluate(member.task, member.data.screen, model)
+        return accuracy / self.context.screen_targets[member.task.name]
+
+    def _decide(self) -> str | None:
+        """A round ends when all tasks meet their targets, or when fewer than two are left that could share."""
+        gave_up = len(self.active) < len(self.members)
+        if all(member.progress.met for member in self.active):
+            return GIVEN_UP if gave_up else MET
+        if gave_up and len(self.active) < 2:
+            return GIVEN_UP
+        if self.schedule.step >= self.schedule.max_steps:
+            return EPOCHS_SPENT if self.schedule.max_steps else UNTRAINED
+        return None
