@@ -53,8 +53,10 @@ def staged(num_stages: int, **options: Any) -> Method:
         tie(probe.models, groups)
         statistics()
         images = {task: probe.batches(task, num_images) for task in probe.models}
-        how = {"generator": generator(0, "fit"), "settings": FitSettings(num_stages=num_stages, **options)}
-        fit_least_squares(probe.models, probe.teachers, groups, images, after_stage=statistics, **how)
+        settings, drawn = FitSettings(num_stages=num_stages, **options), generator(0, "fit")
+        fit_least_squares(
+            probe.models, probe.teachers, groups, images, settings=settings, generator=drawn, after_stage=statistics
+        )
 
     return method
 
@@ -74,7 +76,7 @@ def sequential(rule: str = "mean", **options: Any) -> Method:
 METHODS: dict[str, Method] = {
     **{rule: without_images(rule) for rule in INITIAL_WEIGHTS},
     "mean, matched statistics": without_images("mean", match=True),
-    "least squares, own inputs": staged(1, teacher_inputs=True),
+    "least squares, inputs of the unmerged models": staged(1, teacher_inputs=True),
     **{f"least squares, stages: {n}": staged(n) for n in (1, 2, 4, 8)},
     **{f"sequential fit, ridge {ridge:g}": sequential(ridge=ridge) for ridge in (0.01, 0.03, 0.1, 0.3)},
     "sequential fit, from first": sequential("first"),

@@ -1,4 +1,4 @@
-"""The embedded default: street scenes drawn here, small models trained here, once.
+"""The embedded default workload: draws street scenes as datasets and trains small models on them, once.
 
-Open prepare.py first; tasks.py says what is drawn and trained.
+Open prepare.py first; tasks.py defines what is drawn and trained. Nothing here is needed for a workload of your own.
 """

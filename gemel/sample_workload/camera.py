@@ -1,4 +1,4 @@
-"""A camera over a street: where it hangs, how it projects, its light, and the street that it sees when it is empty.
+"""The two street cameras: their position, projection and light, and the image of the empty street.
 
 World coordinates in metres: u along the road, v across it (left when looking along it), z up; the camera is at u = 0.
 """
@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-CANVAS = 384  # pixels a side in which a scene is drawn; frames and crops are reductions of it
-LAMP_FIRST, LAMP_STEP = 7.0, 14.0  # metres along the road: street lamps
-CROSSING, HOUSE_WIDTH = 20.0, 11.0
+CANVAS = 384  # pixels a side in which a scene is drawn; frames and crops are scaled from it
+LAMP_FIRST, LAMP_STEP = 7.0, 14.0  # metres along the road: the first street lamp, and between lamps
+CROSSING, HOUSE_WIDTH = 20.0, 11.0  # metres: position along the road, width of a house front
 
 
 class Camera(NamedTuple):
-    """Where a camera hangs, how it looks at the road, in what light, and how bad its sensor is. Metres, degrees."""
+    """Position and direction of a camera, the street and its light, and the defects of the sensor. Metres, degrees."""
 
     across: float  # from the middle of the road
     height: float
@@ -25,21 +25,21 @@ class Camera(NamedTuple):
     focal: float  # in widths of the image
     road: float  # half the width of the road
     houses: float  # from the middle of the road to the house fronts
-    first: float  # along the road: where objects stand
+    first: float  # along the road, to `last`: range in which objects stand
     last: float
-    sun: tuple[float, float, float]  # towards the sun, or the street lamps
+    sun: tuple[float, float, float]  # direction towards the sun or, by night, the street lamps
     sun_light: tuple[float, float, float]  # red, green, blue
     sky_light: tuple[float, float, float]
-    sky: tuple[tuple[int, int, int], tuple[int, int, int]]  # at the horizon, above
-    haze: float  # distance after which a third of the contrast is left
+    sky: tuple[tuple[int, int, int], tuple[int, int, int]]  # colours at the horizon and above it
+    haze: float  # distance at which a third (1 / e) of the contrast is left
     night: bool
     noise: float  # standard deviation of the sensor's noise, of 255
     blur: float  # pixels
-    quality: tuple[int, int]  # of the JPEG, from and to
+    quality: tuple[int, int]  # of JPEG compression, range
 
 
 CAMERAS = {
-    "main_2nd": Camera(  # by day, high over the pavement, along the road
+    "main_2nd": Camera(  # by day, high above the pavement, looking along the road
         across=-4.0,
         height=6.5,
         yaw=7.0,
@@ -59,7 +59,7 @@ CAMERAS = {
         blur=0.5,
         quality=(45, 85),
     ),
-    "elm_1st": Camera(  # at nightfall, low, across the road
+    "elm_1st": Camera(  # at nightfall, low, looking across the road
         across=-15.0,
         height=4.2,
         yaw=62.0,
@@ -84,7 +84,7 @@ CAMERAS = {
 
 @functools.cache
 def axes(camera: Camera) -> np.ndarray:
-    """Rows: right, up, forward of the camera, in (u, v, z)."""
+    """[3, 3]: unit vectors right, up and forward of the camera, in world coordinates."""
     yaw, pitch = math.radians(camera.yaw), math.radians(camera.pitch)
     forward = np.array([math.cos(pitch) * math.cos(yaw), math.cos(pitch) * math.sin(yaw), -math.sin(pitch)])
     right = np.array([math.sin(yaw), -math.cos(yaw), 0.0])
@@ -92,21 +92,22 @@ def axes(camera: Camera) -> np.ndarray:
 
 
 def eye(camera: Camera) -> np.ndarray:
+    """[3]: the position of the camera in world coordinates."""
     return np.array([0.0, camera.across, camera.height])
 
 
 def project(camera: Camera, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Canvas pixels [n, 2] and depth [n] in metres of world points [n, 3]."""
+    """(canvas pixels [n, 2], depth [n] in metres) of world points [n, 3]."""
     right, up, depth = axes(camera) @ (points - eye(camera)).T
     scale = camera.focal * CANVAS / np.maximum(depth, 0.5)
     return np.stack([CANVAS / 2 + right * scale, CANVAS / 2 - up * scale], 1), depth
 
 
 def light_on(camera: Camera, normal: np.ndarray, spot: np.ndarray) -> np.ndarray:
-    """Red, green and blue of the light on surfaces with these normals [..., 3] at these spots [..., 3]."""
+    """Red, green and blue [..., 3] of the light on surfaces, from their normals and positions, both [..., 3]."""
     sun = np.array(camera.sun) / np.linalg.norm(camera.sun)
     direct = np.clip(normal @ sun, 0, None)[..., None] * np.array(camera.sun_light)
-    if camera.night:  # a pool of light under each street lamp
+    if camera.night:  # brighter below each street lamp
         along = (spot[..., 0] - LAMP_FIRST + LAMP_STEP / 2) % LAMP_STEP - LAMP_STEP / 2
         across = np.abs(spot[..., 1]) - camera.road
         direct = direct * (0.35 + 1.5 * np.exp(-(along**2 + across**2) / 18.0))[..., None]
@@ -114,14 +115,14 @@ def light_on(camera: Camera, normal: np.ndarray, spot: np.ndarray) -> np.ndarray
 
 
 def hazed(camera: Camera, colour: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """Colours [..., 3] seen through the air over distances [...]."""
+    """Colours [..., 3] as seen from distances [...] in metres, mixed with that of the horizon."""
     clear = np.exp(-np.clip(distance, 0, None) / camera.haze)[..., None]
     return colour * clear + np.array(camera.sky[0]) * (1 - clear)
 
 
 @functools.cache
 def empty_street(camera: Camera) -> Image.Image:
-    """The street with nothing in it: one ray for each pixel of the canvas, to the ground, a house front or the sky."""
+    """The street without objects: one ray per pixel of the canvas, to the ground, a house front or the sky."""
     rng = np.random.default_rng(len(camera.sky) + int(camera.yaw))
     axis = (np.arange(CANVAS) + 0.5) / CANVAS - 0.5
     right, down = np.meshgrid(axis / camera.focal, axis / camera.focal)
@@ -145,12 +146,13 @@ def empty_street(camera: Camera) -> Image.Image:
 
 
 def _sky(camera: Camera, rays: np.ndarray) -> np.ndarray:
+    """A gradient from the colour of the horizon upwards."""
     height = np.clip(rays[..., 2:] * 2.5, 0, 1)
     return np.array(camera.sky[0]) * (1 - height) + np.array(camera.sky[1]) * height
 
 
 def _ground(camera: Camera, spot: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Asphalt with its markings and stains, kerbs, slabs of pavement."""
+    """(colours, mask): asphalt with markings and stains, kerbs, paving slabs."""
     u, v = spot[..., 0], spot[..., 1]
     grain = rng.normal(0, 5, u.shape) + 7 * np.sin(u * 0.9 + 2 * np.sin(v * 0.7)) * np.sin(v * 1.3 + np.sin(u * 0.5))
     grey = np.where(np.abs(v) < camera.road, 92.0, 150.0)
@@ -164,7 +166,7 @@ def _ground(camera: Camera, spot: np.ndarray, rng: np.random.Generator) -> tuple
 
 
 def _houses(camera: Camera, spot: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """House fronts of different colours and heights, with windows and shops; by night some windows are lit."""
+    """(colours, mask): house fronts of several colours and heights with windows, by night partly lit."""
     u, z = spot[..., 0], spot[..., 2]
     house = np.clip(np.floor(u / HOUSE_WIDTH), -20, 60).astype(int) + 20
     colours = rng.integers(70, 190, (81, 1)) + rng.integers(-22, 22, (81, 3))

@@ -1,15 +1,17 @@
-"""What stands in the street: cars, trucks, motorcycles, people, street lamps and trees, as solids in metres.
+"""Random solid objects of a street, in metres: cars, trucks, motorcycles, people, street lamps and trees.
 
-Object coordinates: x forward, y left, z up, the origin on the ground under the middle. Faces and round limbs make a
-part, parts make an object; every object is drawn by lot, so no two are alike.
+Object coordinates: x forward, y left, z up, the origin on the ground below the centre. An object consists of parts, a
+part of faces and round limbs. Sizes, shapes and colours are random.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 Colour = tuple[int, int, int]
+Point = tuple[float, float, float] | np.ndarray  # x, y, z in metres
 TYRE, GLASS, STEEL, SKIN = (24, 24, 27), (52, 66, 80), (125, 128, 132), (201, 152, 122)
 PAINTS = [(188, 38, 36), (36, 70, 150), (226, 226, 222), (58, 60, 64), (150, 154, 158), (20, 21, 24), (214, 172, 52)]
 PAINTS += [(44, 104, 74), (112, 60, 40), (120, 150, 182)]
@@ -19,7 +21,7 @@ CLOTHES = [*PAINTS, (92, 70, 120), (210, 120, 150), (70, 84, 60), (40, 46, 70)]
 
 
 class Face(NamedTuple):
-    """A flat piece of surface. points: [n, 3] in metres, x forward, y left, z up."""
+    """A flat polygon. points: [n, 3] in metres; lamp: whether it shines by night."""
 
     points: np.ndarray
     colour: Colour
@@ -27,25 +29,25 @@ class Face(NamedTuple):
 
 
 class Limb(NamedTuple):
-    """A round stick from start to end."""
+    """A cylinder with round ends. Metres."""
 
-    start: tuple[float, float, float]
-    end: tuple[float, float, float]
+    start: Point
+    end: Point
     radius: float
     colour: Colour
 
 
 class Part(NamedTuple):
-    """Convex piece of an object: shapes in the order in which they are drawn; higher layers cover lower ones."""
+    """A convex part of an object: shapes in drawing order; parts of a higher layer are drawn over lower ones."""
 
-    shapes: list[Face | Limb]
+    shapes: Sequence[Face | Limb]
     layer: int = 0
 
 
 def _prism(profile: list, width: float, top_width: float, colour: Colour, colours: dict | None = None) -> list[Face]:
-    """The outline `profile` ((x, z) from the rear bottom over the top to the front bottom) given a width.
+    """A body with the side view `profile`: points (x, z) from the rear bottom over the top to the front bottom.
 
-    colours: index of a profile edge -> colour of the face over it, where it is not the body's.
+    width, top_width: at the bottom and at the top. colours: index of an edge of the profile -> colour of its face.
     """
     low, high = min(z for _, z in profile), max(z for _, z in profile)
     half = [(width + (top_width - width) * (z - low) / (high - low)) / 2 for _, z in profile]
@@ -59,17 +61,18 @@ def _prism(profile: list, width: float, top_width: float, colour: Colour, colour
 
 
 def _inset(face: Face, colour: Colour, share: float) -> Face:
-    """The same face, smaller around its middle: a window."""
+    """A window: the same face, scaled around its centre."""
     middle = face.points.mean(0)
     return Face(middle + (face.points - middle) * share, colour)
 
 
 def _on_sides(points: np.ndarray, half_width: float, colour: Colour) -> list[Face]:
-    """The outline points [n, 2] (x, z) painted on both sides."""
+    """The polygon of points [n, 2] (x, z) on both sides of a body."""
     return [Face(np.insert(points, 1, side * half_width, axis=1), colour) for side in (1.01, -1.01)]
 
 
 def _wheel(x: float, radius: float, half_width: float) -> list[Face]:
+    """A wheel with a rim on both sides."""
     angles = np.linspace(0, 2 * math.pi, 12, endpoint=False)
     rim = np.stack([np.cos(angles), np.sin(angles)], 1)
     middle = np.array([x, radius])
@@ -78,7 +81,7 @@ def _wheel(x: float, radius: float, half_width: float) -> list[Face]:
 
 
 def _lamps(x: float, z: float, y: float, size: float, colour: Colour) -> list[Face]:
-    """A pair of lamps on the front or the back."""
+    """A pair of lamps at the front or the rear."""
     corners = np.array([(0, -1, -0.6), (0, 1, -0.6), (0, 1, 0.6), (0, -1, 0.6)]) * size
     return [Face(corners + (x * 1.005, side * y, z), colour, lamp=True) for side in (1, -1)]
 
@@ -87,7 +90,7 @@ def _car(rng: np.random.Generator) -> list[Part]:
     paint = _vary(rng, PAINTS)
     half, width, belt = rng.uniform(1.9, 2.35), rng.uniform(1.65, 1.9), rng.uniform(0.85, 1.05)
     roof = belt + rng.uniform(0.42, 0.75)
-    rear = -half * rng.uniform(0.62, 0.97)  # saloon ... estate
+    rear = -half * rng.uniform(0.62, 0.97)  # from saloon to estate car
     body = [(-half, 0.3), (-half, belt - 0.1), (-half + 0.15, belt), (half * 0.55, belt)]
     body += [(half - 0.1, belt - 0.16), (half, belt - 0.35), (half, 0.3)]
     cabin = [(rear, belt), (rear + 0.35, roof), (half * 0.1, roof), (half * 0.55, belt)]
@@ -122,8 +125,8 @@ def _truck(rng: np.random.Generator) -> list[Part]:
     return [Part(front, 1), Part(cargo, 1)]
 
 
-def _body(rng: np.random.Generator, joints: dict, size: float = 1.0) -> list[Part]:
-    """A person from joints (hip, shoulder, head and, each with left and right, knee, foot, elbow, hand)."""
+def _body(rng: np.random.Generator, joints: Mapping[str, Point], size: float = 1.0) -> list[Part]:
+    """A person with the given joints: hip, shoulder, head, and left_ and right_ knee, foot, elbow and hand."""
     top, trousers, skin = _vary(rng, CLOTHES), _vary(rng, CLOTHES), _vary(rng, [SKIN, (140, 96, 70), (230, 190, 165)])
     hair = _vary(rng, [(40, 30, 24), (90, 62, 36), (150, 120, 70), (30, 30, 34)])
     at = {name: np.array(point) * size for name, point in joints.items()}
@@ -145,7 +148,7 @@ def _body(rng: np.random.Generator, joints: dict, size: float = 1.0) -> list[Par
 
 def _person(rng: np.random.Generator) -> list[Part]:
     swing = rng.uniform(-0.34, 0.34)
-    joints = {"hip": (0, 0, 0.9), "shoulder": (0.03, 0, 1.42), "head": (0.05, 0, 1.62)}
+    joints: dict[str, Point] = {"hip": (0, 0, 0.9), "shoulder": (0.03, 0, 1.42), "head": (0.05, 0, 1.62)}
     for side, sign, y in (("left", 1, 0.12), ("right", -1, -0.12)):
         step, arm = sign * swing, -sign * swing * rng.uniform(0.5, 1.1)
         joints[f"{side}_knee"] = (step * 0.65 + 0.05, y, 0.49)
@@ -166,35 +169,42 @@ def _motorcycle(rng: np.random.Generator) -> list[Part]:
     handlebar = Limb((0.42, 0.3, 1.05), (0.42, -0.3, 1.05), 0.04, TYRE)
     fork = Part([Limb((0.7, 0, 0.32), (0.45, 0, 1.0), 0.05, STEEL), handlebar])
     lamp = Part(_lamps(0.56, 0.86, 0.0, 0.12, HEADLIGHT)[:1], 1)
-    joints = {"hip": (-0.25, 0, 0.9), "shoulder": (lean - 0.05, 0, 1.38), "head": (lean + 0.06, 0, 1.6)}
+    joints: dict[str, Point] = {
+        "hip": (-0.25, 0, 0.9),
+        "shoulder": (lean - 0.05, 0, 1.38),
+        "head": (lean + 0.06, 0, 1.6),
+    }
     for side, y in (("left", 0.2), ("right", -0.2)):
         joints |= {f"{side}_knee": (0.22, y, 0.72), f"{side}_foot": (-0.02, y, 0.34)}
         joints |= {f"{side}_elbow": (lean + 0.1, y * 1.5, 1.12), f"{side}_hand": (0.42, y * 1.3, 1.08)}
     rider = _body(rng, joints)
     head = rider[-1].shapes[1]
+    assert isinstance(head, Limb)
     helmet = Part([Limb(head.start, head.end, 0.15, _vary(rng, PAINTS))], 1)
     machine = [*wheels, Part(shapes), fork, lamp]
     return [*machine, *rider, helmet] if rng.random() < 0.93 else machine
 
 
-BUILD = {"car": _car, "motorcycle": _motorcycle, "person": _person, "truck": _truck}
-KINDS = tuple(BUILD)
+BUILDERS = {"car": _car, "motorcycle": _motorcycle, "person": _person, "truck": _truck}
+KINDS = tuple(BUILDERS)
 
 
-def _vary(rng: np.random.Generator, colours: list) -> Colour:
-    """One of the colours, a little off."""
-    return tuple(int(c) for c in np.clip(np.array(colours[rng.integers(len(colours))]) + rng.normal(0, 12, 3), 8, 250))
+def _vary(rng: np.random.Generator, colours: list[Colour]) -> Colour:
+    """One of the colours, slightly changed."""
+    varied = np.clip(np.array(colours[rng.integers(len(colours))]) + rng.normal(0, 12, 3), 8, 250)
+    red, green, blue = (int(channel) for channel in varied)
+    return red, green, blue
 
 
 def street_lamp(side: int) -> list[Part]:
-    """A lamp on the left (1) or right (-1) of the road, with its arm over the road."""
+    """A street lamp on the left (1) or right (-1) of the road, with its arm over the road."""
     arm = [Limb((0, 0, 6.0), (0, -side * 1.3, 6.3), 0.06, STEEL), Limb((0, 0, 0), (0, 0, 6.0), 0.08, STEEL)]
     bulb = np.array([(-0.2, 0, 6.2), (0.2, 0, 6.2), (0.2, 0, 6.35), (-0.2, 0, 6.35)]) - (0, side * 1.3, 0)
     return [Part(arm), Part([Face(bulb, (255, 236, 190), lamp=True)], 1)]
 
 
 def tree(seed: int) -> list[Part]:
-    """A young tree, always the same one for a seed."""
+    """A young tree; its shape depends on the seed alone."""
     rng = np.random.default_rng(seed)
     crown = []
     for _ in range(16):

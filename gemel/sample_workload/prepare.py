@@ -1,9 +1,9 @@
-"""Prepares the embedded default workload: draws and trains what is missing, once.
+"""Prepares the embedded default workload: draws the missing datasets and trains the missing models.
 
-About two minutes on two cores, below sample_data/:
+Takes about two minutes on two cores the first time. Writes below sample_data/:
 
-    datasets/<name>_CL, datasets/<name>_OD      as users' own datasets (docs/datasets.md)
-    weights/<task>.pt, weights/<task>.json      the trained model, and its accuracy on val
+    datasets/<name>_CL, datasets/<name>_OD      the datasets (layouts: docs/datasets.md)
+    weights/<task>.pt, weights/<task>.json      the trained models, and their accuracies on val
 """
 
 import itertools
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from gemel.sample_workload.artifacts import remove_leftovers
 from gemel.sample_workload.camera import CAMERAS
-from gemel.sample_workload.drawing import draw_camera, is_drawn
-from gemel.sample_workload.made import remove_leftovers
+from gemel.sample_workload.datasets import draw_camera, is_drawn
 from gemel.sample_workload.tasks import ANCESTORS, PLAN, SAMPLE_ROOT, TASKS, Plan, task_named
 from gemel.sample_workload.training import Methods, is_trained, train
 
@@ -31,13 +31,11 @@ log = logging.getLogger(__name__)
 
 
 def prepare(methods: Mapping[str, Methods], root: Path = SAMPLE_ROOT, plan: Plan = PLAN, processes: int = 2) -> None:
-    """Draws the datasets and trains the models that are missing below `root`, or were made by another recipe.
+    """Draws the datasets and trains the models below `root` that are missing or were made by another recipe.
 
-    methods: how the accuracy of a trained model is measured, by task kind.
-
-    May be interrupted at any time: what is half done has another name and is done again. Each of the processes computes
-    with one thread: the results do not depend on their number, and threads that wait for one another are many times
-    slower on a machine that has other things to do.
+    methods: task kind -> how the accuracy of a trained model is measured. processes: each computes with one thread, so
+    results do not depend on their number, and a busy machine does not slow down threads that wait for each other.
+    May be interrupted at any time: unfinished files have temporary names and are made again.
     """
     stages = _stages(Path(root), plan, methods)
     if not stages:
@@ -48,7 +46,7 @@ def prepare(methods: Mapping[str, Methods], root: Path = SAMPLE_ROOT, plan: Plan
             _work_in_processes(stages, processes)
             return
         except BrokenProcessPool:  # a script without `if __name__ == "__main__"` cannot start any
-            log.warning("the sample workload is prepared in this process alone, which takes longer")
+            log.warning("prepares the sample workload in this process alone, which takes longer")
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -58,32 +56,35 @@ def prepare(methods: Mapping[str, Methods], root: Path = SAMPLE_ROOT, plan: Plan
         torch.set_num_threads(num_threads)
 
 
-# ---- who does what, and when --------------------------------------------------------------------------------------
+# ---- jobs -----------------------------------------------------------------------------------------------
 
 
 def _stages(root: Path, plan: Plan, methods: Mapping[str, Methods]) -> list[list[Callable[..., None]]]:
-    """What is missing, as jobs; those of one stage do not wait for one another, the longest comes first."""
+    """The jobs for everything that is missing; jobs of one stage are independent, the longest comes first."""
     cameras = [camera for camera in CAMERAS if not is_drawn(root, camera, plan)]
     missing = set()
-    for name in TASKS:
+    for task in TASKS:
+        name: str | None = task
         while name and not is_trained(root, name, plan):
             missing.add(name)
             name = task_named(name).parent
     generations: dict[int, list[str]] = {}
-    for name in filter(missing.__contains__, [*ANCESTORS, *TASKS]):
-        generations.setdefault(_generation(name), []).append(name)
-    stages = [[partial(draw_camera, root, camera, plan) for camera in cameras]]
-    stages += [[partial(train, root, name, plan, methods) for name in generations[age]] for age in sorted(generations)]
+    for task in filter(missing.__contains__, [*ANCESTORS, *TASKS]):
+        generations.setdefault(_generation(task), []).append(task)
+    stages: list[list[Callable[..., None]]] = [[partial(draw_camera, root, camera, plan) for camera in cameras]]
+    stages += [[partial(train, root, task, plan, methods) for task in generations[age]] for age in sorted(generations)]
     return [stage for stage in stages if stage]
 
 
 def _generation(name: str) -> int:
+    """The number of ancestors whose weights a task starts from."""
     parent = task_named(name).parent
     return 1 + _generation(parent) if parent else 0
 
 
 def _work_in_processes(stages: list[list[Callable[..., None]]], processes: int) -> None:
-    context = multiprocessing.get_context("spawn")  # a fork may inherit locks that nobody will release
+    """Runs the stages one after the other, the jobs of a stage in parallel."""
+    context = multiprocessing.get_context("spawn")  # a forked process may inherit locks that are never released
     lock = context.RLock()
     with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(lock,)) as pool:
         for stage in stages:
@@ -99,6 +100,8 @@ def _start_worker(lock: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for jobs for ever."""
-    multiprocessing.parent_process().join()
+    """Ends a worker whose parent was killed, which would otherwise wait for jobs forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in workers only"
+    parent.join()
     os._exit(1)

@@ -1,7 +1,7 @@
-"""Street scenes as a fixed camera sees them: drawing only, nothing of models or files.
+"""Random street scenes of a camera, as images with boxes; this file knows nothing of models and files.
 
-`draw_scene` gives one moment in front of a camera, with the boxes of what can be seen; `frame` and `crop` are what is
-stored of it, as JPEG. The same generator gives the same picture.
+`draw_scene` draws one scene; `frame` and `crop` give the whole scene or one object of it as JPEG. All randomness comes
+from the generator that is passed in.
 """
 
 import functools
@@ -23,32 +23,34 @@ from gemel.sample_workload.camera import (
     eye,
     project,
 )
-from gemel.sample_workload.objects import BUILD, Face, Limb, Part, street_lamp, tree
-from gemel.sample_workload.pen import Stroke, draw, shade_ground, strokes_of
+from gemel.sample_workload.objects import BUILDERS, Face, Limb, Part, street_lamp, tree
+from gemel.sample_workload.renderer import Stroke, render, shade_ground, strokes_of
 
-MIN_SIDES = (12, 24)  # canvas pixels, shorter and longer side: what is smaller is not labelled
-MIN_VISIBLE = 0.35  # share of an object that must not be hidden for it to be labelled
+MIN_SIDES = (12, 24)  # canvas pixels, shorter and longer side: smaller objects are not labelled
+MIN_VISIBLE = 0.35  # share of an object that must be visible for it to be labelled
 EMPTY = 0.08  # share of scenes without traffic
 SHARES = {"car": 0.26, "motorcycle": 0.24, "person": 0.32, "truck": 0.18}
 FOOTPRINTS = {"car": (5.0, 2.1), "motorcycle": (2.4, 0.9), "person": (0.8, 0.8), "truck": (7.2, 2.5)}  # along, across
-ATTEMPTS = 8  # to find a free place for an object
+ATTEMPTS = 8  # to find a free place for an object, else it is left out
 
 
-class Thing(NamedTuple):
-    """An object in a scene: its box on the canvas (left, top, right, bottom) covers what can be seen of it."""
+class SceneObject(NamedTuple):
+    """A labelled object of a scene: the box (left, top, right, bottom, in canvas pixels) of its visible part."""
 
     kind: str
     box: tuple[float, float, float, float]
 
 
 class Scene(NamedTuple):
+    """A drawn scene and its labelled objects."""
+
     camera: Camera
     image: Image.Image
-    things: list[Thing]
+    objects: list[SceneObject]
 
 
 class _Placed(NamedTuple):
-    """An object at its place: parts in world coordinates. kind None: street furniture, which only hides things."""
+    """An object with its parts in world coordinates. kind None: street furniture, which hides objects only."""
 
     kind: str | None
     parts: list[Part]
@@ -56,36 +58,36 @@ class _Placed(NamedTuple):
 
 
 def draw_scene(camera: Camera, rng: np.random.Generator) -> Scene:
-    """One moment in front of the camera: the canvas and what can be seen on it. About one in twelve shows nobody."""
-    street, furniture = _stage(camera)
+    """Draws one scene of the camera; a share of EMPTY has no traffic."""
+    street, furniture = _background(camera)
     traffic = _traffic(camera, rng) if rng.random() > EMPTY else []
     image = shade_ground(camera, street, [one.parts for one in traffic])
     layers = [*furniture, *((one, strokes_of(camera, one.parts)) for one in traffic)]
     layers.sort(key=lambda layer: -(axes(camera)[2] @ (layer[0].spot - eye(camera))))
-    image, owners, counts = draw(camera, image, [strokes for _, strokes in layers])
-    gain = rng.uniform(0.75, 1.12) * rng.uniform(0.95, 1.05, 3)  # clouds, exposure, white balance
+    image, owners, counts = render(camera, image, [strokes for _, strokes in layers])
+    gain = rng.uniform(0.75, 1.12) * rng.uniform(0.95, 1.05, 3)  # random exposure and white balance
     image = Image.fromarray(np.clip(np.asarray(image) * gain, 0, 255).astype(np.uint8))
-    return Scene(camera, image, _seen([one for one, _ in layers], owners, counts))
+    return Scene(camera, image, _visible_objects([one for one, _ in layers], owners, counts))
 
 
 def frame(scene: Scene, size: int, rng: np.random.Generator) -> bytes:
     """The whole scene as a JPEG of size x size pixels."""
-    return _record(scene.image.resize((size, size), Image.Resampling.BOX), scene.camera, rng)
+    return _as_jpeg(scene.image.resize((size, size), Image.Resampling.BOX), scene.camera, rng)
 
 
-def crop(scene: Scene, thing: Thing, size: int, rng: np.random.Generator) -> bytes:
-    """One object and a little of what is around it, not quite in the middle, as a JPEG of size x size pixels."""
-    left, top, right, bottom = thing.box
+def crop(scene: Scene, item: SceneObject, size: int, rng: np.random.Generator) -> bytes:
+    """One object with a margin, roughly centred, as a JPEG of size x size pixels."""
+    left, top, right, bottom = item.box
     side = min(max(right - left, bottom - top) * rng.uniform(1.0, 1.4), CANVAS)
     middle = np.array([left + right, top + bottom]) / 2 + side * rng.normal(0, 0.05, 2)
     x, y = np.clip(middle - side / 2, 0, CANVAS - side)
     box = (x, y, x + side, y + side)
     cut = scene.image.transform((size, size), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
-    return _record(cut, scene.camera, rng)
+    return _as_jpeg(cut, scene.camera, rng)
 
 
-def _record(image: Image.Image, camera: Camera, rng: np.random.Generator) -> bytes:
-    """What the sensor makes of it: blur, noise, the loss of JPEG."""
+def _as_jpeg(image: Image.Image, camera: Camera, rng: np.random.Generator) -> bytes:
+    """The image as the camera records it: with blur, noise and JPEG compression."""
     blurred = image.filter(ImageFilter.GaussianBlur(camera.blur * rng.uniform(0.5, 1.6)))
     pixels = np.asarray(blurred, dtype=np.float64)
     grain = rng.normal(0, camera.noise, pixels.shape) * np.sqrt(0.3 + pixels / 255)
@@ -95,8 +97,9 @@ def _record(image: Image.Image, camera: Camera, rng: np.random.Generator) -> byt
     return file.getvalue()
 
 
-def _seen(placed: list[_Placed], owners: np.ndarray, counts: list[int]) -> list[Thing]:
-    things = []
+def _visible_objects(placed: list[_Placed], owners: np.ndarray, counts: list[int]) -> list[SceneObject]:
+    """The objects that are large and visible enough, with the boxes of their visible pixels."""
+    objects = []
     for number, (one, count) in enumerate(zip(placed, counts, strict=True), start=1):
         if one.kind is None:
             continue
@@ -106,24 +109,24 @@ def _seen(placed: list[_Placed], owners: np.ndarray, counts: list[int]) -> list[
         box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
         shorter, longer = sorted((box[2] - box[0], box[3] - box[1]))
         if shorter >= MIN_SIDES[0] and longer >= MIN_SIDES[1]:
-            things.append(Thing(one.kind, box))
-    return things
+            objects.append(SceneObject(one.kind, box))
+    return objects
 
 
 @functools.cache
-def _stage(camera: Camera) -> tuple[Image.Image, list[tuple[_Placed, list[Stroke]]]]:
-    """What is the same in all scenes of a camera: the street, the furniture and its shadows."""
+def _background(camera: Camera) -> tuple[Image.Image, list[tuple[_Placed, list[Stroke]]]]:
+    """The same for all scenes of a camera: the street with shadows of the furniture, and the furniture."""
     furniture = _furniture(camera)
     street = shade_ground(camera, empty_street(camera), [one.parts for one in furniture])
     return street, [(one, strokes_of(camera, one.parts)) for one in furniture]
 
 
 def _traffic(camera: Camera, rng: np.random.Generator) -> list[_Placed]:
-    """Objects that do not stand in one another, most of them in view."""
+    """Random objects in view that do not overlap on the ground."""
     placed: list[_Placed] = []
     for _ in range(rng.integers(3, 10)):
         kind = str(rng.choice(list(SHARES), p=list(SHARES.values())))
-        parts = BUILD[kind](rng)
+        parts = BUILDERS[kind](rng)
         for _ in range(ATTEMPTS):
             spot, heading = _spot(camera, kind, rng)
             if _in_view(camera, spot) and not any(_overlap(kind, spot, other) for other in placed):
@@ -133,17 +136,20 @@ def _traffic(camera: Camera, rng: np.random.Generator) -> list[_Placed]:
 
 
 def _in_view(camera: Camera, spot: np.ndarray) -> bool:
+    """Whether an object at this place is in front of the camera and within the image."""
     pixel, depth = project(camera, spot[None] + (0, 0, 0.8))
     return bool(depth[0] > 5 and (np.abs(pixel - CANVAS / 2) < CANVAS * 0.47).all())
 
 
 def _overlap(kind: str, spot: np.ndarray, other: _Placed) -> bool:
-    room = (np.array(FOOTPRINTS[kind]) + FOOTPRINTS[other.kind]) / 2
+    """Whether the footprints of two objects overlap."""
+    assert other.kind is not None, "traffic only"
+    room = (np.array(FOOTPRINTS[kind]) + np.array(FOOTPRINTS[other.kind])) / 2
     return bool((np.abs(spot - other.spot)[:2] <= room).all())
 
 
 def _spot(camera: Camera, kind: str, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """A place and a heading that suit the kind: lanes, parked at the kerb, pavements, the crossing."""
+    """A random place and heading for the kind: in a lane, parked at the kerb, on the pavement, on the crossing."""
     along, side = rng.uniform(camera.first, camera.last), rng.choice((-1, 1))
     if kind != "person":
         lane = rng.uniform(0.3, 0.5) if rng.random() < 0.75 else 0.78  # parked
@@ -169,6 +175,7 @@ def _furniture(camera: Camera) -> list[_Placed]:
 
 
 def _place(kind: str | None, parts: list[Part], spot: np.ndarray, heading: float) -> _Placed:
+    """Rotates an object by its heading (radians) and moves it to its place."""
     turn = np.array([[math.cos(heading), math.sin(heading), 0], [-math.sin(heading), math.cos(heading), 0], [0, 0, 1]])
 
     def moved(shape: Face | Limb) -> Face | Limb:

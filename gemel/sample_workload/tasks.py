@@ -1,8 +1,8 @@
-"""What is drawn and trained for the embedded default, and where it lies.
+"""The tasks of the embedded default: what is drawn and trained for them, and where it is stored.
 
-All backbones descend from one ancestor, as in practice they do from ImageNet: a classifier of both cameras' crops, and
-a detector of both cameras' frames grown from it. Each task starts there and is then trained on its own camera alone, so
-their weights differ but are related, as those of fine-tuned models are.
+All backbones descend from one ancestor, as in practice they descend from ImageNet weights: a classifier of the crops of
+both cameras, and a detector of the frames of both cameras that starts from it. Each task starts from an ancestor and is
+trained on its own camera, so the weights differ but are related, as those of fine-tuned models are.
 """
 
 import json
@@ -24,13 +24,13 @@ SPLITS = ("train", "val", "test")
 
 
 class SampleTask(NamedTuple):
-    """One task of the workload, or an ancestor: what it looks at, how it is built, how long it is trained."""
+    """One task of the workload, or an ancestor: its cameras and classes, its model, how long it is trained."""
 
     cameras: tuple[str, ...]
     kind: str
     classes: tuple[str, ...]  # in the order of the class ids
     builder: str
-    num_classes: int  # as the builder counts: a detector's includes the background
+    num_classes: int  # as the builder counts: with the background for a detector
     kwargs: dict[str, Any]
     epochs: int
     learning_rate: float
@@ -38,11 +38,11 @@ class SampleTask(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How much is drawn and trained; the splits are train, val, test."""
+    """How much is drawn and trained; tuples are for train, val and test."""
 
     scenes: tuple[int, int, int] = (250, 80, 60)  # per camera, one frame each
-    crops: tuple[int, int, int] = (160, 60, 40)  # per camera and class at most, cut out of those scenes
-    epochs: float = 1.0  # times those of the task
+    crops: tuple[int, int, int] = (160, 60, 40)  # at most, per camera and class, cut out of the scenes
+    epochs: float = 1.0  # factor for the epochs of every task
 
 
 PLAN = Plan()
@@ -72,21 +72,22 @@ TASKS = {
 
 
 def load_trained(name: str, root: Path = SAMPLE_ROOT) -> nn.Module:
-    """The trained model of a task that is prepared."""
+    """The trained model of a task; prepare() must have trained it."""
     return load_weights(new_model(name), weights_path(name, root))
 
 
 def weights_path(name: str, root: Path = SAMPLE_ROOT) -> Path:
-    """The file with the trained weights of a task, a state dict."""
+    """The file of a task's trained weights, a state dict."""
     return Path(root) / "weights" / f"{name}.pt"
 
 
 def unmerged_acc(name: str, root: Path = SAMPLE_ROOT) -> float:
-    """The accuracy of a task on val, measured by its eval method when it was trained. Prepare it first."""
+    """The accuracy of a task on val, measured by its eval method after training; prepare() must have trained it."""
     return json.loads(stamp_path(name, root).read_text())["unmerged_acc"]
 
 
 def task_named(name: str) -> SampleTask:
+    """A task or an ancestor by its name. Raises ValueError if there is none."""
     known = {**ANCESTORS, **TASKS}
     if name not in known:
         raise ValueError(f"sample workload: got the task {name!r}; allowed: {', '.join(TASKS)}")
@@ -94,10 +95,11 @@ def task_named(name: str) -> SampleTask:
 
 
 def new_model(name: str) -> nn.Module:
+    """The model of a task with random weights."""
     task = task_named(name)
     return build(task.builder, task.num_classes, **task.kwargs)
 
 
 def stamp_path(name: str, root: Path) -> Path:
-    """Written after the weights: without it they are not finished."""
+    """The file with a task's accuracy; it is written after the weights, which are incomplete without it."""
     return weights_path(name, root).with_suffix(".json")

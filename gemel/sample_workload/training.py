@@ -1,4 +1,4 @@
-"""Trains the models of the embedded default, plainly and briefly, and measures them."""
+"""Trains the models of the embedded default with a short plain training, and measures their accuracy."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +13,8 @@ from torchvision import tv_tensors
 from tqdm import tqdm
 
 from gemel.environment.seeds import seeded
-from gemel.sample_workload.drawing import dataset_folders
-from gemel.sample_workload.made import SEED, is_made, recipe, replaced
+from gemel.sample_workload.artifacts import SEED, is_current, recipe_digest, replacement_of
+from gemel.sample_workload.datasets import dataset_folders
 from gemel.sample_workload.tasks import (
     CROP_SIZE,
     FRAME_SIZE,
@@ -29,24 +29,28 @@ from gemel.workload import CLASSIFICATION, DETECTION
 
 BATCH_SIZES = {CLASSIFICATION: 32, DETECTION: 4}
 MAX_GRADIENT = 5.0  # norm
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as transforms.py normalises
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in transforms.py
 
-Samples = tuple[Tensor, list[Tensor], list[Tensor]]  # uint8 images [N, 3, H, W], labels and boxes of each
+Samples = tuple[Tensor, list[Tensor], list[Tensor]]  # uint8 images [N, 3, H, W]; labels and boxes per image
 
 
 class Methods(NamedTuple):
-    """How the tasks of one kind are judged: as their dictionary entries say."""
+    """How tasks of one kind are evaluated, as in their dictionary entries."""
 
     eval_method: Callable[[nn.Module, Any], float]
     transform: Callable  # of val
 
 
 def is_trained(root: Path, name: str, plan: Plan) -> bool:
-    return weights_path(name, root).is_file() and is_made(stamp_path(name, root), plan)
+    """Whether the weights of a task are complete and were trained by this plan."""
+    return weights_path(name, root).is_file() and is_current(stamp_path(name, root), plan)
 
 
 def train(root: Path, name: str, plan: Plan, methods: Mapping[str, Methods], position: int = 0) -> None:
-    """Trains a task, whose ancestor is trained, measures it on val, and writes weights and accuracy, in this order."""
+    """Trains a task from its trained ancestor, measures it on val, and writes first the weights, then the accuracy.
+
+    position: line of the progress bar.
+    """
     task = task_named(name)
     with seeded(SEED, "train", name):
         model = new_model(name)
@@ -56,14 +60,14 @@ def train(root: Path, name: str, plan: Plan, methods: Mapping[str, Methods], pos
         _fit(model, name, _samples(root, task, "train"), epochs, position)
     own = methods[task.kind]
     accuracy = own.eval_method(model, _val_loader(task, own.transform, _samples(root, task, "val")))
-    with replaced(weights_path(name, root)) as unfinished, unfinished.open("wb") as file:
-        torch.save(model.state_dict(), file)  # given a path, it would store the path's name in the file
-    with replaced(stamp_path(name, root)) as unfinished:
-        unfinished.write_text(json.dumps({"recipe": recipe(plan), "unmerged_acc": accuracy}, indent=1))
+    with replacement_of(weights_path(name, root)) as unfinished, unfinished.open("wb") as file:
+        torch.save(model.state_dict(), file)  # a path would be stored in the file
+    with replacement_of(stamp_path(name, root)) as unfinished:
+        unfinished.write_text(json.dumps({"recipe": recipe_digest(plan), "unmerged_acc": accuracy}, indent=1))
 
 
 def _inherit(model: nn.Module, ancestor: dict[str, Tensor]) -> None:
-    """Copies what model and ancestor have in common: a detector's backbone is a classifier without its output layer."""
+    """Copies the weights of an ancestor classifier or detector, without output layers, into the model."""
     own = model.state_dict()
     for key, value in ancestor.items():
         for name in (key, f"backbone.body.{key}"):
@@ -72,7 +76,7 @@ def _inherit(model: nn.Module, ancestor: dict[str, Tensor]) -> None:
 
 
 def _samples(root: Path, task: SampleTask, split: str) -> Samples:
-    """All files of one split, of all the cameras that the task looks at, decoded."""
+    """All decoded images of one split, of all cameras of the task."""
     read = _read_crops if task.kind == CLASSIFICATION else _read_frames
     cameras = [dataset_folders(root, camera) for camera in task.cameras]
     folders = [folder for camera in cameras for folder, other in camera.items() if other.kind == task.kind]
@@ -82,11 +86,13 @@ def _samples(root: Path, task: SampleTask, split: str) -> Samples:
 
 
 def _read_crops(split: Path, classes: tuple[str, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(image, label, no boxes) of every crop."""
     for path in sorted(split.glob("*/*.jpg")):
         yield _read_image(path), torch.tensor(classes.index(path.parent.name)), torch.empty(0, 4)
 
 
 def _read_frames(split: Path, classes: tuple[str, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(image, labels, boxes XYXY in pixels) of every frame."""
     for path in sorted(split.glob("images/*.jpg")):
         text = (split / "annotations" / f"{path.stem}.txt").read_text()
         rows = torch.tensor([[float(word) for word in line.split()] for line in text.splitlines()]).reshape(-1, 5)
@@ -100,8 +106,8 @@ def _read_image(path: Path) -> Tensor:
 
 
 def _val_loader(task: SampleTask, transform: Callable, samples: Samples, batch_size: int = 32) -> list[tuple]:
-    """What a data loader would yield: the val transform of the task on every image."""
-    batches = []
+    """The batches that a data loader would yield, with the val transform of the task."""
+    batches: list[tuple] = []
     for images, labels, boxes in _batches(samples, torch.arange(len(samples[0])), batch_size):
         pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
         if task.kind == CLASSIFICATION:
@@ -113,6 +119,7 @@ def _val_loader(task: SampleTask, transform: Callable, samples: Samples, batch_s
 
 
 def _targets(labels: list[Tensor], boxes: list[Tensor]) -> list[dict]:
+    """Detection targets as the project's datasets have them."""
     size = (FRAME_SIZE, FRAME_SIZE)
     return [
         {"boxes": tv_tensors.BoundingBoxes(b, format="XYXY", canvas_size=size), "labels": lab, "image_id": number}
@@ -127,7 +134,7 @@ def _batches(samples: Samples, order: Tensor, batch_size: int) -> Iterator[Sampl
 
 
 def _fit(model: nn.Module, name: str, samples: Samples, epochs: int, position: int) -> None:
-    """A plain short training: AdamW with one cycle of the learning rate; a trailing smaller batch is left out."""
+    """Trains with AdamW and a one-cycle schedule of the learning rate; a last smaller batch is left out."""
     task = task_named(name)
     loss_of = _classifier_loss if task.kind == CLASSIFICATION else _detector_loss
     num_samples, batch_size = len(samples[0]), BATCH_SIZES[task.kind]
@@ -146,12 +153,13 @@ def _fit(model: nn.Module, name: str, samples: Samples, epochs: int, position: i
 
 
 def _augmented(images: Tensor) -> Tensor:
-    """Floats in [0, 1] with brightness and contrast a little off."""
+    """Float images in [0, 1] with random brightness and contrast."""
     gain = torch.empty(len(images), 3, 1, 1).uniform_(0.8, 1.2)
     return (images / 255 * gain + torch.empty(len(images), 1, 1, 1).uniform_(-0.08, 0.08)).clamp(0, 1)
 
 
 def _classifier_loss(model: nn.Module, images: Tensor, labels: list[Tensor], boxes: list[Tensor]) -> Tensor:
+    """Cross-entropy after a random flip and shift."""
     if torch.rand(()) < 0.5:
         images = images.flip(-1)
     top, left = torch.randint(0, 9, (2,)).tolist()
@@ -161,6 +169,7 @@ def _classifier_loss(model: nn.Module, images: Tensor, labels: list[Tensor], box
 
 
 def _detector_loss(model: nn.Module, images: Tensor, labels: list[Tensor], boxes: list[Tensor]) -> Tensor:
+    """The sum of the detector's losses after a random flip."""
     if torch.rand(()) < 0.5:
         images = images.flip(-1)
         boxes = [torch.stack([FRAME_SIZE - b[:, 2], b[:, 1], FRAME_SIZE - b[:, 0], b[:, 3]], 1) for b in boxes]

@@ -1,6 +1,7 @@
-"""The pen: turns solid objects into strokes on a canvas, with their light, shadows and the glow of their lamps."""
+"""Renders solid objects on a canvas, with their light, shadows and the glow of lamps."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,27 +10,33 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from gemel.sample_workload.camera import CANVAS, Camera, eye, hazed, light_on, project
 from gemel.sample_workload.objects import Face, Limb, Part
 
-SHADOW = 130  # of 255
-LIMB_NORMAL = (0.0, -0.5, 0.75)  # a limb is round: lit from most sides
+SHADOW = 130  # darkness of a shadow, of 255
+LIMB_NORMAL = (0.0, -0.5, 0.75)  # one normal for round limbs, which are lit from most sides
 
 
 class Stroke(NamedTuple):
-    """One movement of the pen in canvas pixels: a polygon, or a line with round ends where there is a reach."""
+    """A filled polygon in canvas pixels, or a line with round ends if half_width is not 0."""
 
     corners: list[tuple[float, float]]
-    reach: float
-    ink: tuple[int, int, int]
-    lamp: float  # radius of a lamp that shines at the camera, else 0
+    half_width: float
+    colour: tuple[int, int, int]
+    lamp: float  # radius of the glow of a lamp that is on, else 0
 
 
-def draw(camera: Camera, image: Image.Image, layers: list[list[Stroke]]) -> tuple[Image.Image, np.ndarray, list[int]]:
-    """The layers on the image, back to front; which layer (from 1) each pixel shows; pixels of each if none hid it."""
+def render(
+    camera: Camera, image: Image.Image, layers: Sequence[Sequence[Stroke]]
+) -> tuple[Image.Image, np.ndarray, list[int]]:
+    """Paints the layers on the image, from back to front.
+
+    Returns the image, the number of the visible layer (from 1; 0: none) of each pixel, and the number of pixels of each
+    layer before others were painted over it.
+    """
     owners = Image.new("L", image.size)
     pen, owner_pen, counts, lamps = ImageDraw.Draw(image), ImageDraw.Draw(owners), [], []
     for number, strokes in enumerate(layers, start=1):
         for stroke in strokes:
-            _apply(pen, stroke.corners, stroke.reach, stroke.ink)
-            _apply(owner_pen, stroke.corners, stroke.reach, number)
+            _paint(pen, stroke.corners, stroke.half_width, stroke.colour)
+            _paint(owner_pen, stroke.corners, stroke.half_width, number)
             if stroke.lamp:
                 lamps.append((number, stroke))
         counts.append(owners.histogram()[number])
@@ -51,7 +58,7 @@ def shade_ground(camera: Camera, image: Image.Image, objects: list[list[Part]]) 
     first = 0
     for shape in shapes:
         last = first + (len(shape.points) if isinstance(shape, Face) else 2)
-        _apply(pen, _corners(pixels[first:last]), _reach(camera, shape, depth[first]), SHADOW)
+        _paint(pen, _corners(pixels[first:last]), _half_width(camera, shape, depth[first]), SHADOW)
         first = last
     mask = mask.filter(ImageFilter.GaussianBlur(5 if camera.night else 2))
     dark = (np.asarray(image) * np.array(camera.sky_light) * 0.9).astype(np.uint8)
@@ -59,7 +66,7 @@ def shade_ground(camera: Camera, image: Image.Image, objects: list[list[Part]]) 
 
 
 def strokes_of(camera: Camera, parts: list[Part]) -> list[Stroke]:
-    """The pen's movements for one object in world coordinates, back to front, without the faces that look away."""
+    """The strokes of one object in world coordinates, from back to front, without faces turned away from the camera."""
     shapes, normals = _back_to_front(camera, parts)
     corners = [_points(shape) for shape in shapes]
     ends = np.cumsum([len(points) for points in corners])
@@ -68,23 +75,24 @@ def strokes_of(camera: Camera, parts: list[Part]) -> list[Stroke]:
     pixels, depth = project(camera, points)
     shines = np.array([camera.night and isinstance(shape, Face) and shape.lamp for shape in shapes])
     light = np.where(shines[:, None], 1.0, light_on(camera, normals, points[starts]))
-    inks = hazed(camera, np.array([shape.colour for shape in shapes]) * light, depth[starts])
-    inks = np.clip(inks, 0, 255).astype(int).tolist()
+    colours = hazed(camera, np.array([shape.colour for shape in shapes]) * light, depth[starts])
+    colours = np.clip(colours, 0, 255).astype(int).tolist()
     faces_us = (normals * (eye(camera) - points[starts])).sum(1) > 0
     strokes = []
     for number, (shape, start, end) in enumerate(zip(shapes, starts, ends, strict=True)):
         if depth[start:end].min() > 1 and (isinstance(shape, Limb) or faces_us[number]):
             lamp = 0.35 * camera.focal * CANVAS / depth[start] if shines[number] else 0.0
-            reach = _reach(camera, shape, depth[start])
-            strokes.append(Stroke(_corners(pixels[start:end]), reach, tuple(inks[number]), lamp))
+            half_width = _half_width(camera, shape, depth[start])
+            strokes.append(Stroke(_corners(pixels[start:end]), half_width, tuple(colours[number]), lamp))
     return strokes
 
 
 def _back_to_front(camera: Camera, parts: list[Part]) -> tuple[list[Face | Limb], np.ndarray]:
-    """The shapes in the order in which they are drawn, and their normals [n, 3]."""
+    """The shapes of an object in drawing order, and their normals [n, 3]."""
     middles = [np.concatenate([_points(shape) for shape in part.shapes]).mean(0) for part in parts]
     order = [(part.layer, -np.linalg.norm(middle - eye(camera))) for part, middle in zip(parts, middles, strict=True)]
-    shapes, normals = [], []
+    shapes: list[Face | Limb] = []
+    normals: list[np.ndarray] = []
     for index in sorted(range(len(parts)), key=order.__getitem__):
         shapes += parts[index].shapes
         normals += [_normal(shape, middles[index]) for shape in parts[index].shapes]
@@ -92,7 +100,7 @@ def _back_to_front(camera: Camera, parts: list[Part]) -> tuple[list[Face | Limb]
 
 
 def _normal(shape: Face | Limb, middle: np.ndarray) -> np.ndarray:
-    """The unit normal that points away from the middle of the part."""
+    """The unit normal that points away from the centre of the part."""
     if isinstance(shape, Limb):
         return np.array(LIMB_NORMAL)
     points = shape.points
@@ -103,37 +111,42 @@ def _normal(shape: Face | Limb, middle: np.ndarray) -> np.ndarray:
 
 
 def _points(shape: Face | Limb) -> np.ndarray:
+    """The corners of a face, or the ends of a limb."""
     return shape.points if isinstance(shape, Face) else np.stack([shape.start, shape.end])
 
 
 def _corners(pixels: np.ndarray) -> list[tuple[float, float]]:
-    return [tuple(pixel) for pixel in pixels.tolist()]
+    return [(x, y) for x, y in pixels.tolist()]
 
 
-def _reach(camera: Camera, shape: Face | Limb, depth: float) -> float:
+def _half_width(camera: Camera, shape: Face | Limb, depth: float) -> float:
     """Half the width of a limb in canvas pixels; 0 for a face."""
     return max(0.6, shape.radius * camera.focal * CANVAS / max(depth, 1.0)) if isinstance(shape, Limb) else 0.0
 
 
-def _apply(pen: ImageDraw.ImageDraw, corners: list[tuple[float, float]], reach: float, ink: tuple | int) -> None:
-    if not reach:
-        pen.polygon(corners, fill=ink)
+def _paint(
+    pen: ImageDraw.ImageDraw, corners: list[tuple[float, float]], half_width: float, colour: tuple | int
+) -> None:
+    """Paints one stroke."""
+    if not half_width:
+        pen.polygon(corners, fill=colour)
         return
-    pen.line(corners, fill=ink, width=max(1, round(2 * reach)))
+    pen.line(corners, fill=colour, width=max(1, round(2 * half_width)))
     for x, y in corners:
-        pen.ellipse((x - reach, y - reach, x + reach, y + reach), fill=ink)
+        pen.ellipse((x - half_width, y - half_width, x + half_width, y + half_width), fill=colour)
 
 
 def _shows(owner_map: np.ndarray, number: int, lamp: Stroke) -> bool:
+    """Whether the centre of a lamp is visible."""
     column, row = np.mean(lamp.corners, axis=0).astype(int)
     return 0 <= row < CANVAS and 0 <= column < CANVAS and owner_map[row, column] == number
 
 
 def _glow(image: Image.Image, lamps: list[Stroke]) -> Image.Image:
-    """Light that spreads around lamps."""
+    """Adds a glow around the lamps."""
     spread = Image.new("RGB", (CANVAS // 4, CANVAS // 4))
     pen = ImageDraw.Draw(spread)
     for lamp in lamps:
-        (x, y), reach = np.mean(lamp.corners, axis=0) / 4, max(1.0, lamp.lamp / 4)
-        pen.ellipse((x - reach, y - reach, x + reach, y + reach), fill=lamp.ink)
+        (x, y), half_width = np.mean(lamp.corners, axis=0) / 4, max(1.0, lamp.lamp / 4)
+        pen.ellipse((x - half_width, y - half_width, x + half_width, y + half_width), fill=lamp.colour)
     return ImageChops.screen(image, spread.filter(ImageFilter.GaussianBlur(3)).resize(image.size))
