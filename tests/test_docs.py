@@ -247,7 +247,7 @@ def test_what_make_runs(target):
     assert done.returncode == 0, done.stderr
     last = shlex.split(done.stdout.splitlines()[-1])
     if target == "test":
-        assert last[1:] == ["-m", "pytest"]
+        assert last[1:] == ["-m", "pytest", "-n", "auto", "--dist", "loadfile"]
     else:
         assert last[1] == "merge_workloads.py"
         assert parse_arguments(last[2:]).time_budget == 180, "README: three minutes"
