@@ -6,7 +6,6 @@ is used again, so a comparison that was interrupted resumes where it stopped.
 
 import copy
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -23,15 +22,15 @@ import torch
 from benchmarks.conditions import Bench
 from benchmarks.one_run import FINISHED, RESULTS, SPEC, write_json
 from gemel.evaluation.eval_method import evaluate
+from gemel.merging.options import MergeOptions
 from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import read_manifest
 from gemel.sharing.memory import distinct_bytes
 from gemel.training.options import TrainingOptions
 from gemel.workload import Task
-from merge_workloads import merge_workload
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_MEASURED = ("datasets", "fresh", "num_workers")  # options of merge_workload that do not change what is measured
+NOT_MEASURED = ("training", "fresh", "num_workers")  # options of a merge that do not change what is measured
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ class Result:
 
     def as_json(self) -> dict:
         """One flat dictionary, the fields of the run among them."""
-        fields = asdict(self)
-        return {**fields.pop("run"), **fields}
+        values = asdict(self)
+        return {**values.pop("run"), **values}
 
 
 @dataclass(frozen=True)
@@ -168,9 +167,8 @@ def run_spec(bench: Bench, options: Mapping, seed: int) -> dict:
 
 
 def default_options() -> dict:
-    """The options of merge_workload and of training that change what is measured, with their defaults."""
-    parameters = inspect.signature(merge_workload).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in NOT_MEASURED}
+    """The options of a merge and of its training that change what is measured, with their defaults."""
+    defaults = {field.name: field.default for field in fields(MergeOptions) if field.name not in NOT_MEASURED}
     return {**defaults, **asdict(TrainingOptions())}
 
 
