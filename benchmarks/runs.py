@@ -46,7 +46,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run is worth: memory and accuracy as reloaded from disk, costs and history from its manifest."""
+    """The measured run: memory and accuracy as reloaded from disk, costs and history from its manifest."""
 
     run: Run
     saved_bytes: int
