@@ -25,7 +25,7 @@ import torchvision
 
 import dataset_manager
 from eval_methods import classification_eval, frcnn_eval
-from gemel.datasets.folders import SampleError
+from gemel.datasets.folders import SampleError, find_datasets
 from gemel.datasets.loaders import TaskData
 from gemel.environment.clock import Clock
 from gemel.environment.device import pick_device
@@ -109,33 +109,34 @@ def merge_workload(
     any field of gemel.training.options.TrainingOptions, such as learning_rate or max_epochs.
     Raises WorkloadError, before anything is written or trained, with every problem of the input.
     """
-    interrupts, (options, problems) = Interrupts(), read_options(options)
-    clock = Clock(options.time_budget, interrupts.asked)
+    chosen, problems = read_options(options)
+    interrupts = Interrupts()
+    clock = Clock(chosen.time_budget, interrupts.asked)
     results_path = Path(os.path.abspath(results_path))  # "." would follow the folder that --fresh sets aside
     roots = [Path(datasets) if datasets else dataset_manager.DEFAULT_ROOT, DATASETS_ROOT]
-    tasks = _checked_tasks(model_dict, options, roots, results_path, problems)
-    device = pick_device(options.device)
-    data = _open_data(tasks, roots, device, options)
-    mark = fingerprint(tasks, {n: dataset_manager.find_dataset(t, roots) for n, t in tasks.items()}, options.deciding)
+    tasks = _checked_tasks(model_dict, chosen, roots, results_path, problems)
+    device = pick_device(chosen.device)
+    data = _open_data(tasks, roots, device, chosen)
+    mark = fingerprint(tasks, find_datasets(tasks, roots), chosen.deciding)
     with contextlib.ExitStack() as locks, interrupts.deferred():
         locks.enter_context(lock(results_path))
-        previous = None if options.fresh else previous_manifest(results_path, mark)
-        started_with = _started_with(options, device, datasets)
-        merger = Merger(tasks, data, options, device, results_path, clock, started_with, mark)
+        previous = None if chosen.fresh else previous_manifest(results_path, mark)
+        started_with = _started_with(chosen, device, datasets)
+        merger = Merger(tasks, data, chosen, device, results_path, clock, started_with, mark)
         print(console.workload_table(tasks, merger.state.models, merger.record.groups), end="\n\n", flush=True)
         if previous is not None:
             print("\n".join(merger.resume(previous)), flush=True)
-        if merger.record.finished:
-            manifest = merger.confirm() if options.per_class else previous
+        if previous is not None and merger.record.finished:
+            manifest = merger.confirm() if chosen.per_class else previous
         else:
             merger.preflight()
-            if options.fresh and has_results(results_path):
+            if chosen.fresh and has_results(results_path):
                 print(f"the earlier result is kept in {set_aside(results_path)}")
                 locks.enter_context(lock(results_path))
             if not merger.record.groups:
                 print("nothing to merge: no two tasks have an identical layer; the models are stored as they are")
             manifest = merger.merge()
-    print("\n" + console.closing_report(manifest, options.per_class), flush=True)
+    print("\n" + console.closing_report(manifest, chosen.per_class), flush=True)
     return manifest
 
 

@@ -18,8 +18,8 @@ from gemel.workload import WorkloadError
 from merge_workloads import EXIT_DONE, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, merge_workload
 
 SPEC, RESULTS, FINISHED = "spec.json", "results", "finished.json"
-VALIDATION_LOGGER = "gemel.training.validation"
-VALIDATION_MESSAGE = "step %d: %s %.4f of %.4f"  # at level DEBUG, after each evaluation
+LOGGER = "gemel.training.validation"
+VALIDATION_MESSAGE = "step %d: %s %.4f of %.4f"  # logged there, level DEBUG, after each evaluation
 
 
 class Validations(logging.Handler):
@@ -31,7 +31,7 @@ class Validations(logging.Handler):
         self.rows: list[dict] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name == VALIDATION_LOGGER and record.msg == VALIDATION_MESSAGE and isinstance(record.args, tuple):
+        if record.name == LOGGER and record.msg == VALIDATION_MESSAGE and isinstance(record.args, tuple):
             step, task, accuracy, target = record.args
             seconds = time.monotonic() - self.began
             row = {"step": step, "task": task, "accuracy": accuracy, "target": target, "seconds": seconds}
@@ -43,7 +43,7 @@ def observe_validations() -> Validations:
     validations, warnings = Validations(), logging.StreamHandler()
     warnings.setLevel(logging.WARNING)
     logging.basicConfig(handlers=[validations, warnings])
-    logging.getLogger(VALIDATION_LOGGER).setLevel(logging.DEBUG)
+    logging.getLogger(LOGGER).setLevel(logging.DEBUG)
     return validations
 
 

@@ -30,7 +30,7 @@ from gemel.training.options import TrainingOptions
 from gemel.workload import Task
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_MEASURED = ("training", "fresh", "num_workers")  # options of a merge that do not change what is measured
+NOT_MEASURED = ("fresh", "num_workers", "training")  # fields of MergeOptions that do not change what is measured
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Result:
 
     def as_json(self) -> dict:
         """One flat dictionary, the fields of the run among them."""
-        values = asdict(self)
-        return {**values.pop("run"), **values}
+        fields = asdict(self)
+        return {**fields.pop("run"), **fields}
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,8 @@ def run_spec(bench: Bench, options: Mapping, seed: int) -> dict:
 
 
 def default_options() -> dict:
-    """The options of a merge and of its training that change what is measured, with their defaults."""
-    defaults = {field.name: field.default for field in fields(MergeOptions) if field.name not in NOT_MEASURED}
+    """The options of merge_workload and of training that change what is measured, with their defaults."""
+    defaults = {f.name: f.default for f in fields(MergeOptions) if f.name not in NOT_MEASURED}
     return {**defaults, **asdict(TrainingOptions())}
 
 

@@ -5,7 +5,7 @@ Classification: <name>_CL/{train,val[,test]}/<class>/*.jpg. Detection: <name>_OD
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,14 @@ PER_BOX = ("labels", "area", "iscrowd")  # keys of a target with one value per b
 def find_dataset(task: Task, roots: Sequence[Path]) -> Path | None:
     """The task's dataset folder in the first root that has it; None if no root has it."""
     return next((root / task.dataset for root in map(Path, roots) if (root / task.dataset).is_dir()), None)
+
+
+def find_datasets(tasks: Mapping[str, Task], roots: Sequence[Path]) -> dict[str, Path]:
+    """The dataset folder of every task. Raises ValueError for a task that has none."""
+    found = {name: find_dataset(task, roots) for name, task in tasks.items()}
+    if missing := [name for name, folder in found.items() if folder is None]:
+        raise ValueError(f"{', '.join(missing)}: dataset: found in none of {', '.join(map(str, roots))}")
+    return {name: folder for name, folder in found.items() if folder is not None}
 
 
 def open_split(

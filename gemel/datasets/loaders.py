@@ -32,6 +32,17 @@ class TaskData:
     class_names: tuple[str, ...]  # by class id, without the background; () if the dataset has no names
 
 
+def num_samples(loader: DataLoader) -> int:
+    """Samples in a pass of the loader."""
+    dataset: Any = loader.dataset
+    return len(dataset)
+
+
+def batch_size_of(loader: DataLoader) -> int:
+    """Samples in a batch of the loader."""
+    return loader.batch_size or 1
+
+
 def reseed(data: TaskData, seed: int, *purpose: object) -> None:
     """Reseeds `data.train`: its order and augmentation from now on depend on (seed, purpose, task) alone."""
     sampler: Any = data.train.sampler  # a ShuffledKeys

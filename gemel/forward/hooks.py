@@ -11,7 +11,7 @@ from torch import nn
 
 
 class EndForward(BaseException):
-    """Raised by a hook to end the forward pass. Not an Exception: no `except Exception` of a model may catch it."""
+    """Raised by a hook to end the forward pass. Not an Exception: an `except Exception` of a model cannot catch it."""
 
 
 @contextlib.contextmanager

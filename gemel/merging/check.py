@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from gemel.datasets.loaders import TaskData
+from gemel.datasets.loaders import TaskData, batch_size_of, num_samples
 from gemel.environment.seeds import seeded
 from gemel.merging.state import MergeState
 from gemel.sharing.tying import restore_snapshot, take_snapshot
@@ -25,7 +25,8 @@ def training_problems(
         teacher = None if task.labels else Teacher(task.model, state.unmerged[name], [])
         try:
             with torch.no_grad(), seeded(seed, "trial", name):
-                batch = train.collate_fn([train.dataset[i] for i in range(min(train.batch_size, len(train.dataset)))])
+                count = min(batch_size_of(train), num_samples(train))
+                batch = train.collate_fn([train.dataset[i] for i in range(count)])
                 task.model.train()
                 task_losses(task, batch, state.device, teacher)
         except Exception as error:  # a user's model may raise anything

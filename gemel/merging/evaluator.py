@@ -57,9 +57,9 @@ class Evaluator:
                 problems.append(Problem(name, "eval_method", got, "f(model, data_loader) -> float in [0, 1]"))
                 continue
             self.accuracy[name] = Accuracy(measured, measured)
-            if self.data[name].test is not None:
-                test = evaluate(task, self.data[name].test)
-                self.accuracy[name].unmerged_test = self.accuracy[name].merged_test = test
+            if (test := self.data[name].test) is not None:
+                on_test = evaluate(task, test)
+                self.accuracy[name].unmerged_test = self.accuracy[name].merged_test = on_test
             if measured < task.target_acc:
                 problems.append(_below_its_target(task, measured))
         return problems

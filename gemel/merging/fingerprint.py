@@ -70,7 +70,7 @@ def model_digest(model: nn.Module) -> str:
     for name, tensor in named_tensors(model).items():
         values = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

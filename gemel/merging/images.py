@@ -33,7 +33,9 @@ class ImageSampler:
 
     def first_of(self, name: str, count: int, *purpose: object) -> torch.Tensor:
         """The first images [N, C, H, W] of a classifier's sample, on the device."""
-        return plain_images(self.data[name], 0, self.seed, *purpose)[0][:count].to(self.device)
+        images = plain_images(self.data[name], 0, self.seed, *purpose)[0]
+        assert torch.is_tensor(images), f"{name} is no classifier"
+        return images[:count].to(self.device)
 
     def _share_of(self, name: str, num_pixels: int) -> int:
         share = 1.0 if self.tasks[name].kind == CLASSIFICATION else THRESHOLDS.fit.detection_share

@@ -74,7 +74,8 @@ class WeightFitter:
         """The best of several fits of the container's models, each from the state `before`."""
         images, teacher_samples = samples
         models, unmerged = self.state.models, self.state.unmerged
-        best, reached = {}, dict.fromkeys(container, Standing(0.0))
+        best: dict = {}
+        reached = dict.fromkeys(container, Standing(0.0))
         balance = TaskWeights(images)
         for attempt in range(max_fits):
             container.load_state_dict(before)
@@ -97,9 +98,9 @@ class WeightFitter:
         Only where other groups of all its tasks are fitted behind it; else the group is fitted like the others.
         """
         models, unmerged = self.state.models, self.state.unmerged
-        fitted = [group for group in groups if self.donor_of(group) is None]
-        for group in (group for group in groups if group not in fitted):
-            donor = self.donor_of(group)
+        donors = {group: donor for group in groups if (donor := self.donor_of(group)) is not None}
+        fitted = [group for group in groups if group not in donors]
+        for group, donor in donors.items():
             if not set(group.tasks) <= {task for other in fitted for task in other.tasks}:
                 return groups
             source = next(o.layer for o in group.occurrences if o.task == donor)

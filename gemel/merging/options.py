@@ -71,16 +71,17 @@ class MergeOptions:
     fresh: bool = False
     per_class: bool = False
     seed: int = 0
-    initial_weights: str | None = None
-    alignment: str | None = None
-    matching: str | None = None
-    adapter_budget: float | None = None
+    # None in, and then what is best for the strategy.
+    initial_weights: str = None  # type: ignore[assignment]
+    alignment: str = None  # type: ignore[assignment]
+    matching: str = None  # type: ignore[assignment]
+    adapter_budget: float = None  # type: ignore[assignment]
     num_workers: int | None = None
     cache_bytes: int = 1 << 30
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
     def __post_init__(self) -> None:
-        if problems := [*_problems(self), *_training_problems(dataclasses.asdict(self.training))]:
+        if problems := [*_problems(vars(self)), *_training_problems(dataclasses.asdict(self.training))]:
             raise WorkloadError(problems)
         for key, value in {**DEFAULTS, **DEFAULTS_OF.get(self.strategy, {})}.items():
             if getattr(self, key) is None:
@@ -105,7 +106,7 @@ def read_options(given: Mapping[str, Any]) -> tuple[MergeOptions, list[Problem]]
     own = {f.name for f in dataclasses.fields(MergeOptions)} - {"training"}
     strategy = given.get("strategy", "adaptive")
     training = {key: value for key, value in given.items() if key not in own}
-    problems = [*_problems(_Given(given)), *_training_problems(training)]
+    problems = [*_problems(given), *_training_problems(training)]
     wrong = {problem.key for problem in problems}
     usable = {key: value for key, value in given.items() if key not in wrong}
     best = TRAINING_OF.get(strategy, {}) if isinstance(strategy, str) else {}
@@ -113,24 +114,18 @@ def read_options(given: Mapping[str, Any]) -> tuple[MergeOptions, list[Problem]]
     return MergeOptions(**{key: value for key, value in usable.items() if key in own}, training=options), problems
 
 
-class _Given:
-    """The options that were given, by attribute, and the defaults of the others."""
-
-    def __init__(self, given: Mapping[str, Any]):
-        defaults = {f.name: f.default for f in dataclasses.fields(MergeOptions)}
-        vars(self).update({**defaults, **given})
-
-
-def _problems(options: MergeOptions | _Given) -> list[Problem]:
-    strategy = options.strategy
-    allowed = {
+def _problems(given: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with options that are given by name; those that are not given are at their defaults."""
+    options = {**{f.name: f.default for f in dataclasses.fields(MergeOptions)}, **given}
+    strategy = options["strategy"]
+    allowed: dict[str, list[str | None]] = {
         "strategy": [*STRATEGIES],
         "initial_weights": [None, *INITIAL_WEIGHTS, LEAST_SQUARES],
         "alignment": [None, NO_ALIGNMENT, *ALIGNMENTS],
         "matching": [None, *([BY_ORDER] if strategy == STEM else MATCHINGS)],
         "device": [*DEVICES],
     }
-    values = {key: getattr(options, key) for key in allowed}
+    values = {key: options[key] for key in allowed}
     problems = [
         _problem(key, values[key], ", ".join(filter(None, choices)))
         for key, choices in allowed.items()
@@ -154,8 +149,8 @@ def _problems(options: MergeOptions | _Given) -> list[Problem]:
         "per_class": (lambda v: isinstance(v, bool), "True or False"),
     }
     for key, (is_right, what) in checks.items():
-        if not is_right(getattr(options, key)):
-            problems.append(_problem(key, getattr(options, key), what))
+        if not is_right(options[key]):
+            problems.append(_problem(key, options[key], what))
     return problems
 
 

@@ -1,6 +1,7 @@
 """What stands beside the models in a round of training: unmerged models as teachers, frozen prefixes."""
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from gemel.datasets.loaders import TaskData, repeats
 from gemel.merging.images import ImageSampler
@@ -50,7 +51,8 @@ class FrozenPrefixes:
             is_classifier = self.images.tasks[name].kind == CLASSIFICATION
             cut = self._cuts_of(name).before(tied) if is_classifier else None
             if cut is not None:
-                keeps_training = repeats(self.data[name].train.dataset)
+                dataset: Any = self.data[name].train.dataset
+                keeps_training = repeats(dataset)
                 prefix = prefix_of(self.state.models[name], cut, self.limit, keeps_training)
                 known = self._last.get(name)
                 found[name] = known if known is not None and prefix.computes_the_same_as(known) else prefix

@@ -4,6 +4,7 @@ Open base.py for what a strategy is; a new one is a class in a file here and a l
 """
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ STRATEGIES = {
 STEM = "stem"  # its layers pair by their place, not by likeness
 
 
-def strategy_class(name: str) -> type["Strategy"]:
-    """The class of a strategy of STRATEGIES."""
+def strategy_class(name: str) -> "Callable[..., Strategy]":
+    """The class of a strategy of STRATEGIES, to be called with (models, groups=...)."""
     module, _, attribute = STRATEGIES[name].partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -24,7 +24,7 @@ from torch import nn
 from gemel.sharing.adapters import adapter_bytes, rank_within
 from gemel.sharing.groups import Configuration, Group, find_groups, from_plain, joined, ordered, saved_bytes, to_plain
 from gemel.sharing.signatures import find_layers
-from gemel.strategies.base import NONE, Adopting, Ratios, Sensitivity
+from gemel.strategies.base import NONE, Ratios, Sensitivity, Strategy
 from gemel.thresholds import THRESHOLDS
 
 JUMP, BACK_OFF, FILL, TRAIN, DONE = "jump", "back off", "fill in", "fill in with training", "done"
@@ -34,7 +34,7 @@ FOLLOWING = {FILL: WITH_ADAPTERS, WITH_ADAPTERS: TRAIN_WITH_ADAPTERS, TRAIN_WITH
 Part = dict[int, tuple[str, ...]]  # what is tried as one: index of a group -> tasks that would join it
 
 
-class Adaptive(Adopting):
+class Adaptive(Strategy):
     """See the header of this file; benchmarks/LOG.md has what was measured."""
 
     def __init__(
@@ -45,8 +45,8 @@ class Adaptive(Adopting):
         self.infeasible: Configuration = ()  # what the first jump leaves out
         self.held_back: Configuration = ()  # what the second leaves out, should the first fail
         self.predicted: list[float] = []  # sensitivity of the most sensitive task of each of `groups`
-        first = {name: next(iter(find_layers(model)), None) for name, model in models.items()}
-        self.stems = [all(first[o.task].name == o.layer for o in group.occurrences) for group in self.groups]
+        first = {name: next((layer.name for layer in find_layers(model)), None) for name, model in models.items()}
+        self.stems = [all(first[o.task] == o.layer for o in group.occurrences) for group in self.groups]
         self.most_sensitive: str | None = None  # the task with the highest sum of predicted sensitivities
         self.own: Configuration = ()
         self.phase = JUMP
@@ -299,7 +299,8 @@ def most_sensitive_groups(
     own = [g for g in trial if task in g.tasks and not {o for o in g.occurrences if o.task == task} <= held]
     own.sort(key=lambda g: -sensitivity.get((g, task), float(g.bytes)) / g.bytes)
     wanted = share * sum(group.bytes for group in own)
-    chosen, released = [], 0
+    chosen: list[Group] = []
+    released = 0
     for group in own:
         if chosen and released >= wanted:
             break

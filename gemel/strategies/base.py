@@ -6,9 +6,9 @@ everything it has kept is tied as well, or None when it is done; `record()` tell
 what an earlier run over some of these tasks kept.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import Protocol
 
 from gemel.sharing.groups import Configuration, Group, joined
 
@@ -19,53 +19,68 @@ Sensitivity = Mapping[
 ]  # (group, task) -> how much tying the group is predicted to hurt the task
 
 
-class Strategy(Protocol):
-    """What the merger asks of a strategy."""
+class Strategy(ABC):
+    """What the merger asks of a strategy; what an earlier run kept (`adopted`) is part of every proposal."""
 
-    kept: Configuration
-    uses_sensitivity: bool
-    refits_all_changes: bool  # weights are fitted for every layer that a trial changes, not only for newly tied ones
-    releases_before_training: bool  # where fitted weights do not reach the targets, it releases layers, trains nothing
-    continues_failed_trial: (
-        bool  # the next trial begins with the weights of the last one, which failed, instead of the kept ones
-    )
+    adopted: Configuration = ()
+
+    @property
+    @abstractmethod
+    def kept(self) -> Configuration:
+        """What is tied in the last trial that was kept."""
+
+    @abstractmethod
+    def propose(self) -> Configuration | None:
+        """The next configuration to try, with everything that is kept; None when nothing is left to try."""
+
+    @abstractmethod
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, sensitivity: Sensitivity = NONE) -> None:
+        """Says how the last proposal ended.
+
+        kept: the whole proposal met its targets. met: the tasks that met their target in the trial. ratios: of the
+        tasks whose weights the trial changed. sensitivity: of every group and task of a failed trial, if the strategy
+        uses it.
+        """
+
+    @abstractmethod
+    def state(self) -> dict:
+        """Everything that the next proposals depend on, as JSON values."""
+
+    @abstractmethod
+    def load_state(self, state: dict) -> None:
+        """Continues from what `state` returned."""
+
+    @property
+    def uses_sensitivity(self) -> bool:
+        """Whether the predicted sensitivities of groups are of use now."""
+        return False
+
+    @property
+    def refits_all_changes(self) -> bool:
+        """Whether weights are fitted for every layer that a trial changes, not only for newly tied ones."""
+        return False
+
+    @property
+    def releases_before_training(self) -> bool:
+        """Whether, where fitted weights do not reach the targets, the next trial releases layers and none is trained."""
+        return False
+
+    @property
+    def continues_failed_trial(self) -> bool:
+        """Whether the next trial starts from the weights of the failed one, not from the kept ones."""
+        return False
 
     def set_sensitivity(self, sensitivity: Sensitivity) -> None:
-        """The predicted sensitivity of every group and task; before the first proposal, if the strategy uses it."""
-
-    def propose(self) -> Configuration | None: ...
-
-    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, sensitivity: Sensitivity = NONE) -> None:
-        """kept: the whole proposal met its targets. met: the tasks that met their target in the trial.
-
-        ratios: of the tasks whose weights the trial changed. sensitivity: of every group and task of a failed trial,
-        if the strategy uses it.
-        """
+        """Takes the predicted sensitivity of every group and task, before the first proposal."""
 
     def donor_of(self, group: Group) -> str | None:
         """The task whose weights a group takes as they are; None: they are fitted to all of its tasks."""
-
-    def adopt(self, kept: Configuration) -> None: ...
-
-    def state(self) -> dict: ...
-
-    def load_state(self, state: dict) -> None: ...
-
-
-class Adopting:
-    """What all strategies have in common: what an earlier run kept is part of every proposal."""
-
-    uses_sensitivity = refits_all_changes = releases_before_training = continues_failed_trial = False
-    adopted: Configuration = ()
-
-    def set_sensitivity(self, sensitivity: Sensitivity) -> None:
-        pass
-
-    def donor_of(self, group: Group) -> str | None:
         return None
 
     def adopt(self, kept: Configuration) -> None:
+        """Starts from what an earlier run over some of these tasks kept."""
         self.adopted = kept
 
     def with_adopted(self, configuration: Configuration) -> Configuration:
+        """The configuration together with what was adopted."""
         return joined(self.adopted, configuration) if self.adopted else configuration

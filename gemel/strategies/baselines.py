@@ -18,10 +18,10 @@ from gemel.sharing.groups import (
     to_plain,
 )
 from gemel.sharing.signatures import find_layers
-from gemel.strategies.base import NONE, Adopting, Ratios, Sensitivity
+from gemel.strategies.base import NONE, Ratios, Sensitivity, Strategy
 
 
-class All(Adopting):
+class All(Strategy):
     """Everything at once; if tasks fail, everything once more among the tasks that met their targets."""
 
     def __init__(self, models: Mapping[str, nn.Module], groups: Configuration | None = None):
@@ -55,7 +55,7 @@ class All(Adopting):
         return self.with_adopted(restrict(self.groups, self.tasks))
 
 
-class Gemel(Adopting):
+class Gemel(Strategy):
     """The published heuristic: one unit of groups at a time, the largest first, never taking back what was kept.
 
     A unit holds the groups with one signature and one set of tasks. When a trial fails, the tasks that met their target
@@ -117,7 +117,7 @@ class Gemel(Adopting):
         return self.units[index][0].tasks if index < len(self.units) else ()
 
 
-class Stem(Adopting):
+class Stem(Strategy):
     """Shares only a prefix of layers counted from the input; bisects for the longest that meets the targets.
 
     Source: Jiang et al., "Mainstream", ATC 2018 (there the prefix is frozen, here it is retrained like any other tie).

@@ -1,10 +1,11 @@
 """The batches of one task in a round: endless, restartable at any point, and split when memory runs out."""
 
 import logging
+from collections.abc import Iterator
 
 from torch import Tensor
 
-from gemel.datasets.loaders import TaskData, restarted
+from gemel.datasets.loaders import ShuffledKeys, TaskData, batch_size_of, restarted
 from gemel.environment.failures import is_worker_death
 
 RESTARTS = 3  # of the workers of one task in one pass; more often than that is no accident
@@ -17,9 +18,15 @@ class Batches:
 
     def __init__(self, data: TaskData):
         self.task, self.loader = data.task, data.train
-        self.iterator = None
+        self.iterator: Iterator | None = None
         self.taken = 0  # in this pass
         self.pass_began: Tensor | None = None  # state of the sampler's generator
+
+    @property
+    def sampler(self) -> ShuffledKeys:
+        """What shuffles the train loader."""
+        assert isinstance(self.loader.sampler, ShuffledKeys)
+        return self.loader.sampler
 
     def next(self) -> tuple:
         """The next batch; dead loader processes are started again, at the batch they owed."""
@@ -37,30 +44,29 @@ class Batches:
         )
 
     def state(self) -> dict:
-        began = self.loader.sampler.generator.get_state() if self.iterator is None else self.pass_began
+        began = self.sampler.generator.get_state() if self.pass_began is None else self.pass_began
         return {"pass_began": began.clone(), "taken": self.taken}
 
     def load_state(self, state: dict) -> None:
-        self.pass_began, self.taken = state["pass_began"].clone(), state["taken"]
-        sampler = self.loader.sampler
-        sampler.generator.set_state(self.pass_began)
-        sampler.skip = self.taken * self.loader.batch_size
+        began: Tensor = state["pass_began"].clone()
+        self.pass_began, self.taken = began, state["taken"]
+        self.sampler.generator.set_state(began)
+        self.sampler.skip = self.taken * batch_size_of(self.loader)
         self.iterator = iter(self.loader)
 
     def _take(self) -> tuple:
-        if self.iterator is None:
-            self._begin_pass()
+        iterator = self.iterator or self._begin_pass()
         try:
-            batch = next(self.iterator)
+            batch = next(iterator)
         except StopIteration:
-            self._begin_pass()
-            batch = next(self.iterator)
+            batch = next(self._begin_pass())
         self.taken += 1
         return batch
 
-    def _begin_pass(self) -> None:
-        self.pass_began, self.taken = self.loader.sampler.generator.get_state(), 0
+    def _begin_pass(self) -> Iterator:
+        self.pass_began, self.taken = self.sampler.generator.get_state(), 0
         self.iterator = iter(self.loader)
+        return self.iterator
 
 
 def split(batch: tuple, num_parts: int) -> list[tuple]:

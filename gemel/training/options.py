@@ -1,6 +1,7 @@
 """How a round is trained."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from gemel.workload import CLASSIFICATION, Task
 
@@ -36,7 +37,8 @@ class TrainingOptions:
         """Those with the batch sizes that a manifest's flags name, which decide how sums round; else the defaults."""
         given = flags if isinstance(flags, dict) else {}
         sizes = {key: given.get(key) for key in ("classification_batch_size", "detection_batch_size")}
-        return cls(**{key: size for key, size in sizes.items() if isinstance(size, int) and 1 <= size <= 1 << 20})
+        known: dict[str, Any] = {k: n for k, n in sizes.items() if isinstance(n, int) and 1 <= n <= 1 << 20}
+        return cls(**known)
 
     def batch_size(self, task: Task) -> int:
         default = self.classification_batch_size if task.kind == CLASSIFICATION else self.detection_batch_size

@@ -24,6 +24,8 @@ from gemel.training.outcome import NOT_FINITE, OUT_OF_MEMORY
 from gemel.training.schedule import Schedule
 from gemel.workload import Task
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 log = logging.getLogger(__name__)
 
 
@@ -142,9 +144,10 @@ class JointStep:
             freeze_statistics(member.task.model)  # a batch of one has no variance; a split batch is all the same size
         losses = task_losses(member.task, batch, self.device, self.teachers.get(member.task.name))
         weight = loss_weight(member.progress.accuracy, member.progress.target)
-        return weight * sum(self.options.weight_of(name, member.task) * loss for name, loss in losses.items())
+        total = sum(self.options.weight_of(name, member.task) * loss for name, loss in losses.items())
+        return weight * torch.as_tensor(total)
 
-    def _move_average(self, averages: list[Tensor], values: list[Tensor], num_averaged: Tensor | int) -> None:
+    def _move_average(self, averages: Tensors, values: Tensors, num_averaged: Tensor | int) -> None:
         """Moves the averages towards the values; quickly at first, so that the start of the trial is soon forgotten.
 
         The average is what is validated and kept: at any step it is as good as weights after a lowered learning rate.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from gemel.datasets.loaders import num_samples
 from gemel.evaluation.eval_method import evaluate
 from gemel.training.context import RoundContext
 from gemel.training.options import TrainingOptions
@@ -27,7 +28,7 @@ class Validation:
     def __init__(
         self,
         members: Mapping[str, Member],
-        averaged: nn.ModuleDict,
+        averaged: nn.Module,
         options: TrainingOptions,
         schedule: Schedule,
         context: RoundContext,
@@ -54,7 +55,7 @@ class Validation:
     def measure(self, member: Member) -> None:
         """Accuracy on val; where the screening subset is below its target, an estimate from that alone."""
         name, progress, step = member.task.name, member.progress, self.schedule.step
-        model = self.averaged[name] if step else member.task.model
+        model = self.averaged.get_submodule(name) if step else member.task.model
         known = self.context.fitted.get(name) if step == 0 else None
         accuracy = known.accuracy if known else None
         if accuracy is None and self.screens(member):
@@ -99,7 +100,7 @@ class Validation:
         worst = min(self.active, key=lambda member: member.progress.ratio)
         images_per_step = sum(self.options.batch_size(member.task) for member in self.active)
         evaluated = worst.data.screen if self.screens(worst) else worst.data.val
-        cost_in_steps = len(evaluated.dataset) / 3 / images_per_step
+        cost_in_steps = num_samples(evaluated) / 3 / images_per_step
         shortest = max(5, math.ceil(cost_in_steps / self.options.validation_share))
         shortest = min(shortest, self.schedule.steps_per_epoch)
         if worst.progress.ratio > NEARLY_THERE:

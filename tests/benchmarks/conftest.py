@@ -38,7 +38,7 @@ def surroundings(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
     sys.modules.pop("pico_workload", None)
-    logging.getLogger(one_run.VALIDATION_LOGGER).setLevel(logging.NOTSET)
+    logging.getLogger(one_run.LOGGER).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +98,7 @@ def in_this_process(monkeypatch):
 
 def _attached(validations):
     """pytest has set up logging before, so basicConfig does nothing here."""
-    logging.getLogger(one_run.VALIDATION_LOGGER).addHandler(validations)
+    logging.getLogger(one_run.LOGGER).addHandler(validations)
     return validations
 
 

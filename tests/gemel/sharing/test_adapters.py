@@ -284,7 +284,7 @@ def test_a_group_that_fails_is_tried_with_adapters_and_then_with_training():
         strategy.record(good, {task for g in proposal for task in g.tasks} if good else set())
     kept = next(g for g in strategy.kept if g.occurrences == refused.occurrences)
     assert kept.rank > 0 and len(strategy.kept) == len(strategy.groups)
-    assert phases.index("fill in at a price") < phases.index("fill in with training")
+    assert phases.index("fill in with adapters") < phases.index("fill in with training")
     assert judged[-1] == 0, "without adapters is tried last"
     again = Adaptive(models, adapter_budget=0.3)
     again.load_state(json.loads(json.dumps(strategy.state())))
@@ -294,13 +294,13 @@ def test_a_group_that_fails_is_tried_with_adapters_and_then_with_training():
 def test_without_a_budget_no_group_has_adapters():
     strategy = Adaptive({f"task{i}_x": PicoNet(extra=1) for i in range(3)})
     while (proposal := strategy.propose()) is not None:
-        assert not any(group.rank for group in proposal) and "price" not in strategy.phase
+        assert not any(group.rank for group in proposal) and "adapters" not in strategy.phase
         strategy.record(False, set())
 
 
 def test_adapters_for_all_tasks_must_save_more_than_one_task_fewer_without():
     strategy = Adaptive({f"task{i}_x": PicoNet(extra=1) for i in range(4)}, adapter_budget=0.3)
-    strategy.own, strategy.phase = restrict(strategy.groups, ["task0_x", "task1_x", "task2_x"]), "fill in at a price"
+    strategy.own, strategy.phase = restrict(strategy.groups, ["task0_x", "task1_x", "task2_x"]), "fill in with adapters"
     assert strategy.adapted[0].saved_bytes < strategy.kept[0].saved_bytes, "four adapters are larger than the layer"
     assert strategy._filled({0: ("task3_x",)}) == strategy.kept
     strategy.own = restrict(strategy.groups, ["task0_x", "task1_x"])
