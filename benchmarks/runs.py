@@ -71,8 +71,8 @@ class Result:
 
     def as_json(self) -> dict:
         """One flat dictionary, the fields of the run among them."""
-        fields = asdict(self)
-        return {**fields.pop("run"), **fields}
+        values = asdict(self)
+        return {**values.pop("run"), **values}
 
 
 @dataclass(frozen=True)
