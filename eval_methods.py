@@ -1,6 +1,7 @@
 """Eval methods for the task dictionary: (model, loader) -> accuracy in [0, 1]."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,9 +80,13 @@ def detection_eval_per_class(model: nn.Module, loader: Iterable) -> dict[int, di
 
 
 # `eval_method.per_class(model, loader)` gives the accuracy class by class, for reports.
-classification_eval.per_class = classification_eval_per_class
-frcnn_eval.per_class = detection_eval_per_class
-yolo_eval.per_class = detection_eval_per_class
+_PER_CLASS: dict[Any, Callable[[nn.Module, Iterable], dict[int, dict[str, float]]]] = {
+    classification_eval: classification_eval_per_class,
+    frcnn_eval: detection_eval_per_class,
+    yolo_eval: detection_eval_per_class,
+}
+for _eval_method, _per_class in _PER_CLASS.items():
+    _eval_method.per_class = _per_class
 
 
 def _precision(name: str, model: nn.Module, loader: Iterable, iou_thresholds: Thresholds) -> Precision:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -80,8 +81,14 @@ def _draw_optimal(axes: Axes, optimal: float) -> None:
         f"optimal {optimal:.2f} MiB", (axes.get_xlim()[0], optimal), (4, 4), textcoords="offset points", color="grey"
     )
     axes.set_ylim(0, optimal * 1.1 or 1)
-    share = axes.secondary_yaxis("right", functions=(lambda y: 100 * y / (optimal or 1), lambda y: y * optimal / 100))
-    share.set_ylabel("% of optimal")
+
+    def to_percent(mib: Any) -> Any:
+        return 100 * mib / (optimal or 1)
+
+    def to_mib(percent: Any) -> Any:
+        return percent * optimal / 100
+
+    axes.secondary_yaxis("right", functions=(to_percent, to_mib)).set_ylabel("% of optimal")
 
 
 def _title(results: Sequence[Result], bench: Bench) -> str:

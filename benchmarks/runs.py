@@ -46,7 +46,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run is worth: memory and accuracy as reloaded from disk, costs and history from its manifest."""
+    """The measured run: memory and accuracy as reloaded from disk, costs and history from its manifest."""
 
     run: Run
     saved_bytes: int
@@ -71,8 +71,8 @@ class Result:
 
     def as_json(self) -> dict:
         """One flat dictionary, the fields of the run among them."""
-        fields = asdict(self)
-        return {**fields.pop("run"), **fields}
+        values = asdict(self)
+        return {**values.pop("run"), **values}
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def notes(results: Sequence[Result], bench: Bench) -> list[str]:
     levels = levels_of(results, 1.0)
     lines = []
     if levels:
-        saved = sorted(levels.values())
+        saved = sorted(map(round, levels.values()))
         amounts = mib(saved[0]) if saved[0] == saved[-1] else f"{saved[0] / MIB:.2f} to {mib(saved[-1])}"
         lines.append(f"The level 100 % is what {BASELINES[0]} saves within the budget with the same seed: {amounts}.")
     else:

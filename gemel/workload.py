@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 CLASSIFICATION = "image_classification"
 DETECTION = "object_detection"
@@ -228,7 +229,7 @@ def _check_model(model: object) -> str | None:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if not any(True for _ in model.parameters()):
         return "a module without parameters"
-    if lazy := [key for key, tensor in tensors if isinstance(tensor, nn.parameter.UninitializedTensorMixin)]:
+    if lazy := [key for key, tensor in tensors if isinstance(tensor, UninitializedParameter | UninitializedBuffer)]:
         return f"a module whose {lazy[0]} is not initialised yet (a lazy module without a first input)"
     if meta := [key for key, tensor in tensors if tensor.is_meta]:
         return f"a module whose {meta[0]} is on the meta device and has no weights"

@@ -91,7 +91,8 @@ def _regnet_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         return None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(to_meta)
+    replace: Callable[..., Any] = to_meta  # torch declares that hooks return None, and uses what they return
+    hook = register_module_parameter_registration_hook(replace)
     try:
         with torch.device("cpu"):
             return make().to("meta")

@@ -267,10 +267,10 @@ def _paired(
 def _pair(layer: Layer, port_layer: PortLayer, state: Mapping[str, Tensor], keys: dict[str, str]) -> Iterator[str]:
     """Adds the tensors of a pair of layers to `keys`; yields a line for each tensor that does not fit."""
     name, theirs = port_layer
-    own: dict[str, Tensor | None] = {key.removeprefix(f"{layer.name}."): tensor for key, tensor in layer.tensors()}
+    own = {key.removeprefix(f"{layer.name}."): tensor for key, tensor in layer.tensors()}
     if layer.norm is None:
         own = {f"conv.{key}": tensor for key, tensor in own.items()}
-    elif "norm.num_batches_tracked" in theirs:
+    elif "norm.num_batches_tracked" in theirs and layer.norm.num_batches_tracked is not None:
         own["norm.num_batches_tracked"] = layer.norm.num_batches_tracked
     yield from (f"{theirs[key]}: unknown" for key in theirs if key not in own)
     for key, tensor in own.items():

@@ -120,7 +120,7 @@ def frcnn_model(num_classes: int, backbone: str = "resnet50", **kwargs: Any) -> 
     Raises ValueError on other arguments.
     """
     _refuse_unknown("frcnn_model", kwargs, FasterRCNN)
-    features = _frcnn_body(backbone, None)
+    features: Any = _frcnn_body(backbone, None)
     features.out_channels = _out_channels(features)
     return FasterRCNN(
         features,
@@ -220,7 +220,7 @@ _WITH_BACKBONE: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Modul
     "fcos_model": (fcos_model, _fcos_body, "backbone.body."),
     "frcnn_model": (frcnn_model, _frcnn_body, "backbone."),
 }
-for _name, (_make, _, _) in _WITH_BACKBONE.items():
+for _name, (_make, *_) in _WITH_BACKBONE.items():
     register(_name, partial(_pretrained_backbone, _name))(_make)
 for _name in torchvision.models.list_models(module=torchvision.models.detection):
     register(_name, partial(_pretrained_detector, _name))(partial(_torchvision_detector, _name))

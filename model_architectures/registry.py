@@ -75,7 +75,7 @@ def build(name: str, num_classes: int, weights: Any = None, weights_backbone: An
             raise ValueError(f"{name}: weights: got {weights or weights_backbone!r}; there are none for this model")
         pretrained = builder.pretrained(weights, weights_backbone, **kwargs)
         kwargs = {**kwargs, **pretrained.kwargs}
-    model = builder.make(num_classes, **kwargs)
+    model: Any = builder.make(num_classes, **kwargs)
     if pretrained is not None:
         _copy_matching(pretrained.tensors, model)
     model.architecture = {"name": name, "num_classes": num_classes, "kwargs": kwargs}

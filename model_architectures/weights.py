@@ -51,7 +51,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """
     if isinstance(model, YOLOv3) and str(path).endswith(".weights"):
         return load_darknet(model, path)
-    state = _read_state_dict(path)
+    state: Any = _read_state_dict(path)  # with `_metadata`, as state_dict() gives it
     if isinstance(model, YOLOv3):
         try:
             state = from_port(model, state)
@@ -60,7 +60,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     if getattr(model, "aux_logits", None) is False:
         for key in [key for key in state if key.startswith(AUXILIARY)]:
             del state[key]
-    own = model.state_dict()
+    own: Any = model.state_dict()
     if not hasattr(state, "_metadata") and state.keys() == own.keys():
         state._metadata = own._metadata  # MNASNet reads its layout version from here
     problems = _problems(model, state)
@@ -73,7 +73,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 def _read_state_dict(path: str | os.PathLike) -> OrderedDict[str, torch.Tensor]:
     """The state dict in a file, without wrappers. Raises ValueError naming the file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = "it holds more than tensors; allowed: a file as torch.save(model.state_dict(), path) writes it"
         raise ValueError(f"{path}: cannot be read as weights: {reason}") from error
@@ -86,7 +86,7 @@ def _read_state_dict(path: str | os.PathLike) -> OrderedDict[str, torch.Tensor]:
             break
     if not isinstance(content, dict) or not content or not all(_is_entry(*entry) for entry in content.items()):
         raise ValueError(f"{path}: got {_describe(content)}; allowed: a state dict, which maps names to tensors")
-    state = OrderedDict(content)
+    state: Any = OrderedDict(content)
     if hasattr(content, "_metadata"):
         state._metadata = content._metadata
     if all(key.startswith("module.") for key in state):  # saved from DataParallel
@@ -105,14 +105,14 @@ def _describe(content: Any) -> str:
     return f"a dictionary of {entries}" if content else "an empty dictionary"
 
 
-def _problems(model: nn.Module, state: OrderedDict[str, torch.Tensor]) -> list[str]:
+def _problems(model: nn.Module, state: Any) -> list[str]:
     """The errors that load_state_dict(strict=True) would raise, found on a copy without storage."""
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     got = {key: tuple(value.shape) for key, value in state.items()}
     differing = {
         key: f"{key}: got {got[key]}, expected {own[key]}" for key in own if got.get(key, own[key]) != own[key]
     }
-    fitting = OrderedDict((key, value) for key, value in state.items() if key not in differing)
+    fitting: Any = OrderedDict((key, value) for key, value in state.items() if key not in differing)
     if hasattr(state, "_metadata"):
         fitting._metadata = state._metadata
     try:

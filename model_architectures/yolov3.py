@@ -150,7 +150,8 @@ def _detector(
     unit = partial(ConvUnit, activation=options.activation, eps=options.norm_eps)
     num_outputs = [len(level) * (5 + num_classes - 1) for level in anchors]
     made = network(unit, lambda channels: max(1, round(options.width * channels)), num_outputs)
-    for head, level in zip(made.heads, reversed(anchors), strict=True):
+    heads: list[Any] = list(made.heads)
+    for head, level in zip(heads, reversed(anchors), strict=True):
         _expect_few_objects(head.output[-1], len(level))
     return YOLOv3(made, num_classes, Settings(tuple(size), anchors, *options[3:]))
 
@@ -158,6 +159,7 @@ def _detector(
 @torch.no_grad()
 def _expect_few_objects(output: nn.Conv2d, num_anchors: int) -> None:
     """Sets the biases of an output convolution so that the initial objectness is OBJECT_PRIOR."""
+    assert output.bias is not None
     bias = output.bias.view(num_anchors, -1)
     bias.zero_()
     bias[:, 4].fill_(-math.log((1 - OBJECT_PRIOR) / OBJECT_PRIOR))

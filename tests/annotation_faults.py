@@ -1,4 +1,4 @@
-"""What can be wrong with annotations, one row per fault: (writer of format_samples.py, damage, what is said of it)."""
+"""Faults of annotations, one per row: (writer of format_samples.py, damage, the problems that are reported)."""
 
 import json
 

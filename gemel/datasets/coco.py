@@ -259,23 +259,33 @@ class _Reader:
         """(image, x, y, width, height, category id, crowd, index), the box in pixels; None if the entry has a fault."""
         place = f"annotations[{index}]"
         if not isinstance(entry, dict):
-            return self._fault(place, shown(entry), "a dictionary with image_id, category_id and bbox")
+            self._fault(place, shown(entry), "a dictionary with image_id, category_id and bbox")
+            return None
+        if wrong := self._wrong_value(entry, seen):
+            key, got, allowed = wrong
+            self._fault(f"{place}.{key}", got, allowed)
+            return None
+        image, crowd = self.images[entry["image_id"]], entry.get("iscrowd", 0)
+        return image, *entry["bbox"], entry["category_id"], crowd, index
+
+    def _wrong_value(self, entry: dict, seen: set[int | str]) -> tuple[str, str, str] | None:
+        """(key, what it is, what is allowed) of the first wrong value of an annotation; adds its id to `seen`."""
         key, image, category = entry.get("id"), entry.get("image_id"), entry.get("category_id")
         box, crowd = entry.get("bbox"), entry.get("iscrowd", 0)
-        if type(key) not in (int, str):
-            return self._fault(f"{place}.id", shown(key), "a whole number or a string")
+        if type(key) is not int and type(key) is not str:
+            return "id", shown(key), "a whole number or a string"
         if key in seen:
-            return self._fault(f"{place}.id", f"{shown(key)} again", "an id of its own for every annotation")
+            return "id", f"{shown(key)} again", "an id of its own for every annotation"
         seen.add(key)
         if type(image) not in (int, str) or image not in self.images:
-            return self._fault(f"{place}.image_id", shown(image), "the id of an entry of images")
+            return "image_id", shown(image), "the id of an entry of images"
         if type(category) is not int or category not in self.coco.categories:
-            return self._fault(f"{place}.category_id", shown(category), "the id of an entry of categories")
+            return "category_id", shown(category), "the id of an entry of categories"
         if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-            return self._fault(f"{place}.bbox", shown(box), "4 finite numbers: x, y, width, height in pixels")
+            return "bbox", shown(box), "4 finite numbers: x, y, width, height in pixels"
         if type(crowd) not in (int, bool) or crowd not in (0, 1):
-            return self._fault(f"{place}.iscrowd", shown(crowd), "0 or 1")
-        return self.images[image], *box, category, crowd, index
+            return "iscrowd", shown(crowd), "0 or 1"
+        return None
 
     def _store(self, rows: list[tuple]) -> None:
         """Stores the rows by image, otherwise in the order of the file."""
@@ -386,7 +396,7 @@ def _rows(file: Path, coco: CocoFile, sizes: np.ndarray, ids: Mapping[int, int],
     image = np.repeat(np.arange(len(coco.names)), np.diff(coco.starts))
     low, extent, size = coco.boxes[:, :2], coco.boxes[:, 2:], sizes[image]
     corners = np.concatenate([low / size, (low + extent) / size], axis=1)
-    negative = (extent < 0).any(1)
+    negative = np.any(extent < 0, axis=1)
     empty = (extent / size < MIN_SIDE).any(1) & ~negative
     found.repairs[EMPTY_BOX] += int(empty.sum())
     leaving = (corners[:, :2] < 0).any(1) | (corners[:, 2:] > 1).any(1)

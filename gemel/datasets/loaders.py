@@ -45,7 +45,8 @@ def batch_size_of(loader: DataLoader) -> int:
 
 def reseed(data: TaskData, seed: int, *purpose: object) -> None:
     """Reseeds `data.train`: its order and augmentation from now on depend on (seed, purpose, task) alone."""
-    data.train.sampler.generator.manual_seed(derive_seed(seed, *purpose, data.task))
+    sampler: Any = data.train.sampler  # a ShuffledKeys
+    sampler.generator.manual_seed(derive_seed(seed, *purpose, data.task))
 
 
 def plain_images(
@@ -57,7 +58,8 @@ def plain_images(
     MAX_PLAIN_IMAGES. A batch has the task's batch size or, if all images have the same size, as many images as have
     `batch_pixels` pixels in total, whichever is larger.
     """
-    dataset, batch_size = data.plain.dataset, data.plain.batch_size
+    dataset: Any = data.plain.dataset
+    batch_size = data.plain.batch_size or 1
     order = torch.randperm(len(dataset), generator=generator(seed, *purpose, data.task)).tolist()
     height, width = dataset[order[0]][0].shape[-2:]
     wanted = min(len(order), max(batch_size, min(MAX_PLAIN_IMAGES, num_pixels // (height * width))))
@@ -87,13 +89,14 @@ def restarted(loader: DataLoader, **changes: Any) -> DataLoader:
 
 def screening_subset(val: DataLoader, num_images: int) -> DataLoader:
     """A loader of `num_images` evenly spread samples of val; val itself if it has no more, or they have no objects."""
-    length = len(val.dataset)
+    dataset: Any = val.dataset
+    length = len(dataset)
     if length <= num_images:
         return val
     chosen = torch.linspace(0, length - 1, num_images).long().tolist()
-    if not any(val.dataset.has_labels(index) for index in chosen):
+    if not any(dataset.has_labels(index) for index in chosen):
         return val  # a detector's accuracy on images without objects is undefined
-    subset = Subset(val.dataset, chosen)
+    subset = Subset(dataset, chosen)
     return DataLoader(subset, sampler=SequentialSampler(subset), batch_size=val.batch_size, collate_fn=val.collate_fn)
 
 

@@ -1,4 +1,4 @@
-"""What a run gets from its machine and its user: the device, random seeds, interrupts, failures of the hardware.
+"""What a run gets from its machine and its user: device, random seeds, clock, interrupts, failures of the hardware.
 
 Open device.py first: it is the only place that chooses a device.
 """

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
 
 def random_state() -> dict:
     """The state of the global generators (torch, random, numpy, CUDA) as plain values and tensors."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    _, keys, position, has_gauss, gauss = numpy_state
     version, words, gauss_next = random.getstate()
     state = {
         "torch": torch.get_rng_state(),

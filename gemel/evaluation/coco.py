@@ -7,6 +7,8 @@ time. tests/gemel/evaluation/test_coco.py compares the two.
 import contextlib
 import io
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-try:
-    import hotcoco
-except ImportError:
-    hotcoco = None
+hotcoco: Any = import_module("hotcoco") if find_spec("hotcoco") else None
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 Thresholds = Sequence[float] | np.ndarray  # of the IoU

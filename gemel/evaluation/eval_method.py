@@ -16,12 +16,12 @@ from gemel.workload import Task
 log = logging.getLogger(__name__)
 
 
-def evaluate(task: Task, loader: DataLoader, model: nn.Module | None = None) -> float:
-    """The task's accuracy in [0, 1] on a loader; model: evaluated instead of the task's own.
+def evaluate(task: Task, loader: Iterable, model: nn.Module | None = None) -> float:
+    """The task's accuracy in [0, 1] on a loader or a list of batches; model: evaluated instead of the task's own.
 
-    When a loader process dies, the evaluation is repeated once with new processes; when memory is exhausted, with half
-    the batch size, down to one image. Raises ValueError if the eval method does not return a number in [0, 1], and the
-    failure itself if it is not repeated.
+    When a process of a DataLoader dies, the evaluation is repeated once with new processes; when memory is exhausted,
+    with half the batch size, down to one image. Raises ValueError if the eval method does not return a number in
+    [0, 1], and the failure itself if it is not repeated.
     """
     may_restart = True
     while True:
@@ -29,9 +29,9 @@ def evaluate(task: Task, loader: DataLoader, model: nn.Module | None = None) -> 
             return _evaluate_once(task, loader, model)
         except (RuntimeError, MemoryError) as error:
             again = None
-            if is_out_of_memory(error):
+            if isinstance(loader, DataLoader) and is_out_of_memory(error):
                 again = with_half_batches(loader)
-            elif is_worker_death(error) and may_restart:
+            elif isinstance(loader, DataLoader) and is_worker_death(error) and may_restart:
                 again, may_restart = restarted(loader), False
             if again is None:
                 raise

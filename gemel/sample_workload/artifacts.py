@@ -28,7 +28,7 @@ def is_current(stamp: Path, plan: Plan) -> bool:
 
 @contextlib.contextmanager
 def replacement_of(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, for a folder or file that replaces `path` if the block raises nothing."""
+    """A temporary path for a folder or file that replaces `path` when the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     remove(unfinished)

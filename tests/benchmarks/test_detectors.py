@@ -11,7 +11,7 @@ def test_a_detector_is_built_tied_fitted_and_trained():
     assert "99." in cells[4] and "100 % of bytes fitted" in cells[5]
 
 
-def test_what_a_detector_cannot_do_is_said(monkeypatch, capsys):
+def test_failed_steps_are_reported(monkeypatch, capsys):
     monkeypatch.setattr(detectors, "frcnn_eval", lambda model, loader: 1.5)
     monkeypatch.setattr(detectors, "LEARNING_RATE", 0.0)
     assert detectors.main(["fcos_model"]) == 1
@@ -28,7 +28,7 @@ def test_a_detector_that_cannot_be_built_is_a_row_too(monkeypatch, capsys):
     assert capsys.readouterr().out.count("FAILED: ValueError: no such part") == 4, "when it is done, and in the table"
 
 
-def test_a_detector_that_there_is_not_is_refused(capsys):
+def test_an_unknown_detector_is_refused(capsys):
     with pytest.raises(SystemExit):
         detectors.main(["resnet50"])
     assert "got resnet50; allowed: " in capsys.readouterr().err

@@ -43,7 +43,7 @@ def test_every_name_builds_on_meta_with_the_classes_asked_for(name):
         if name in CLASSIFIERS or name in GEMEL_CLASSIFIERS or name == "slim_resnet":
             assert model(torch.empty(2, 3, 224, 224)).shape == (2, 3)
         else:
-            del model.architecture  # the heads tell, whoever built the detector
+            del model.architecture  # read from the heads, also of detectors built elsewhere
             assert num_classes_of(model) == 3
 
 

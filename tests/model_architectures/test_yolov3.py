@@ -231,7 +231,7 @@ def test_statistics_and_taps():
 
 
 @pytest.mark.parametrize("name", ["yolov3", "yolov3_tiny"])
-def test_all_channels_but_the_outputs_can_be_lined_up(name):
+def test_all_channels_but_the_outputs_can_be_aligned(name):
     model, images = prepared(small(name)).double(), torch.rand(2, 3, 64, 64, dtype=torch.float64)
     found = find_channel_spaces(model)
     heads = 3 if name == "yolov3" else 2
@@ -244,7 +244,7 @@ def test_all_channels_but_the_outputs_can_be_lined_up(name):
             torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
 
 
-def test_a_shuffled_copy_is_lined_up_again():
+def test_a_shuffled_copy_is_aligned_again():
     torch.manual_seed(0)
     models = {"a_yolo": prepared(small(width=1 / 4)), "b_yolo": small(width=1 / 4).eval()}
     models["b_yolo"].load_state_dict(models["a_yolo"].state_dict())

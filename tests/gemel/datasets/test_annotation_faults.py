@@ -1,7 +1,7 @@
-"""Malformed annotations, one per row: refused with file and place, or put right with a counted warning.
+"""Malformed annotations, one per row: refused with file and place, or repaired with a counted warning.
 
-Every row (annotation_faults.py) damages one thing of a dataset of format_samples.py. What is refused must be the only
-problem that is named, unless the row lists more; what is put right must leave all problems away and be counted.
+Every row (annotation_faults.py) damages one thing of a dataset of format_samples.py. A refused fault must be the only
+problem, unless the row lists more; a repair must leave no problem and be counted.
 """
 
 import logging
@@ -47,7 +47,7 @@ def test_there_are_enough_rows():
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: f"{row[0]}-{row[2][:60]}")
-def test_what_is_wrong_is_refused_with_its_place(folder, task, row):
+def test_faults_are_refused_with_their_place(folder, task, row):
     """A number at the end of a row: how many problems there are, where others follow from the first."""
     layout, damage, *expected = row
     count = expected.pop() if isinstance(expected[-1], int) else len(expected)
@@ -65,7 +65,7 @@ def test_what_is_wrong_is_refused_with_its_place(folder, task, row):
 
 
 @pytest.mark.parametrize("row", REPAIRED, ids=lambda row: f"{row[0]}-{row[2]}")
-def test_what_can_be_put_right_is_counted(folder, task, row, caplog):
+def test_repairs_are_counted(folder, task, row, caplog):
     layout, damage, warning, count = row
     WRITERS[layout](folder)
     damage(folder)

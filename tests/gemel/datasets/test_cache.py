@@ -56,7 +56,7 @@ def test_no_more_than_the_given_bytes_stay_in_memory(tmp_path, monkeypatch):
 
 
 def test_a_sample_of_val_depends_on_its_index_alone(tmp_path):
-    """Whether its neighbours come from memory or not, and in whatever batches it is asked for."""
+    """Not on whether other samples come from memory, nor on the batches."""
     write_classification(tmp_path, "cars_CL", classes=2, images=4)
     task = classifier_task(val=random_transform)
     data = opened(task, tmp_path, cache_bytes=1 << 20)

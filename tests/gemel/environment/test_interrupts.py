@@ -11,7 +11,7 @@ from gemel.environment.interrupts import Interrupts
 
 @pytest.fixture
 def handler():
-    """Python's own handler: whoever runs the tests may ignore interrupts."""
+    """Python's own handler, as the process that runs the tests may ignore interrupts."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield signal.default_int_handler
     signal.signal(signal.SIGINT, before)

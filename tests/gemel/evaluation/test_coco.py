@@ -61,7 +61,7 @@ def plain_coco(targets, outputs):
 
 @pytest.fixture(params=["pycocotools", "hotcoco"])
 def engine(request, monkeypatch):
-    """Computes with this engine, whatever is installed; hotcoco is skipped where it is not."""
+    """Computes with this engine; hotcoco is skipped if it is not installed."""
     module = pytest.importorskip("hotcoco") if request.param == "hotcoco" else None
     monkeypatch.setattr(eval_coco, "hotcoco", module)
     return request.param
