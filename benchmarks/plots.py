@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike
 
 from benchmarks.conditions import Bench
 from benchmarks.runs import Result
@@ -80,7 +81,14 @@ def _draw_optimal(axes: Axes, optimal: float) -> None:
         f"optimal {optimal:.2f} MiB", (axes.get_xlim()[0], optimal), (4, 4), textcoords="offset points", color="grey"
     )
     axes.set_ylim(0, optimal * 1.1 or 1)
-    share = axes.secondary_yaxis("right", functions=(lambda y: 100 * y / (optimal or 1), lambda y: y * optimal / 100))
+
+    def per_cent(saved: ArrayLike) -> ArrayLike:
+        return 100 * np.asarray(saved) / (optimal or 1)
+
+    def mebibytes(share: ArrayLike) -> ArrayLike:
+        return np.asarray(share) * optimal / 100
+
+    share = axes.secondary_yaxis("right", functions=(per_cent, mebibytes))
     share.set_ylabel("% of optimal")
 
 
