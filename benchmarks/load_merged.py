@@ -63,7 +63,7 @@ def write_workload(path: Path, architecture: str, num_models: int) -> None:
         },
         "run": {},
     }
-    write_results(path, models, manifest, {"history": []})
+    write_results(path, dict(models.items()), manifest, {"history": []})
 
 
 # ---- the ways to read -----------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def timed(path: Path, repeats: int) -> dict[str, float]:
 
 # ---- memory, in a fresh process -------------------------------------------------------------------------
 
-MEMORY_WAYS = {
+MEMORY_WAYS: dict[str, Callable[[Path], object]] = {
     "safetensors alone, every byte": every_byte,
     "load_merged into modules handed in": lambda path: load_merged(path, modules_of(path)),
     "load_merged from the architectures": load_merged,
@@ -149,7 +149,9 @@ MEMORY_WAYS = {
 
 
 def proportional_set_size() -> int:
-    return 1024 * int(re.search(r"^Pss:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)[1])
+    found = re.search(r"^Pss:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+    assert found is not None, "/proc/self/smaps_rollup has no line Pss"
+    return 1024 * int(found[1])
 
 
 def print_growth(way: str, small: Path, path: Path) -> None:
@@ -199,11 +201,11 @@ def print_tables(path: Path, small: Path, architecture: str, num_models: int, re
     pages, data = seconds["safetensors alone, one byte of every page"], seconds["safetensors alone, every byte"]
     rows = [(name, f"{1e3 * s:.1f}", f"{s / data:.2f}", f"{s / pages:.2f}") for name, s in seconds.items()]
     print(table(("way to read, file in cache", "CPU ms", "x every byte", "x every page"), rows), end="\n\n", flush=True)
-    rows = []
+    growths = []
     for way in MEMORY_WAYS:
         grown = growth(way, small, path)
-        rows.append((way, f"{grown / MIB:.1f}", f"{grown / distinct:.2f}"))
-    print(table(("way to read, fresh process", "PSS grows, MiB", "x distinct bytes"), rows), flush=True)
+        growths.append((way, f"{grown / MIB:.1f}", f"{grown / distinct:.2f}"))
+    print(table(("way to read, fresh process", "PSS grows, MiB", "x distinct bytes"), growths), flush=True)
 
 
 if __name__ == "__main__":

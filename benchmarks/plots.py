@@ -3,12 +3,12 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike
 
 from benchmarks.conditions import Bench
 from benchmarks.runs import Result
@@ -82,13 +82,14 @@ def _draw_optimal(axes: Axes, optimal: float) -> None:
     )
     axes.set_ylim(0, optimal * 1.1 or 1)
 
-    def to_percent(mib: Any) -> Any:
-        return 100 * mib / (optimal or 1)
+    def per_cent(saved: ArrayLike) -> ArrayLike:
+        return 100 * np.asarray(saved) / (optimal or 1)
 
-    def to_mib(percent: Any) -> Any:
-        return percent * optimal / 100
+    def mebibytes(share: ArrayLike) -> ArrayLike:
+        return np.asarray(share) * optimal / 100
 
-    axes.secondary_yaxis("right", functions=(to_percent, to_mib)).set_ylabel("% of optimal")
+    share = axes.secondary_yaxis("right", functions=(per_cent, mebibytes))
+    share.set_ylabel("% of optimal")
 
 
 def _title(results: Sequence[Result], bench: Bench) -> str:

@@ -5,6 +5,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from scipy.stats import spearmanr
@@ -17,6 +18,7 @@ from gemel.datasets.loaders import collate_detection
 from gemel.environment.seeds import generator
 from gemel.fitting.batch_norm import reestimate_statistics
 from gemel.forward.batches import Batch
+from gemel.forward.modes import Models
 from gemel.workload import CLASSIFICATION, Task
 
 BATCH_SIZE = {True: 40, False: 4}  # of classifiers and of detectors
@@ -28,9 +30,9 @@ class Probe:
 
     tasks: Mapping[str, Task]
     models: nn.ModuleDict
-    teachers: Mapping[str, nn.Module]  # the unmerged models
+    teachers: Models  # the unmerged models
     images: Mapping[str, Sequence[Batch]]  # of train, with the val transform
-    val: Mapping[str, list]  # batches (images, targets)
+    val: Mapping[str, Any]  # batches (images, targets), in lists that take the places of loaders
     device: torch.device
 
     def batches(self, task: str, count: int) -> list[Batch]:

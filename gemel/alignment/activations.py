@@ -104,12 +104,12 @@ def at_common_positions(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor] | N
     """Both as [channels, positions] at the same positions, or None if they were not computed on the same images."""
     if one.shape[1] != other.shape[1]:
         return None
-    size = [min(a, b, MAX_POSITIONS) for a, b in zip(one.shape[2:], other.shape[2:], strict=True)]
-    return tuple(_averaged(maps, size).flatten(1) for maps in (one, other))
+    height, width = (min(a, b, MAX_POSITIONS) for a, b in zip(one.shape[2:], other.shape[2:], strict=True))
+    return _averaged(one, (height, width)).flatten(1), _averaged(other, (height, width)).flatten(1)
 
 
-def _averaged(maps: Tensor, size: list[int]) -> Tensor:
-    return maps if list(maps.shape[2:]) == size else F.adaptive_avg_pool2d(maps, size)
+def _averaged(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return maps if maps.shape[2:] == size else F.adaptive_avg_pool2d(maps, size)
 
 
 def compare(

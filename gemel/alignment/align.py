@@ -18,6 +18,7 @@ from gemel.alignment.activations import INPUT, OUTPUT, Moments, compare
 from gemel.alignment.permutation import Space, channels_of, find_channel_spaces, inverse, permute, tensor_at
 from gemel.environment.seeds import generator
 from gemel.forward.batches import Batch, run
+from gemel.forward.modes import Models
 from gemel.sharing.groups import Configuration
 from gemel.sharing.memory import distinct_bytes
 
@@ -66,7 +67,7 @@ class Site(NamedTuple):
 
 
 def align(
-    models: Mapping[str, nn.Module],
+    models: Models,
     groups: Configuration,
     images: Mapping[str, Sequence[Batch]] | None = None,
     *,
@@ -131,7 +132,7 @@ def find_sites(groups: Configuration, task: str, others: Sequence[str]) -> list[
     return found
 
 
-def _check(models: Mapping[str, nn.Module], groups: Configuration, images: Mapping | None, method: str) -> None:
+def _check(models: Models, groups: Configuration, images: Mapping | None, method: str) -> None:
     problems = []
     if method not in METHODS:
         problems.append(f"method: got {method!r}; allowed: {', '.join(METHODS)}")
@@ -257,7 +258,7 @@ def _by_weights(models, task: str, spaces: list[Space], sites: list[Site], image
     ]
 
 
-def _targets(models: Mapping[str, nn.Module], sites: list[Site]) -> dict[str, Tensor]:
+def _targets(models: Models, sites: list[Site]) -> dict[str, Tensor]:
     """Key of a parameter to be tied -> the mean of the parameters that it is to be tied to."""
     found: dict[str, list[Tensor]] = {}
     for site in sites:

@@ -44,7 +44,7 @@ def identity_of(tensor: Tensor) -> tuple:
 class Layouts:
     """Spaces as a union-find structure, and the layout of every axis of the parameters and buffers seen so far."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._parent: list[int] = []
         self._reason: dict[int, str] = {}  # of fixed roots
         self.bound: dict[tuple, dict[int, Layout]] = {}  # identity of a tensor -> axis -> layout

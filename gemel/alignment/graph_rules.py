@@ -101,7 +101,7 @@ def _functional(rule: Callable, *parameters: tuple[int, str]) -> Callable:
         try:
             tensors = [walk.stored_tensor(argument(node, position, name)) for position, name in parameters]
         except LookupError:
-            return walk.without_rule(node, out, f"{node.target.__name__} with a computed weight")
+            return walk.without_rule(node, out, f"{label(node)} with a computed weight")
         return rule(walk, node, out, *tensors)
 
     return follow
@@ -138,7 +138,7 @@ def elementwise(walk: Walk, node: fx.Node, out: Any, *_) -> Any:
     if not isinstance(out, Tensor):
         return walk.fixed(out, "numbers, not channels")
     result: list[Layout | None] = [None] * out.ndim
-    for axes in map(walk.axes, node.all_input_nodes):
+    for axes in map(walk.axes_or_none, node.all_input_nodes):
         for axis, layout in enumerate(reversed(axes or ()), 1):
             if length_of(layout) == out.shape[-axis]:
                 before = result[-axis]
@@ -164,10 +164,10 @@ def pad(walk: Walk, node: fx.Node, out: Tensor) -> Axes:
 
 def reduce(walk: Walk, node: fx.Node, out: Any) -> Any:
     """Mean, sum and others whose result does not depend on the order along the reduced axes."""
-    axes = walk.axes(source_of(node))
     dims = argument(node, 1, "dim")
     if not isinstance(out, Tensor) or dims is None or isinstance(dims, (bool, torch.dtype)):
         return walk.without_rule(node, out)
+    axes = walk.axes(source_of(node))
     dims = {dim % len(axes) for dim in (dims if isinstance(dims, (tuple, list)) else [dims])}
     if out.ndim == len(axes):
         return tuple(walk.spaces.positions(1) if i in dims else layout for i, layout in enumerate(axes))
@@ -176,7 +176,9 @@ def reduce(walk: Walk, node: fx.Node, out: Any) -> Any:
 
 def concatenate(walk: Walk, node: fx.Node, out: Tensor) -> Axes:
     tensors = argument(node, 0, "tensors")
-    parts = list(walk.axes(tensors)) if isinstance(tensors, fx.Node) else [walk.axes(part) for part in tensors]
+    parts: list[Axes] = (
+        list(walk.axes_or_none(tensors)) if isinstance(tensors, fx.Node) else [walk.axes(part) for part in tensors]
+    )
     dim = argument(node, 1, "dim", node.kwargs.get("axis", 0)) % out.ndim
     result = list(parts[0])
     for other in parts[1:]:
@@ -205,7 +207,7 @@ def reshape(walk: Walk, node: fx.Node, out: Tensor, *_) -> Axes:
 def reorder(walk: Walk, node: fx.Node, out: Tensor) -> Axes:
     """permute: args are (input, dims) or (input, *dims)."""
     axes = walk.axes(source_of(node))
-    dims = node.kwargs.get("dims", node.args[1:])
+    dims: Any = node.kwargs.get("dims", node.args[1:])
     dims = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
     return tuple(axes[dim] for dim in dims)
 
@@ -220,7 +222,7 @@ def transpose(walk: Walk, node: fx.Node, out: Tensor) -> Axes:
 def expand(walk: Walk, node: fx.Node, out: Tensor) -> Axes:
     axes = walk.axes(source_of(node))
     shape = [length_of(layout) for layout in axes]
-    padded = [None] * (out.ndim - len(axes)) + list(zip(axes, shape, strict=True))
+    padded = [*[None] * (out.ndim - len(axes)), *zip(axes, shape, strict=True)]
     return tuple(
         old[0] if old and old[1] == length else walk.spaces.positions(length)
         for old, length in zip(padded, out.shape, strict=True)
@@ -228,8 +230,8 @@ def expand(walk: Walk, node: fx.Node, out: Tensor) -> Axes:
 
 
 def get_item(walk: Walk, node: fx.Node, out: Any) -> Any:
-    source, index = node.args
-    found = walk.axes(source)
+    source, index = source_of(node), argument(node, 1, "index")
+    found = walk.axes_or_none(source)
     if found is None:  # an item of a shape
         return walk.fixed(out, "numbers, not channels")
     if not isinstance(walk.env[source], Tensor):

@@ -3,7 +3,7 @@
 An operation without a rule fixes the channels of its inputs and outputs, so they are never permuted.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
@@ -61,36 +61,45 @@ class Walk(fx.Interpreter):
         self.fix_inputs(node, "output")
 
     def _get_attr(self, node: fx.Node, value: Any) -> Any:
-        owner, _, key = node.target.rpartition(".")
+        owner, _, key = target_name(node).rpartition(".")
         tensor = getattr(self.module.get_submodule(owner), key)
         return StoredTensor(tensor) if isinstance(tensor, Tensor) else None
 
     def _call_module(self, node: fx.Node, value: Any) -> Any:
-        module = self.modules[node.target]
+        name = target_name(node)
+        module = self.modules[name]
         kind = next((kind for kind in self.rules.modules if type(module).forward is kind.forward), None)
         plain = all(key in module._parameters for key, _ in module.named_parameters()) and not has_hooks(module)
         if kind is None or not plain:
             reason = f"no rule for {type(module).__name__}" + (" with hooks or parametrisation" if kind else "")
-            self.unknown[node.target] = reason
+            self.unknown[name] = reason
             for tensor in [*module.parameters(), *module.buffers()]:
                 self.spaces.fix_tensor(tensor, reason)
             return self.without_rule(node, value, reason)
         return self.rules.modules[kind](self, node, value, module)
 
     def _call_function(self, node: fx.Node, value: Any) -> Any:
-        if isinstance(node.target, type) and issubclass(node.target, tuple):  # a named tuple of outputs
+        function = node.target
+        assert not isinstance(function, str), "only the targets of other nodes are names"
+        if isinstance(function, type) and issubclass(function, tuple):  # a named tuple of outputs
             return self.without_rule(node, value, "output")
-        rule = self.rules.functions.get(node.target)
+        rule = self.rules.functions.get(function)
         return rule(self, node, value) if rule else self.without_rule(node, value)
 
     def _call_method(self, node: fx.Node, value: Any) -> Any:
-        rule = self.rules.methods.get(node.target)
+        rule = self.rules.methods.get(target_name(node))
         return rule(self, node, value) if rule else self.without_rule(node, value)
 
     # ---- for the rules ----------------------------------------------------------------------------------
 
-    def axes(self, node: fx.Node) -> Axes | None:
-        """Axes of a tensor in the graph; None for other values."""
+    def axes(self, node: fx.Node) -> Axes:
+        """Axes of a tensor in the graph."""
+        found = self.axes_or_none(node)
+        assert found is not None, f"{node.name} is no tensor"
+        return found
+
+    def axes_or_none(self, node: fx.Node) -> Any:
+        """Axes of a tensor in the graph; a tuple of these for several tensors, and None for other values."""
         stored = self.layouts[node]
         if not isinstance(stored, StoredTensor):
             return stored
@@ -116,7 +125,7 @@ class Walk(fx.Interpreter):
 
     def fix_inputs(self, node: fx.Node, reason: str) -> None:
         for source in node.all_input_nodes:
-            self._fix_all(self.axes(source), reason)
+            self._fix_all(self.axes_or_none(source), reason)
 
     def _fix_all(self, found: Any, reason: str) -> None:
         for part in found or ():
@@ -135,7 +144,7 @@ class Walk(fx.Interpreter):
         for layout in axes:
             self.spaces.fix(layout, reason)
 
-    def positions(self, shape) -> Axes:
+    def positions(self, shape: Sequence[int]) -> Axes:
         """Axes of that shape that must not be permuted."""
         return tuple(self.spaces.positions(length) for length in shape)
 
@@ -151,6 +160,12 @@ def has_hooks(module: nn.Module) -> bool:
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def target_name(node: fx.Node) -> str:
+    """The name of what a node reads or calls: a module, a parameter or a method."""
+    assert isinstance(node.target, str), node.target
+    return node.target
 
 
 def label(node: fx.Node) -> str:

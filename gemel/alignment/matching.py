@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from gemel.alignment.activations import INPUT, OUTPUT, adapt_images, record_activations
 from gemel.forward.batches import Batch
+from gemel.forward.modes import Models
 from gemel.sharing.groups import Configuration, Group, Occurrence, find_groups, ordered, saved_bytes
 from gemel.sharing.signatures import Layer, find_layers
 
@@ -31,7 +32,7 @@ Candidates = dict[str, list[tuple[float, Layer]]]  # task -> (relative depth in 
 
 
 def match_groups(
-    models: Mapping[str, nn.Module], by: str = "order", images: Mapping[str, Sequence[Batch]] | None = None
+    models: Models, by: str = "order", images: Mapping[str, Sequence[Batch]] | None = None
 ) -> Configuration:
     """Every group of a workload, largest saving first; per signature, layers are paired with those of the task that
     has most of them.
@@ -52,7 +53,7 @@ def match_groups(
     return groups
 
 
-def _check(models: Mapping[str, nn.Module], by: str, images: Mapping | None) -> None:
+def _check(models: Models, by: str, images: Mapping | None) -> None:
     problems = [] if by in MATCHINGS else [f"by: got {by!r}; allowed: {', '.join(MATCHINGS)}"]
     if by == BY_ACTIVATIONS:
         missing = [task for task in models if not (images or {}).get(task)]
@@ -103,7 +104,7 @@ def _assign(candidates: Candidates, anchor: str, task: str, distances: "_Distanc
 class _Distances:
     """Distances between layers; the descriptors of a layer are computed once."""
 
-    def __init__(self, models: Mapping[str, nn.Module], images: Mapping | None, signatures: Sequence[Candidates]):
+    def __init__(self, models: Models, images: Mapping | None, signatures: Sequence[Candidates]):
         self.models, self.by_images = models, images is not None
         self.known: dict[tuple[str, str], list[Tensor]] = {}
         if images is not None:
@@ -154,8 +155,9 @@ def _grams(model: nn.Module, task: str, layers: Sequence[str], images: Mapping) 
         adapted = adapt_images(batch, images[task][0])
         num_images += len(adapted)
         for key, calls in record_activations(model, layers, adapted).items():
-            size = [min(MAX_POSITIONS, length) for length in calls[0].shape[2:]]
-            recorded[key].append(F.adaptive_avg_pool2d(calls[0].float(), size).movedim(1, 0).flatten(1).cpu())
+            height, width = (min(MAX_POSITIONS, length) for length in calls[0].shape[2:])
+            pooled = F.adaptive_avg_pool2d(calls[0].float(), (height, width))
+            recorded[key].append(pooled.movedim(1, 0).flatten(1).cpu())
     found = {}
     for layer in layers:
         parts = [recorded[layer, side] for side in (INPUT, OUTPUT)]

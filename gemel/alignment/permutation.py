@@ -150,10 +150,10 @@ def _walks_of(part: nn.Module, layouts: Layouts, example: Tensor | None) -> list
 
     The second starts from the layouts of the first. Both change copies, so that a failure leaves the given layouts.
     """
-    walks = []
+    walks: list[Walk] = []
     for training in (False, True):
         traced = _trace(part, training)
-        walk = traced and _walk(traced, part, walks[-1].spaces if walks else layouts, example)
+        walk = None if traced is None else _walk(traced, part, walks[-1].spaces if walks else layouts, example)
         if walk is None:
             return None
         walks.append(walk)
@@ -206,7 +206,7 @@ def _input_shapes(part: nn.Module) -> Iterator[tuple[int, ...]]:
         if isinstance(module, nn.Linear):
             yield from ((BATCH, module.in_features), (BATCH, 16, module.in_features))
         elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
-            channels = getattr(module, "num_features", None) or module.num_channels
+            channels = module.num_features if isinstance(module, nn.BatchNorm2d) else module.num_channels
             yield from ((BATCH, channels, size, size) for size in IMAGE_SIZES)
         elif isinstance(module, nn.modules.conv._ConvNd):
             dims = len(module.kernel_size)

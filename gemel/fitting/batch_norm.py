@@ -2,9 +2,11 @@
 
 import contextlib
 from collections.abc import Collection, Iterator
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gemel.forward.batches import to_device
 from gemel.forward.hooks import hooked
@@ -48,8 +50,8 @@ def averaged_statistics(model: nn.Module, keep: Collection[nn.Module] = ()) -> I
                 layer.momentum = momentum
 
 
-def _batch_norms(model: nn.Module, keep: Collection[nn.Module] = ()) -> list[nn.Module]:
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+def _batch_norms(model: nn.Module, keep: Collection[nn.Module] = ()) -> list[_BatchNorm]:
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     return [module for module in norms if module not in keep]
 
 
@@ -72,38 +74,47 @@ def match_statistics(
     frozen_only: other normalisation stays as it is.
     Source: Jordan et al., "REPAIR", ICLR 2023, section 3.
     """
-    names = [name for name, module in model.named_modules() if _stores_statistics(module)]
-    if frozen_only:
-        names = [name for name in names if is_frozen(model.get_submodule(name))]
-    if not names or not batches:
+    wanted = [(name, m) for name, m in model.named_modules() if is_frozen(m) or not frozen_only]
+    layers = {name: module for name, module in wanted if _stores_statistics(module)}
+    if not layers or not batches:
         return
-    targets: dict[str, _Moments] = {name: _Moments() for name in names}  # of the teacher's outputs
-    found: dict[str, _Moments] = {name: _Moments() for name in names}  # of the model's inputs
+    targets: dict[str, _Moments] = {name: _Moments() for name in layers}  # of the teacher's outputs
+    found: dict[str, _Moments] = {name: _Moments() for name in layers}  # of the model's inputs
 
     def measure(name: str, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         targets[name].add(output)
 
-    def impose(name: str, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    def impose(name: str, layer: _Normalisation, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
         return _with_moments(layer, inputs[0], found[name], targets[name])
 
-    with hooked(teacher, names, measure):
+    with hooked(teacher, layers, measure):
         _run_all(teacher, batches, device)
-    with hooked(model, names, impose):
+    with hooked(model, layers, impose):
         _run_all(model, batches, device)
-    for name in names:
+    for name, layer in layers.items():
         if found[name].calls and targets[name].calls:
-            _set_normalisation(model.get_submodule(name), found[name], targets[name])
+            _set_normalisation(layer, found[name], targets[name])
 
 
 def is_frozen(module: nn.Module) -> bool:
     """Whether the layer normalises by stored statistics without training them: torchvision's FrozenBatchNorm2d."""
-    return _stores_statistics(module) and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return _stores_statistics(module) and not isinstance(module, _BatchNorm)
+
+
+class _Normalisation(Protocol):
+    """What batch normalisation with stored statistics has, whatever its class; weight and bias may be missing."""
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
 
 
 class _Moments:
     """Mean and variance per channel, averaged over calls."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.calls, self.mean, self.var = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,12 +127,14 @@ class _Moments:
         return mean, var
 
 
-def _stores_statistics(module: nn.Module) -> bool:
+def _stores_statistics(module: nn.Module) -> TypeGuard[_Normalisation]:
     """Whether the module is batch normalisation, frozen (torchvision's, or with the same attributes) or not."""
     return all(getattr(module, key, None) is not None for key in ("running_mean", "running_var", "eps"))
 
 
-def _with_moments(layer: nn.Module, inputs: torch.Tensor, found: _Moments, target: _Moments) -> torch.Tensor | None:
+def _with_moments(
+    layer: _Normalisation, inputs: torch.Tensor, found: _Moments, target: _Moments
+) -> torch.Tensor | None:
     """The output that the layer will have when it is set: its inputs with the target moments. Adds them to `found`."""
     mean, var = found.add(inputs)
     if getattr(layer, "weight", None) is None or not target.calls:
@@ -132,7 +145,7 @@ def _with_moments(layer: nn.Module, inputs: torch.Tensor, found: _Moments, targe
     return (inputs - mean.view(shape)) * gain.view(shape) + target.mean.view(shape)
 
 
-def _set_normalisation(layer: nn.Module, found: _Moments, target: _Moments) -> None:
+def _set_normalisation(layer: _Normalisation, found: _Moments, target: _Moments) -> None:
     layer.running_mean.copy_(found.mean)
     layer.running_var.copy_(found.var)
     if getattr(layer, "weight", None) is not None:

@@ -7,6 +7,7 @@ order of the programs, so the results are those of a plain loop.
 
 import contextlib
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -14,19 +15,21 @@ from greenlet import getcurrent, greenlet
 from gemel.forward.hooks import EndForward, run_until_end
 
 Program = Callable[[], None]
+Name = TypeVar("Name", bound=Hashable)
+Key = TypeVar("Key", bound=Hashable)
 
 
 class _Coroutine(greenlet):
     """A program with a name, suspended while it waits for a key."""
 
-    def __init__(self, name: Hashable, program: Program):
+    def __init__(self, name: Any, program: Program):
         super().__init__(lambda: run_until_end(program))
         self.name = name
-        self.key: Hashable | None = None
+        self.key: Any = None
         self.caller_modes = _modes()
 
 
-def current() -> Hashable:
+def current() -> Any:
     """The name of the program that is running."""
     return getcurrent().name
 
@@ -43,9 +46,9 @@ def wait(key: Hashable) -> None:
 
 
 def run_coroutines(
-    programs: Mapping[Hashable, Program],
-    members: Mapping[Hashable, Collection[Hashable]],
-    meet: Callable[[Hashable, list[Hashable]], None],
+    programs: Mapping[Name, Program],
+    members: Mapping[Key, Collection[Name]],
+    meet: Callable[[Key, list[Name]], None],
 ) -> None:
     """Runs all programs to their ends. One that calls wait(key) waits until all members of the key wait for it.
 
@@ -61,7 +64,7 @@ def run_coroutines(
         while ready:
             for coroutine in ready:
                 coroutine.switch()
-            waiting: dict[Hashable, list[_Coroutine]] = {}
+            waiting: dict[Key, list[_Coroutine]] = {}
             for coroutine in coroutines:
                 if not coroutine.dead:
                     waiting.setdefault(coroutine.key, []).append(coroutine)

@@ -9,12 +9,23 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gemel.fitting.ridge import solve_ridge, solve_weighted
-from gemel.fitting.rows import Rows, collect_rows, is_linear_map, matrix_of, normalisation_behind, set_matrix, shape_of
+from gemel.fitting.rows import (
+    Rows,
+    collect_rows,
+    is_linear_map,
+    linear_map_at,
+    matrix_of,
+    normalisation_behind,
+    set_matrix,
+    shape_of,
+)
 from gemel.forward.batches import Batch
-from gemel.sharing.adapters import Adapter, adapter_of
+from gemel.forward.modes import Models
+from gemel.sharing.adapters import Adapter, LinearMap, adapter_of
 from gemel.sharing.groups import Configuration, Group
 from gemel.sharing.signatures import find_layers
 
@@ -61,8 +72,8 @@ DEFAULT_SETTINGS = FitSettings()
 
 @torch.no_grad()
 def fit_least_squares(
-    models: nn.ModuleDict,
-    teachers: Mapping[str, nn.Module],
+    models: Models,
+    teachers: Models,
     groups: Configuration,
     images: Mapping[str, Sequence[Batch]],
     *,
@@ -101,23 +112,23 @@ def fit_least_squares(
     return fits
 
 
-def by_depth(models: Mapping[str, nn.Module], groups: Sequence[Group]) -> list[Group]:
+def by_depth(models: Models, groups: Sequence[Group]) -> list[Group]:
     """Groups from input to output, by the mean relative depth of their occurrences."""
-    depths = {}
+    depths: dict[tuple[str, str], float] = {}
     for task, model in models.items():
         names = [layer.name for layer in find_layers(model)]
         depths |= {(task, name): i / len(names) for i, name in enumerate(names)}
     return sorted(groups, key=lambda g: (sum(depths[o] for o in g.occurrences) / len(g.occurrences), g.occurrences))
 
 
-def row_quota(layer: nn.Module, positions: int, num_tasks: int) -> int:
+def row_quota(layer: LinearMap, positions: int, num_tasks: int) -> int:
     """Rows to sample per task: no more than improve the fit, and so few that the system to solve stays small."""
     groups, inputs, _ = shape_of(layer)
     quota = positions if groups == 1 else min(positions, max(MIN_ROWS, ROWS_PER_INPUT * inputs))
     return quota if inputs <= MAX_SYSTEM else min(quota, MAX_SYSTEM // num_tasks)
 
 
-def why_unfit(models: nn.ModuleDict, group: Group) -> str:
+def why_unfit(models: Models, group: Group) -> str:
     """Why a group cannot be fitted; empty if it can."""
     layers = [models[o.task].get_submodule(o.layer) for o in group.occurrences]
     if not is_linear_map(layers[0]):
@@ -127,12 +138,12 @@ def why_unfit(models: nn.ModuleDict, group: Group) -> str:
     return ""
 
 
-def _parts(models: nn.ModuleDict, block: Sequence[Group], positions: int) -> list[list[Group]]:
+def _parts(models: Models, block: Sequence[Group], positions: int) -> list[list[Group]]:
     """The block in parts whose rows take at most MAX_ROWS_BYTES each."""
     parts: list[list[Group]] = []
     held = MAX_ROWS_BYTES
     for group in block:
-        layer = models[group.occurrences[0].task].get_submodule(group.occurrences[0].layer)
+        layer = linear_map_at(models[group.occurrences[0].task], group.occurrences[0].layer)
         num_groups, inputs, outputs = shape_of(layer)
         rows = row_quota(layer, positions, len(group.tasks)) * len(group.tasks)
         needed = 2 * rows * num_groups * (inputs + outputs) * layer.weight.element_size()
@@ -144,7 +155,14 @@ def _parts(models: nn.ModuleDict, block: Sequence[Group], positions: int) -> lis
     return parts
 
 
-def _collect(models, teachers, block, images, settings: FitSettings, generator) -> dict[tuple[str, str], Rows]:
+def _collect(
+    models: Models,
+    teachers: Models,
+    block: Sequence[Group],
+    images: Mapping[str, Sequence[Batch]],
+    settings: FitSettings,
+    generator: torch.Generator,
+) -> dict[tuple[str, str], Rows]:
     rows: dict[tuple[str, str], Rows] = {}
     for task in dict.fromkeys(task for group in block for task in group.tasks):
         layers = quotas(models, block, task, settings.positions)
@@ -154,16 +172,17 @@ def _collect(models, teachers, block, images, settings: FitSettings, generator) 
     return rows
 
 
-def quotas(models: nn.ModuleDict, groups: Sequence[Group], task: str, positions: int) -> dict[str, int]:
+def quotas(models: Models, groups: Sequence[Group], task: str, positions: int) -> dict[str, int]:
     """The task's layers among the groups -> rows to sample of each."""
     occurrences = [(o, group) for group in groups for o in group.occurrences if o.task == task]
     return {
-        o.layer: row_quota(models[task].get_submodule(o.layer), positions, len(group.tasks)) for o, group in occurrences
+        o.layer: row_quota(linear_map_at(models[task], o.layer), positions, len(group.tasks))
+        for o, group in occurrences
     }
 
 
 def fit_group(
-    models: nn.ModuleDict,
+    models: Models,
     group: Group,
     rows: dict[tuple[str, str], Rows],
     task_weights: Mapping[str, float] | None,
@@ -180,11 +199,10 @@ def fit_group(
         return Fit(f"{unseen[0].task}: {unseen[0].layer} is never called as a module")
     if not all(torch.isfinite(part).all() for r in sampled.values() for part in r):
         return Fit("inputs or outputs are not finite")
-    layer = models[group.occurrences[0].task].get_submodule(group.occurrences[0].layer)
-    norms = {o.task: normalisation_behind(models[o.task], o.layer) for o in group.occurrences}
-    is_scale_free = all(norm is not None for norm in norms.values())
+    layer = linear_map_at(models[group.occurrences[0].task], group.occurrences[0].layer)
+    norms = _normalisations(models, group)
     counts = {task: (task_weights or {}).get(task, 1.0) for task in sampled}
-    if is_scale_free:
+    if norms:
         sampled = {task: r.centred() for task, r in sampled.items()}
         sampled, weights = _on_common_scale(sampled, norms, counts)
     else:
@@ -201,9 +219,16 @@ def fit_group(
         if adapter is not None:
             remaining[o.task] = _fit_adapter(adapter, sampled[o.task].x, remaining[o.task], ridge)
     for task, norm in norms.items():
-        if is_scale_free and norm.affine:
+        if norm.affine:
             _lower_gains(norm, sampled[task].y - remaining[task], sampled[task].y)
     return Fit("", ridge, _relative_errors(residuals, sampled), _relative_errors(remaining, sampled))
+
+
+def _normalisations(models: Models, group: Group) -> dict[str, _BatchNorm]:
+    """Task -> the batch normalisation right after its layer; empty unless every task has one."""
+    found = {o.task: normalisation_behind(models[o.task], o.layer) for o in group.occurrences}
+    norms = {task: norm for task, norm in found.items() if norm is not None}
+    return norms if len(norms) == len(found) else {}
 
 
 def _share_of_ridge(inputs: list[Tensor], num_images: int) -> float:
@@ -235,7 +260,9 @@ def _fit_adapter(adapter: Adapter, x: Tensor, residual: Tensor, ridge: float) ->
     return residual - found @ directions @ directions.mT
 
 
-def _on_common_scale(sampled, norms, counts) -> tuple[dict[str, Rows], Tensor]:
+def _on_common_scale(
+    sampled: Mapping[str, Rows], norms: Mapping[str, _BatchNorm], counts: Mapping[str, float]
+) -> tuple[dict[str, Rows], Tensor]:
     """The rows with each channel of the outputs on the same scale in all tasks, since each task normalises it itself,
     and weights [tasks, groups, o]: the square of the channel's gain in the task's normalisation.
     """
@@ -266,7 +293,7 @@ def _shares(weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _lower_gains(norm: nn.Module, fitted: Tensor, target: Tensor) -> None:
+def _lower_gains(norm: _BatchNorm, fitted: Tensor, target: Tensor) -> None:
     """Multiplies the gain of each channel by the root of the correlation between its fitted and its target outputs.
 
     Multiplying by the correlation minimises the squared error, multiplying by 1 keeps the variance; this is the

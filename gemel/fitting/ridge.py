@@ -1,5 +1,7 @@
 """Ridge regression for several tasks at once, with a weight for each task and output channel."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,10 +33,10 @@ def solve_weighted(x: list[Tensor], residuals: list[Tensor], weights: Tensor, ri
     residuals = [part / part.shape[1] ** 0.5 for part in residuals]
     means = weights.mean((1, 2))
     if sum(part.shape[1] for part in x) < x[0].shape[2]:
-        rows = [
+        stacked, targets = (
             torch.cat([m.sqrt() * part for m, part in zip(means, parts, strict=True)], 1) for parts in (x, residuals)
-        ]
-        return solve_ridge(*rows, ridge)
+        )
+        return solve_ridge(stacked, targets, ridge)
     systems = [part.mT @ part for part in x]
     targets = sum(w.unsqueeze(1) * (a.mT @ r) for w, a, r in zip(weights, x, residuals, strict=True))
     mean = sum(m * system for m, system in zip(means, systems, strict=True))
@@ -50,7 +52,7 @@ def solve_weighted(x: list[Tensor], residuals: list[Tensor], weights: Tensor, ri
     return _conjugate_gradients(apply, targets, factor), ridge
 
 
-def _conjugate_gradients(apply, target: Tensor, factor: Tensor) -> Tensor:
+def _conjugate_gradients(apply: Callable[[Tensor], Tensor], target: Tensor, factor: Tensor) -> Tensor:
     """Solves apply(D) = target column by column, from 0; `factor`: Cholesky factor of the preconditioner."""
     solution, left = torch.zeros_like(target), target
     step = conditioned = torch.cholesky_solve(left, factor)

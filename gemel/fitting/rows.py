@@ -7,15 +7,17 @@ last column of X is then 1.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from gemel.forward.batches import Batch, run
 from gemel.forward.hooks import hooked
-from gemel.sharing.adapters import KINDS, Adapter, own_modules
+from gemel.sharing.adapters import KINDS, Adapter, LinearMap, as_linear_map, own_modules
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -31,12 +33,12 @@ class Rows(NamedTuple):
         return Rows(self.x - self.x.mean(1, keepdim=True), self.y - self.y.mean(1, keepdim=True))
 
 
-def is_linear_map(layer: nn.Module) -> bool:
+def is_linear_map(layer: nn.Module) -> TypeGuard[LinearMap]:
     """Whether the layer computes torch's own linear map or (transposed) convolution, of any dimension."""
     return any(type(layer).forward is kind.forward for kind in (*KINDS, *TRANSPOSED))
 
 
-def normalisation_behind(model: nn.Module, name: str) -> nn.modules.batchnorm._BatchNorm | None:
+def normalisation_behind(model: nn.Module, name: str) -> _BatchNorm | None:
     """The batch normalisation right after the layer, which makes mean and scale of the layer's outputs free, or None.
 
     Found by the order of registration, which is the order of computation in the blocks of every torchvision model.
@@ -44,8 +46,15 @@ def normalisation_behind(model: nn.Module, name: str) -> nn.modules.batchnorm._B
     leaves = (pair for pair in own_modules(model) if all(isinstance(child, Adapter) for child in pair[1].children()))
     layer = next(module for other, module in leaves if other == name)
     _, module = next(leaves, ("", None))
-    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    return module if batch_norm and module.num_features == output_width(layer) else None
+    if not isinstance(module, _BatchNorm):
+        return None
+    width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return module if module.num_features == width else None
+
+
+def linear_map_at(model: nn.Module, name: str) -> LinearMap:
+    """The layer of that name, which the caller knows to be linear or a convolution."""
+    return as_linear_map(model.get_submodule(name))
 
 
 def is_normalised(model: nn.Module, name: str) -> bool:
@@ -53,12 +62,12 @@ def is_normalised(model: nn.Module, name: str) -> bool:
     return normalisation_behind(model, name) is not None
 
 
-def output_width(layer: nn.Module) -> int:
+def output_width(layer: LinearMap) -> int:
     """Output channels or features."""
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
-def shape_of(layer: nn.Module) -> tuple[int, int, int]:
+def shape_of(layer: LinearMap) -> tuple[int, int, int]:
     """(groups, d, o): the shape of the layer's matrix."""
     extra = layer.bias is not None
     if isinstance(layer, nn.Linear):
@@ -67,7 +76,7 @@ def shape_of(layer: nn.Module) -> tuple[int, int, int]:
     return layer.groups, layer.in_channels // layer.groups * taps + extra, layer.out_channels // layer.groups
 
 
-def matrix_of(layer: nn.Module) -> Tensor:
+def matrix_of(layer: LinearMap) -> Tensor:
     """The matrix [groups, d, o] by which the layer multiplies its rows; a copy."""
     groups, _, width = shape_of(layer)
     weight = layer.weight.detach()
@@ -82,7 +91,7 @@ def matrix_of(layer: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def set_matrix(layer: nn.Module, matrix: Tensor) -> None:
+def set_matrix(layer: LinearMap, matrix: Tensor) -> None:
     """Writes a matrix [groups, d, o] into the layer's parameters, in place: tied layers change with it."""
     weight, width = layer.weight, matrix.shape[2]
     if layer.bias is not None:
@@ -96,7 +105,7 @@ def set_matrix(layer: nn.Module, matrix: Tensor) -> None:
         weight.copy_(matrix.transpose(1, 2).reshape(weight.shape))
 
 
-def input_rows(layer: nn.Module, inputs: Tensor, shape: Sequence[int], picked: Tensor) -> Tensor:
+def input_rows(layer: LinearMap, inputs: Tensor, shape: Sequence[int], picked: Tensor) -> Tensor:
     """[groups, n, d]: the windows of the input for the picked positions of an output of that shape."""
     if isinstance(layer, nn.Linear):
         rows = inputs.reshape(-1, layer.in_features)[picked].unsqueeze(0)
@@ -105,7 +114,7 @@ def input_rows(layer: nn.Module, inputs: Tensor, shape: Sequence[int], picked: T
     return rows if layer.bias is None else torch.cat([rows, torch.ones_like(rows[..., :1])], 2)
 
 
-def output_rows(layer: nn.Module, outputs: Tensor, picked: Tensor) -> Tensor:
+def output_rows(layer: LinearMap, outputs: Tensor, picked: Tensor) -> Tensor:
     """[groups, n, o]: the layer's outputs at the picked positions."""
     groups, _, width = shape_of(layer)
     if not isinstance(layer, nn.Linear):
@@ -132,7 +141,7 @@ def sample_outputs(model: nn.Module, quotas: Mapping[str, int], images: Batch, g
     """
     samples: Samples = {}
 
-    def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+    def record(name: str, layer: LinearMap, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
         total, quota = outputs.numel() // output_width(layer), quotas[name]
         drawn = torch.randint(total, (quota,), generator=generator) if total > quota else torch.arange(total)
         picked = drawn.to(outputs.device)
@@ -151,16 +160,18 @@ def sample_inputs(model: nn.Module, samples: Samples, images: Batch) -> dict[str
     """
     found: dict[str, list[Tensor | None]] = {name: [] for name in samples}
 
-    def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+    def record(name: str, layer: LinearMap, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
         calls = found[name]
         sample = samples[name][len(calls)] if len(calls) < len(samples[name]) else None
-        fits = sample is not None and sample.input_shape == inputs[0].shape
-        calls.append(input_rows(layer, inputs[0], sample.output_shape, sample.picked) if fits else None)
+        if sample is not None and sample.input_shape == inputs[0].shape:
+            calls.append(input_rows(layer, inputs[0], sample.output_shape, sample.picked))
+        else:
+            calls.append(None)
 
     with hooked(model, samples, record):
         run(model, images)
-    whole = {n: x for n, x in found.items() if len(x) == len(samples[n]) and all(part is not None for part in x)}
-    return {name: torch.cat(parts, 1) for name, parts in whole.items()}
+    usable = {name: [part for part in parts if part is not None] for name, parts in found.items()}
+    return {n: torch.cat(x, 1) for n, x in usable.items() if len(x) == len(found[n]) == len(samples[n])}
 
 
 def of_regions(calls: list[Sample], images: Batch) -> bool:
@@ -206,24 +217,25 @@ def _thinned(calls: list[Sample], quota: int) -> list[Sample]:
     return [s._replace(picked=s.picked[:n], y=s.y[:, :n]) for s, n in zip(calls, keep, strict=True)]
 
 
-def _batched(layer: nn.Module, tensor: Tensor) -> Tensor:
+def _batched(layer: _ConvNd, tensor: Tensor) -> Tensor:
     """The tensor with a batch dimension, which convolutions take without as well."""
     return tensor.unsqueeze(0) if tensor.dim() == len(layer.kernel_size) + 1 else tensor
 
 
-def _windows(layer: nn.Module, inputs: Tensor, size: Sequence[int], picked: Tensor) -> Tensor:
+def _windows(layer: _ConvNd, inputs: Tensor, size: Sequence[int], picked: Tensor) -> Tensor:
     """[groups, n, d]: windows of the padded input at the picked positions."""
-    stride = layer.stride
+    stride: Sequence[int] = layer.stride
     if isinstance(layer, TRANSPOSED):
         padded, stride = _spread(layer, inputs, size), (1,) * len(size)
     else:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
-    image, position = picked, []
+    image = picked
+    position: list[Tensor] = []
     for length in reversed(size):  # not torch.unravel_index, which waits for the device
         position.insert(0, image % length)
         image = image // length
-    index = [image.reshape(-1, *[1] * len(size)), slice(None)]
+    index: list[Any] = [image.reshape(-1, *[1] * len(size)), slice(None)]
     for i, (start, kernel) in enumerate(zip(position, layer.kernel_size, strict=True)):
         taps = torch.arange(kernel, device=picked.device) * layer.dilation[i]
         shape = [1] * len(size)
@@ -233,14 +245,17 @@ def _windows(layer: nn.Module, inputs: Tensor, size: Sequence[int], picked: Tens
     return windows.reshape(len(picked), layer.groups, -1).transpose(0, 1)
 
 
-def _spread(layer: nn.Module, inputs: Tensor, size: Sequence[int]) -> Tensor:
+def _spread(layer: _ConvNd, inputs: Tensor, size: Sequence[int]) -> Tensor:
     """The input, with zeros between and around its pixels, of the convolution that equals a transposed convolution."""
     lengths = [(n - 1) * stride + 1 for n, stride in zip(inputs.shape[2:], layer.stride, strict=True)]
     spread = inputs.new_zeros(*inputs.shape[:2], *lengths)
-    spread[(..., *(slice(None, None, stride) for stride in layer.stride))] = inputs
+    steps: tuple[Any, ...] = (..., *(slice(None, None, stride) for stride in layer.stride))
+    spread[steps] = inputs
+    padding = layer.padding
+    assert not isinstance(padding, str), "of a transposed convolution it is numbers"
     pads: list[int] = []
     for i in reversed(range(len(size))):
         reach = layer.dilation[i] * (layer.kernel_size[i] - 1)
-        left = reach - layer.padding[i]
+        left = reach - padding[i]
         pads += [left, size[i] + reach - left - lengths[i]]
     return F.pad(spread, pads)

@@ -7,6 +7,7 @@ measured (benchmarks/LOG.md, 2026-11-24 Holding back a little).
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -15,24 +16,25 @@ from torch import Tensor, nn
 from gemel.fitting.batch_norm import averaged_statistics
 from gemel.fitting.least_squares import RIDGE, quotas
 from gemel.fitting.ridge import solve_ridge
-from gemel.fitting.rows import Rows, collect_rows, is_linear_map, is_normalised, matrix_of
+from gemel.fitting.rows import Rows, collect_rows, is_linear_map, is_normalised, linear_map_at, matrix_of
 from gemel.forward.batches import Batch, run, to_device
 from gemel.forward.hooks import hooked
-from gemel.forward.modes import device_of, logits_of
+from gemel.forward.modes import Models, device_of, logits_of
 from gemel.sharing.groups import Configuration, Group
 from gemel.sharing.signatures import find_layers
 
 Sensitivity = dict[tuple[Group, str], float]
+Images = Mapping[str, Sequence[Batch]]  # task -> its batches
 
 LAST_LAYERS = 0.1  # share of a detector's layers whose outputs are compared in "response"; set by hand
 
 
 @torch.no_grad()
 def predict_sensitivity(
-    models: nn.ModuleDict,
-    teachers: Mapping[str, nn.Module],
+    models: Models,
+    teachers: Models,
     groups: Configuration,
-    images: Mapping[str, Sequence[Batch]],
+    images: Images,
     *,
     method: str = "response",
     generator: torch.Generator,
@@ -50,42 +52,64 @@ def predict_sensitivity(
     return scores | METHODS[method](models, teachers, groups, images, generator, positions)
 
 
-def weight_distance(models, teachers, groups, images=None, generator=None, positions=0) -> Sensitivity:
+def weight_distance(
+    models: Models,
+    teachers: Models,
+    groups: Configuration,
+    images: Images | None = None,
+    generator: torch.Generator | None = None,
+    positions: int = 0,
+) -> Sensitivity:
     """||W - W_t||^2 / ||W_t||^2 over all parameters of the layer; needs no data."""
-    scores = {}
+    scores: Sensitivity = {}
     for group in groups:
         for o in group.occurrences:
             own = dict(teachers[o.task].get_submodule(o.layer).named_parameters(recurse=False))
             shared = dict(models[o.task].get_submodule(o.layer).named_parameters(recurse=False))
             moved = sum((shared[key] - own[key]).square().sum() for key in own)
-            scores[group, o.task] = float(moved / sum(p.square().sum() for p in own.values()).clamp_min(1e-12))
+            energy = functools.reduce(torch.add, (p.square().sum() for p in own.values()))
+            scores[group, o.task] = float(moved / energy.clamp_min(1e-12))
     return scores
 
 
-def output_error(models, teachers, groups, images, generator, positions) -> Sensitivity:
+def output_error(
+    models: Models,
+    teachers: Models,
+    groups: Configuration,
+    images: Images,
+    generator: torch.Generator,
+    positions: int,
+) -> Sensitivity:
     """||X_t W - X_t W_t||^2 / ||X_t W_t||^2 on the task's own inputs of the layer; centred where it is normalised."""
-    scores = {}
+    scores: Sensitivity = {}
     for task, rows in _rows_of_tasks(teachers, groups, images, generator, positions).items():
         for name, (group, sampled) in rows.items():
-            shared = matrix_of(models[task].get_submodule(name))
+            shared = matrix_of(linear_map_at(models[task], name))
             scores[group, task] = _relative(sampled.y - sampled.x @ shared, sampled.y)
     return scores
 
 
-def fitted_error(models, teachers, groups, images, generator, positions) -> Sensitivity:
+def fitted_error(
+    models: Models,
+    teachers: Models,
+    groups: Configuration,
+    images: Images,
+    generator: torch.Generator,
+    positions: int,
+) -> Sensitivity:
     """The output error with the least-squares weights of the group (least_squares.py).
 
     Fitted on one half of the rows and measured on the other, since wide layers can fit the rows without any error
     (benchmarks/LOG.md, 2026-11-25 Detectors).
     """
     gathered: dict[Group, dict[str, Rows]] = {}
-    for task, rows in _rows_of_tasks(teachers, groups, images, generator, positions).items():
-        for group, sampled in rows.values():
+    for task, found in _rows_of_tasks(teachers, groups, images, generator, positions).items():
+        for group, sampled in found.values():
             gathered.setdefault(group, {})[task] = sampled
-    scores = {}
+    scores: Sensitivity = {}
     for group, rows in gathered.items():
         first = group.occurrences[0]
-        start = matrix_of(models[first.task].get_submodule(first.layer))
+        start = matrix_of(linear_map_at(models[first.task], first.layer))
         scales = {task: r.y.square().sum().clamp_min(1e-12).rsqrt() for task, r in rows.items()}
         x = torch.cat([scales[task] * r.x[:, ::2] for task, r in rows.items()], 1)
         residual = torch.cat([scales[task] * (r.y - r.x @ start)[:, ::2] for task, r in rows.items()], 1)
@@ -94,12 +118,19 @@ def fitted_error(models, teachers, groups, images, generator, positions) -> Sens
     return scores
 
 
-def response(models, teachers, groups, images, generator, positions) -> Sensitivity:
+def response(
+    models: Models,
+    teachers: Models,
+    groups: Configuration,
+    images: Images,
+    generator: torch.Generator,
+    positions: int,
+) -> Sensitivity:
     """The change of the task's output, relative to its variance, with this group alone tied.
 
     Statistics are re-estimated. Costs a forward pass per group and task. For a detector: its last layers.
     """
-    scores = {}
+    scores: Sensitivity = {}
     for task in dict.fromkeys(task for group in groups for task in group.tasks):
         model = copy.deepcopy(teachers[task])
         names = _output_layers(model, images[task][0])
@@ -121,9 +152,11 @@ METHODS: dict[str, Callable[..., Sensitivity]] = {
 }
 
 
-def _rows_of_tasks(teachers, groups, images, generator, positions) -> dict[str, dict[str, tuple[Group, Rows]]]:
+def _rows_of_tasks(
+    teachers: Models, groups: Configuration, images: Images, generator: torch.Generator, positions: int
+) -> dict[str, dict[str, tuple[Group, Rows]]]:
     """Task -> layer -> (its group, rows of the teacher), for layers that are linear maps and called; one pass."""
-    found = {}
+    found: dict[str, dict[str, tuple[Group, Rows]]] = {}
     for task in dict.fromkeys(task for group in groups for task in group.tasks):
         group_of = {o.layer: group for group in groups for o in group.occurrences if o.task == task}
         group_of = {n: group for n, group in group_of.items() if is_linear_map(teachers[task].get_submodule(n))}

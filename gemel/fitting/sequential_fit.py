@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemel.fitting.batch_norm import averaged_statistics
 from gemel.fitting.coroutines import current, run_coroutines, wait
@@ -20,6 +20,7 @@ from gemel.fitting.rows import (
     Samples,
     input_rows,
     is_linear_map,
+    linear_map_at,
     of_regions,
     sample_inputs,
     sample_outputs,
@@ -27,7 +28,8 @@ from gemel.fitting.rows import (
 )
 from gemel.forward.batches import Batch, to_device
 from gemel.forward.hooks import hooked
-from gemel.forward.modes import device_of
+from gemel.forward.modes import Models, device_of
+from gemel.sharing.adapters import LinearMap
 from gemel.sharing.groups import Configuration, Group
 
 PassId = tuple[str, int]  # one forward pass: task, number of its batch
@@ -43,8 +45,8 @@ class TeacherSamples(NamedTuple):
 
 @torch.no_grad()
 def fit_sequentially(
-    models: nn.ModuleDict,
-    teachers: Mapping[str, nn.Module],
+    models: Models,
+    teachers: Models,
     groups: Configuration,
     images: Mapping[str, Sequence[Batch]],
     *,
@@ -69,7 +71,7 @@ def fit_sequentially(
 
 @torch.no_grad()
 def sample_teachers(
-    teachers: Mapping[str, nn.Module],
+    teachers: Models,
     groups: Configuration,
     images: Mapping[str, Sequence[Batch]],
     *,
@@ -99,7 +101,7 @@ def sample_teachers(
 
 
 def is_short_of_rows(
-    teachers: Mapping[str, nn.Module], groups: Configuration, teacher_samples: TeacherSamples, positions: int = 2048
+    teachers: Models, groups: Configuration, teacher_samples: TeacherSamples, positions: int = 2048
 ) -> bool:
     """Whether some layer has fewer rows than half its inputs, and more images would give it more."""
     linear = [group for group in groups if _is_linear(teachers, group)]
@@ -107,19 +109,28 @@ def is_short_of_rows(
         of_task = [samples for (name, _), samples in teacher_samples.samples.items() if name == task]
         for layer, quota in quotas(teachers, linear, task, positions).items():
             rows = sum(len(sample.picked) for samples in of_task for sample in samples.get(layer, ()))
-            if 0 < rows < min(quota, shape_of(teachers[task].get_submodule(layer))[1] / 2):
+            if 0 < rows < min(quota, shape_of(linear_map_at(teachers[task], layer))[1] / 2):
                 return True
     return False
 
 
-def _is_linear(teachers: Mapping[str, nn.Module], group: Group) -> bool:
+def _is_linear(teachers: Models, group: Group) -> bool:
     return is_linear_map(teachers[group.occurrences[0].task].get_submodule(group.occurrences[0].layer))
 
 
 class _SequentialFit:
     """One fit: the teachers' samples, the rows that are not used yet, and the groups that are fitted."""
 
-    def __init__(self, models, teachers, groups, images, teacher_samples, task_weights, ridge):
+    def __init__(
+        self,
+        models: Models,
+        teachers: Models,
+        groups: Configuration,
+        images: Mapping[str, Sequence[Batch]],
+        teacher_samples: TeacherSamples,
+        task_weights: Mapping[str, float] | None,
+        ridge: float,
+    ):
         self.models, self.teachers, self.task_weights, self.ridge = models, teachers, task_weights, ridge
         tasks = dict.fromkeys(task for group in groups for task in group.tasks)
         self.batches: dict[PassId, Batch] = {(t, i): batch for t in tasks for i, batch in enumerate(images[t])}
@@ -156,9 +167,9 @@ class _SequentialFit:
         model = self.models[pass_id[0]]
         model(to_device(self.batches[pass_id], device_of(model)))
 
-    def wait_for_fit(self, name: str, layer: nn.Module, inputs: tuple) -> None:
+    def wait_for_fit(self, name: str, layer: LinearMap, inputs: tuple) -> None:
         """Hook before a layer: keeps the rows of its inputs, and waits until the layer's group is fitted."""
-        pass_id = current()
+        pass_id: PassId = current()
         group = self.group_of[pass_id[0], name]
         if group in self.fits:
             return

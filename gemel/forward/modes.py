@@ -1,13 +1,14 @@
 """The mode and the memory layout of models, and where they are."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
+Models = Mapping[str, nn.Module] | nn.ModuleDict  # the models of a workload by task; a ModuleDict is no Mapping
 
 
 def to_channels_last(module: M, device: torch.device) -> M:

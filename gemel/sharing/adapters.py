@@ -7,37 +7,44 @@ Source: Hu et al., "LoRA", ICLR 2022, who also have one pair of factors for each
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 T = TypeVar("T")
+LinearMap = nn.Linear | _ConvNd  # layers that multiply rows of their inputs by a matrix
 
 ATTRIBUTE = "low_rank"  # the child's name; its tensors are <layer>.low_rank.down.weight and so on
 PARTS = ("down.weight", "down.bias", "up.weight")
-KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of layers that can have an adapter
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+KINDS = (nn.Linear, *CONVOLUTIONS)  # of layers that can have an adapter
 
 
 class Adapter(nn.Module):
     """The adapter of one layer, on its device and of its dtype; its output is zero until `up` gets values."""
 
-    def __init__(self, layer: nn.Module, rank: int):
+    down: LinearMap
+    up: LinearMap
+
+    def __init__(self, layer: LinearMap, rank: int):
         super().__init__()
-        bias, kwargs = layer.bias is not None, {"device": "meta", "dtype": layer.weight.dtype}  # draws no numbers
+        bias = layer.bias is not None
+        kwargs: dict[str, Any] = {"device": "meta", "dtype": layer.weight.dtype}  # draws no numbers
         if isinstance(layer, nn.Linear):
             self.down = nn.Linear(layer.in_features, rank, bias, **kwargs)
             self.up = nn.Linear(rank, layer.out_features, bias=False, **kwargs)
         else:
-            kind = next(kind for kind in KINDS if isinstance(layer, kind))
+            kind: Callable[..., _ConvNd] = next(kind for kind in CONVOLUTIONS if isinstance(layer, kind))
             width, groups = rank * layer.groups, layer.groups
             places = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
             self.down = kind(layer.in_channels, width, *places, groups, bias, layer.padding_mode, **kwargs)
             self.up = kind(width, layer.out_channels, 1, groups=groups, bias=False, **kwargs)
         self.to_empty(device=layer.weight.device)
         nn.init.zeros_(self.up.weight)
-        if bias:
+        if self.down.bias is not None:
             nn.init.zeros_(self.down.bias)
         if not layer.weight.is_meta:
             drawn = torch.empty_like(self.down.weight, device="cpu")
@@ -54,6 +61,12 @@ class Adapter(nn.Module):
     def add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The forward hook of the layer; a bound method, so that a copy of the layer calls the copy of the adapter."""
         return output + self(inputs[0])
+
+
+def as_linear_map(layer: nn.Module) -> LinearMap:
+    """The layer itself, which the caller knows to be linear or a convolution."""
+    assert isinstance(layer, LinearMap), f"{type(layer).__name__} is no linear map"
+    return layer
 
 
 def adapter_of(layer: nn.Module) -> Adapter | None:
@@ -81,7 +94,7 @@ def set_rank(layer: nn.Module, rank: int) -> None:
         return
     if rank and not 0 < rank <= max_rank(layer):
         raise ValueError(f"an adapter of rank {rank} for {layer}; allowed: 0 to {max_rank(layer)}")
-    set_adapter(layer, Adapter(layer, rank) if rank else None)
+    set_adapter(layer, Adapter(as_linear_map(layer), rank) if rank else None)
 
 
 def max_rank(layer: nn.Module) -> int:
@@ -90,15 +103,20 @@ def max_rank(layer: nn.Module) -> int:
         return 0
     if adapter_of(layer) is None and hasattr(layer, ATTRIBUTE):
         return 0
-    groups = getattr(layer, "groups", 1)
-    return min(len(layer.weight) // groups, layer.weight[0].numel())
+    weight = as_linear_map(layer).weight
+    return min(len(weight) // _num_groups(layer), weight[0].numel())
 
 
 def adapter_bytes(layer: nn.Module, rank: int) -> int:
     """Bytes of an adapter of that rank."""
-    groups = getattr(layer, "groups", 1)
-    inputs, outputs = layer.weight[0].numel() + (layer.bias is not None), len(layer.weight)
-    return rank * (groups * inputs + outputs) * layer.weight.element_size()
+    weight, has_bias = as_linear_map(layer).weight, layer.bias is not None
+    inputs, outputs = weight[0].numel() + has_bias, len(weight)
+    return rank * (_num_groups(layer) * inputs + outputs) * weight.element_size()
+
+
+def _num_groups(layer: nn.Module) -> int:
+    """Groups of a grouped convolution; 1 for other layers."""
+    return layer.groups if isinstance(layer, _ConvNd) else 1
 
 
 def rank_within(layer: nn.Module, adapter_budget: float) -> int:

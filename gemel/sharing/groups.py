@@ -5,12 +5,13 @@ device work as well. Everything returned is frozen data.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import nn
 
+from gemel.forward.modes import Models
 from gemel.sharing.signatures import find_layers
 
 NUM_COMPARED = 8  # tied layers at which a merged model is compared with its unmerged one
@@ -57,7 +58,7 @@ class Group:
 Configuration = tuple[Group, ...]  # the groups that are tied
 
 
-def find_groups(models: Mapping[str, nn.Module]) -> Configuration:
+def find_groups(models: Models) -> Configuration:
     """Every group of a workload, largest saving first: the k-th layer of a signature in each task."""
     members: dict[tuple[str, int], list[Occurrence]] = defaultdict(list)
     layer_bytes: dict[str, int] = {}
@@ -71,7 +72,7 @@ def find_groups(models: Mapping[str, nn.Module]) -> Configuration:
     return ordered(group for group in groups if len(group.occurrences) > 1)
 
 
-def find_stem(models: Mapping[str, nn.Module], depth: int) -> Configuration:
+def find_stem(models: Models, depth: int) -> Configuration:
     """Groups over the first `depth` layers only: tasks share layer i if their layers up to i have equal signatures.
 
     Source: Jiang et al., "Mainstream: Dynamic Stem-Sharing for Multi-Tenant Video Processing", ATC 2018.
@@ -87,7 +88,7 @@ def find_stem(models: Mapping[str, nn.Module], depth: int) -> Configuration:
     return ordered(group for group in groups if len(group.occurrences) > 1)
 
 
-def ordered(groups) -> Configuration:
+def ordered(groups: Iterable[Group]) -> Configuration:
     """The groups in the order of a configuration: largest saving first, then by signature and occurrences."""
     return tuple(sorted(groups, key=lambda g: (-g.saved_bytes, g.signature, g.occurrences)))
 

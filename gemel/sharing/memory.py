@@ -1,9 +1,11 @@
 """Memory of a workload, counted over distinct tensors: a shared one counts once."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+
+from gemel.forward.modes import Models
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -11,7 +13,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return model.state_dict(keep_vars=True)
 
 
-def distinct_tensors(models: Mapping[str, nn.Module]) -> Iterator[Tensor]:
+def distinct_tensors(models: Models) -> Iterator[Tensor]:
     """Every parameter and saved buffer of the workload, each object once."""
     seen = set()
     for model in models.values():
@@ -21,7 +23,7 @@ def distinct_tensors(models: Mapping[str, nn.Module]) -> Iterator[Tensor]:
                 yield tensor
 
 
-def distinct_bytes(models: Mapping[str, nn.Module]) -> int:
+def distinct_bytes(models: Models) -> int:
     """Bytes of the workload's distinct parameters and buffers."""
     return sum(tensor.nbytes for tensor in distinct_tensors(models))
 

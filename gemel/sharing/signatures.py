@@ -49,7 +49,8 @@ def find_layers(model: nn.Module) -> list[Layer]:
     Left out: normalisation, parameters that are not floating point, and a layer that repeats a parameter of an earlier
     layer of the same model (it is tied together with that layer).
     """
-    layers, seen = [], set()
+    layers: list[Layer] = []
+    seen: set[int] = set()
     for name, module in own_modules(model):
         parameters = list(module.parameters(recurse=False))
         repeated = any(id(p) in seen for p in parameters)

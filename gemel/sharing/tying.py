@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gemel.forward.modes import Models
 from gemel.sharing.adapters import Adapter, adapter_of, own_modules, set_adapter, set_rank
 from gemel.sharing.groups import Configuration, Group, Occurrence
 from gemel.sharing.initial_weights import INITIAL_WEIGHTS
 
 
 def tie(
-    models: nn.ModuleDict,
+    models: Models,
     configuration: Configuration,
     initial: str = "mean",
     task_weights: Mapping[str, float] | None = None,
@@ -40,9 +41,7 @@ def tie(
                 replace_parameter(models[occurrence.task], parameter, shared)
 
 
-def retie(
-    models: nn.ModuleDict, before: Configuration, after: Configuration, unmerged: nn.ModuleDict, initial: str = "mean"
-) -> None:
+def retie(models: Models, before: Configuration, after: Configuration, unmerged: Models, initial: str = "mean") -> None:
     """Changes the ties from one configuration to another; weights that stay tied keep their values.
 
     Of a group that splits, the largest part keeps the shared parameters; an occurrence that is in no group of `after`
@@ -73,7 +72,7 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
 
 
 @torch.no_grad()
-def reset(models: nn.ModuleDict, configuration: Configuration, unmerged: nn.ModuleDict, initial: str = "mean") -> None:
+def reset(models: Models, configuration: Configuration, unmerged: Models, initial: str = "mean") -> None:
     """Sets the weights of tied groups to what the rule makes of their unmerged models' weights."""
     for group in configuration:
         layers = [_layer(unmerged, occurrence) for occurrence in group.occurrences]
@@ -81,7 +80,7 @@ def reset(models: nn.ModuleDict, configuration: Configuration, unmerged: nn.Modu
             shared.copy_(INITIAL_WEIGHTS[initial]([getattr(layer, key) for layer in layers], None))
 
 
-def is_tied(models: nn.ModuleDict, group: Group) -> bool:
+def is_tied(models: Models, group: Group) -> bool:
     """Whether all occurrences of the group hold the same parameter objects."""
     owned = [
         tuple(id(p) for p in _layer(models, occurrence).parameters(recurse=False)) for occurrence in group.occurrences
@@ -89,7 +88,7 @@ def is_tied(models: nn.ModuleDict, group: Group) -> bool:
     return len(set(owned)) == 1
 
 
-def untie(models: nn.ModuleDict, occurrence: Occurrence) -> None:
+def untie(models: Models, occurrence: Occurrence) -> None:
     """Gives one occurrence private parameters with the present values of the shared ones."""
     model = models[occurrence.task]
     for _, parameter in list(_layer(models, occurrence).named_parameters(recurse=False)):
@@ -105,7 +104,7 @@ def replace_parameter(model: nn.Module, old: nn.Parameter, new: nn.Parameter) ->
                 setattr(module, key, new)  # not through _parameters: recurrent layers listen to setattr
 
 
-def _layer(models: nn.ModuleDict, occurrence: Occurrence) -> nn.Module:
+def _layer(models: Models, occurrence: Occurrence) -> nn.Module:
     return models[occurrence.task].get_submodule(occurrence.layer)
 
 

@@ -67,8 +67,8 @@ class Cut:
         finally:
             for name, module in modules.items():
                 del module.forward
-                if own[name] is not None:
-                    module.forward = own[name]
+                if (forward := own[name]) is not None:
+                    module.forward = forward
 
 
 # ---- where to cut ---------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class Cuts:
         probe = copy.deepcopy(self.model)
         with torch.no_grad(), evaluating(probe):
             for end in range(len(before), 0, -1):
-                cut = Cut(before[end - 1].name, {call.name: call.shape[1:] for call in before[:end]})
+                cut = Cut(before[end - 1][0].name, {call.name: shape[1:] for call, shape in before[:end]})
                 if _is_sufficient(probe, cut, self.images):
                     return cut if _share_before(probe, cut, self.images) >= MIN_SHARE else None
         return None
@@ -154,21 +154,22 @@ def _first_call(calls: list[_Call], tied: Collection[str]) -> int:
     return min(times)
 
 
-def _skippable(calls: list[_Call], first: int, num_images: int) -> list[_Call]:
-    """The outermost calls that end before `first`, in order, up to the first that cannot be skipped.
+def _skippable(calls: list[_Call], first: int, num_images: int) -> list[tuple[_Call, torch.Size]]:
+    """The outermost calls that end before `first`, with the shapes of their outputs, in order.
 
-    A module cannot be skipped if it is called several times, or if its output is not a tensor with a row per image.
+    They end at the first call that cannot be skipped: of a module that is called several times, or whose output is not
+    a tensor with a row per image.
     """
     times_called: dict[str, int] = {}
     for call in calls:
         times_called[call.name] = times_called.get(call.name, 0) + 1
-    found = []
+    found: list[tuple[_Call, torch.Size]] = []
     for call in calls:
         if not 0 <= call.ended < first or (call.outer is not None and 0 <= call.outer.ended < first):
             continue
         if times_called[call.name] > 1 or call.shape is None or call.shape[:1] != (num_images,):
             break
-        found.append(call)
+        found.append((call, call.shape))
     return found
 
 

@@ -6,6 +6,7 @@ its class probabilities as well. Detections of a teacher can serve as labels. So
 """
 
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -110,11 +111,11 @@ class Teacher:
 
 def feature_loss(own: Mapping[str, list[Tensor]], taught: Mapping[str, list[Tensor]]) -> Tensor:
     """Mean over layers of the squared difference from the teacher's output over the variance of that output; 0-dim."""
-    losses = []
+    losses: list[Tensor] = []
     for layer, targets in taught.items():
         pairs = [(o, t) for o, t in zip(own[layer], targets, strict=False) if o.shape == t.shape and t.numel() > 1]
         if len(own[layer]) == len(targets) and len(pairs) == len(targets):
-            difference = sum((o - t).square().sum() for o, t in pairs)
+            difference = functools.reduce(torch.add, ((o - t).square().sum() for o, t in pairs))
             spread = sum((t - t.mean()).square().sum() for _, t in pairs)
             count = sum(t.numel() for _, t in pairs)
             losses.append(difference / (spread + EPSILON * count))

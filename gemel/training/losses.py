@@ -32,7 +32,9 @@ def task_losses(
     else:
         images = [image.to(device, non_blocking=True) for image in images]
         targets = [{key: _moved(value, device) for key, value in target.items()} for target in targets]
-        targets = targets if task.labels else teacher.detections(images)
+        if not task.labels:
+            assert teacher is not None, f"{task.name}: a task without labels needs a teacher"
+            targets = teacher.detections(images)
         output = task.model(images, targets)
         losses = _detection_losses(task, output)
     return losses if teacher is None else {**losses, **teacher.losses(images, output)}

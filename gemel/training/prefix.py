@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemel.forward.modes import Models
 from gemel.training.cut import Cut
 
 
@@ -76,7 +77,7 @@ def _digest(tensors: list[Tensor]) -> bytes:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.digest()
 
 
@@ -92,13 +93,13 @@ class _WithPrefix(nn.Module):
 
 
 @contextlib.contextmanager
-def frozen(models: Mapping[str, nn.Module], prefixes: Mapping[str, Prefix]) -> Iterator[None]:
+def frozen(models: Models, prefixes: Mapping[str, Prefix]) -> Iterator[None]:
     """Within, the prefixes of the named models are not trained, and do not run for images with cached outputs."""
     before = {name: type(models[name]) for name in prefixes}
     parameters = [p for name, prefix in prefixes.items() for p in prefix.cut.parameters(models[name])]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     for name, prefix in prefixes.items():
-        models[name].frozen_prefix = prefix
+        models[name].frozen_prefix = prefix  # type: ignore[assignment]  # torch's stubs: tensors and modules only
         models[name].__class__ = type(before[name].__name__, (_WithPrefix, before[name]), {})
     for parameter in trained:
         parameter.requires_grad_(False)
