@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler, Subset
 
 from gemel.datasets.folders import ClassificationFolder, FolderDataset
 from gemel.environment.seeds import derive_seed, generator
+from gemel.forward.batches import Batch
 
 MAX_PLAIN_IMAGES = 960  # more images change neither measurements nor fits
 
@@ -49,9 +50,7 @@ def reseed(data: TaskData, seed: int, *purpose: object) -> None:
     sampler.generator.manual_seed(derive_seed(seed, *purpose, data.task))
 
 
-def plain_images(
-    data: TaskData, num_pixels: int, seed: int, *purpose: object, batch_pixels: int = 0
-) -> list[Tensor] | list[list[Tensor]]:
+def plain_images(data: TaskData, num_pixels: int, seed: int, *purpose: object, batch_pixels: int = 0) -> list[Batch]:
     """Batches of train images without labels and augmentation: a random sample of the task's inputs by (seed, purpose).
 
     The number of images is such that they have `num_pixels` pixels in total, at least one batch and at most
@@ -66,8 +65,8 @@ def plain_images(
     images = [dataset[index][0] for index in order[:wanted]]
     if all(image.shape[-2:] == (height, width) for image in images):
         batch_size = max(batch_size, batch_pixels // (height * width))
-    batches = [images[start : start + batch_size] for start in range(0, wanted, batch_size)]
-    return batches if data.plain.collate_fn is collate_detection else [torch.stack(batch) for batch in batches]
+    parts = [images[start : start + batch_size] for start in range(0, wanted, batch_size)]
+    return [*parts] if data.plain.collate_fn is collate_detection else [torch.stack(part) for part in parts]
 
 
 def restarted(loader: DataLoader, **changes: Any) -> DataLoader:

@@ -6,8 +6,8 @@ Every function returns text; merger.py and merge_workloads.py print it.
 from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
-from torch import nn
 
+from gemel.forward.modes import Models
 from gemel.sharing.groups import Configuration, saved_bytes
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.signatures import find_layers
@@ -44,7 +44,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
-def workload_table(tasks: Mapping[str, Task], models: Mapping[str, nn.Module], groups: Configuration) -> str:
+def workload_table(tasks: Mapping[str, Task], models: Models, groups: Configuration) -> str:
     """One row per task, and what the workload could save."""
     shared = {task: sum(group.bytes for group in groups if task in group.tasks) for task in tasks}
     rows = []

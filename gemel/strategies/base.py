@@ -62,7 +62,7 @@ class Strategy(ABC):
 
     @property
     def releases_before_training(self) -> bool:
-        """Whether, where fitted weights do not reach the targets, the next trial releases layers and none is trained."""
+        """Whether a trial whose fitted weights miss a target is not trained; the next one then ties fewer layers."""
         return False
 
     @property
@@ -70,7 +70,7 @@ class Strategy(ABC):
         """Whether the next trial starts from the weights of the failed one, not from the kept ones."""
         return False
 
-    def set_sensitivity(self, sensitivity: Sensitivity) -> None:
+    def set_sensitivity(self, sensitivity: Sensitivity) -> None:  # noqa: B027 (of use to some only)
         """Takes the predicted sensitivity of every group and task, before the first proposal."""
 
     def donor_of(self, group: Group) -> str | None:
