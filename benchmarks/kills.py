@@ -20,9 +20,7 @@ from pathlib import Path
 
 import torch
 
-from gemel.__main__ import evaluations_of
 from gemel.results_store.manifest import has_results, read_manifest
-from gemel.results_store.verify import FAIL, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKLOAD = """
@@ -87,9 +85,13 @@ def prepare(folder: Path) -> Path:
 
 
 def start(workload: Path, results: Path, datasets: Path) -> subprocess.Popen:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     command = [sys.executable, "-c", MERGE, str(workload), str(results), str(datasets)]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+
+
+def environment() -> dict[str, str]:
+    """For child processes, which import the project and the models of its tests."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
 
 
 def time_whole(workload: Path, results: Path, datasets: Path) -> tuple[float, float]:
@@ -112,8 +114,12 @@ def is_valid(results: Path, workload: Path, datasets: Path) -> bool:
     """Whether the folder holds a valid result whose tasks all reach their targets again, or no result yet."""
     if not has_results(results):
         return True
-    evaluations = evaluations_of(str(workload), str(datasets), torch.device("cpu"))
-    return all(check.status != FAIL for check in verify(results, evaluations, "cpu"))
+    command = [sys.executable, "-m", "gemel", "verify", str(results)]
+    command += ["--workload", str(workload), "--datasets", str(datasets), "--device", "cpu"]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(done.stdout, flush=True)
+    return done.returncode == 0
 
 
 def kill_once(
