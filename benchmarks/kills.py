@@ -1,11 +1,11 @@
-"""Kills a merge at random instants and goes on from what is left: is the results folder valid, and is nothing lost?
+"""Kills a merge at random instants and resumes it: is the results folder valid after each kill, and is nothing lost?
 
     python -m benchmarks.kills --kills 40 --seed 0
 
 takes about ten seconds a kill. A small workload over drawn images is merged in a process of its own that is killed
-(SIGKILL) at a random instant; what it left is verified; the same command goes on and is killed again, until it ends by
-itself, and a new merge begins. Prints one line per kill and the counts; exit code 1 if a folder was invalid or less was
-saved than before the kill.
+(SIGKILL) at a random instant; the results folder is verified; the same command resumes the run and is killed again,
+until it ends by itself, and a new merge begins. Prints one line per kill and the counts; exit code 1 if a folder was
+invalid or less was saved than before the kill.
 """
 
 import argparse
@@ -20,9 +20,7 @@ from pathlib import Path
 
 import torch
 
-from gemel.__main__ import evaluations_of
 from gemel.results_store.manifest import has_results, read_manifest
-from gemel.results_store.verify import FAIL, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKLOAD = """
@@ -51,8 +49,7 @@ merge_workload(load_model_dict(sys.argv[1]), sys.argv[2], datasets=sys.argv[3], 
 
 
 def prepare(folder: Path) -> Path:
-    """Datasets, trained models and the workload file of a small workload."""
-    import torch
+    """Writes datasets and trained models of a small workload; returns its workload file."""
     from pico import (
         PicoDetector,
         PicoNet,
@@ -88,13 +85,17 @@ def prepare(folder: Path) -> Path:
 
 
 def start(workload: Path, results: Path, datasets: Path) -> subprocess.Popen:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     command = [sys.executable, "-c", MERGE, str(workload), str(results), str(datasets)]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+
+
+def environment() -> dict[str, str]:
+    """For child processes, which import the project and the models of its tests."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
 
 
 def time_whole(workload: Path, results: Path, datasets: Path) -> tuple[float, float]:
-    """Seconds from shortly before the first write to the end of a run that nobody kills."""
+    """(seconds until shortly before the first write, seconds until the end) of a run that is not killed."""
     began, first = time.monotonic(), None
     process = start(workload, results, datasets)
     while process.poll() is None:
@@ -110,15 +111,21 @@ def saved(results: Path) -> int:
 
 
 def is_valid(results: Path, workload: Path, datasets: Path) -> bool:
-    """Whether the folder holds a valid result, every task re-evaluated at its target; none at all is valid as well."""
+    """Whether the folder holds a valid result whose tasks all reach their targets again, or no result yet."""
     if not has_results(results):
         return True
-    evaluations = evaluations_of(str(workload), str(datasets), torch.device("cpu"))
-    return all(check.status != FAIL for check in verify(results, evaluations, "cpu"))
+    command = [sys.executable, "-m", "gemel", "verify", str(results)]
+    command += ["--workload", str(workload), "--datasets", str(datasets), "--device", "cpu"]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(done.stdout, flush=True)
+    return done.returncode == 0
 
 
-def kill_once(generator, span: tuple[float, float], results: Path, workload: Path, datasets: Path) -> tuple[str, bool]:
-    """(what happened, whether all is well) of one run, killed at an instant in `span` unless it ends before."""
+def kill_once(
+    generator: random.Random, span: tuple[float, float], results: Path, workload: Path, datasets: Path
+) -> tuple[str, bool]:
+    """(line to print, whether the folder is valid and nothing was lost) of one run, killed within `span` seconds."""
     before = saved(results)
     process = start(workload, results, datasets)
     instant = generator.uniform(*span)
@@ -156,7 +163,7 @@ def main() -> int:
                 bad += saved(folder / f"run{number}") < whole
                 number += 1
             kills += line.startswith("killed")
-    print(f"{kills} kills, {ended} runs ended by themselves with all that the uninterrupted run saved, {bad} bad")
+    print(f"{kills} kills; {ended} runs ended by themselves; {bad} invalid, or saved less than they must")
     return 1 if bad else 0
 
 

@@ -16,7 +16,7 @@ HISTORY = [{"seconds": 1.5, "round": 1, "saved_bytes": 10, "tasks_met": 2}]
 
 
 def pico_models(seed: int = 0) -> nn.ModuleDict:
-    """Three tasks of no recorded architecture, everything alike tied."""
+    """Three tasks without a recorded architecture; all groups are tied."""
     torch.manual_seed(seed)
     models = nn.ModuleDict({"a_x": PicoNet(3, extra=1), "b_x": PicoNet(4), "c_x": PicoDetector()}).eval()
     tie(models, find_groups(models))
@@ -28,7 +28,7 @@ def fresh_models() -> dict[str, nn.Module]:
 
 
 def slim_models(seed: int = 0, tied: bool = True) -> nn.ModuleDict:
-    """Two tasks that can be rebuilt without anybody's code."""
+    """Two tasks that can be rebuilt from their recorded architecture."""
     torch.manual_seed(seed)
     kwargs = {"width": 4, "layers": [1, 1]}
     models = nn.ModuleDict({"a_slim": build("slim_resnet", 3, **kwargs), "b_slim": build("slim_resnet", 5, **kwargs)})
@@ -38,7 +38,7 @@ def slim_models(seed: int = 0, tied: bool = True) -> nn.ModuleDict:
 
 
 def manifest_of(models: nn.ModuleDict) -> dict:
-    """What the merger hands to write_results, for models in which all that is alike is tied, or nothing."""
+    """The manifest that the merger gives to write_results, for models with all groups tied or none."""
     groups = find_groups(models)
     tied = [g for g in groups if _same_parameters(models, g)]
     merged = distinct_bytes(models)

@@ -1,24 +1,47 @@
-"""Whether manifest and store agree: tensors, bytes, what is shared, and the residuals of what is shared at a price.
+"""Whether the parts of a manifest agree with each other, and with the store: tensors, bytes, sharing, adapters.
 
-Decided on the store's header alone, of a manifest that was found right in itself (`results_manifest.py`).
+Asked of a manifest whose parts were each found valid (schema.py); of the store, its header alone is used. Each function
+yields one line per problem.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+from gemel.results_store.schema import adapter_bytes_of
 from gemel.results_store.tensors import Entry, Store
 from gemel.sharing.adapters import adapter_part, is_sound, own_part
 
 
-def store_problems(manifest: dict, store: Store) -> Iterator[str]:
-    """Yields a line for everything in which a manifest that is right in itself is not that of the store."""
+def agreement_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """In what the parts of a manifest contradict each other."""
+    for name, task in manifest["tasks"].items():
+        if task["met"] != (task["merged_acc"] >= task["target_acc"]):
+            yield f"{name}: met: got {task['met']}, but merged_acc {task['merged_acc']}, target {task['target_acc']}"
+        if not 0 < task["target_acc"] <= task["unmerged_acc"]:
+            yield f"{name}: target_acc: got {task['target_acc']}; allowed: up to unmerged_acc {task['unmerged_acc']}"
+    used = {key for keys in manifest["tensors"].values() for key in keys.values()}
+    if used != set(manifest["store"]["checksums"]):
+        yield "store: checksums: are not of the tensors that the tasks use"
+    if manifest["file_bytes"][manifest["store"]["file"]] != manifest["store"]["bytes"]:
+        yield "store: bytes: differ from those in file_bytes"
+    memory = manifest["memory"]
+    saved = sum(g["bytes"] * (len(g["occurrences"]) - 1) for g in manifest["shared_layers"]) - _all_adapters(manifest)
+    if not memory["saved_bytes"] == memory["unmerged_bytes"] - memory["merged_bytes"] == saved:
+        yield f"memory: saved_bytes: got {memory['saved_bytes']}, but the shared layers save {saved}"
+    if memory["saved_bytes"] > memory["optimal_saved_bytes"]:
+        yield f"memory: saved_bytes: got {memory['saved_bytes']}, more than optimal_saved_bytes"
+
+
+def store_problems(manifest: Mapping[str, Any], store: Store) -> Iterator[str]:
+    """In what a manifest contradicts the store."""
     sizes = {key: entry.bytes for key, entry in store.entries.items()}
     if sizes.keys() != manifest["store"]["checksums"].keys():
         yield f"store: its tensors are not those of {store.file.name}"
         return
     merged = sum(sizes.values())
     unmerged = sum(sum(map(sizes.__getitem__, set(keys.values()))) for keys in manifest["tensors"].values())
-    unmerged -= sum(g.get("adapter_bytes", 0) * len(g["occurrences"]) for g in manifest["shared_layers"])
+    unmerged -= _all_adapters(manifest)
     for key, found in (("merged_bytes", merged), ("unmerged_bytes", unmerged)):
         if manifest["memory"][key] != found:
             yield f"memory: {key}: got {manifest['memory'][key]}, but the store's tensors make {found}"
@@ -26,7 +49,12 @@ def store_problems(manifest: dict, store: Store) -> Iterator[str]:
     yield from _adapter_problems(manifest, store.entries)
 
 
-def _sharing_problems(manifest: dict, sizes: Mapping[str, int]) -> Iterator[str]:
+def _all_adapters(manifest: Mapping[str, Any]) -> int:
+    """Bytes of the adapters of all occurrences."""
+    return sum(adapter_bytes_of(group) * len(group["occurrences"]) for group in manifest["shared_layers"])
+
+
+def _sharing_problems(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[str]:
     """Every shared layer shares tensors of its bytes, and every tensor that tasks share is in one shared layer."""
     common = _in_several(set(keys.values()) for keys in manifest["tensors"].values())
     users: dict[str, set[str]] = defaultdict(set)
@@ -37,7 +65,7 @@ def _sharing_problems(manifest: dict, sizes: Mapping[str, int]) -> Iterator[str]
                 users[key].add(task)
                 layer, _, within = name.rpartition(".")
                 owned[task, layer][within] = key
-    explained = set()
+    explained: set[str] = set()
     for index, group in enumerate(manifest["shared_layers"]):
         layers = [owned.get((o["task"], o["layer"]), {}) for o in group["occurrences"]]
         shared = {key for _, key in set.intersection(*(set(layer.items()) for layer in layers))}
@@ -52,25 +80,30 @@ def _sharing_problems(manifest: dict, sizes: Mapping[str, int]) -> Iterator[str]
             yield f"tensors: {', '.join(sorted(tasks))} share {key}, which is in no shared layer"
 
 
-def _adapter_problems(manifest: dict, entries: Mapping[str, Entry]) -> Iterator[str]:
-    """Every occurrence of a layer that is shared at a price has its residual, in tensors of so many bytes."""
+def _adapter_problems(manifest: Mapping[str, Any], entries: Mapping[str, Entry]) -> Iterator[str]:
+    """Every occurrence of a shared layer with adapters has one of that rank, in tensors of so many bytes."""
     for index, group in enumerate(manifest["shared_layers"]):
-        rank, size = group.get("rank", 0), group.get("adapter_bytes", 0)
+        rank, size = group.get("rank", 0), adapter_bytes_of(group)
         for occurrence in group["occurrences"] if rank or size else ():
             task, layer = occurrence["task"], occurrence["layer"]
             keys = manifest["tensors"][task]
-            residual = {part: entries[key] for part, key in adapter_part(keys, layer).items()}
+            adapter = {part: entries[key] for part, key in adapter_part(keys, layer).items()}
             own = {part: entries[key] for part, key in own_part(keys, layer).items()}
-            shapes = ({part: entry.shape for part, entry in found.items()} for found in (own, residual))
-            alike = len({entry.dtype for entry in (*own.values(), *residual.values())}) == 1
-            found = sum(entry.bytes for entry in residual.values())
-            if not alike or not is_sound(*shapes, rank) or found != size:
-                yield f"shared_layers[{index}]: {task}: {layer} has no residual of rank {rank} in {size} bytes"
+            sound = is_sound(_shapes(own), _shapes(adapter), rank)
+            same_dtype = len({entry.dtype for entry in (*own.values(), *adapter.values())}) == 1
+            found = sum(entry.bytes for entry in adapter.values())
+            if not sound or not same_dtype or found != size:
+                yield f"shared_layers[{index}]: {task}: {layer} has no adapter of rank {rank} in {size} bytes"
+
+
+def _shapes(entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
+    return {part: entry.shape for part, entry in entries.items()}
 
 
 def _in_several(sets: Iterable[set]) -> set:
     """What is in more than one of the sets."""
-    seen, several = set(), set()
+    seen: set = set()
+    several: set = set()
     for members in sets:
         several |= seen & members
         seen |= members

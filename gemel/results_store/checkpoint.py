@@ -1,4 +1,4 @@
-"""The state of a round in flight: one file beside the result, bound to the store that the round began from."""
+"""The state of the round in flight: one file beside the result, valid only with the store that the round began from."""
 
 import io
 import logging
@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 
 
 def write_checkpoint(path: str | Path, state: dict) -> None:
-    """Writes the state of a round in flight, atomically, bound to the result that the round began from.
+    """Writes the state of the round in flight, atomically, with the name of the store that the round began from.
 
-    state: dictionaries with str or int keys, lists, tuples, str, numbers, bool, None and tensors, nested at will.
+    state: dictionaries with str or int keys, lists, tuples, str, numbers, bool, None and tensors, nested to any depth.
     Raises ResultsError if there is no result yet or the file cannot be written, TypeError for anything else in state.
     """
     path = Path(path)
@@ -30,7 +30,7 @@ def write_checkpoint(path: str | Path, state: dict) -> None:
 def read_checkpoint(path: str | Path) -> dict | None:
     """The state of the round in flight, with its tensors on the CPU; None if there is none that can be used.
 
-    One that does not read, or belongs to another store, is removed: a round is lost then, never a result.
+    One that cannot be read, or belongs to another store, is removed with a warning: a round is lost, never a result.
     """
     file = Path(path) / files.IN_FLIGHT
     if not file.is_file():
@@ -39,17 +39,17 @@ def read_checkpoint(path: str | Path) -> dict | None:
     try:
         bound_to, state = open_checkpoint(file)
     except ResultsError as error:
-        log.warning("%s: that round begins anew", error)
+        log.warning("%s: that round starts again", error)
     else:
         if bound_to == store:
             return state
-        log.warning("%s: is of another result: that round begins anew", file)
+        log.warning("%s: belongs to another result: that round starts again", file)
     drop_checkpoint(path)
     return None
 
 
 def open_checkpoint(file: Path) -> tuple[str, dict]:
-    """(name of the store that it is bound to, state). Raises ResultsError if it does not read; runs no code of it."""
+    """(name of the store that it belongs to, state). Raises ResultsError if it cannot be read; executes nothing."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the unpickler raise nearly anything
@@ -60,16 +60,16 @@ def open_checkpoint(file: Path) -> tuple[str, dict]:
 
 
 def drop_checkpoint(path: str | Path) -> None:
-    """Removes the state of a round in flight, where there is one."""
+    """Removes the state of the round in flight, if there is one."""
     files.remove(Path(path) / files.IN_FLIGHT)
 
 
 def _check_plain(value: object, where: str) -> None:
-    """What torch.load(weights_only=True) gives back as it was."""
+    """Raises TypeError for values that torch.load(weights_only=True) does not return as they were."""
     if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
         for key, item in value.items():
             _check_plain(item, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
+    elif isinstance(value, list | tuple) and type(value) in (list, tuple):  # no NamedTuple
         for index, item in enumerate(value):
             _check_plain(item, f"{where}[{index}]")
     elif not (value is None or type(value) in (str, int, float, bool) or isinstance(value, torch.Tensor)):

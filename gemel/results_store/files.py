@@ -1,13 +1,13 @@
-"""Every byte that goes into a results folder goes through here: names of our files, atomic writes, digests, the lock.
+"""Writing into a results folder: the names of its files, atomic writes, digests, the lock.
 
-A file is written under a temporary name in the same folder, synced, and renamed. Whatever the operating system refuses
-(disk full, no permission, ...) becomes a ResultsError that names the file. Files get the user's umask, because plain
-open() creates them; temporaries are created exclusively, so a link that lies in their place is never written through.
+Every file is written under a temporary name in the same folder, synced, and renamed. Whatever the operating system
+refuses (disk full, no permission, ...) becomes a ResultsError that names the file. Files get the modes that the user's
+umask asks for, because open() creates them; temporaries are created exclusively, so that a link that lies in their
+place is never followed.
 """
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -38,11 +38,11 @@ log = logging.getLogger(__name__)
 
 
 class ResultsError(ValueError):
-    """A results folder cannot be used or written; the message names the file."""
+    """A results folder cannot be read or written; the message is one line that names the file."""
 
 
 class Written(NamedTuple):
-    """What a file holds."""
+    """What was written into a file."""
 
     sha256: str
     bytes: int
@@ -60,8 +60,8 @@ def naming(file: Path, what: str) -> Iterator[None]:
 # ---- writing --------------------------------------------------------------------------------------------
 
 
-def stage(temporary: Path, chunks: Iterable) -> Written:
-    """Writes chunks of bytes into a temporary file and syncs it; `commit` renames it. On any error it is gone."""
+def stage(temporary: Path, chunks: Iterable[bytes | memoryview]) -> Written:
+    """Writes chunks of bytes into a temporary file and syncs it; `commit` renames it. On any error it is removed."""
     digest, size = hashlib.sha256(), 0
     try:
         with naming(temporary, "written"):
@@ -85,8 +85,8 @@ def commit(temporary: Path, target: Path) -> None:
         os.replace(temporary, target)
 
 
-def write(target: Path, chunks: Iterable, temporary: Path | None = None) -> Written:
-    """Replaces a file atomically: afterwards it is the old one or the new one, whenever the process is killed."""
+def write(target: Path, chunks: Iterable[bytes | memoryview], temporary: Path | None = None) -> Written:
+    """Replaces a file atomically: whenever the process is killed, it is the old file or the new one."""
     temporary = temporary or target.with_name(target.name + TEMPORARY)
     written = stage(temporary, chunks)
     try:
@@ -99,7 +99,7 @@ def write(target: Path, chunks: Iterable, temporary: Path | None = None) -> Writ
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder survive a loss of power."""
+    """Syncs a folder, so that renames in it survive a loss of power."""
     with naming(folder, "synced"):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -109,7 +109,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """The folder, and the folders above it. Raises ResultsError also for `weights` as a link, which leads elsewhere."""
+    """Makes the folder and those above it. Raises ResultsError if it cannot, or if `weights` is a link elsewhere."""
     if folder.name == WEIGHTS and folder.is_symlink():
         raise ResultsError(f"{folder}: is a link; allowed: a folder, as nothing is written outside the results folder")
     if not folder.is_dir():
@@ -118,19 +118,20 @@ def make_folder(folder: Path) -> None:
 
 
 def remove(file: Path) -> None:
+    """Removes a file, if it is there; raises ResultsError if it cannot be removed."""
     with naming(file, "removed"):
         file.unlink(missing_ok=True)
 
 
 def discard(*temporaries: Path) -> None:
-    """Removes temporaries after something else went wrong: what cannot be removed now is cleaned at the next start."""
+    """Removes temporaries after another error; those that cannot be removed now, the next run removes."""
     for temporary in temporaries:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def leftovers(path: Path) -> list[str]:
-    """Temporaries of a killed run, by their names in the results folder; only names that are ours."""
+    """Temporaries of a killed run, by their names in the results folder; only names that this module gives."""
     found = [name for name in _TEMPORARY_NAMES if (path / name).is_file()]
     if not (path / WEIGHTS).is_symlink():
         names = (f"{WEIGHTS}/{file.name}" for file in (path / WEIGHTS).glob(f"*.pt{TEMPORARY}"))
@@ -147,6 +148,7 @@ def stores(path: Path) -> list[str]:
 
 
 def sha256_of(file: Path) -> str:
+    """sha256 of a file, as hex; raises ResultsError if it cannot be read."""
     digest = hashlib.sha256()
     with naming(file, "read"), open(file, "rb") as opened:
         while block := opened.read(1 << 20):
@@ -155,6 +157,7 @@ def sha256_of(file: Path) -> str:
 
 
 def sha256_of_bytes(content: bytes | memoryview) -> str:
+    """sha256 of bytes, as hex."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -164,7 +167,7 @@ def size_of(file: Path) -> int | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line that is not too long."""
+    """The first line of an error's message, at most 200 characters."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
@@ -174,14 +177,16 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def lock(path: str | Path) -> Iterator[None]:
-    """Holds the results folder for this process alone; makes it if need be, and removes it again if it stayed empty.
+    """Locks the results folder for this process alone; makes it if need be, and removes it again if it stayed empty.
 
-    The lock lies on the folder itself (flock on its descriptor): it needs no file, goes with the folder when that is
-    renamed, and ends with the process however that ends. A folder that takes the renamed one's name is not locked by
-    it. Raises ResultsError if another process holds it. Where the file system cannot lock a folder (some network file
-    systems), a warning says so and the run goes on.
+    The lock is on the folder itself (flock on its descriptor): it needs no file, follows the folder when that is
+    renamed, and ends with the process however that ends. A new folder under the old name is not locked by it. Where the
+    file system cannot lock a folder (some network file systems), a warning says so and the run continues.
+    Raises ResultsError if another process holds the lock, or if the operating system has no flock (Windows), before
+    anything is made.
     """
     path = Path(path)
+    _require_flock(path)
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     make_folder(path)
     try:
@@ -198,7 +203,20 @@ def lock(path: str | Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def _require_flock(path: Path) -> None:
+    """Only a run that merges needs fcntl: results can be loaded and verified on every operating system."""
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:
+        raise ResultsError(
+            f"{path}: cannot be locked: merging needs an operating system with fcntl (Linux, macOS); "
+            "load_merged and verify do not"
+        ) from None
+
+
 def _flock(descriptor: int, path: Path) -> None:
+    import fcntl
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,14 +1,14 @@
-"""Loading a results folder back: models built without drawing random weights, and shared layers as one parameter.
+"""Loading a results folder: models built without drawing random weights, each shared layer as one parameter.
 
-Tensors lie on a private memory map of the store, so a tensor that ten models share is in memory once, and a page that
-nobody changes is the disk cache's own. Training in place works: it copies the pages that it writes, for this process.
+Tensors lie on a private memory map of the store, so a tensor that ten models share is in memory once, and pages that
+are not written belong to the disk cache. Training in place works: it copies the pages that it writes, for this process.
 """
 
 import contextlib
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,38 +32,32 @@ def load_merged(
     """The merged models by task, in eval mode, in which shared layers *are* one parameter object.
 
     models: modules to load into, by task. A task without one is rebuilt from the architecture in the manifest, without
-    any code of yours and without drawing random weights first.
-    device: on the CPU tensors stay on a private memory map of the store; for any other device each goes there straight
-    from the map, once.
+    code of yours and without drawing random weights first.
+    device: on the CPU, tensors stay on a private memory map of the store; to any other device each distinct tensor is
+    copied once.
     tasks: only these; the tensors of the others are not read.
 
     Always checked: the manifest in itself and against the store's header (sha256), the length of the store, and a
-    64-bit checksum of every tensor that is loaded, computed in the pass that brings it into memory. That finds what
-    goes wrong by accident: truncated files, flipped bits, tensors in each other's place, parts of two results, and
-    pages in each other's place, unless both lie in one block of 16 KiB of a tensor (of 4 KiB in results of before).
-    What changed its place within a block, or was changed on purpose so as to keep the checksum, only verify=True finds:
-    the sha256 of the whole store is compared too, which reads all of it at the speed of hashing. Neither helps against
-    somebody who also rewrites the manifest. Nothing in the folder is ever executed, and nothing is written.
+    64-bit checksum of every tensor that is loaded. That finds accidental damage: truncated files, flipped bits, tensors
+    that changed places, parts of two results, and pages that changed places unless both lie within the same 16 KiB of a
+    tensor. verify=True also compares the sha256 of the whole store, which finds those and changes on purpose, unless
+    the manifest was rewritten as well; it takes as long as hashing all of the file. Nothing in the folder is ever
+    executed, and nothing is written.
 
     Ties survive `.to()`, `.half()` and channels_last, also when each model is moved by itself, and a state dict that is
     saved and loaded into them; they do not survive load_state_dict(assign=True), or deepcopy of one model.
-    Raises ResultsError, one line that names the file or the task, if the folder is not a valid result, if a task's
-    architecture is unknown and no model was handed in, or if tensors do not fit the model. Models handed in are then as
-    they were.
+    Raises ResultsError, one line that names the file or the task, if the folder is not a valid result, if a task has no
+    architecture in the manifest and no model was handed in, or if tensors do not fit the model. Models handed in are
+    then unchanged.
     """
     manifest, store = read_result(results_path)
     if verify and sha256_of(store.file) != manifest["files"][store.file.name]:
         raise ResultsError(f"{store.file}: its sha256 is not the one in the manifest: the file is damaged")
     wanted = _wanted(results_path, manifest, tasks)
     modules = _modules(results_path, manifest, wanted, models or {})
-    slots = {task: _slots(model) for task, model in modules.items()}
     device = torch.device(device)
     with contextlib.ExitStack() as undo:
-        for task, model in modules.items():
-            ranks = adapted_layers(manifest["shared_layers"], task)
-            if ranks or any(f"{ATTRIBUTE}." in name for name in slots[task].tensors):
-                _set_adapters(task, model, ranks, undo)
-                slots[task] = _slots(model)
+        slots = {task: _slots_with_adapters(task, model, manifest, undo) for task, model in modules.items()}
         is_parameter = _check_fit(manifest["tensors"], slots, store.entries)
         keys = (key for task in wanted for key in manifest["tensors"][task].values())
         stored = read_tensors(store, keys, manifest["store"])
@@ -90,12 +84,12 @@ def _wanted(results_path: str | Path, manifest: Mapping, tasks: Collection[str] 
 def _modules(
     results_path: str | Path, manifest: Mapping, wanted: Iterable[str], models: Mapping[str, nn.Module]
 ) -> dict[str, nn.Module]:
-    """A module per task: the one handed in, else one that is built here."""
+    """A module per task: the one handed in, or one built from its architecture."""
     entries = manifest["tasks"]
     if unknown := [task for task in wanted if task not in models and entries[task]["architecture"] is None]:
         raise ResultsError(
-            f"{results_path}: no model was handed in for {', '.join(unknown)}, and the manifest holds no architecture, "
-            "as they were not built by model_architectures.build: load_merged(path, models={task: module, ...})"
+            f"{results_path}: no model was handed in for {', '.join(unknown)}, and the manifest holds no architecture "
+            "(they were not built by model_architectures.build): use load_merged(path, models={task: module, ...})"
         )
     modules = {}
     for task in wanted:
@@ -111,14 +105,15 @@ def _modules(
 
 
 def build_empty(architecture: Mapping, num_tensors: int) -> nn.Module:
-    """`rebuild`, without the time and memory that random weights take: parameters have shapes, and no values.
+    """`rebuild` without the time and memory that random weights take: parameters have shapes, but no values.
 
-    Buffers and plain attributes are those that the builder makes (anchors, position indices): only parameters are
-    stand-ins on the meta device, on which in-place initialisation does nothing. A builder for which that does not work
-    out is run as it is. num_tensors: of the state dict that will be loaded; an architecture with far more parameters
-    is given up. Raises ValueError as `rebuild` does.
+    Only parameters are on the meta device, and in-place initialisation of them is skipped; buffers and plain attributes
+    that the builder computes (anchors, position indices) have their values. If that fails for a builder, `rebuild` is
+    called as it is. Takes a third of the time that building under `torch.device("meta")` takes, which initialises.
+    num_tensors: of the state dict that will be loaded; raises ValueError for an architecture with far more parameters,
+    and as `rebuild` does.
     """
-    thread, made = threading.get_ident(), 0  # the hook is torch's for all threads
+    thread, made = threading.get_ident(), 0  # the hook is called for the modules of all threads
 
     def stand_in(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         nonlocal made
@@ -129,8 +124,8 @@ def build_empty(architecture: Mapping, num_tensors: int) -> nn.Module:
             raise ValueError(f"more than {limit} parameters, where {num_tensors} tensors are stored")
         return _StandIn(parameter.detach().to("meta"), parameter.requires_grad)
 
-    limit = 1000 + 4 * num_tensors  # builders may make a head twice
-    hook = register_module_parameter_registration_hook(stand_in)
+    limit = 1000 + 4 * num_tensors  # a builder may make a head twice
+    hook = register_module_parameter_registration_hook(stand_in)  # type: ignore[arg-type]  # it may return another one
     try:
         model = rebuild(architecture)
     except ValueError:
@@ -147,11 +142,13 @@ def build_empty(architecture: Mapping, num_tensors: int) -> nn.Module:
 
 
 class _StandIn(nn.Parameter):
-    """A parameter on the meta device, while a model is being built."""
+    """A parameter on the meta device, used while a model is built."""
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        """Skips in-place work (initialisation); anything else computes shapes, since some builders run the model."""
+    def __torch_function__(
+        cls, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Skips in-place functions (initialisation); others compute shapes, as some builders run the model."""
         kwargs = kwargs or {}
         if func.__name__.endswith("_") and not func.__name__.startswith("__"):
             return args[0] if args else kwargs["tensor"]
@@ -163,15 +160,24 @@ def _on_meta(value: object) -> object:
     return value.to("meta") if isinstance(value, Tensor) and not isinstance(value, _StandIn) else value
 
 
-# ---- residuals ------------------------------------------------------------------------------------------
+# ---- adapters -------------------------------------------------------------------------------------------
+
+
+def _slots_with_adapters(task: str, model: nn.Module, manifest: Mapping, undo: contextlib.ExitStack) -> "_Slots":
+    """The slots of a model after it was given the adapters that the manifest names, and no others."""
+    slots, ranks = _slots(model), adapted_layers(manifest["shared_layers"], task)
+    if ranks or any(f"{ATTRIBUTE}." in name for name in slots.tensors):
+        _set_adapters(task, model, ranks, undo)
+        return _slots(model)
+    return slots
 
 
 def _set_adapters(task: str, model: nn.Module, ranks: Mapping[str, int], undo: contextlib.ExitStack) -> None:
-    """Gives the model the residuals of layers that are shared at a price, and takes away others that it has."""
+    """Gives the model an adapter for each of these layers, and removes all others; `undo` restores those of before."""
     layers = dict(own_modules(model))
     for name in ranks:
         if name not in layers or ranks[name] > max_rank(layers[name]):
-            raise ResultsError(f"{task}: {name} can have no residual of rank {ranks[name]} in this model")
+            raise ResultsError(f"{task}: {name} can have no adapter of rank {ranks[name]} in this model")
     for name, layer in layers.items():
         if (before := adapter_of(layer)) is not None or name in ranks:
             undo.callback(set_adapter, layer, before)
@@ -182,11 +188,11 @@ def _set_adapters(task: str, model: nn.Module, ranks: Mapping[str, int], undo: c
 
 
 class _Slots(NamedTuple):
-    """The tensors of a model's state dict, and where each lives: the module, its dictionary, and the name there."""
+    """The tensors of a model's state dict, and for each the module, the dictionary and the name that hold it."""
 
     tensors: dict[str, Tensor]
     places: dict[str, tuple[nn.Module, dict, str]]
-    modules: list[nn.Module]  # one that occurs twice is here twice
+    modules: list[nn.Module]  # in the order of the state dict; a module that occurs twice is listed twice
 
 
 def _slots(model: nn.Module) -> _Slots:
@@ -206,9 +212,9 @@ def _add_places(slots: _Slots, module: nn.Module, prefix: str) -> None:
 
 
 def _check_fit(keys: Mapping[str, Mapping], slots: Mapping[str, _Slots], entries: Mapping) -> dict[str, bool]:
-    """Raises ResultsError if stored tensors are not those of the models; decided on the store's header alone.
+    """Raises ResultsError if the stored tensors do not fit the models, judged by the store's header alone.
 
-    Returns which store keys are of parameters; the others are of buffers.
+    Returns for each store key whether it is a parameter; the others are buffers.
     """
     is_parameter: dict[str, bool] = {}
     for task, own in slots.items():
@@ -228,9 +234,9 @@ def _fit_problems(
             yield f"{name} is missing in the results"
             continue
         dtype, shape, _, _ = entries[key]
-        parameter = type(tensor) is not Tensor and isinstance(tensor, nn.Parameter)  # the first alone is quick
+        parameter = type(tensor) is not Tensor and isinstance(tensor, nn.Parameter)  # the first test is the fast one
         if name not in slots.places:
-            yield f"{name} is a name of the state dict alone: the model holds no such parameter or buffer"
+            yield f"{name} is in the state dict, but no parameter or buffer of the model has that name"
         elif tensor.shape != shape:
             yield f"{name}: got {list(shape)}, the model has {list(tensor.shape)}"
         elif tensor.dtype != dtype and not (tensor.dtype.is_floating_point and dtype.is_floating_point):
@@ -249,7 +255,7 @@ def _place(
     placed: dict[str, Tensor],
     device: torch.device,
 ) -> None:
-    """Puts the stored tensors into the model; `placed` holds the one object per store key, for all models."""
+    """Puts the stored tensors into the model; `placed` maps each store key to its one object, for all models."""
     elsewhere = device.type != "cpu" or not all(tensor.is_cpu or tensor.is_meta for tensor in slots.tensors.values())
     for name, tensor in slots.tensors.items():
         key = keys[name]
@@ -259,22 +265,22 @@ def _place(
         if type(module).__setattr__ is nn.Module.__setattr__:
             holder[attribute] = placed[key]
         else:
-            setattr(module, attribute, placed[key])  # the class listens to it, as recurrent layers do
+            setattr(module, attribute, placed[key])  # the class overrides __setattr__, as recurrent layers do
     if elsewhere:
-        model.to(device)  # what is not in the state dict, such as buffers that are not saved
+        model.to(device)  # what is not in the state dict, such as non-persistent buffers
     _set_eval(model, slots.modules)
 
 
 def _set_eval(model: nn.Module, modules: Collection[nn.Module]) -> None:
-    """model.eval(), in a fraction of its time where no module has a way of its own to do a part of that."""
-    own_way = not all(map(_evaluates_plainly, set(map(type, modules))))
-    if own_way or any("train" in vars(module) or "eval" in vars(module) for module in modules):
+    """model.eval(), in a fraction of its time if no module overrides a step of it."""
+    overridden = not all(map(_inherits_eval, set(map(type, modules))))
+    if overridden or any("train" in vars(module) or "eval" in vars(module) for module in modules):
         model.eval()
         return
     for module in modules:
         vars(module)["training"] = False
 
 
-def _evaluates_plainly(kind: type[nn.Module]) -> bool:
+def _inherits_eval(kind: type[nn.Module]) -> bool:
     steps = ("eval", "train", "children", "named_children", "__setattr__")
     return not hasattr(kind, "training") and all(getattr(kind, step) is getattr(nn.Module, step) for step in steps)

@@ -1,23 +1,27 @@
 """The store: one safetensors file with every distinct tensor of the workload once, named by content.
 
-Written in a stream, so that no second copy of the workload is held in memory. Read as a private memory map: pages come
-from the disk's cache when they are touched, and a write (training in place) copies the page for this process alone.
-Each tensor has a checksum that is computed at the speed of memory, so that damage is found wherever a store is loaded.
+Written tensor by tensor, so that memory holds no second copy of the workload. The header is read by safetensors' own
+parser; tensors are read from a private memory map: pages come from the disk's cache when they are touched, and a write
+(training in place) copies the page for this process alone. Each tensor has a checksum that is computed at the speed of
+memory, so that every load finds damage. docs/architecture.md, "Libraries", says why safetensors does not write and map
+the file, and why the checksum is not one of xxhash.
 """
 
 import hashlib
 import json
 import math
 import mmap
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from gemel.results_store.files import ResultsError, naming
+from gemel.forward.modes import Models
+from gemel.results_store.files import ResultsError, first_line, naming
 from gemel.sharing.memory import named_tensors
 
 DTYPES = {
@@ -35,14 +39,13 @@ DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK_BYTES = 16384  # of checksums in new results: summing larger blocks is no faster
-_UNRECORDED_BLOCK_BYTES = 4096  # in results of before, which do not say
+_UNRECORDED_BLOCK_BYTES = 4096  # in results of earlier versions, whose manifests do not name it
 KNOWN_BLOCK_BYTES = (_UNRECORDED_BLOCK_BYTES, BLOCK_BYTES)
 _SMALL_BYTES = 65536
-_MAX_HEADER_BYTES = 100_000_000  # as in safetensors
 
 
 class Entry(NamedTuple):
-    """Where and what a tensor of the store is."""
+    """A tensor of the store: what it is, and where it lies."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -55,7 +58,7 @@ class Entry(NamedTuple):
 
 
 class Store(NamedTuple):
-    """A store whose header has been read and found sound; no tensor has been touched yet."""
+    """A store whose header was read and found valid; none of its tensors has been read yet."""
 
     file: Path
     bytes: int  # of the whole file
@@ -66,10 +69,11 @@ class Store(NamedTuple):
 # ---- writing --------------------------------------------------------------------------------------------
 
 
-def name_by_content(models: Mapping[str, nn.Module]) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]]:
+def name_by_content(models: Models) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]]:
     """({task: {state-dict key: store key}}, {store key: CPU tensor}); one store key per tensor object.
 
     Distinct objects of equal content (two zero biases, say) get a suffix, so that loading never ties what was not tied.
+    Raises ResultsError naming task and tensor for a dtype that cannot be stored.
     """
     key_of: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -90,7 +94,7 @@ def name_by_content(models: Mapping[str, nn.Module]) -> tuple[dict[str, dict[str
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous; copied if it is a part of a larger storage, which torch.save would write whole."""
+    """On the CPU, contiguous; copied if it is part of a larger storage, which torch.save would write in full."""
     values = tensor.detach().to("cpu").contiguous()
     return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
 
@@ -101,7 +105,7 @@ def _content_name(tensor: Tensor) -> str:
     return digest.hexdigest()[:32]
 
 
-def _unused(name: str, taken: Mapping) -> str:
+def _unused(name: str, taken: Mapping[str, Tensor]) -> str:
     copies = 0
     while (key := name if not copies else f"{name}.{copies}") in taken:
         copies += 1
@@ -110,7 +114,7 @@ def _unused(name: str, taken: Mapping) -> str:
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def store_header(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
@@ -137,18 +141,19 @@ def store_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         yield raw_bytes(tensors[key])
 
 
-def checksum_block(record: Mapping) -> object:
-    """Bytes of a checksum's block, by what a manifest says of its store; one of KNOWN_BLOCK_BYTES in a valid one."""
+def checksum_block(record: Mapping[str, Any]) -> int:
+    """Bytes of a checksum's block, from the entry `store` of a manifest; one of KNOWN_BLOCK_BYTES in a valid one."""
     return record.get("checksum_block", _UNRECORDED_BLOCK_BYTES)
 
 
 def checksum(data: memoryview, block: int = BLOCK_BYTES) -> str:
-    """64 bits over bytes, as hex. Guards against accidents (truncation, flipped bits, swapped tensors or blocks).
+    """64 bits over bytes, as hex; finds accidental damage: truncation, flipped bits, swapped tensors or blocks.
 
-    Up to 64 KiB: BLAKE2b. Above: sum over blocks of (2 i + 1) x (sum of the block's 64-bit words) modulo 2^64, plus
-    BLAKE2b of what is left. The weights are odd, so that no single flipped bit is lost, and differ, so that blocks
-    cannot change places. Words within one block can: pages of 4 KiB in each other's place are found across blocks of
-    16 KiB, and not within one. That, and any intent, is left to sha256, which `verify` checks.
+    Up to 64 KiB: BLAKE2b. Above: sum over blocks i of (2 i + 1) x (sum of the block's 64-bit words) modulo 2^64, plus
+    BLAKE2b of the rest that fills no block. The factors are odd, so that no single flipped bit is lost, and differ, so
+    that two blocks cannot change places unnoticed. Words within one block can: two pages of 4 KiB that change places
+    are found if they lie in different blocks. Those within one block, and changes on purpose, are found by the sha256
+    of the file, which `verify` compares.
     """
     if data.nbytes <= _SMALL_BYTES:
         return _blake(data).hex()
@@ -168,60 +173,42 @@ def _blake(data: memoryview) -> bytes:
 
 
 def open_store(file: Path) -> Store:
-    """Reads and checks the header. Raises ResultsError naming the file if it is missing, or no store that we wrote."""
+    """Reads the header with safetensors' own parser, which also checks that the tensors fill the file without gaps.
+
+    Raises ResultsError naming the file if it is missing, damaged, or holds what `write_results` never writes.
+    """
     if not file.is_file():
         raise ResultsError(f"{file}: the manifest names this store, but it is missing")
-    with naming(file, "read"), open(file, "rb") as opened:
-        size = opened.seek(0, 2)
-        opened.seek(0)
-        start = opened.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ResultsError(f"{file}: is no safetensors file, or truncated: it is {size} bytes long")
-        text = opened.read(length)
     try:
-        header = json.loads(text, parse_float=_refuse_number, parse_constant=_refuse_number)
-        if not isinstance(header, dict):
-            raise ValueError(f"got a {type(header).__name__}")
-        header.pop("__metadata__", None)
-        entries = {key: _entry(value, 8 + length) for key, value in header.items()}
-        _check_layout(entries, 8 + length, size)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ResultsError(f"{file}: its header is damaged: {str(error)[:200]}") from None
-    return Store(file, size, hashlib.sha256(start + text).hexdigest(), entries)
+        with naming(file, "read"), safe_open(file, framework="numpy") as opened, open(file, "rb") as raw:
+            start = raw.read(8)
+            header = start + raw.read(int.from_bytes(start, "little"))
+            entries = dict(_entries(opened, len(header)))
+            size = raw.seek(0, os.SEEK_END)
+    except (SafetensorError, ValueError) as error:
+        raise ResultsError(f"{file}: its header is damaged, or the file is truncated: {first_line(error)}") from None
+    return Store(file, size, hashlib.sha256(header).hexdigest(), entries)
 
 
-def _refuse_number(text: str) -> None:
-    raise ValueError(f"{text[:20]} is no whole number")
+def _entries(opened: safe_open, begin: int) -> Iterator[tuple[str, Entry]]:
+    """(store key, entry) of every tensor in the order of the file, the first one at byte `begin`."""
+    for key in opened.offset_keys():
+        described = opened.get_slice(key)
+        shape, dtype = tuple(described.get_shape()), DTYPES.get(described.get_dtype())
+        if dtype is None:
+            raise ValueError(f"{key}: dtype: got {described.get_dtype()}; allowed: {', '.join(DTYPES)}")
+        if begin % dtype.itemsize:
+            raise ValueError(f"{key}: a tensor is not aligned")
+        end = begin + math.prod(shape, start=dtype.itemsize)
+        yield key, Entry(dtype, shape, begin, end)
+        begin = end
 
 
-def _entry(value: dict, data_begin: int) -> Entry:
-    dtype, shape, (begin, end) = DTYPES[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
-    if shape and not 0 <= min(shape) <= max(shape) < 1 << 62:
-        raise ValueError(f"a tensor of shape {str(shape)[:80]}")
-    if end - begin != math.prod(shape, start=dtype.itemsize):
-        raise ValueError(f"{end - begin} bytes for {value['dtype']} of shape {str(shape)[:80]}")
-    return Entry(dtype, shape, data_begin + begin, data_begin + end)
+def read_tensors(store: Store, keys: Iterable[str], record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """CPU tensors on a private memory map of the store, each with a storage of its own, after comparing checksums.
 
-
-def _check_layout(entries: Mapping[str, Entry], data_begin: int, size: int) -> None:
-    """Tensors follow each other without gap or overlap to the end of the file."""
-    position = data_begin
-    for entry in sorted(entries.values(), key=itemgetter(2, 3)):
-        if entry.begin != position:
-            raise ValueError("tensors overlap, or there is a gap between them")
-        if entry.begin % entry.dtype.itemsize:
-            raise ValueError("a tensor is not aligned")
-        position = entry.end
-    if position != size:
-        raise ValueError(f"it describes {position} bytes, the file has {size}")
-
-
-def read_tensors(store: Store, keys: Iterable[str], record: Mapping) -> dict[str, Tensor]:
-    """CPU tensors on a private memory map of the store, after each was found to have its checksum.
-
-    record: what a valid manifest says of the store. Only the pages of these tensors are touched. Raises ResultsError
-    naming the file and the first damaged tensor.
+    record: the entry `store` of a valid manifest. Only the pages of these tensors are read. Raises ResultsError naming
+    the file and the first damaged tensor.
     """
     with naming(store.file, "read"), open(store.file, "rb") as opened:
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -233,7 +220,9 @@ def read_tensors(store: Store, keys: Iterable[str], record: Mapping) -> dict[str
     for key in dict.fromkeys(keys):
         dtype, shape, begin, end = store.entries[key]
         if checksum(data[begin:end], block) != checksums[key]:
-            raise ResultsError(f"{store.file}: tensor {key} has not the checksum in the manifest: the file is damaged")
+            raise ResultsError(
+                f"{store.file}: the checksum of tensor {key} is not the one in the manifest: the file is damaged"
+            )
         if begin == end:
             tensors[key] = torch.empty(shape, dtype=dtype)
         else:

@@ -1,6 +1,6 @@
-"""The checks of `python -m gemel verify`: one line each, and nothing in the folder is changed.
+"""The checks of `python -m gemel verify`: one line each; nothing in the folder is changed.
 
-ok: as it must be. skip: could not be checked, and why. FAIL: the result is damaged, or is not what its manifest says.
+ok: as it must be. skip: could not be checked, and why. FAIL: the result is damaged, or contradicts its manifest.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,14 +26,14 @@ INTERRUPTED = "of a commit that was interrupted; the next run rebuilds it"
 
 
 class Check(NamedTuple):
-    """One thing that was looked at."""
+    """One line of the output."""
 
     status: str
     what: str
 
 
 def print_checks(checks: Iterable[Check]) -> int:
-    """Prints a line per check as it comes; 1 if any failed, else 0."""
+    """Prints each check as soon as it is done; returns 1 if any failed, else 0."""
     failed = False
     for check in checks:
         print(f"{check.status:4}  {check.what}", flush=True)
@@ -42,7 +42,7 @@ def print_checks(checks: Iterable[Check]) -> int:
 
 
 class DatasetMissing(Exception):
-    """A task cannot be evaluated here, since its dataset is not there."""
+    """A task cannot be evaluated, because its dataset was not found."""
 
 
 class Evaluation(NamedTuple):
@@ -69,7 +69,7 @@ def _checks(path: Path, evaluations: Mapping[str, Evaluation], device: torch.dev
         return
     sharing = f"{len(manifest['tasks'])} tasks, {len(manifest['shared_layers'])} shared layers"
     yield Check(OK, f"{path / files.MANIFEST}: valid, {sharing}")
-    damaged = set()  # names of files that are not what the manifest says
+    damaged: set[str] = set()  # names of files whose sha256 is not the one in the manifest
     yield from _file_checks(path, manifest, damaged)
     yield from _other_files(path, manifest)
     try:
@@ -117,7 +117,7 @@ def _pending(path: Path) -> dict[str, str]:
 
 
 def _other_files(path: Path, manifest: dict) -> Iterator[Check]:
-    """What lies in the folder besides the files of the manifest."""
+    """Files in the folder that are not in the manifest."""
     left = {*files.leftovers(path), *(set(files.stores(path)) - set(manifest["files"]))}
     left |= {name for name in manifest["stale"] if size_of(path / name) is not None}
     for name in sorted(left):
@@ -128,7 +128,7 @@ def _other_files(path: Path, manifest: dict) -> Iterator[Check]:
     present = [*path.iterdir(), *((path / files.WEIGHTS).iterdir() if (path / files.WEIGHTS).is_dir() else ())]
     others = {str(file.relative_to(path)) for file in present} - known - {files.WEIGHTS}
     for name in sorted(others):
-        yield Check(SKIP, f"{str(path / name)!r}: none of the result's files; left alone")
+        yield Check(SKIP, f"{str(path / name)!r}: not a file of the result; not checked")
 
 
 def _checkpoint_check(path: Path, manifest: dict) -> Check:
@@ -138,15 +138,15 @@ def _checkpoint_check(path: Path, manifest: dict) -> Check:
     except ResultsError as error:
         return Check(FAIL, str(error))
     if bound_to != manifest["store"]["file"]:
-        return Check(OK, f"{file}: a round of another result; the next run removes it")
-    return Check(OK, f"{file}: a round in flight")
+        return Check(OK, f"{file}: the round in flight of another result; the next run removes it")
+    return Check(OK, f"{file}: the round in flight")
 
 
 def _same_tensors(path: Path, manifest: dict, store: Store, task: str, damaged: set[str]) -> Check:
     """The .pt file holds the task's tensors, bit for bit."""
     name, keys = f"{files.WEIGHTS}/{task}.pt", manifest["tensors"][task]
     if name in damaged:
-        return Check(SKIP, f"{path / name}: not compared with the store, as it is not the manifest's")
+        return Check(SKIP, f"{path / name}: not compared with the store, as its sha256 is not the manifest's")
     try:
         state = torch.load(path / name, map_location="cpu", weights_only=True)
         tensors = read_tensors(store, keys.values(), manifest["store"])
@@ -161,8 +161,8 @@ def _same_tensors(path: Path, manifest: dict, store: Store, task: str, damaged: 
     for key, tensor in stored.items():
         if not _same_bits(state[key], tensor):
             return Check(FAIL, f"{path / name}: {key!r} is not the tensor in the store")
-    with_adapters_text = f", {len(layers)} with their residuals folded in" if layers else ""
-    return Check(OK, f"{path / name}: {len(stored)} tensors, all as in the store{with_adapters_text}")
+    folded = f", {len(layers)} layers with their adapters folded in" if layers else ""
+    return Check(OK, f"{path / name}: {len(stored)} tensors, all as in the store{folded}")
 
 
 def _same_bits(value: object, stored: torch.Tensor) -> bool:
@@ -210,8 +210,10 @@ def _loaded_checks(
 
 
 def _tie_checks(path: Path, manifest: dict, loaded: Mapping[str, nn.Module]) -> Iterator[Check]:
-    """Every shared layer is the same parameter object in its tasks, and no other parameter or buffer is."""
-    explained, wrong, checked = set(), [], 0
+    """Every shared layer is the same parameter object in all its tasks; no other parameter or buffer is shared."""
+    explained: set[int] = set()
+    wrong: list[str] = []
+    checked = 0
     for group in manifest["shared_layers"]:
         places = [(o["task"], o["layer"]) for o in group["occurrences"] if o["task"] in loaded]
         layers = [loaded[task].get_submodule(layer) for task, layer in places]

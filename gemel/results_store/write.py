@@ -1,24 +1,26 @@
-"""The results folder: every distinct tensor once, a manifest that says which model uses which, and loading it back.
+"""Writing a results folder: every distinct tensor once, and a manifest that says which model uses which.
 
     merged-<sha>.safetensors   the store; keys are named by content, one key per tensor object
-    weights/<task>.pt          full state_dict of every task, plain PyTorch, residuals folded in
+    weights/<task>.pt          full state dict of every task, plain PyTorch, adapters folded in
     workload_stats.json        memory saved over time
-    in_flight.pt               a round that is not decided yet, while a run is going on
+    in_flight.pt               the round that is not decided yet, while a run lasts
     merged.json                the manifest, replaced last: a folder without it is not a result
 
-Two state-dict entries with the same store key are one tensor in memory: that alone is the record of what is shared.
-The order of a commit: the store, under its new name; temporaries of everything else, the new manifest last; these are
-renamed, the manifest last; what the old manifest named is collected. Killed before the last rename, the folder holds
-the old result, though some .pt files may be the new one's already: `repair` rebuilds them from the store.
+Two state-dict entries with the same store key are one tensor in memory: this is the only record of what is shared.
+A commit writes the store under its new name; then temporaries of all other files, the new manifest last; then renames
+them, the manifest last; then removes the files of the old result. If the process is killed before the last rename, the
+folder holds the old result, though some .pt files may already be those of the new one: `repair` rebuilds them from the
+store.
 """
 
 import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
+from gemel.forward.modes import Models
 from gemel.results_store import files
 from gemel.results_store.files import (
     IN_FLIGHT,
@@ -35,7 +37,6 @@ from gemel.results_store.files import (
 )
 from gemel.results_store.manifest import (
     FORMAT,
-    NORMALISATION,
     adapted_layers,
     assert_valid,
     has_results,
@@ -44,8 +45,10 @@ from gemel.results_store.manifest import (
     read_result,
     seal,
 )
+from gemel.results_store.schema import NORMALISATION
 from gemel.results_store.tensors import (
     BLOCK_BYTES,
+    Store,
     checksum,
     name_by_content,
     open_store,
@@ -58,18 +61,21 @@ from gemel.sharing.adapters import plain_state
 # ---- writing a result -----------------------------------------------------------------------------------
 
 
-def write_results(path: str | Path, models: Mapping[str, nn.Module], manifest: dict, statistics: dict) -> dict:
-    """Writes a complete result and returns the manifest as written (README, "Results", says what is filled in).
+def write_results(
+    path: str | Path, models: Models, manifest: dict[str, Any], statistics: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes a complete result and returns the manifest as written.
 
-    Until the last step, the replacement of merged.json, a reader of the folder sees the result that was there before.
-    What is the same as there is not written again. Raises ResultsError, naming the file, when the system refuses a
-    write: the folder then holds the result of before, or, if only removing old files failed, the new one.
+    manifest: tasks, shared_layers, memory and run; the other parts are filled in. statistics: workload_stats.json.
+    Until the last step, the replacement of merged.json, a reader of the folder sees the previous result. Files that
+    would not change are not written again. Raises ResultsError, naming the file, if the operating system refuses a
+    write: the folder then holds the previous result, or the new one if only the removal of old files failed.
     """
     path = Path(path)
     files.make_folder(path)
     files.make_folder(path / files.WEIGHTS)
     before = read_manifest(path) if has_results(path) else None
-    if before is not None and (path / PENDING).exists():  # a commit was cut short: the .pt files are not what it says
+    if before is not None and (path / PENDING).exists():  # a commit was interrupted: some .pt files are not `before`'s
         repair(path)
         before = read_manifest(path)
     keys, tensors = name_by_content(models)
@@ -80,11 +86,11 @@ def write_results(path: str | Path, models: Mapping[str, nn.Module], manifest: d
     try:
         for task in keys:
             name = f"{files.WEIGHTS}/{task}.pt"
-            unchanged = before is not None and before["tensors"].get(task) == keys[task]
-            written[name] = _carried(path, name, before) if unchanged else None
-            if written[name] is None:
-                layers = adapted_layers(manifest["shared_layers"], task)
-                written[name] = _stage(path, name, _pt_bytes(keys[task], tensors, layers), staged)
+            carried = None
+            if before is not None and before["tensors"].get(task) == keys[task]:
+                carried = _carried(path, name, before)
+            layers = adapted_layers(manifest["shared_layers"], task)
+            written[name] = carried or _stage(path, name, _pt_bytes(keys[task], tensors, layers), staged)
         written[STATISTICS] = _stage(path, STATISTICS, json_bytes(statistics), staged)
         new = _completed(new, written, before)
         assert_valid(new, open_store(path / new["store"]["file"]))
@@ -97,7 +103,7 @@ def write_results(path: str | Path, models: Mapping[str, nn.Module], manifest: d
     return new
 
 
-def update_run(path: str | Path, run: dict) -> dict:
+def update_run(path: str | Path, run: dict[str, Any]) -> dict[str, Any]:
     """Replaces the `run` part of the manifest, atomically, and returns the manifest."""
     path = Path(path)
     manifest = seal({**read_manifest(path), "run": run})
@@ -106,7 +112,7 @@ def update_run(path: str | Path, run: dict) -> dict:
 
 
 def _put_store(path: Path, keys: dict, tensors: dict, before: dict | None) -> tuple[dict, Written]:
-    """Writes the store, unless it is the one that is there; (its entry in the manifest, what the file holds)."""
+    """Writes the store, unless the folder holds it already; (its entry in the manifest, what was written)."""
     if before is not None and before["tensors"] == keys:
         carried = _carried(path, before["store"]["file"], before)
         if carried is not None:
@@ -126,7 +132,7 @@ def _put_store(path: Path, keys: dict, tensors: dict, before: dict | None) -> tu
 
 
 def _carried(path: Path, name: str, before: dict) -> Written | None:
-    """What the manifest says of a file that need not be written again; None if it is not there in its full size."""
+    """The manifest's record of a file that need not be written again; None if it is missing or of another size."""
     size = before["file_bytes"][name]
     return Written(before["files"][name], size) if size_of(path / name) == size else None
 
@@ -136,7 +142,7 @@ def _is(file: Path, digest: str) -> bool:
 
 
 def _pt_bytes(keys: Mapping[str, str], tensors: Mapping, layers: Iterable[str]) -> memoryview:
-    """The state dict of one task as torch.save writes it; the residuals of these layers are in their weights."""
+    """The state dict of one task as torch.save writes it, with the adapters of these layers folded in."""
     buffer = io.BytesIO()
     torch.save(plain_state({name: tensors[key] for name, key in keys.items()}, layers), buffer)
     return buffer.getbuffer()
@@ -150,7 +156,7 @@ def _stage(path: Path, name: str, content: bytes | memoryview, staged: dict[Path
 
 
 def _completed(manifest: dict, written: Mapping[str, Written], before: dict | None) -> dict:
-    """With the parts that this module fills in."""
+    """The manifest with the parts that are known once all other files are staged, sealed."""
     old = {} if before is None else {**before["stale"], **before["files"]}
     return seal(
         {
@@ -163,10 +169,10 @@ def _completed(manifest: dict, written: Mapping[str, Written], before: dict | No
 
 
 def _switch(path: Path, staged: Mapping[Path, Path]) -> None:
-    """Renames everything, the manifest last.
+    """Renames all staged files, the manifest last.
 
-    When that fails half way, the new manifest stays beside the old one, under its temporary name: it is the record of
-    what the files that were renamed already are.
+    If a rename fails after others succeeded, the new manifest stays beside the old one under its temporary name, as the
+    record of the files that were already renamed.
     """
     try:
         for temporary, target in staged.items():
@@ -181,9 +187,9 @@ def _switch(path: Path, staged: Mapping[Path, Path]) -> None:
 
 
 def _collect(path: Path, before: dict | None, manifest: dict) -> None:
-    """Removes what the result of before named and this one does not, other stores, and temporaries of a killed run.
+    """Removes files of the previous result that are not in this one, other stores, and temporaries of a killed run.
 
-    Only names that are ours: whatever else a user keeps in the folder stays.
+    Only under names that this package gives: other files that a user keeps in the folder stay.
     """
     old = set(stores(path)) - {manifest["store"]["file"]}
     if before is None or before["store"]["file"] != manifest["store"]["file"]:
@@ -194,7 +200,7 @@ def _collect(path: Path, before: dict | None, manifest: dict) -> None:
 
 
 def foreign_files(path: str | Path, tasks: Iterable[str]) -> list[str]:
-    """Files that a result would overwrite although no run of ours wrote them; ours write the store first."""
+    """Files that a result would overwrite although no run wrote them (a run writes the store first)."""
     path = Path(path)
     if has_results(path) or stores(path):
         return []
@@ -202,15 +208,15 @@ def foreign_files(path: str | Path, tasks: Iterable[str]) -> list[str]:
     return [name for name in names if (path / name).exists()]
 
 
-# ---- mending --------------------------------------------------------------------------------------------
+# ---- repair ---------------------------------------------------------------------------------------------
 
 
 def repair(path: str | Path) -> list[str]:
-    """Makes an existing result whole again at the start of a run; returns one line per thing that was done.
+    """Repairs an existing result at the start of a run; returns one line per file that was rebuilt or removed.
 
-    Checks the sha256 of the store (the one file that nothing else could replace), rebuilds from it every .pt and
-    statistics file that is not what the manifest says, and removes temporaries. Raises ResultsError naming the file if
-    the manifest or the store is damaged, or if something cannot be written.
+    Compares the sha256 of the store (the one file that cannot be rebuilt from others), rebuilds from it every .pt and
+    statistics file whose sha256 is not the one in the manifest, and removes temporaries. Raises ResultsError naming the
+    file if the manifest or the store is damaged, or if a file cannot be written.
     """
     path = Path(path)
     manifest, store = read_result(path)
@@ -235,7 +241,7 @@ def repair(path: str | Path) -> list[str]:
     return done
 
 
-def _rebuilt(manifest: dict, store, name: str) -> bytes | memoryview:
+def _rebuilt(manifest: dict, store: Store, name: str) -> bytes | memoryview:
     if name == STATISTICS:
         return json_bytes(statistics_of(manifest))
     task = name.removeprefix(f"{files.WEIGHTS}/").removesuffix(".pt")
@@ -244,8 +250,8 @@ def _rebuilt(manifest: dict, store, name: str) -> bytes | memoryview:
     return _pt_bytes(keys, tensors, adapted_layers(manifest["shared_layers"], task))
 
 
-def statistics_of(manifest: Mapping) -> dict:
-    """What workload_stats.json holds."""
+def statistics_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of workload_stats.json."""
     memory = manifest["memory"]
     return {
         "total_bytes": memory["unmerged_bytes"],
@@ -255,7 +261,7 @@ def statistics_of(manifest: Mapping) -> dict:
 
 
 def _replace_files(path: Path, manifest: dict, contents: Mapping[str, bytes | memoryview]) -> None:
-    """Replaces files and, last, what the manifest says of them."""
+    """Replaces files and, last, their digests and sizes in the manifest."""
     staged: dict[Path, Path] = {}
     try:
         written = {name: _stage(path, name, content, staged) for name, content in contents.items()}

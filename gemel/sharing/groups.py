@@ -150,7 +150,7 @@ def from_plain(plain: list[dict]) -> Configuration:
             g["bytes"],
             tuple(Occurrence(o["task"], o["layer"]) for o in g["occurrences"]),
             g.get("rank", 0),
-            g.get("adapter_bytes", 0),
+            g.get("adapter_bytes", g.get("residual_bytes", 0)),  # the key of earlier versions
         )
         for g in plain
     )

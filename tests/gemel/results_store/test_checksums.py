@@ -1,4 +1,4 @@
-"""Checksums of a store: what they find, and those of results of before, whose blocks were smaller."""
+"""Checksums of a store: what they find, and those of earlier versions, whose blocks were smaller."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def load(path: Path, **options) -> dict[str, nn.Module]:
 
 
 def rewritten(path: Path, **record) -> None:
-    """The manifest says something else of the store; ... takes a part away."""
+    """Changes the entry `store` of the manifest; ... removes a key."""
     manifest = json.loads((path / "merged.json").read_text())
     manifest["store"].update(record)
     manifest["store"] = {part: value for part, value in manifest["store"].items() if value is not ...}
@@ -45,7 +45,7 @@ def content_of(path: Path) -> tuple[Path, bytearray, slice]:
 
 
 def as_before(path: Path) -> None:
-    """Makes a result the one that was written before the manifest said how large blocks are."""
+    """Makes a result one of the versions whose manifest did not name the size of the blocks."""
     _, store = read_result(path)
     content = memoryview(bytearray(store.file.read_bytes()))
     sums = {key: checksum(content[entry.begin : entry.end], 4096) for key, entry in store.entries.items()}
@@ -53,7 +53,7 @@ def as_before(path: Path) -> None:
 
 
 def swap_pages(path: Path, a: int, b: int) -> None:
-    """Two pages of the large tensor in each other's place."""
+    """Two pages of the large tensor change places."""
     file, content, where = content_of(path)
     values = content[where]
     pages = [values[begin : begin + PAGE] for begin in range(0, len(values), PAGE)]
@@ -69,9 +69,9 @@ def flip(path: Path, position: int) -> None:
     file.write_bytes(content)
 
 
-# The first column: as it was computed when blocks of 4 KiB were the only ones.
+# The first column: blocks of 4 KiB, as earlier versions computed it.
 @pytest.mark.parametrize(
-    "size, of_before, new",
+    "size, earlier, new",
     [
         (0, "e4a6a0577479b2b4", "e4a6a0577479b2b4"),
         (65536, "495908c9824b8e1e", "495908c9824b8e1e"),
@@ -80,9 +80,9 @@ def flip(path: Path, position: int) -> None:
         (131072, "705b2911ae7d3941", "b28234b3abaa45c6"),
     ],
 )
-def test_checksums_stay_what_they_are(size, of_before, new):
+def test_checksums_stay_what_they_are(size, earlier, new):
     data = memoryview(bytearray(i * 167 // 256 % 251 for i in range(size)))
-    assert (checksum(data, 4096), checksum(data)) == (of_before, new)
+    assert (checksum(data, 4096), checksum(data)) == (earlier, new)
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -96,19 +96,19 @@ def test_damage_in_a_large_tensor_is_found(tmp_path, before):
     file, intact, _ = content_of(tmp_path)
     for position in (0, PAGE, 70_001, -1):
         flip(tmp_path, position)
-        with pytest.raises(ResultsError, match=f"{file.name}: tensor .* has not the checksum"):
+        with pytest.raises(ResultsError, match=f"{file.name}: the checksum of tensor .* is not"):
             load(tmp_path)
         file.write_bytes(intact)
     for a, b in ((0, 4), (3, 4), (2, 35), (7, 8)):
         swap_pages(tmp_path, a, b)
-        with pytest.raises(ResultsError, match=f"{file.name}: tensor .* has not the checksum"):
+        with pytest.raises(ResultsError, match=f"{file.name}: the checksum of tensor .* is not"):
             load(tmp_path)
         file.write_bytes(intact)
     assert same_state(models, load(tmp_path))
 
 
 def test_pages_within_one_block_are_found_by_sha256_alone(tmp_path):
-    """In a result of before, whose blocks are pages, the checksum finds them as well."""
+    """In a result of an earlier version, whose blocks are pages, the checksum finds them as well."""
     models = large_models()
     write(tmp_path / "new", models)
     write(tmp_path / "before", models)
@@ -119,12 +119,12 @@ def test_pages_within_one_block_are_found_by_sha256_alone(tmp_path):
     with pytest.raises(ResultsError, match="its sha256 is not the one in the manifest"):
         load(tmp_path / "new", verify=True)
     assert any(check.status == FAIL for check in verify(tmp_path / "new"))
-    with pytest.raises(ResultsError, match="has not the checksum"):
+    with pytest.raises(ResultsError, match="the checksum of tensor .* is not"):
         load(tmp_path / "before")
 
 
-def test_a_result_of_before_goes_on(tmp_path):
-    """What is written again unchanged keeps its checksums; a store that is new has new ones."""
+def test_a_result_of_an_earlier_version_can_be_updated(tmp_path):
+    """A store that does not change keeps its checksums; a new store has new ones."""
     models = large_models()
     write(tmp_path, models)
     as_before(tmp_path)
@@ -153,7 +153,7 @@ def test_a_block_that_is_not_that_of_the_checksums_is_damage(tmp_path):
     write(tmp_path, models)
     for block in (4096, ...):
         rewritten(tmp_path, checksum_block=block)
-        with pytest.raises(ResultsError, match="has not the checksum"):
+        with pytest.raises(ResultsError, match="the checksum of tensor .* is not"):
             load(tmp_path)
     as_before(tmp_path)
     rewritten(tmp_path, checksum_block=4096)  # what it means without

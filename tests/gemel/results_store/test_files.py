@@ -1,8 +1,9 @@
-"""Every call that writes, refused in turn; the lock; what a killed run leaves."""
+"""Each call that writes fails in turn; the checkpoint; the lock; temporaries of a killed run."""
 
 import builtins
 import copy
 import errno
+import fcntl
 import logging
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from results_samples import fresh_models, pico_models, same_state, tree, write
+from results_samples import fresh_models, pico_models, same_state, slim_models, tree, write
 
 from gemel.results_store import files as results_files
 from gemel.results_store.checkpoint import read_checkpoint, write_checkpoint
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Faults:
-    """Counts every call that changes the disk below a folder, and refuses one of them."""
+    """Counts every call that changes the disk below a folder, and makes one of them fail."""
 
     def __init__(self, patch, folder: Path, error: int = 0, failing: int = -1):
         self.folder, self.error, self.failing, self.calls = str(folder), error, failing, []
@@ -95,7 +96,7 @@ def first_result(path: Path) -> None:
 
 
 def second_result(path: Path) -> None:
-    """Another result, of one task less, over the first one; a checkpoint and leftovers have to go."""
+    """Another result with one task less over the first one; removes a checkpoint and temporaries."""
     models = changed(two_models())
     del models["c_x"]
     write(path, models)
@@ -143,7 +144,7 @@ def equal(a: dict | None, b: dict | None) -> bool:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_refused_write_leaves_a_valid_result_and_names_the_file(step, tmp_path, monkeypatch):
-    """Bar: ENOSPC and EACCES at every call that writes; the last valid result, or the new one, and a clear error."""
+    """ENOSPC and EACCES at every call that writes: the old result or the new one stays valid, with a clear error."""
     prepare, act = STEPS[step]
     counted = tmp_path / "counted" / "results"
     prepare(counted)
@@ -225,7 +226,13 @@ def test_the_same_result_written_again_keeps_the_checkpoint(tmp_path):
 
 # ---- the lock -------------------------------------------------------------------------------------------
 
-TRY = "import sys; sys.path.insert(0, {root!r})\nfrom gemel.results_store.files import lock\nwith lock({path!r}): print('mine')"
+TRY = """
+import sys
+sys.path.insert(0, {root!r})
+from gemel.results_store.files import lock
+with lock({path!r}):
+    print("mine")
+"""
 
 
 def other_process(path: Path) -> subprocess.CompletedProcess:
@@ -264,10 +271,36 @@ def test_a_lock_that_cannot_be(tmp_path, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(results_files.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     with caplog.at_level(logging.WARNING), lock(tmp_path):
         pass
     assert "cannot be locked on this file system" in caplog.text
+
+
+WITHOUT_FCNTL = """
+import sys
+sys.modules["fcntl"] = None  # as on Windows, which has no such module
+sys.path.insert(0, {root!r})
+from gemel import load_merged
+from gemel.results_store.files import ResultsError, lock
+from gemel.results_store.verify import FAIL, verify
+assert sorted(load_merged({path!r}, verify=True)) == ["a_slim", "b_slim"]
+assert not [check for check in verify({path!r}) if check.status == FAIL]
+try:
+    with lock({path!r} + "/new"):
+        raise AssertionError("locked")
+except ResultsError as error:
+    print(error)
+"""
+
+
+def test_without_fcntl_results_are_loaded_and_verified_and_a_merge_says_what_it_needs(tmp_path):
+    write(tmp_path, slim_models())
+    command = [sys.executable, "-c", WITHOUT_FCNTL.format(root=str(ROOT), path=str(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path}/new: cannot be locked: merging needs an operating system with fcntl")
+    assert not (tmp_path / "new").exists()
 
 
 def test_same_models_same_files(tmp_path):

@@ -1,8 +1,7 @@
-"""Bar: mutated manifests and files are refused with one clear line each; none executes or writes anything.
+"""Changed manifests and files are refused with one clear line each; none of them executes or writes anything.
 
-Whoever mutates seals the manifest again where that makes it harder for us, so it is not the seal alone that refuses.
-A mutation counts if it changes what the folder means: what cannot be known to be wrong (another accuracy, say, in a
-manifest that was sealed again) is no mutation but another result.
+Most changed manifests are sealed again, so that they have to be refused by more than their seal. Only changes that can
+be recognised count: a sealed manifest with another accuracy, say, is simply another result.
 """
 
 import copy
@@ -36,7 +35,7 @@ Mutation = tuple[str, Callable[[Path], None]]
 
 
 class Payload:
-    """Unpickled by a careless reader, it makes a file beside the results."""
+    """Makes a folder beside the results if it is unpickled without weights_only=True."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -226,7 +225,7 @@ def header_of(path: Path) -> tuple[dict, bytes]:
 
 
 def edit_header(path: Path, change: Callable[[dict], object], data: bytes | None = None, seal_it: bool = True) -> None:
-    """Another header, of which the manifest is told everything that it says of the store but the sha256."""
+    """Another header; if sealed, the manifest gets its digest and the new length of the store."""
     header, old = header_of(path)
     change(header)
     encoded = json.dumps(header).encode()
@@ -263,7 +262,7 @@ HEADERS = {
 
 
 def swapped_tensors(path: Path, number: int, level: str) -> None:
-    """Two tensors of one size in each other's place: in the data, or in the header; and the manifest made to agree."""
+    """Two tensors of one size change places in the data or in the header; `level` says what is made to agree."""
     header, data = header_of(path)
     by_size: dict[int, list[str]] = {}
     for key, entry in header.items():
@@ -293,7 +292,7 @@ def swapped_tensors(path: Path, number: int, level: str) -> None:
 
 
 def told(name: str, change: Callable[[Path], None]) -> Callable[[Path], None]:
-    """A change of a file of which the manifest is told."""
+    """A change of a file, whose new sha256 and size are put into the manifest."""
 
     def mutate(path: Path) -> None:
         change(path / name)
@@ -392,7 +391,7 @@ def test_mutated_folders_are_refused_and_do_nothing(original, tmp_path):
 
 
 def test_a_manifest_that_was_only_laid_out_anew_is_accepted(original, tmp_path):
-    """So the test above does not pass because everything is refused."""
+    """The test above does not pass only because everything is refused."""
     shutil.copytree(original, tmp_path / "results")
     manifest = json.loads((original / "merged.json").read_text())
     anew = json.dumps(dict(reversed(manifest.items())), indent=7)
@@ -401,6 +400,6 @@ def test_a_manifest_that_was_only_laid_out_anew_is_accepted(original, tmp_path):
 
 
 def test_the_payload_works(tmp_path):
-    """Were it unpickled, the test above would see it."""
+    """If it were unpickled, the test above would fail."""
     pickle.loads(pickle.dumps(Payload(tmp_path)))
     assert (tmp_path / SENTINEL).is_dir()

@@ -1,4 +1,4 @@
-"""Loading a result back: ties, their survival, damage, models built without initialisation."""
+"""Loading a result: ties and what they survive, damage, models built without initialisation."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ from gemel.results_store.load import build_empty, load_merged
 from gemel.sharing.groups import find_groups
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.tying import is_tied, tie
-from model_architectures import build, rebuild, register
+from model_architectures import build, names, rebuild, register
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -138,7 +138,7 @@ def test_every_module_is_in_eval_mode(models, tmp_path):
 
 
 class AlwaysTraining(PicoNet):
-    """Its own way to be in eval mode: the norm stays in training mode."""
+    """Overrides train(), so that its norm stays in training mode."""
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -146,8 +146,8 @@ class AlwaysTraining(PicoNet):
         return self
 
 
-def test_a_model_with_its_own_way_to_be_in_eval_mode_keeps_it(models, tmp_path):
-    """By its class, or by an attribute of one of its modules."""
+def test_a_model_that_overrides_train_keeps_its_way(models, tmp_path):
+    """Overridden in its class, or by an attribute of one of its modules."""
     write(tmp_path, models)
     fresh = {**fresh_models(), "b_x": AlwaysTraining(4)}
     held = fresh["c_x"].bn1
@@ -169,7 +169,7 @@ def test_only_the_tensors_of_the_tasks_asked_for_are_read(models, tmp_path):
     store_of(tmp_path).write_bytes(content)
     loaded = load_merged(tmp_path, fresh_models(), tasks=["c_x", "a_x"])
     assert list(loaded) == ["a_x", "c_x"] and loaded["a_x"].conv1.weight is loaded["c_x"].conv1.weight
-    with pytest.raises(ResultsError, match=f"{store_of(tmp_path).name}: tensor {private} has not the checksum"):
+    with pytest.raises(ResultsError, match=f"{store_of(tmp_path).name}: the checksum of tensor {private} is not"):
         load_merged(tmp_path, fresh_models(), tasks=["b_x"])
     with pytest.raises(ResultsError, match="tasks: got d_x; allowed: a_x, b_x, c_x"):
         load_merged(tmp_path, fresh_models(), tasks=["d_x"])
@@ -224,7 +224,7 @@ def test_models_that_do_not_fit_are_refused_and_left_as_they_are(models, tmp_pat
 
 
 def attributes(model: nn.Module) -> dict:
-    """What a model is besides its parameters: buffers and plain attributes."""
+    """Everything of a model except parameters: buffers and plain attributes."""
     own = {
         (name, key): value
         for name, module in model.named_modules()
@@ -245,6 +245,8 @@ def alike(a, b) -> bool:
 
 
 SOME = [
+    "slim_resnet",
+    "yolov3_tiny",
     "swin_v2_t",
     "mobilenet_v3_small",
     "fasterrcnn_mobilenet_v3_large_320_fpn",
@@ -270,6 +272,12 @@ def test_a_model_built_empty_is_the_model_without_values(name):
     check_empty(name)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", names())
+def test_every_model_built_empty_is_the_model_without_values(name):
+    check_empty(name)
+
+
 def test_a_detector_is_complete_after_loading(tmp_path):
     torch.manual_seed(0)
     kwargs = {"layers": [1, 1], "width": 4, "out_channels": 32, "head_convs": 1, "min_size": 48, "max_size": 64}
@@ -280,14 +288,14 @@ def test_a_detector_is_complete_after_loading(tmp_path):
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-def test_nothing_is_left_behind_by_building_empty():
+def test_building_empty_leaves_torch_as_it_was():
     state = torch.get_rng_state()
     build_empty({"name": "slim_resnet", "num_classes": 3, "kwargs": {}}, 50)
     assert torch.equal(state, torch.get_rng_state())
     assert not PicoNet().conv1.weight.is_meta
 
 
-def test_a_builder_for_which_it_does_not_work_out_is_run_as_it_is(monkeypatch):
+def test_a_builder_that_needs_values_is_run_as_it_is(monkeypatch):
     monkeypatch.setattr("model_architectures.registry._BUILDERS", {})
 
     @register("odd")
@@ -300,7 +308,7 @@ def test_a_builder_for_which_it_does_not_work_out_is_run_as_it_is(monkeypatch):
     assert not model.norm.is_meta and not model.fc.weight.is_meta
 
 
-def test_an_architecture_without_end_is_given_up():
+def test_an_architecture_with_far_too_many_parameters_is_refused():
     endless = {"name": "slim_resnet", "num_classes": 3, "kwargs": {"layers": [1, 10**8], "width": 1}}
     with pytest.raises(ValueError, match="more than 1200 parameters, where 50 tensors are stored"):
         build_empty(endless, 50)

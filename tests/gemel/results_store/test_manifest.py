@@ -1,4 +1,4 @@
-"""What a manifest must be to be believed. (Many more wrong ones: test_results_fuzz.py.)"""
+"""What a manifest must be to be accepted. (Many more that are refused: test_fuzz.py.)"""
 
 import json
 
@@ -23,7 +23,7 @@ def test_a_folder_without_manifest_is_no_result(tmp_path):
         ('{"format": 9}', "got 9; allowed: 1"),
         ('{"format": 1}', "normalisation is missing; tasks is missing; shared_layers is missing; and 8 more"),
         ('{"format": 1, "format": 1}', "a key is repeated among"),
-        ('{"format": NaN}', "NaN is no number of JSON"),
+        ('{"format": NaN}', "NaN is not a number in JSON"),
     ],
 )
 def test_a_manifest_that_cannot_be_used(tmp_path, text, message):
@@ -65,7 +65,7 @@ def test_the_seal_is_over_the_content_not_the_layout():
         ("shared_layers", lambda layers: layers[0]["occurrences"][0].update(task="d_x"), "there is no task 'd_x'"),
         ("shared_layers", lambda layers: layers[0]["occurrences"].append(layers[0]["occurrences"][0]), "occurs twice"),
         ("stale", lambda stale: stale.update({"weights/../x.pt": "0" * 64}), "stale: got 'weights/../x.pt'"),
-        ("files", lambda files: files.update({"../x": "0" * 64}), "files: '../x' is none of ours"),
+        ("files", lambda files: files.update({"../x": "0" * 64}), "files: '../x' is not a file of a result"),
         ("files", lambda files: files.pop("weights/a_x.pt"), "files: 'weights/a_x.pt' is missing"),
     ],
 )
@@ -79,13 +79,31 @@ def test_parts_that_do_not_agree(tmp_path, part, change, message):
 
 @pytest.mark.parametrize("names", [["car", "lorry"], None, ...])
 def test_class_names_may_be_there(tmp_path, names):
-    """A manifest of before has none."""
+    """Manifests of earlier versions have none."""
     manifest = write(tmp_path, pico_models())
     if names is not ...:
         manifest["tasks"]["a_x"]["class_names"] = names
     (tmp_path / "merged.json").write_text(json.dumps(seal(manifest)))
     read, _ = read_result(tmp_path)
     assert read["tasks"]["a_x"].get("class_names", ...) == names
+
+
+@pytest.mark.parametrize("permuted", [True, False, ...])
+def test_a_task_may_say_whether_it_is_permuted(tmp_path, permuted):
+    manifest = write(tmp_path, pico_models())
+    if permuted is not ...:
+        manifest["tasks"]["a_x"]["permuted"] = permuted
+    (tmp_path / "merged.json").write_text(json.dumps(seal(manifest)))
+    assert read_result(tmp_path)[0]["tasks"]["a_x"].get("permuted", ...) == permuted
+
+
+@pytest.mark.parametrize("permuted", [None, 1, "true", []])
+def test_whether_a_task_is_permuted_is_true_or_false(tmp_path, permuted):
+    manifest = write(tmp_path, pico_models())
+    manifest["tasks"]["a_x"]["permuted"] = permuted
+    (tmp_path / "merged.json").write_text(json.dumps(seal(manifest)))
+    with pytest.raises(ResultsError, match="a_x: permuted: got .*; allowed: true or false"):
+        read_manifest(tmp_path)
 
 
 def test_a_change_by_hand_is_noticed(tmp_path):

@@ -39,7 +39,7 @@ def modules(monkeypatch):
 
 @pytest.fixture
 def merged(entries, data, tmp_path):
-    """A result of two trained classifiers with one layer tied, as it evaluates."""
+    """A result of two trained classifiers with one layer tied, with their measured accuracies."""
     tasks, _ = read_workload({name: entries[name] for name in ("north_pico", "south_pico")})
     models = nn.ModuleDict({name: task.model for name, task in tasks.items()}).eval()
     (group,) = [g for g in find_groups(models) if g.occurrences[0].layer == "conv1"]
@@ -110,12 +110,12 @@ def test_what_else_lies_in_the_folder_is_named(tmp_path, capsys):
     (tmp_path / "weights" / "a_slim.pt.tmp").write_text("x")
     (tmp_path / "merged-0123456789abcdef.safetensors").write_text("x")
     code, printed = run(capsys, tmp_path)
-    assert code == 0 and "in_flight.pt: a round in flight" in printed
-    assert "notes.txt': none of the result's files; left alone" in printed
+    assert code == 0 and "in_flight.pt: the round in flight" in printed
+    assert "notes.txt': not a file of the result; not checked" in printed
     assert printed.count("left by a run that was interrupted; the next one removes it") == 2
 
 
-def test_damage_is_named_and_the_exit_code_is_by_the_worst(tmp_path, capsys):
+def test_damage_is_named_and_one_failure_makes_the_exit_code_1(tmp_path, capsys):
     manifest = write(tmp_path, slim_models())
     file = tmp_path / manifest["store"]["file"]
     content = bytearray(file.read_bytes())
@@ -140,7 +140,7 @@ def test_a_wrong_command_is_exit_code_2(merged, tmp_path, capsys):
 
 
 def test_ties_are_looked_at_after_loading(tmp_path, capsys, monkeypatch):
-    """A loader that does not tie is found out, and so is one that ties too much."""
+    """Both a loader that does not tie and one that ties too much are found."""
     from gemel.results_store import verify as results_verify
 
     write(tmp_path / "tied", slim_models())
@@ -155,7 +155,7 @@ def test_ties_are_looked_at_after_loading(tmp_path, capsys, monkeypatch):
     assert code == 1 and "is shared with a_slim, but in no shared layer" in printed
 
 
-def test_a_run_part_of_any_shape_does_no_harm(tmp_path, capsys):
+def test_verify_accepts_any_content_of_run(tmp_path, capsys):
     write(tmp_path, pico_models())
     update_run(tmp_path, {"flags": 7})
     assert run(capsys, tmp_path)[0] == 0

@@ -1,4 +1,4 @@
-"""Writing, repairing and finding a result; what fails in the middle of it."""
+"""Writing and repairing a result, and writes that are interrupted."""
 
 import copy
 import json
@@ -123,7 +123,7 @@ def test_update_run_changes_nothing_else(models, tmp_path):
 
 
 def test_what_is_not_a_result_is_not_written(models, tmp_path):
-    """Our own invariants: a manifest that readers would refuse never replaces one that they accept."""
+    """A manifest that readers would refuse never replaces one that they accept."""
     write(tmp_path, models)
     before = tree(tmp_path)
     for change in ({"shared_layers": []}, {"tasks": {}}, {"memory": {}}):
@@ -183,7 +183,7 @@ def test_files_of_a_task_that_was_removed_are_collected_even_after_a_kill(models
     assert not (tmp_path / "weights" / "c_x.pt").exists()
 
 
-def test_only_files_of_ours_are_overwritten(models, tmp_path):
+def test_only_files_that_a_run_wrote_are_overwritten(models, tmp_path):
     (tmp_path / "in_flight.pt").write_bytes(b"the user's")
     assert foreign_files(tmp_path, models) == ["in_flight.pt"]
     (tmp_path / "in_flight.pt").unlink()
@@ -214,8 +214,8 @@ def test_nothing_is_written_through_a_link(models, tmp_path):
 
 
 @pytest.mark.parametrize("renames", range(6))
-def test_a_commit_that_is_cut_short_is_known_as_one_and_repaired(models, tmp_path, monkeypatch, renames):
-    """Killed after so many renames: the old result or the new one, and .pt files that say which they are of."""
+def test_an_interrupted_commit_is_recognised_and_repaired(models, tmp_path, monkeypatch, renames):
+    """Killed after so many renames: the folder holds the old result or the new one, and .pt files of either."""
     first = write(tmp_path, models)
     before = copy.deepcopy(models)
     with torch.no_grad():
@@ -246,8 +246,8 @@ def test_a_commit_that_is_cut_short_is_known_as_one_and_repaired(models, tmp_pat
     assert fails(tmp_path) == [] and not list(tmp_path.rglob("*.tmp")) and repair(tmp_path) == []
 
 
-def test_a_result_written_over_a_commit_that_was_cut_short(models, tmp_path, monkeypatch):
-    """The .pt files are then not those of the manifest, though their sizes are: none may be taken for unchanged."""
+def test_a_result_written_over_an_interrupted_commit(models, tmp_path, monkeypatch):
+    """The .pt files then have the sizes in the manifest, but not the content: none of them counts as unchanged."""
     write(tmp_path, models)
     before = copy.deepcopy(models)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from gemel.results_store.files import ResultsError
 from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import seal
 from gemel.results_store.verify import FAIL, verify
-from gemel.results_store.write import repair, write_results
+from gemel.results_store.write import repair, update_run, write_results
 from gemel.sharing.adapters import adapter_bytes, adapter_of, fold, max_rank, plain_state, rank_within, set_rank
 from gemel.sharing.groups import Group, Occurrence, find_groups, from_plain, joined, restrict, saved_bytes, to_plain
 from gemel.sharing.memory import distinct_bytes
@@ -199,7 +199,7 @@ def written(tmp_path):
     return tmp_path, models, write_results(tmp_path, models, manifest, statistics)
 
 
-def test_adapters_are_loaded_into_models_that_have_none(written):
+def test_adapters_are_loaded_into_modules_that_have_none(written):
     path, models, _ = written
     loaded = load_merged(path, fresh_models(), verify=True)
     assert same_state(models, loaded) and distinct_bytes(loaded) == distinct_bytes(models)
@@ -209,7 +209,7 @@ def test_adapters_are_loaded_into_models_that_have_none(written):
     assert same_state(models, again) and torch.equal(again["b_x"](images), models["b_x"](images))
 
 
-def test_plain_files_hold_the_folded_weights(written):
+def test_plain_files_hold_the_weights_with_the_adapters_folded_in(written):
     path, models, _ = written
     images = torch.rand(2, 3, 16, 16)
     for name in ("a_x", "b_x"):
@@ -218,21 +218,36 @@ def test_plain_files_hold_the_folded_weights(written):
         assert torch.allclose(plain(images), models[name].eval()(images), atol=1e-4)
     checks = list(verify(path))
     assert not [check for check in checks if check.status == FAIL]
-    assert any("folded in" in check.what for check in checks)
+    assert any("adapters folded in" in check.what for check in checks)
     content = (path / "weights" / "a_x.pt").read_bytes()
     (path / "weights" / "a_x.pt").unlink()
     assert any("a_x.pt: rebuilt" in line for line in repair(path))
     assert (path / "weights" / "a_x.pt").read_bytes() == content
 
 
-def test_adapters_that_are_not_in_the_result_are_removed(written, tmp_path):
+def test_adapters_that_the_result_does_not_have_are_removed(written, tmp_path):
     models = pico_models(1)
-
     write(tmp_path / "plain", models)
     handed_in = fresh_models()
     filled(handed_in["b_x"].conv2)
     assert same_state(models, load_merged(tmp_path / "plain", handed_in))
     assert adapter_of(handed_in["b_x"].conv2) is None
+
+
+def test_a_result_of_an_earlier_version_is_loaded_verified_and_updated(written):
+    """There, `adapter_bytes` is called `residual_bytes`."""
+    path, models, manifest = written
+    kept = from_plain(manifest["shared_layers"])
+    for group in manifest["shared_layers"]:
+        if "adapter_bytes" in group:
+            group["residual_bytes"] = group.pop("adapter_bytes")
+    (path / "merged.json").write_text(json.dumps(seal(manifest)))
+    assert same_state(models, load_merged(path, fresh_models(), verify=True))
+    assert not [check for check in verify(path) if check.status == FAIL]
+    (path / "weights" / "a_x.pt").unlink()
+    assert len(repair(path)) == 1
+    updated = update_run(path, {"history": HISTORY})
+    assert from_plain(updated["shared_layers"]) == kept and any(group.adapter_bytes for group in kept)
 
 
 WRONG = {
@@ -241,26 +256,27 @@ WRONG = {
     "a negative rank": lambda group: group.update(rank=-1),
     "a rank without bytes": lambda group: group.pop("adapter_bytes"),
     "other bytes": lambda group: group.update(adapter_bytes=group["adapter_bytes"] + 4),
+    "both names of its bytes": lambda group: group.update(residual_bytes=group["adapter_bytes"]),
     "no rank any more": lambda group: (group.pop("rank"), group.pop("adapter_bytes")),
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_a_manifest_with_wrong_adapters_is_refused(written, what):
+def test_a_manifest_with_other_adapters_than_the_store_is_refused(written, what):
     path, _, manifest = written
     handed_in = fresh_models()
     before = copy.deepcopy({name: model.state_dict() for name, model in handed_in.items()})
     group = next(group for group in manifest["shared_layers"] if group.get("rank"))
     WRONG[what](group)
     (path / "merged.json").write_text(json.dumps(seal(manifest)))
-    with pytest.raises(ResultsError, match=r"residual|adapter|saved_bytes|rank"):
+    with pytest.raises(ResultsError, match=r"adapter|saved_bytes|rank"):
         load_merged(path, handed_in)
     assert before.keys() == handed_in.keys()
     for name, state in before.items():
         assert handed_in[name].state_dict().keys() == state.keys()
 
 
-def test_a_model_that_does_not_fit_gets_no_adapters(written):
+def test_a_model_that_does_not_fit_stays_without_adapters(written):
     path, _, _ = written
     handed_in = {**fresh_models(), "b_x": PicoNet(9)}
     with pytest.raises(ResultsError, match="b_x: the results do not fit the model"):
