@@ -63,7 +63,11 @@ CARS, TRAFFIC = "main_2nd_cars_resnet50", "oak_3rd_traffic_frcnn"  # as in READM
 MINE = """
 import torch
 from pico import PicoDetector, PicoNet, classification_entry, detection_entry
-from model_architectures import build
+from model_architectures import build, names, register
+
+for name, builder in (("pico_net", PicoNet), ("pico_detector", PicoDetector)):
+    if name not in names():  # in a process of its own
+        register(name)(builder)
 
 def create_model_dict():
     entries = {{
