@@ -34,7 +34,16 @@ from gemel.merging.teachers import FrozenPrefixes, teachers_of
 from gemel.results_store.checkpoint import drop_checkpoint, read_checkpoint, write_checkpoint
 from gemel.results_store.load import load_merged
 from gemel.results_store.write import update_run, write_results
-from gemel.sharing.groups import Configuration, affected_tasks, from_plain, reconciled, restrict, to_plain
+from gemel.sharing.groups import (
+    Configuration,
+    affected_tasks,
+    from_plain,
+    reconciled,
+    restrict,
+    saved_bytes,
+    to_plain,
+    verified_part,
+)
 from gemel.thresholds import THRESHOLDS
 from gemel.training.context import RoundContext
 from gemel.training.outcome import OUT_OF_MEMORY, TIME_OVER, Outcome, Standing
@@ -186,22 +195,36 @@ class Merger:
         sensitivity = {}
         if not outcome.success and self.strategy.uses_sensitivity:
             sensitivity = sensitivity_of(self.state, self.images, proposal, "harm", len(self.record.rounds))
+        part = self._verified_part(proposal, outcome)
         ratios = {name: accuracy / self.tasks[name].target_acc for name, accuracy in outcome.accuracies.items()}
         self.strategy.record(outcome.success, outcome.met, ratios, sensitivity)
-        if not outcome.success and not self.strategy.continues_failed_trial:
+        if part is not None:
+            self.state.keep_part(part, outcome.verified)
+            self.strategy.keep_part(part)
+        elif outcome.success:
+            self.state.keep(self.strategy.kept)
+        elif not self.strategy.continues_failed_trial:
             self.state.undo()
-        row = self.record.add_round(proposal, before, self.strategy.kept, outcome, time.monotonic() - began)
+        kept_for = list(outcome.accuracies) if outcome.success else list(outcome.verified) if part else []
+        seconds = time.monotonic() - began
+        row = self.record.add_round(proposal, before, self.strategy.kept, outcome, kept_for, seconds)
         print(console.round_row(row), flush=True)
-        if outcome.success:
-            self._keep(outcome)
+        if kept_for:
+            self._store_kept({name: outcome.accuracies[name] for name in kept_for})
         else:
             self._save_checkpoint(None)
             update_run(self.results_path, self._run_part())
         return True
 
-    def _keep(self, outcome: Outcome) -> None:
-        self.state.keep(self.strategy.kept)
-        self.evaluator.keep(outcome.accuracies)
+    def _verified_part(self, proposal: Configuration, outcome: Outcome) -> Configuration | None:
+        """What can be kept of a failed trial, if that saves more than what is kept already."""
+        if outcome.success or not self.strategy.keeps_verified_part:
+            return None
+        part = verified_part(self.state.kept, proposal, outcome.verified)
+        return part if saved_bytes(part) > saved_bytes(self.state.kept) else None
+
+    def _store_kept(self, accuracies: Mapping[str, float]) -> None:
+        self.evaluator.keep(accuracies)
         self.record.add_history(self.clock, self.state.kept, self.evaluator.num_met)
         self.store()
         drop_checkpoint(self.results_path)

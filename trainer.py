@@ -125,7 +125,9 @@ class Round:
     def _outcome(self) -> Outcome:
         accuracies = {name: member.progress.accuracy for name, member in self.members.items()}
         met = tuple(n for n, m in self.members.items() if m.progress.met and not m.progress.given_up)
-        return Outcome(self.reason or "", accuracies, met, self.schedule.step, self.training.samples)
+        now = self.schedule.step
+        verified = tuple(name for name in met if self.members[name].progress.validated[-1][0] == now)
+        return Outcome(self.reason or "", accuracies, met, now, self.training.samples, verified)
 
     def _summary(self) -> str:
         return " ".join(f"{m.progress.accuracy:.3f}/{m.progress.target:.3f}" for m in self.members.values())

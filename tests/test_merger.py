@@ -346,3 +346,49 @@ def test_on_a_cpu_weights_lie_channels_last_and_results_do_not(entries, datasets
     state = torch.load(tmp_path / "results" / "weights" / "north_pico.pt", weights_only=True)
     assert state["conv2.weight"].is_contiguous()
     assert torch.equal(state["conv2.weight"], model.conv2.weight)
+
+
+def test_tasks_that_met_their_targets_keep_what_they_share_when_another_fails(
+    entries, trained_entries, datasets, tmp_path, monkeypatch, capsys
+):
+    """The failing task gets its weights back bit by bit, and the folder holds a saving after the first trial."""
+    honest, states = merger.recover, []
+
+    def east_fails(models, tasks, *more):
+        outcome = honest(models, tasks, *more)
+        if "east_pico" not in tasks:
+            return outcome
+        states.append({n: {k: v.clone() for k, v in models[n].state_dict().items()} for n in outcome.met})
+        met = tuple(name for name in outcome.met if name != "east_pico")
+        accuracies = {**outcome.accuracies, "east_pico": 0.1}
+        return Outcome("needs training", accuracies, met, outcome.steps, outcome.samples, verified=met)
+
+    monkeypatch.setattr(merger, "recover", east_fails)
+    with monkeypatch.context() as patch:
+        patch.setattr(Merger, "play_round", stopped_after_one_round())
+        with pytest.raises(KeyboardInterrupt):
+            merge(entries, tmp_path / "results", datasets, strategy="adaptive", tolerance=0.3)
+    manifest = read_manifest(tmp_path / "results")
+    (row,) = manifest["run"]["rounds"]
+    assert row["kept"] and row["kept_for"] == ["north_pico", "south_pico"] and row["met"] == row["kept_for"]
+    assert manifest["memory"]["saved_bytes"] > 0 and "2/3 kept for 2" in capsys.readouterr().out
+    assert {o["task"] for group in manifest["shared_layers"] for o in group["occurrences"]} == set(row["kept_for"])
+    before = trained_entries["east_pico"]["model"].state_dict()
+    assert same(dict(entries["east_pico"]["model"].state_dict()), before), "as it came, bit by bit"
+    for name in row["kept_for"]:
+        assert same(dict(entries[name]["model"].state_dict()), states[0][name]), "as it was judged"
+        assert manifest["tasks"][name]["merged_acc"] == row["accuracies"][name] >= manifest["tasks"][name]["target_acc"]
+    resumed = merge(copy.deepcopy(trained_entries), tmp_path / "results", datasets, strategy="adaptive", tolerance=0.3)
+    assert resumed["memory"]["saved_bytes"] >= manifest["memory"]["saved_bytes"]
+    assert all(task["met"] for task in resumed["tasks"].values())
+
+
+def stopped_after_one_round():
+    play_round = Merger.play_round
+
+    def stopped(self, proposal):
+        if self.record.rounds:
+            raise KeyboardInterrupt
+        return play_round(self, proposal)
+
+    return stopped

@@ -47,3 +47,8 @@ def device_of(model: nn.Module) -> torch.device:
 def logits_of(output: Any) -> Tensor:
     """The tensor [N, K] of a classifier's output: the output itself, or its `logits`."""
     return getattr(output, "logits", output)
+
+
+def state_on_cpu(model: nn.Module) -> dict:
+    """A copy of the model's state dict in CPU memory."""
+    return {key: value.to("cpu", copy=True) for key, value in model.state_dict().items()}

@@ -90,7 +90,7 @@ def round_row(row: Mapping) -> str:
     """One round, as RunRecord.add_round records it, in fixed columns; last, the tasks below their targets."""
     groups = f"{row['num_new_groups']} group{'s' * (row['num_new_groups'] != 1)}"
     tied = f"{groups}, {len(row['tasks'])} tasks: {row['what']}"
-    verdict = f"{len(row['met'])}/{len(row['trained'])} {'kept' if row['kept'] else 'undone: ' + row['reason']}"
+    verdict = f"{len(row['met'])}/{len(row['trained'])} {_verdict(row)}"
     cells = (
         str(row["round"]),
         tied,
@@ -103,6 +103,13 @@ def round_row(row: Mapping) -> str:
     line = "  ".join(_fit(cell, width) for cell, (_, width) in zip(cells, ROUND_COLUMNS, strict=True))
     below = [task for task in row["trained"] if task not in row["met"]]
     return f"{line}  {', '.join(below)}".rstrip()
+
+
+def _verdict(row: Mapping) -> str:
+    if not row["kept"]:
+        return f"undone: {row['reason']}"
+    kept_for = row.get("kept_for", row["trained"])  # results of before kept whole trials only
+    return "kept" if len(kept_for) == len(row["trained"]) else f"kept for {len(kept_for)}"
 
 
 def closing_report(manifest: Mapping, per_class: bool) -> str:

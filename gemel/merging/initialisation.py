@@ -10,6 +10,7 @@ from gemel.environment.seeds import generator
 from gemel.fitting.batch_norm import is_frozen, match_statistics
 from gemel.fitting.rows import normalisation_behind
 from gemel.fitting.sequential_fit import TeacherSamples, fit_sequentially, is_short_of_rows, sample_teachers
+from gemel.forward.modes import state_on_cpu
 from gemel.merging.evaluator import Evaluator
 from gemel.merging.images import ImageSampler
 from gemel.merging.options import LEAST_SQUARES
@@ -142,11 +143,6 @@ def refit_frozen_normalisation(state: MergeState, images: ImageSampler, names: C
     for name in frozen:
         batches = [(batch, None) for batch in drawn[name]]
         match_statistics(state.models[name], state.unmerged[name], batches, state.device, frozen_only=True)
-
-
-def state_on_cpu(model: nn.Module) -> dict:
-    """A copy of the model's state dict in CPU memory."""
-    return {key: value.to("cpu", copy=True) for key, value in model.state_dict().items()}
 
 
 def worst(found: Mapping[str, Standing]) -> float:

@@ -37,9 +37,18 @@ class RunRecord:
         return any(row["kept"] and row["steps"] for row in self.rounds)
 
     def add_round(
-        self, proposal: Configuration, before: Configuration, kept: Configuration, outcome: Outcome, seconds: float
+        self,
+        proposal: Configuration,
+        before: Configuration,
+        kept: Configuration,
+        outcome: Outcome,
+        kept_for: list[str],
+        seconds: float,
     ) -> dict:
-        """Adds the record of a round. before, kept: what was kept before the round, and after it."""
+        """Adds the record of a round. before, kept: what was kept before the round, and after it.
+
+        kept_for: the tasks that keep what they share in the trial: all of them, some of them, or none.
+        """
         new = [group for group in proposal if group not in set(before)]
         largest = max(new, key=lambda group: group.saved_bytes)
         row = {
@@ -50,7 +59,8 @@ class RunRecord:
             "trained": sorted(outcome.accuracies),
             "met": list(outcome.met),
             "accuracies": outcome.accuracies,
-            "kept": outcome.success,
+            "kept": bool(kept_for),
+            "kept_for": sorted(kept_for),
             "reason": outcome.reason,
             "saved_bytes": saved_bytes(kept),
             "optimal_saved_bytes": self.optimal_saved_bytes,

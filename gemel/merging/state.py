@@ -11,7 +11,7 @@ from torch import nn
 from gemel.alignment.align import align, apply_permutations, permutations_of
 from gemel.alignment.permutation import inverse
 from gemel.forward.batches import Batch
-from gemel.forward.modes import to_channels_last
+from gemel.forward.modes import state_on_cpu, to_channels_last
 from gemel.results_store.load import load_merged
 from gemel.sharing.adapters import fold, own_modules
 from gemel.sharing.groups import Configuration, affected_tasks, from_plain
@@ -79,6 +79,21 @@ class MergeState:
         """Makes what is tied now, with its weights, what later trials are undone to; kept: as the strategy has it."""
         self.kept = self.tied = kept
         self._undo = None
+
+    def keep_part(self, part: Configuration, met: Collection[str]) -> None:
+        """Keeps a part of a failed trial: the tasks of `met` keep their weights of now, all others are undone.
+
+        part: as gemel.sharing.groups.verified_part has it.
+        """
+        weights = {name: state_on_cpu(self.models[name]) for name in met}
+        trial = self.tied
+        self.undo()
+        others = set(affected_tasks(self.kept, trial)) - set(met)
+        weights |= {name: state_on_cpu(self.models[name]) for name in others}
+        retie(self.models, self.kept, part, self.unmerged)
+        for name, values in weights.items():
+            self.models[name].load_state_dict(values)
+        self.kept = self.tied = part
 
     def undo(self) -> None:
         """Brings the models back to what is kept, bit by bit."""

@@ -99,6 +99,16 @@ def restrict(groups: Configuration, tasks: Collection[str]) -> Configuration:
     return ordered(group for group in trimmed if len(group.occurrences) > 1)
 
 
+def verified_part(kept: Configuration, trial: Configuration, met: Collection[str]) -> Configuration:
+    """What may be kept of a trial that failed: what the tasks of `met` share in it, what all others shared before.
+
+    No weights of the others change, and those of the tasks in `met` do not depend on the others. A group that was kept
+    may come out split in two.
+    """
+    others = {task for group in (*kept, *trial) for task in group.tasks} - set(met)
+    return ordered((*restrict(trial, met), *restrict(kept, others)))
+
+
 def joined(*configurations: Configuration) -> Configuration:
     """One configuration that ties all that any of these ties; groups with an occurrence in common become one.
 

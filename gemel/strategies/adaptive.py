@@ -80,6 +80,16 @@ class Adaptive(Strategy):
     def releases_before_training(self) -> bool:
         return self.phase not in (TRAIN_WITH_ADAPTERS, TRAIN)
 
+    @property
+    def keeps_verified_part(self) -> bool:
+        """As long as trials are not trained: a training that fails is continued, in smaller parts."""
+        return self.phase not in (TRAIN_WITH_ADAPTERS, TRAIN)
+
+    def keep_part(self, kept: Configuration) -> None:
+        self.own, self.adopted = kept, ()  # it may have split what was adopted
+        if self.working:
+            self.working = joined(self.own, self.working)
+
     def propose(self) -> Configuration | None:
         """The next configuration; skips what was tried already or ties nothing new."""
         if self.phase == JUMP and (jump := self._next_jump()) is not None:
@@ -167,6 +177,10 @@ class Adaptive(Strategy):
     def _back_off(self, trial: Configuration, met: set[str], ratios: Ratios, sensitivity: Sensitivity) -> None:
         failing = sorted({task for group in trial for task in group.tasks} - met)
         released = set()
+        tied = {occurrence for group in self.kept for occurrence in group.occurrences}
+        movable = sorted({o.task for group in trial for o in group.occurrences if o not in tied})
+        if not set(failing) & set(movable):  # a task that keeps what it shares failed: the others release something
+            failing = movable
         for task in failing or sorted({task for group in trial for task in group.tasks}):
             at_first = (
                 THRESHOLDS.release.share_when_near

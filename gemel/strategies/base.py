@@ -70,6 +70,15 @@ class Strategy(ABC):
         """Whether the next trial starts from the weights of the failed one, not from the kept ones."""
         return False
 
+    @property
+    def keeps_verified_part(self) -> bool:
+        """Whether tasks that met their targets in a failed trial keep what they share among themselves."""
+        return False
+
+    def keep_part(self, kept: Configuration) -> None:
+        """Says that this was kept of the last trial, which had failed; after `record`, if `keeps_verified_part`."""
+        raise NotImplementedError(f"{type(self).__name__} keeps whole trials only")
+
     def set_sensitivity(self, sensitivity: Sensitivity) -> None:  # noqa: B027 (of use to some only)
         """Takes the predicted sensitivity of every group and task, before the first proposal."""
 

@@ -23,6 +23,7 @@ class Outcome:
     met: tuple[str, ...]  # tasks at their target when last evaluated, and not given up
     steps: int
     samples: int
+    verified: tuple[str, ...] = ()  # tasks of `met` that were evaluated on all of val with the weights as they are now
 
     @property
     def success(self) -> bool:

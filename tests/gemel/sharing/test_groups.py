@@ -5,7 +5,15 @@ import torch
 from pico import PicoDetector, PicoNet
 from torch import nn
 
-from gemel.sharing.groups import Occurrence, affected_tasks, find_groups, find_stem, saved_bytes
+from gemel.sharing.groups import (
+    Occurrence,
+    affected_tasks,
+    find_groups,
+    find_stem,
+    restrict,
+    saved_bytes,
+    verified_part,
+)
 from gemel.sharing.memory import distinct_bytes
 from model_architectures import build, names
 
@@ -95,3 +103,17 @@ def test_affected_tasks_follow_ties():
     assert affected_tasks(kept, (*kept, groups[1].restricted_to(["b_x", "c_x"]))) == ["a_x", "b_x", "c_x", "d_x"]
     assert affected_tasks((), kept[:1]) == ["a_x", "b_x"]
     assert affected_tasks(kept, (*kept, groups[1].restricted_to(["c_x", "d_x"]))) == ["c_x", "d_x"]
+
+
+def test_the_verified_part_of_a_trial_leaves_the_other_tasks_as_they_were():
+    names = ("a_x", "b_x", "c_x", "d_x")
+    groups = find_groups({name: PicoNet() for name in names})
+    everything = {o.task for group in groups for o in group.occurrences}
+    assert verified_part((), groups, everything) == groups
+    assert verified_part((), groups, ("a_x",)) == ()
+    of_two = verified_part((), groups, ("a_x", "b_x"))
+    assert of_two == restrict(groups, ("a_x", "b_x"))
+    kept = restrict(groups, ("b_x", "c_x", "d_x"))
+    split = verified_part(kept, groups, ("a_x", "b_x"))
+    assert set(split) == {*restrict(groups, ("a_x", "b_x")), *restrict(kept, ("c_x", "d_x"))}
+    assert saved_bytes(split) == 2 * saved_bytes(of_two)
