@@ -111,7 +111,7 @@ def merge_workload(
     """
     chosen, problems = read_options(options)
     interrupts = Interrupts()
-    clock = Clock(chosen.time_budget, interrupts.asked)
+    clock = Clock(chosen.time_budget, interrupts)
     results_path = Path(os.path.abspath(results_path))  # "." would follow the folder that --fresh sets aside
     roots = [Path(datasets) if datasets else dataset_manager.DEFAULT_ROOT, DATASETS_ROOT]
     tasks = _checked_tasks(model_dict, chosen, roots, results_path, problems)

@@ -5,6 +5,7 @@ number, so an interrupted run that is resumed from the results folder ends as it
 gemel/merging/: state.py (the live models, and how to undo), evaluator.py, initialisation.py, records.py.
 """
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from torch import nn
 
 from gemel.alignment.matching import BY_ACTIVATIONS, BY_ORDER, match_groups
 from gemel.datasets.loaders import TaskData
-from gemel.environment.clock import Clock
+from gemel.environment.clock import Clock, TimeOver
 from gemel.environment.failures import is_out_of_memory
 from gemel.forward.modes import to_channels_last
 from gemel.merging import console
@@ -47,7 +48,7 @@ from gemel.sharing.groups import (
 from gemel.thresholds import THRESHOLDS
 from gemel.training.context import RoundContext
 from gemel.training.outcome import OUT_OF_MEMORY, TIME_OVER, Outcome, Standing
-from gemel.workload import Task, WorkloadError
+from gemel.workload import Problem, Task, WorkloadError
 from trainer import recover
 
 CHECKPOINT_SHARE = 0.05  # of the time that writing the state of a round in flight may take
@@ -90,7 +91,12 @@ class Merger:
         Raises WorkloadError if a model is below its own target already, or cannot be trained or evaluated.
         """
         problems = training_problems(self.tasks, self.data, self.state, self.options.seed) if self.is_new else []
-        if problems := problems or self.evaluator.measure_unmerged(self.clock):
+        try:
+            problems = problems or self.evaluator.measure_unmerged(self.clock)
+        except TimeOver:
+            allowed = "more seconds than measuring the unmerged models takes"
+            problems = [Problem("options", "time_budget", repr(self.options.time_budget), allowed)]
+        if problems:
             raise WorkloadError(problems)
 
     def resume(self, manifest: Mapping) -> list[str]:
@@ -166,24 +172,30 @@ class Merger:
         if self.is_new:
             self.store()
             drop_checkpoint(self.results_path)
-        self._align_channels()
-        if (self.is_new or not self.record.rounds) and self.strategy.uses_sensitivity and self.record.groups:
-            predicted = sensitivity_if_all_were_tied(self.state, self.images, self.record.groups)
-            self.strategy.set_sensitivity(predicted)
         print(console.round_header(), flush=True)
         try:
-            while not self.clock.is_over():
-                self.clock.raise_if_interrupted()
-                proposal = self.strategy.propose()
-                if proposal is None:
-                    self.record.finished = True
-                    break
-                if not self.play_round(proposal):
-                    break
+            with contextlib.suppress(TimeOver):
+                self._search()
         finally:
             self.state.undo()
             self.state.restore_channel_order()
         return self.confirm()
+
+    def _search(self) -> None:
+        """Alignment, prediction, rounds. Raises Interrupted or TimeOver; the state is then to be undone."""
+        with self.clock.interruptible():
+            self._align_channels()
+            if (self.is_new or not self.record.rounds) and self.strategy.uses_sensitivity and self.record.groups:
+                predicted = sensitivity_if_all_were_tied(self.state, self.images, self.record.groups)
+                self.strategy.set_sensitivity(predicted)
+        while True:
+            self.clock.raise_if_over()
+            proposal = self.strategy.propose()
+            if proposal is None:
+                self.record.finished = True
+                return
+            if not self.play_round(proposal):
+                return
 
     def play_round(self, proposal: Configuration) -> bool:
         """Tries one configuration, keeps or undoes it, and stores; False if the time ran out before it was decided."""
@@ -194,7 +206,8 @@ class Merger:
         self.in_flight = None
         sensitivity = {}
         if not outcome.success and self.strategy.uses_sensitivity:
-            sensitivity = sensitivity_of(self.state, self.images, proposal, "harm", len(self.record.rounds))
+            with self.clock.interruptible():
+                sensitivity = sensitivity_of(self.state, self.images, proposal, "harm", len(self.record.rounds))
         part = self._verified_part(proposal, outcome)
         ratios = {name: accuracy / self.tasks[name].target_acc for name, accuracy in outcome.accuracies.items()}
         self.strategy.record(outcome.success, outcome.met, ratios, sensitivity)
@@ -234,7 +247,10 @@ class Merger:
         trained = {name: self.tasks[name] for name in affected_tasks(self.state.kept, proposal)}
         continues = self.state.begin_trial(proposal, rule_of(self.options.initial_weights))
         try:
-            fitted = self._initialise(proposal, trained, continues) if self.in_flight is None else {}
+            fitted = {}
+            if self.in_flight is None:
+                with self.clock.interruptible():
+                    fitted = self._initialise(proposal, trained, continues)
             return self._retrain(proposal, trained, fitted)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -257,7 +273,6 @@ class Merger:
             groups = tuple(group for group in proposal if set(group.tasks) <= set(trained))
             self.state.reset_to_unmerged(groups, trained)
             fitted = fitter.fit(groups, trained, number, max_fits=THRESHOLDS.fit.max_fits)
-        self.clock.raise_if_interrupted()
         return fitted
 
     def _retrain(self, proposal: Configuration, trained: Mapping[str, Task], fitted: dict[str, Standing]) -> Outcome:
@@ -293,14 +308,18 @@ class Merger:
     # ---- storing ---------------------------------------------------------------------------------------------
 
     def confirm(self) -> dict:
-        """Loads the result from disk into copies of the models, evaluates every task again and closes the manifest.
+        """Loads the result from disk into copies of the models and closes the manifest.
 
-        Raises RuntimeError if a reloaded task is below its target.
+        What was loaded must be, bit by bit, what was judged when it was kept: the same tensors compute the same. Raises
+        RuntimeError if it is not.
         """
         copies = copy.deepcopy(dict(self.state.models.items()))
         reloaded = load_merged(self.results_path, copies, self.state.device, verify=True)
         to_channels_last(nn.ModuleDict(reloaded), self.state.device)
-        self.evaluator.confirm(reloaded, self.results_path, self.options.per_class)
+        if (different := self.state.difference_to(reloaded)) is not None:
+            raise RuntimeError(f"{different}: reloaded from {self.results_path} it is not what was judged")
+        with self.clock.interrupts.immediate():
+            self.evaluator.measure_reloaded(reloaded, self.state.sharing(), self.options.per_class)
         return self.store()
 
     def store(self) -> dict:

@@ -12,7 +12,8 @@ from torch import nn
 from tqdm import tqdm
 
 from gemel.datasets.loaders import TaskData, reseed
-from gemel.environment.clock import Interrupted
+from gemel.environment.clock import TimeOver
+from gemel.environment.interrupts import Interrupted
 from gemel.environment.seeds import random_state, seeded, set_random_state
 from gemel.fitting.batch_norm import reestimate_statistics
 from gemel.training.context import RoundContext
@@ -68,14 +69,16 @@ class Round:
         """Trains and validates in turn until the round is decided."""
         schedule = self.schedule
         with tqdm(total=schedule.max_steps, desc="retraining", unit="step", leave=False, disable=None) as bar:
-            self._begin()
+            try:
+                with self.context.clock.interruptible():
+                    self._begin()
+            except TimeOver:
+                self.reason = TIME_OVER
             bar.update(schedule.step)
             while self.reason is None:
                 self.train(bar)
                 if self.reason is None:
-                    self.reason = self.validation.validate(everything=schedule.step >= schedule.max_steps)
-                    schedule.next_validation = min(schedule.step + self.validation.interval(), schedule.max_steps)
-                    self.save()
+                    self.validate()
                 bar.set_postfix_str(self._summary())
         self.training.finish()
         return self._outcome()
@@ -94,13 +97,33 @@ class Round:
             self.reason = self.training.step(self.validation.active)
             bar.update()
 
+    def validate(self) -> None:
+        """Validates and saves; where that is cut short, the state from before it is saved, and it is done again."""
+        schedule, state = self.schedule, self._state()
+        try:
+            with self.context.clock.interruptible():
+                self.reason = self.validation.validate(everything=schedule.step >= schedule.max_steps)
+        except (Interrupted, TimeOver) as ended:
+            self._hand_on(state, last=True)
+            if isinstance(ended, Interrupted):
+                raise
+            self.reason = TIME_OVER
+            return
+        schedule.next_validation = min(schedule.step + self.validation.interval(), schedule.max_steps)
+        self.save()
+
     def save(self, last: bool = False) -> None:
         """Hands on everything that the rest of the round depends on, unless the round is decided."""
-        if self.context.save is None or self.reason is not None:
-            return
+        if self.reason is None:
+            self._hand_on(self._state(), last)
+
+    def _hand_on(self, state: dict, last: bool) -> None:
+        if self.context.save is not None:
+            self.context.save(state, last)
+
+    def _state(self) -> dict:
         members = {name: member.state() for name, member in self.members.items()}
-        state = {**self.schedule.state(), **self.training.state(), "members": members, "random": random_state()}
-        self.context.save(state, last)
+        return {**self.schedule.state(), **self.training.state(), "members": members, "random": random_state()}
 
     def _begin(self) -> None:
         """Resumes a saved round; else re-estimates batch normalisation statistics and evaluates every task."""

@@ -147,15 +147,35 @@ def test_an_error_in_a_round_leaves_the_models_and_the_folder_as_they_were(entri
     assert read_manifest(tmp_path / "results")["memory"]["saved_bytes"] == 0
 
 
-def test_a_shipped_task_below_its_target_is_an_error(entries, datasets, tmp_path, monkeypatch):
-    honest = evaluator.evaluate
+def test_a_reloaded_tensor_that_is_not_what_was_judged_is_an_error(entries, datasets, tmp_path, monkeypatch):
+    honest = merger.load_merged
 
-    def drops_after_loading(task, loader, model=None):
-        return 0.01 if model is not None else honest(task, loader)
+    def another_bit(*args, **kwargs):
+        loaded = honest(*args, **kwargs)
+        with torch.no_grad():
+            loaded["south_pico"].bn1.running_var[0].mul_(1 + 2e-7)
+        return loaded
 
-    monkeypatch.setattr(evaluator, "evaluate", drops_after_loading)
-    with pytest.raises(RuntimeError, match="north_pico: reloaded from .* reaches 0.0100, below its target"):
+    monkeypatch.setattr(merger, "load_merged", another_bit)
+    with pytest.raises(RuntimeError, match="south_pico: bn1.running_var: reloaded from .* is not what was judged"):
         merge(entries, tmp_path / "results", datasets, strategy="all")
+
+
+def test_the_last_confirmation_evaluates_val_of_no_task_again(entries, datasets, tmp_path, monkeypatch):
+    """The same tensors compute the same (test_a_workload_merges_end_to_end evaluates them): bits are compared."""
+    evaluated, honest = [], evaluator.evaluate
+    monkeypatch.setattr(evaluator, "evaluate", lambda task, *more: evaluated.append(task.name) or honest(task, *more))
+    confirm = Merger.confirm
+    monkeypatch.setattr(Merger, "confirm", lambda self: evaluated.clear() or confirm(self))
+    manifest = merge(entries, tmp_path / "results", datasets, strategy="all")
+    assert evaluated == ["north_pico"], "which has a test split"
+    assert manifest["tasks"]["north_pico"]["test_acc"] is not None
+
+
+def test_a_budget_too_short_for_the_unmerged_models_is_refused(entries, datasets, tmp_path):
+    with pytest.raises(WorkloadError, match="options: time_budget: got 0.01; allowed: more seconds than measuring"):
+        merge(entries, tmp_path / "results", datasets, time_budget=0.01)
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("second", [None, "width"])

@@ -1,26 +1,30 @@
 """The time of a merge: seconds spent over all its runs, its deadline, and whether the user asked for an end."""
 
+import contextlib
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+
+from gemel.environment.interrupts import Interrupted, Interrupts
 
 
-class Interrupted(KeyboardInterrupt):
-    """The user asked for an end; whatever was in progress was saved first."""
+class TimeOver(BaseException):
+    """The time budget is spent. Not an Exception: no `except Exception` of a user's eval method may catch it."""
 
 
 class Clock:
     """Wall and CPU seconds of a merge, counted over the runs that it was resumed in; started when it is made.
 
-    time_budget: seconds of this run after which no new work begins (None: no limit). stop_asked: whether the user asked
-    for an end.
+    time_budget: seconds of this run (None: no limit). interrupts: of the user (without: nobody interrupts).
     """
 
-    def __init__(self, time_budget: float | None = None, stop_asked: Callable[[], bool] | None = None):
+    def __init__(self, time_budget: float | None = None, interrupts: Interrupts | None = None):
         self._started, self._cpu_started = time.monotonic(), time.process_time()
         self._earlier_seconds = self._earlier_cpu_seconds = 0.0
         self.deadline = math.inf if time_budget is None else self._started + time_budget
-        self.stop_asked = stop_asked or (lambda: False)
+        self.interrupts = interrupts or Interrupts()
 
     def add_earlier_runs(self, seconds: float, cpu_seconds: float) -> None:
         """Counts in what the runs before this one spent."""
@@ -28,6 +32,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
+        """Wall seconds of this run and of those before it."""
         return self._earlier_seconds + time.monotonic() - self._started
 
     @property
@@ -39,7 +44,44 @@ class Clock:
         """Whether the time budget is spent."""
         return time.monotonic() >= self.deadline
 
-    def raise_if_interrupted(self) -> None:
-        """Raises Interrupted if the user asked for an end."""
+    def stop_asked(self) -> bool:
+        """Whether the user asked for an end."""
+        return self.interrupts.asked()
+
+    def raise_if_over(self) -> None:
+        """Raises Interrupted if the user asked for an end, TimeOver if the time budget is spent."""
         if self.stop_asked():
             raise Interrupted
+        if self.is_over():
+            raise TimeOver
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """For work that can be thrown away at any instant, and undone: fits, alignment, evaluation.
+
+        Within, Ctrl-C raises Interrupted and the end of the time budget TimeOver at once, wherever the program is; only
+        the main thread can be interrupted so. Elsewhere both are looked at between steps.
+        """
+        self.raise_if_over()
+        with self.interrupts.immediate(), _alarm_at(self.deadline):
+            yield
+
+
+@contextlib.contextmanager
+def _alarm_at(deadline: float) -> Iterator[None]:
+    """Raises TimeOver at the deadline, on time.monotonic(), where the system and the thread can."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if math.isinf(deadline) or not in_main_thread or not hasattr(signal, "setitimer"):
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, _raise_time_over)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, max(1e-3, deadline - time.monotonic()))
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _raise_time_over(number: int, frame: object) -> None:
+    raise TimeOver

@@ -7,16 +7,21 @@ import threading
 from collections.abc import Iterator
 
 
-class Interrupts:
-    """The first interrupt asks for an end after the current step; the second ends the process at once.
+class Interrupted(KeyboardInterrupt):
+    """The user asked for an end."""
 
-    Within `deferred()` the first interrupt only makes `asked()` true; the second, and any interrupt outside, raises the
-    usual KeyboardInterrupt. Only the main thread can handle signals: in other threads, and in processes that ignore
-    interrupts, `deferred()` does nothing.
+
+class Interrupts:
+    """The first interrupt asks for an end after the current step, or raises at once where that is safe.
+
+    Within `deferred()` the first interrupt makes `asked()` true; within `immediate()` inside that, it also raises
+    Interrupted at once. The second, and any interrupt outside, raises the usual KeyboardInterrupt. Only the main thread
+    can handle signals: in other threads, and in processes that ignore interrupts, both do nothing.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self._raises = False
 
     def asked(self) -> bool:
         """Whether there was an interrupt."""
@@ -35,8 +40,22 @@ class Interrupts:
         finally:
             signal.signal(signal.SIGINT, previous)
 
+    @contextlib.contextmanager
+    def immediate(self) -> Iterator[None]:
+        """For work that can be thrown away at any instant: an interrupt raises Interrupted there and then."""
+        before, self._raises = self._raises, True
+        try:
+            if self.asked():
+                raise Interrupted
+            yield
+        finally:
+            self._raises = before
+
     def _on_signal(self, number: int, frame: object) -> None:
         self.count += 1
         if self.count > 1:
             raise KeyboardInterrupt
-        print("\ninterrupted: saves after this step; Ctrl-C once more ends at once", file=sys.stderr, flush=True)
+        end = "ends now" if self._raises else "ends after this step; Ctrl-C once more ends at once"
+        print(f"\ninterrupted: {end}", file=sys.stderr, flush=True)
+        if self._raises:
+            raise Interrupted

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gemel.alignment.align import align, apply_permutations, permutations_of
 from gemel.alignment.permutation import inverse
@@ -15,7 +15,7 @@ from gemel.forward.modes import state_on_cpu, to_channels_last
 from gemel.results_store.load import load_merged
 from gemel.sharing.adapters import fold, own_modules
 from gemel.sharing.groups import Configuration, affected_tasks, from_plain
-from gemel.sharing.memory import distinct_bytes
+from gemel.sharing.memory import distinct_bytes, named_tensors
 from gemel.sharing.tying import Snapshot, is_tied, reset, restore_snapshot, retie, take_snapshot
 from gemel.workload import Task
 
@@ -116,15 +116,17 @@ class MergeState:
 
     def needs_alignment(self) -> bool:
         """Whether a model that shares nothing has not been aligned yet."""
-        return not set(self.models) <= self._sharing() | set(self.order.permutations)
+        return not set(self.models) <= self.sharing() | set(self.order.permutations)
 
     def align_channels(self, groups: Configuration, images: Mapping[str, list[Batch]], method: str, seed: int) -> None:
         """Permutes the channels of models that share nothing yet so that they line up with those of the others.
 
         What they compute stays the same. A model that was aligned once stays as it is.
         """
-        fixed = self._sharing() | set(self.order.permutations)
-        done = align(self.unmerged, groups, images, method=method, seed=seed, fixed=fixed)
+        fixed = self.sharing() | set(self.order.permutations)
+        aligned = copy.deepcopy(self.unmerged)  # so that an interrupt leaves no model half aligned
+        done = align(aligned, groups, images, method=method, seed=seed, fixed=fixed)
+        self.unmerged.load_state_dict(aligned.state_dict())
         for name, permutations in permutations_of(done).items():
             self.models[name].load_state_dict(self.unmerged[name].state_dict())
             self.order.permutations[name] = permutations
@@ -134,10 +136,10 @@ class MergeState:
 
     def restore_channel_order(self) -> None:
         """Gives the models that share nothing the order of channels that they came with, bit by bit."""
-        for name in set(self.order.applied) - self._sharing():
+        for name in set(self.order.applied) - self.sharing():
             self.order.revert(name, self.models[name])
 
-    def _sharing(self) -> set[str]:
+    def sharing(self) -> set[str]:
         """Tasks that share something in what is kept."""
         return {task for group in self.kept for task in group.tasks}
 
@@ -172,6 +174,15 @@ class MergeState:
                 if (name, layer) not in adapted:
                     fold(module)
 
+    def difference_to(self, reloaded: Mapping[str, nn.Module]) -> str | None:
+        """The first tensor, as "task: name", in which models loaded from disk differ from the live ones by a bit."""
+        for name, model in self.models.items():
+            own, other = named_tensors(model), named_tensors(reloaded[name])
+            for key in {**own, **other}:
+                if key not in own or key not in other or not _same_bits(own[key], other[key]):
+                    return f"{name}: {key}"
+        return None
+
     def state_of_continued_trial(self) -> dict:
         """The weights of the failed trial that the next one continues."""
         return self._container(affected_tasks(self.kept, self.tied)).state_dict()
@@ -183,3 +194,10 @@ class MergeState:
 
     def _container(self, names: Iterable[str]) -> nn.ModuleDict:
         return nn.ModuleDict({name: self.models[name] for name in names})
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    flat = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*flat)

@@ -1,25 +1,68 @@
-"""The clock of a merge: time over all its runs, the deadline, the request to end."""
+"""Seconds over all runs, the deadline, and work that can be thrown away at any instant."""
+
+import signal
+import threading
+import time
 
 import pytest
 
-from gemel.environment.clock import Clock, Interrupted
+from gemel.environment.clock import Clock, TimeOver
+from gemel.environment.interrupts import Interrupted, Interrupts
 
 
-def test_seconds_include_earlier_runs():
+def test_seconds_count_earlier_runs():
     clock = Clock()
-    assert 0 <= clock.seconds < 60 and 0 <= clock.cpu_seconds < 60 and not clock.is_over()
     clock.add_earlier_runs(100.0, 50.0)
-    assert 100 <= clock.seconds < 160 and 50 <= clock.cpu_seconds < 110
+    assert 100 <= clock.seconds < 101 and 50 <= clock.cpu_seconds < 51
+    assert not clock.is_over() and not clock.stop_asked()
 
 
-def test_the_deadline_follows_from_the_time_budget():
-    assert Clock(0.0).is_over() and not Clock(60.0).is_over()
+def test_a_spent_budget_is_over():
+    clock = Clock(time_budget=-1.0)
+    assert clock.is_over()
+    with pytest.raises(TimeOver):
+        clock.raise_if_over()
+    with pytest.raises(TimeOver), clock.interruptible():
+        pytest.fail("no work begins")
 
 
-def test_the_request_to_end_is_raised():
-    asked = []
-    clock = Clock(stop_asked=lambda: bool(asked))
-    clock.raise_if_interrupted()
-    asked.append(True)
+def test_an_interrupt_is_raised_between_steps():
+    interrupts = Interrupts()
+    clock = Clock(interrupts=interrupts)
+    clock.raise_if_over()
+    interrupts.count = 1
     with pytest.raises(Interrupted):
-        clock.raise_if_interrupted()
+        clock.raise_if_over()
+
+
+def test_the_end_of_the_budget_ends_work_that_can_be_thrown_away():
+    clock, began = Clock(time_budget=0.1), time.monotonic()
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(TimeOver), clock.interruptible():
+        try:
+            time.sleep(5)
+        except Exception:  # as a user's eval method may
+            pytest.fail("it is no Exception")
+    assert time.monotonic() - began < 1 and signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_work_that_ends_in_time_leaves_no_alarm():
+    clock = Clock(time_budget=0.05)
+    with clock.interruptible():
+        pass
+    time.sleep(0.1)
+
+
+def test_another_thread_is_not_interrupted():
+    done = []
+
+    def work():
+        with Clock(time_budget=0.05).interruptible():
+            time.sleep(0.1)
+            done.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [True]

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from gemel.environment.interrupts import Interrupts
+from gemel.environment.interrupts import Interrupted, Interrupts
 
 
 @pytest.fixture
@@ -31,6 +31,17 @@ def test_only_the_first_interrupt_is_deferred(handler, capsys):
             interrupt()
     assert "Ctrl-C once more ends at once" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_work_that_can_be_thrown_away_ends_at_once(handler, capsys):
+    interrupts = Interrupts()
+    with interrupts.deferred():
+        with pytest.raises(Interrupted), interrupts.immediate():
+            interrupt()
+            pytest.fail("the interrupt ends the block")
+        with pytest.raises(Interrupted), interrupts.immediate():
+            pytest.fail("no such work begins after an interrupt")
+    assert "ends now" in capsys.readouterr().err
 
 
 def test_ignored_interrupts_stay_ignored(handler, capsys):

@@ -1,5 +1,6 @@
 """Going on after an end that nobody planned: within a round, after Ctrl-C, with other tasks, without memory."""
 
+import contextlib
 import copy
 import os
 import signal
@@ -13,8 +14,8 @@ import merger
 from dataset_manager import open_task
 from gemel.datasets.folders import SampleError
 from gemel.datasets.loaders import reseed
-from gemel.environment.clock import Clock, Interrupted
-from gemel.environment.interrupts import Interrupts
+from gemel.environment.clock import Clock
+from gemel.environment.interrupts import Interrupted, Interrupts
 from gemel.environment.seeds import random_state, seeded, set_random_state
 from gemel.evaluation.eval_method import evaluate
 from gemel.merging import evaluator
@@ -98,7 +99,8 @@ def test_a_round_goes_on_within_bit_for_bit(entries, tasks, data, steps, options
     models.load_state_dict(start)
     saved = []
     with pytest.raises(Interrupted):
-        clock = Clock(stop_asked=StopsAfter(steps))
+        clock = Clock()
+        clock.stop_asked, clock.raise_if_over = StopsAfter(steps), lambda: None
         run(save=lambda state, last: saved.append(copy.deepcopy(state)), clock=clock)
     assert saved[-1]["step"] == steps
     models.load_state_dict(start)
@@ -117,7 +119,8 @@ def test_an_interrupted_run_ends_where_the_uninterrupted_one_ends(
     with monkeypatch.context() as patch:
         stop = StopsAfter(steps)
         patch.setattr("gemel.environment.interrupts.Interrupts.asked", lambda self: stop())
-        patch.setattr(Clock, "raise_if_interrupted", lambda self: None)  # only the trainer asks, once a step
+        patch.setattr(Clock, "raise_if_over", lambda self: None)  # only the trainer asks, once a step
+        patch.setattr(Interrupts, "immediate", lambda self: contextlib.nullcontext())
         with pytest.raises(KeyboardInterrupt):
             merge(halted, tmp_path / "halted", datasets, **options)
     assert same(state_of(halted), state_of(trained_entries)), "the models are handed back as they were kept"
@@ -127,25 +130,6 @@ def test_an_interrupted_run_ends_where_the_uninterrupted_one_ends(
     assert manifest["tensors"] == whole["tensors"] and same(state_of(entries), state_of(resumed))
     assert not (tmp_path / "halted" / "in_flight.pt").exists()
     assert manifest["run"]["rounds"][0]["steps"] == whole["run"]["rounds"][0]["steps"] > steps
-
-
-def test_the_first_interrupt_is_deferred_and_the_second_is_not(capsys):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore interrupts
-    try:
-        interrupts = Interrupts()
-        with interrupts.deferred():
-            os.kill(os.getpid(), signal.SIGINT)
-            assert interrupts.asked()
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-        assert "once more ends at once" in capsys.readouterr().err
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with Interrupts().deferred():
-            os.kill(os.getpid(), signal.SIGINT)
-        assert not capsys.readouterr().err, "what ignores interrupts goes on ignoring them"
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_before_the_first_round_ends_there(entries, datasets, tmp_path, monkeypatch):
