@@ -3,7 +3,7 @@
 import logging
 import multiprocessing
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler, Subset
 
 from gemel.datasets.folders import ClassificationFolder, FolderDataset
+from gemel.datasets.records import header_size
 from gemel.environment.seeds import derive_seed, generator
 from gemel.forward.batches import Batch
 
@@ -41,6 +42,8 @@ def num_samples(loader: DataLoader) -> int:
 
 def batch_size_of(loader: DataLoader) -> int:
     """Samples in a batch of the loader."""
+    if isinstance(loader.batch_sampler, SameSizeBatches):
+        return loader.batch_sampler.batch_size
     return loader.batch_size or 1
 
 
@@ -55,17 +58,18 @@ def plain_images(data: TaskData, num_pixels: int, seed: int, *purpose: object, b
 
     The number of images is such that they have `num_pixels` pixels in total, at least one batch and at most
     MAX_PLAIN_IMAGES. A batch has the task's batch size or, if all images have the same size, as many images as have
-    `batch_pixels` pixels in total, whichever is larger.
+    `batch_pixels` pixels in total, whichever is larger. No batch mixes image sizes (see SameSizeBatches).
     """
     dataset: Any = data.plain.dataset
-    batch_size = data.plain.batch_size or 1
+    batch_size = batch_size_of(data.plain)
     order = torch.randperm(len(dataset), generator=generator(seed, *purpose, data.task)).tolist()
     height, width = dataset[order[0]][0].shape[-2:]
     wanted = min(len(order), max(batch_size, min(MAX_PLAIN_IMAGES, num_pixels // (height * width))))
     images = [dataset[index][0] for index in order[:wanted]]
     if all(image.shape[-2:] == (height, width) for image in images):
         batch_size = max(batch_size, batch_pixels // (height * width))
-    parts = [images[start : start + batch_size] for start in range(0, wanted, batch_size)]
+    batches = SameSizeBatches([tuple(image.shape[-2:]) for image in images], batch_size)
+    parts = [[images[i] for i in indices] for indices in batches]
     return [*parts] if data.plain.collate_fn is collate_detection else [torch.stack(part) for part in parts]
 
 
@@ -83,7 +87,13 @@ def restarted(loader: DataLoader, **changes: Any) -> DataLoader:
     if loader.num_workers:
         options["persistent_workers"] = loader.persistent_workers
         options["multiprocessing_context"] = loader.multiprocessing_context
-    return DataLoader(loader.dataset, **{**options, **changes})
+    options |= changes
+    if isinstance(loader.batch_sampler, SameSizeBatches):
+        size = changes.get("batch_size", loader.batch_sampler.batch_size)
+        options["batch_sampler"] = SameSizeBatches(loader.batch_sampler.sizes, size)
+        for key in ("batch_size", "sampler", "drop_last"):
+            del options[key]
+    return DataLoader(loader.dataset, **options)
 
 
 def screening_subset(val: DataLoader, num_images: int) -> DataLoader:
@@ -96,6 +106,10 @@ def screening_subset(val: DataLoader, num_images: int) -> DataLoader:
     if not any(dataset.has_labels(index) for index in chosen):
         return val  # a detector's accuracy on images without objects is undefined
     subset = Subset(dataset, chosen)
+    if isinstance(val.batch_sampler, SameSizeBatches):
+        sizes = [val.batch_sampler.sizes[index] for index in chosen]
+        batches = SameSizeBatches(sizes, val.batch_sampler.batch_size)
+        return DataLoader(subset, batch_sampler=batches, collate_fn=val.collate_fn)
     return DataLoader(subset, sampler=SequentialSampler(subset), batch_size=val.batch_size, collate_fn=val.collate_fn)
 
 
@@ -131,6 +145,39 @@ class ShuffledKeys(Sampler):
         return zip(order[skip:].tolist(), seeds[skip:].tolist(), strict=True)
 
 
+class SameSizeBatches(Sampler):
+    """Batches of at most batch_size samples, in order, whose images all have one size.
+
+    Detectors pad the images of a batch to the largest, and what they find in an image depends on its padding: so no
+    image's result depends on the images beside it. sizes: (height, width) of every sample's image.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[int, ...] | None], batch_size: int) -> None:
+        self.sizes, self.batch_size = sizes, batch_size
+        of_size: dict[Any, list[int]] = {}
+        for index, size in enumerate(sizes):
+            of_size.setdefault(size, []).append(index)
+        self.batches = [
+            indices[start : start + batch_size]
+            for indices in of_size.values()
+            for start in range(0, len(indices), batch_size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+def image_sizes(dataset: FolderDataset, num_samples: int = 4) -> list[tuple[int, int] | None]:
+    """The sizes of the images as they are stored, or (None, ...) if the transform brings a few of them to one size."""
+    sizes = [header_size(sample[0]) for sample in dataset.samples]
+    first = {size: index for index, size in reversed([*enumerate(sizes)])}
+    shown = [tuple(dataset[index][0].shape) for index in list(first.values())[:num_samples]] if len(first) > 1 else []
+    return sizes if len(set(shown)) > 1 else [None] * len(sizes)
+
+
 def collate_detection(batch: list[tuple]) -> tuple[list[Tensor], list[dict]]:
     """(images, targets) as two lists: the images of a detector differ in size."""
     images, targets = zip(*batch, strict=True)
@@ -138,7 +185,9 @@ def collate_detection(batch: list[tuple]) -> tuple[list[Tensor], list[dict]]:
 
 
 def sampling(dataset: FolderDataset, split: str, batch_size: int, order: torch.Generator) -> dict[str, Any]:
-    """DataLoader arguments: train is shuffled; val and test are in order, in larger batches as they need no gradients.
+    """DataLoader arguments: train is shuffled; val and test are in order, those of classifiers in larger batches.
+
+    Of a detector, no batch of val and test mixes image sizes.
 
     The last train batch is dropped if it is smaller (a batch of one sample fails in BatchNorm), unless it is the only
     one.
@@ -146,8 +195,12 @@ def sampling(dataset: FolderDataset, split: str, batch_size: int, order: torch.G
     if split == "train":
         sampler = ShuffledKeys(len(dataset), order)
         return {"sampler": sampler, "batch_size": batch_size, "drop_last": len(dataset) >= batch_size}
-    larger = 2 if isinstance(dataset, ClassificationFolder) else 1
-    return {"sampler": SequentialSampler(dataset), "batch_size": larger * batch_size}
+    if isinstance(dataset, ClassificationFolder):
+        return {"sampler": SequentialSampler(dataset), "batch_size": 2 * batch_size}
+    sizes = image_sizes(dataset)
+    if len(set(sizes)) > 1:
+        return {"batch_sampler": SameSizeBatches(sizes, batch_size)}
+    return {"sampler": SequentialSampler(dataset), "batch_size": batch_size}
 
 
 def worker_options(dataset: FolderDataset, num_workers: int) -> dict[str, Any]:
@@ -168,5 +221,5 @@ def worker_options(dataset: FolderDataset, num_workers: int) -> dict[str, Any]:
 
 def with_half_batches(loader: DataLoader) -> DataLoader | None:
     """A new loader with half the batch size; None if a batch is a single image already."""
-    size = loader.batch_size or 1
+    size = batch_size_of(loader)
     return restarted(loader, batch_size=size // 2) if size > 1 else None

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gemel.datasets.loaders import restarted, with_half_batches
+from gemel.datasets.loaders import batch_size_of, restarted, with_half_batches
 from gemel.environment.failures import is_out_of_memory, is_worker_death
 from gemel.workload import Task
 
@@ -35,7 +35,9 @@ def evaluate(task: Task, loader: Iterable, model: nn.Module | None = None) -> fl
                 again, may_restart = restarted(loader), False
             if again is None:
                 raise
-            log.warning("%s: repeats the evaluation with batches of %d, after: %s", task.name, again.batch_size, error)
+            log.warning(
+                "%s: repeats the evaluation with batches of %d, after: %s", task.name, batch_size_of(again), error
+            )
             loader = again
 
 

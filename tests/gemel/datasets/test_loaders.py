@@ -20,7 +20,8 @@ from pico import (
 )
 from torchvision import tv_tensors
 
-from gemel.datasets.loaders import plain_images, reseed
+from gemel.datasets.loaders import batch_size_of, num_samples, plain_images, reseed, restarted, with_half_batches
+from model_architectures import build
 
 
 def test_detection_batches_are_lists_of_plain_tensors(tmp_path):
@@ -137,3 +138,60 @@ def test_transforms_that_cannot_be_pickled_load_in_the_main_process(tmp_path, ca
     assert data.train.num_workers == 0 and data.val.num_workers == 1
     assert "cars_pico: loads in the main process" in caplog.text
     assert sum(sizes(data.train)) == 4
+
+
+# ---- detectors: no image's result depends on the images beside it -----------------------------------------------------
+
+SIZES = [(24, 16), (16, 24), (24, 16), (32, 32), (24, 16), (16, 24)]  # (width, height)
+
+
+def write_mixed_sizes(root):
+    for split in ("train", "val"):
+        for number, size in enumerate(SIZES):
+            write_detection_split(root / "vans_OD" / split, {str(number): "0 0.5 0.5 0.5 0.5\n"}, size)
+
+
+def shapes(loader):
+    return [[tuple(image.shape[-2:]) for image in images] for images, _ in loader]
+
+
+def test_batches_of_a_detector_have_images_of_one_size(tmp_path):
+    write_mixed_sizes(tmp_path)
+    data = opened(detector_task("vans_pico"), tmp_path, batch_size=2, screening_images=4)
+    assert [len(batch) for batch in shapes(data.val)] == [2, 1, 2, 1]
+    for loader in (data.val, data.screen, with_half_batches(data.val), restarted(data.val)):
+        assert all(len(set(batch)) == 1 for batch in shapes(loader))
+    assert [len(batch) for batch in shapes(with_half_batches(data.val))] == [1] * 6
+    assert sorted(target["image_id"] for _, targets in data.val for target in targets) == list(range(6))
+    assert batch_size_of(data.val) == 2 and num_samples(data.screen) == 4
+    for batch in plain_images(data, 10**6, 0, "fit"):
+        assert len({image.shape for image in batch}) == 1
+    assert any(len(set(batch)) > 1 for batch in shapes(data.train)), "in training the neighbours change anyway"
+
+
+def test_images_that_the_transform_brings_to_one_size_share_batches(tmp_path):
+    def resized(image, target):
+        return TO_FLOAT(image.resize((16, 16))), target
+
+    write_mixed_sizes(tmp_path)
+    data = opened(detector_task("vans_pico", val=resized), tmp_path, batch_size=4)
+    assert [len(batch) for batch in shapes(data.val)] == [4, 2]
+
+
+def test_what_a_detector_finds_does_not_depend_on_the_batch_size(tmp_path):
+    torch.manual_seed(0)
+    write_mixed_sizes(tmp_path)
+    model = build("fcos_model", 2, backbone="slim_resnet", layers=(1, 1, 1, 1), width=8, out_channels=32, min_size=32)
+    model.eval().score_thresh = 0.0
+    found = {}
+    for batch_size in (4, 1):
+        data = opened(detector_task("vans_pico"), tmp_path, batch_size=batch_size)
+        found[batch_size] = {
+            target["image_id"]: output
+            for images, targets in data.val
+            for target, output in zip(targets, model(images), strict=True)
+        }
+    for number in range(len(SIZES)):
+        together, alone = found[4][number], found[1][number]
+        assert torch.allclose(together["boxes"], alone["boxes"], atol=1e-3) and len(alone["boxes"]) > 0
+        assert torch.allclose(together["scores"], alone["scores"], atol=1e-5)
