@@ -181,7 +181,7 @@ def test_images_that_the_transform_brings_to_one_size_share_batches(tmp_path):
 def test_what_a_detector_finds_does_not_depend_on_the_batch_size(tmp_path):
     torch.manual_seed(0)
     write_mixed_sizes(tmp_path)
-    model = build("fcos_model", 2, backbone="slim_resnet", layers=(1, 1, 1, 1), width=8, out_channels=32, min_size=32)
+    model = build("fcos_model", 2, backbone="slim_resnet", layers=(1, 1, 1, 1), width=8, out_channels=32, min_size=160)
     model.eval().score_thresh = 0.0
     found = {}
     for batch_size in (4, 1):
