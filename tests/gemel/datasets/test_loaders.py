@@ -140,7 +140,7 @@ def test_transforms_that_cannot_be_pickled_load_in_the_main_process(tmp_path, ca
     assert sum(sizes(data.train)) == 4
 
 
-# ---- detectors: no image's result depends on the images beside it -----------------------------------------------------
+# ---- detectors: no image's result depends on the images beside it ------------------------------------------
 
 SIZES = [(24, 16), (16, 24), (24, 16), (32, 32), (24, 16), (16, 24)]  # (width, height)
 
