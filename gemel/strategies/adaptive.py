@@ -49,6 +49,7 @@ class Adaptive(Strategy):
         self.stems = [all(first[o.task] == o.layer for o in group.occurrences) for group in self.groups]
         self.most_sensitive: str | None = None  # the task with the highest sum of predicted sensitivities
         self.own: Configuration = ()
+        self.part: Configuration = ()  # kept of a failed trial, of more saving than what whole trials kept
         self.phase = JUMP
         self.working: Configuration = ()  # what a failed trial leaves to try, or to train
         self.failures: dict[str, int] = {}  # task -> trials of this back-off in which it failed
@@ -57,8 +58,13 @@ class Adaptive(Strategy):
         self.tried: set[str] = set()
 
     @property
-    def kept(self) -> Configuration:
+    def base(self) -> Configuration:
+        """What every proposal ties: what whole trials, or earlier runs, kept."""
         return self.with_adopted(self.own)
+
+    @property
+    def kept(self) -> Configuration:
+        return self.part if saved_bytes(self.part) > saved_bytes(self.base) else self.base
 
     @property
     def continues_failed_trial(self) -> bool:
@@ -86,9 +92,15 @@ class Adaptive(Strategy):
         return self.phase not in (TRAIN_WITH_ADAPTERS, TRAIN)
 
     def keep_part(self, kept: Configuration) -> None:
-        self.own, self.adopted = kept, ()  # it may have split what was adopted
-        if self.working:
-            self.working = joined(self.own, self.working)
+        """Jumps and back-off do not build on a part, since what serves some tasks can be in the way of all together."""
+        self.part = kept
+        if self.phase in FOLLOWING:
+            self._build_on_part()
+
+    def _build_on_part(self) -> None:
+        if self.part and self.kept == self.part:
+            self.own, self.adopted = self.part, ()  # it may have split what was adopted
+        self.part = ()
 
     def propose(self) -> Configuration | None:
         """The next configuration; skips what was tried already or ties nothing new."""
@@ -109,7 +121,7 @@ class Adaptive(Strategy):
 
     def _next_jump(self) -> Configuration | None:
         for left_out in (self.infeasible, self.held_back):
-            jump = joined(self.kept, tuple(group for group in self.groups if group not in left_out))
+            jump = joined(self.base, tuple(group for group in self.groups if group not in left_out))
             if self._is_new(jump):
                 return jump
         return None
@@ -160,7 +172,7 @@ class Adaptive(Strategy):
         self.tried.add(self._key(trial))
         self.working = ()
         if kept:
-            self.own = trial
+            self.own, self.part = trial, ()
             if self.phase in FOLLOWING:
                 self.parts.pop(0)
             else:
@@ -177,10 +189,6 @@ class Adaptive(Strategy):
     def _back_off(self, trial: Configuration, met: set[str], ratios: Ratios, sensitivity: Sensitivity) -> None:
         failing = sorted({task for group in trial for task in group.tasks} - met)
         released = set()
-        tied = {occurrence for group in self.kept for occurrence in group.occurrences}
-        movable = sorted({o.task for group in trial for o in group.occurrences if o not in tied})
-        if not set(failing) & set(movable):  # a task that keeps what it shares failed: the others release something
-            failing = movable
         for task in failing or sorted({task for group in trial for task in group.tasks}):
             at_first = (
                 THRESHOLDS.release.share_when_near
@@ -189,13 +197,14 @@ class Adaptive(Strategy):
             )
             share = min(1.0, at_first * 2 ** self.failures.get(task, 0))
             self.failures[task] = self.failures.get(task, 0) + 1
-            released |= {(group, task) for group in most_sensitive_groups(trial, task, share, sensitivity, self.kept)}
+            released |= {(group, task) for group in most_sensitive_groups(trial, task, share, sensitivity, self.base)}
         left = (group.restricted_to({t for t in group.tasks if (group, t) not in released}) for group in trial)
-        self.working = joined(self.kept, ordered(group for group in left if len(group.occurrences) > 1))
+        self.working = joined(self.base, ordered(group for group in left if len(group.occurrences) > 1))
         self.phase = BACK_OFF
 
     def _begin_filling(self, phase: str) -> None:
         """One part with all that is missing; with adapters only where enough is missing."""
+        self._build_on_part()
         part = self._missing(phase)
         self.phase, self.parts, self.working = phase, [part] if part else [], ()
         self.smallest = max(
@@ -275,6 +284,7 @@ class Adaptive(Strategy):
             "predicted": self.predicted,
             "most_sensitive": self.most_sensitive,
             "own": to_plain(self.own),
+            "part": to_plain(self.part),
             "phase": self.phase,
             "working": to_plain(self.working),
             "failures": self.failures,
@@ -288,6 +298,7 @@ class Adaptive(Strategy):
         self.infeasible, self.held_back = from_plain(state.get("infeasible", [])), from_plain(state["held_back"])
         self.predicted, self.most_sensitive = list(state["predicted"]), state.get("most_sensitive")
         self.own, self.working = from_plain(state["own"]), from_plain(state["working"])
+        self.part = from_plain(state["part"])
         self.phase, self.failures = state["phase"], dict(state["failures"])
         self.parts = [{index: tuple(tasks) for index, tasks in part} for part in state["parts"]]
         self.smallest = state.get("smallest", 0.0)
