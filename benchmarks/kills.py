@@ -1,11 +1,13 @@
 """Kills a merge at random instants and resumes it: is the results folder valid after each kill, and is nothing lost?
 
     python -m benchmarks.kills --kills 40 --seed 0
+    python -m benchmarks.kills --kills 50 --interrupt
 
 takes about ten seconds a kill. A small workload over drawn images is merged in a process of its own that is killed
 (SIGKILL) at a random instant; the results folder is verified; the same command resumes the run and is killed again,
-until it ends by itself, and a new merge begins. Prints one line per kill and the counts; exit code 1 if a folder was
-invalid or less was saved than before the kill.
+until it ends by itself, and a new merge begins. With --interrupt it is Ctrl-C (SIGINT) instead, and the run must end
+within two seconds. Prints one line per kill and the counts; exit code 1 if a folder was invalid, less was saved than
+before the kill, or a run did not end in time.
 """
 
 import argparse
@@ -39,12 +41,17 @@ def create_model_dict():
         entry["unmerged_acc"] = ACCURACY[name]
     return entries
 """
+MAX_SECONDS_TO_END = 2.0  # after Ctrl-C
 MERGE = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 from merge_workloads import merge_workload
 from gemel.workload import load_model_dict
-merge_workload(load_model_dict(sys.argv[1]), sys.argv[2], datasets=sys.argv[3], device="cpu", strategy="gemel",
-               tolerance=0.85, learning_rate=0.005, max_epochs=60, patience_epochs=10)
+try:
+    merge_workload(load_model_dict(sys.argv[1]), sys.argv[2], datasets=sys.argv[3], device="cpu", strategy="gemel",
+                   tolerance=0.85, learning_rate=0.005, max_epochs=60, patience_epochs=10)
+except KeyboardInterrupt:
+    sys.exit(130)
 """
 
 
@@ -122,30 +129,32 @@ def is_valid(results: Path, workload: Path, datasets: Path) -> bool:
     return done.returncode == 0
 
 
-def kill_once(
-    generator: random.Random, span: tuple[float, float], results: Path, workload: Path, datasets: Path
-) -> tuple[str, bool]:
-    """(line to print, whether the folder is valid and nothing was lost) of one run, killed within `span` seconds."""
-    before = saved(results)
+def kill_once(instant: float, sent: signal.Signals, results: Path, workload: Path, datasets: Path) -> tuple[str, bool]:
+    """(line to print, whether the folder is valid and nothing was lost) of one run, killed after `instant` seconds."""
+    before, seconds = saved(results), 0.0
     process = start(workload, results, datasets)
-    instant = generator.uniform(*span)
     try:
         process.wait(instant)
         what = "ended by itself"
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(sent)
+        began = time.monotonic()
         process.wait()
-        what = f"killed after {instant:5.2f} s"
+        seconds = time.monotonic() - began
+        what = f"killed after {instant:5.2f} s, ended {seconds:4.2f} s later"
     valid, after = is_valid(results, workload, datasets), saved(results)
     line = f"{what}: {'valid' if valid else 'INVALID'}, saved {before} -> {after} bytes"
-    return line, valid and after >= before and (process.returncode in (0, -signal.SIGKILL))
+    in_time = sent == signal.SIGKILL or seconds <= MAX_SECONDS_TO_END
+    return line, valid and after >= before and in_time and process.returncode in (0, -signal.SIGKILL, 130)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--interrupt", action="store_true", help="Ctrl-C instead of SIGKILL")
     flags = parser.parse_args()
+    sent = signal.SIGINT if flags.interrupt else signal.SIGKILL
     sys.path.insert(0, str(ROOT / "tests"))
     generator, kills, bad, ended = random.Random(flags.seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as temporary:
@@ -155,7 +164,7 @@ def main() -> int:
         whole, number = saved(folder / "whole"), 0
         print(f"uninterrupted: saved {whole} bytes; kills fall between {span[0]:.1f} and {span[1]:.1f} s", flush=True)
         while kills < flags.kills:
-            line, good = kill_once(generator, span, folder / f"run{number}", workload, folder)
+            line, good = kill_once(generator.uniform(*span), sent, folder / f"run{number}", workload, folder)
             print(f"{kills:3} {line}", flush=True)
             bad += not good
             if line.startswith("ended"):
@@ -163,7 +172,7 @@ def main() -> int:
                 bad += saved(folder / f"run{number}") < whole
                 number += 1
             kills += line.startswith("killed")
-    print(f"{kills} kills; {ended} runs ended by themselves; {bad} invalid, or saved less than they must")
+    print(f"{kills} kills; {ended} runs ended by themselves; {bad} invalid, saved less than they must, or ended late")
     return 1 if bad else 0
 
 

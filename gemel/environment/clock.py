@@ -74,13 +74,16 @@ def _alarm_at(deadline: float) -> Iterator[None]:
     if math.isinf(deadline) or not in_main_thread or not hasattr(signal, "setitimer"):
         yield
         return
-    previous = signal.signal(signal.SIGALRM, _raise_time_over)
+    began, previous = time.monotonic(), signal.signal(signal.SIGALRM, _raise_time_over)
+    others, interval = 0.0, 0.0  # the alarm of somebody else, such as a test runner
     try:
-        signal.setitimer(signal.ITIMER_REAL, max(1e-3, deadline - time.monotonic()))
+        others, interval = signal.setitimer(signal.ITIMER_REAL, max(1e-3, deadline - began))
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, previous)
+        if others:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, others - (time.monotonic() - began)), interval)
 
 
 def _raise_time_over(number: int, frame: object) -> None:

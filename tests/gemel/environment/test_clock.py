@@ -54,6 +54,20 @@ def test_work_that_ends_in_time_leaves_no_alarm():
     time.sleep(0.1)
 
 
+def test_the_alarm_of_somebody_else_still_rings():
+    rung = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with Clock(time_budget=60.0).interruptible():
+            pass
+        time.sleep(0.2)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    assert rung == [True]
+
+
 def test_another_thread_is_not_interrupted():
     done = []
 
