@@ -145,7 +145,7 @@ def kill_once(instant: float, sent: signal.Signals, results: Path, workload: Pat
     valid, after = is_valid(results, workload, datasets), saved(results)
     line = f"{what}: {'valid' if valid else 'INVALID'}, saved {before} -> {after} bytes"
     in_time = sent == signal.SIGKILL or seconds <= MAX_SECONDS_TO_END
-    return line, valid and after >= before and in_time and process.returncode in (0, -signal.SIGKILL, 130)
+    return line, valid and after >= before and in_time and process.returncode in (0, -sent, 130)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What must be equal for a run to go on from the results of another: the workload, its datasets, the options."""
+"""What must be equal for a run to resume another one: the workload, its datasets, the options."""
 
 import hashlib
 import os
