@@ -30,6 +30,7 @@ from gemel.datasets.loaders import TaskData
 from gemel.environment.clock import Clock
 from gemel.environment.device import pick_device
 from gemel.environment.interrupts import Interrupts
+from gemel.environment.threads import choose_num_threads, num_threads_set
 from gemel.merging import console
 from gemel.merging.fingerprint import fingerprint
 from gemel.merging.options import MergeOptions, read_options
@@ -118,9 +119,10 @@ def merge_workload(
     device = pick_device(chosen.device)
     data = _open_data(tasks, roots, device, chosen)
     mark = fingerprint(tasks, find_datasets(tasks, roots), chosen.deciding)
-    with contextlib.ExitStack() as locks, interrupts.deferred():
-        locks.enter_context(lock(results_path))
+    with contextlib.ExitStack() as stack, interrupts.deferred():
+        stack.enter_context(lock(results_path))
         previous = None if chosen.fresh else previous_manifest(results_path, mark)
+        stack.enter_context(num_threads_set(_num_threads(chosen, previous)))
         started_with = _started_with(chosen, device, datasets)
         merger = Merger(tasks, data, chosen, device, results_path, clock, started_with, mark)
         print(console.workload_table(tasks, merger.state.models, merger.record.groups), end="\n\n", flush=True)
@@ -132,7 +134,7 @@ def merge_workload(
             merger.preflight()
             if chosen.fresh and has_results(results_path):
                 print(f"the earlier result is kept in {set_aside(results_path)}")
-                locks.enter_context(lock(results_path))
+                stack.enter_context(lock(results_path))
             if not merger.record.groups:
                 print("nothing to merge: no two tasks have an identical layer; the models are stored as they are")
             manifest = merger.merge()
@@ -175,12 +177,19 @@ def _open_data(
     }
 
 
+def _num_threads(options: MergeOptions, previous: dict | None) -> int:
+    """As asked for; else as in the run that is resumed, whose rounding depends on it; else by the idle cores."""
+    recorded = previous["run"].get("flags", {}).get("num_threads") if previous else None
+    return options.num_threads or recorded or choose_num_threads()
+
+
 def _started_with(options: MergeOptions, device: torch.device, datasets: str | Path | None) -> dict:
     """What the manifest says of how this run was started."""
     flags = {"tolerance": options.tolerance, "device": device.type, "time_budget": options.time_budget}
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    flags |= {"datasets": str(datasets) if datasets else None, "num_threads": torch.get_num_threads()}
     return {
-        "flags": {**flags, "datasets": str(datasets) if datasets else None, **vars(options.training)},
+        "flags": {**flags, **vars(options.training)},
         "versions": {"python": sys.version.split()[0], **versions},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

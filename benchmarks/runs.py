@@ -30,7 +30,12 @@ from gemel.training.options import TrainingOptions
 from gemel.workload import Task
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_MEASURED = ("fresh", "num_workers", "training")  # fields of MergeOptions that do not change what is measured
+NOT_MEASURED = (
+    "fresh",
+    "num_threads",
+    "num_workers",
+    "training",
+)  # fields of MergeOptions that do not change what is measured
 
 
 @dataclass(frozen=True)

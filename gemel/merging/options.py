@@ -57,6 +57,8 @@ class MergeOptions:
     matching: which layer pairs with which: by "order", or the most alike by "weights" or "activations".
     adapter_budget: what a task's low-rank adapter beside a shared layer may take, as a share of the layer's bytes;
     0: no adapters (only "adaptive" has them).
+    num_threads: that torch computes with on a CPU (default: as many as there are idle cores when the merge begins, or
+    as in the run that is resumed).
     num_workers: loader processes per task (default: none on a CPU; with CUDA eight, or the number of cores, in all).
     cache_bytes: of the memory in which images stay as the models get them, of all tasks together (0: none); with
     freeze_prefix, half of it is for what the frozen layers put out.
@@ -76,6 +78,7 @@ class MergeOptions:
     alignment: str = None  # type: ignore[assignment]
     matching: str = None  # type: ignore[assignment]
     adapter_budget: float = None  # type: ignore[assignment]
+    num_threads: int | None = None
     num_workers: int | None = None
     cache_bytes: int = 1 << 30
     training: TrainingOptions = field(default_factory=TrainingOptions)
@@ -143,6 +146,7 @@ def _problems(given: Mapping[str, Any]) -> list[Problem]:
         "seed": (lambda v: isinstance(v, int) and v >= 0, "a whole number from 0 on"),
         "time_budget": (lambda v: v is None or (_is_number(v) and v > 0), "seconds, more than 0"),
         "cache_bytes": (lambda v: type(v) is int and v >= 0, "a whole number from 0 on"),
+        "num_threads": (lambda v: v is None or (type(v) is int and v >= 1), "None or a whole number from 1 on"),
         "num_workers": (lambda v: v is None or (isinstance(v, int) and v >= 0), "None or a whole number from 0 on"),
         "tolerance": (lambda v: v is None or (_is_number(v) and 0 < v <= 1), "a number in (0, 1]"),
         "fresh": (lambda v: isinstance(v, bool), "True or False"),

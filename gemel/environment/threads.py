@@ -1,0 +1,58 @@
+"""How many threads torch computes with: as many as there are idle cores.
+
+Threads of one operation wait for each other busily. On cores that other programs use, two threads can be slower than
+one (benchmarks/LOG.md, "2026-11-26 Threads beside other programs").
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+SECONDS = 0.25  # over which idle cores are counted
+STATISTICS = Path("/proc/stat")  # Linux
+
+
+def idle_cores() -> int | None:
+    """Cores that are idle now, rounded to the nearest number, at least 1; None where the system does not say."""
+    before = _idle_and_total()
+    if before is None:
+        return None
+    time.sleep(SECONDS)
+    after = _idle_and_total()
+    if after is None or after[1] <= before[1]:
+        return None
+    share = (after[0] - before[0]) / (after[1] - before[1])
+    return max(1, round(share * (os.cpu_count() or 1)))
+
+
+def choose_num_threads() -> int:
+    """Torch's number of threads, or the number of idle cores if that is less; OMP_NUM_THREADS is left as it is."""
+    num_threads = torch.get_num_threads()
+    if num_threads == 1 or "OMP_NUM_THREADS" in os.environ:
+        return num_threads
+    return min(num_threads, idle_cores() or num_threads)
+
+
+@contextlib.contextmanager
+def num_threads_set(num_threads: int) -> Iterator[None]:
+    """Within, torch computes with that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _idle_and_total() -> tuple[int, int] | None:
+    """Time that all cores were idle, and all their time, in the system's ticks since it started."""
+    try:
+        line = STATISTICS.read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
+    ticks = [int(word) for word in line.split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
