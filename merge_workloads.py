@@ -1,6 +1,6 @@
 """Merges the models of a workload so that identical layers share one set of weights: the script to run and edit.
 
-    python merge_workloads.py                                   # the embedded default, ten minutes on two cores
+    python merge_workloads.py                                   # the embedded default, minutes on two cores
     python merge_workloads.py --workload mine.py --datasets DIR # mine.py defines create_model_dict()
     python merge_workloads.py --workload mine.py --plan         # what could be saved; trains nothing
 
@@ -123,8 +123,7 @@ def merge_workload(
         stack.enter_context(lock(results_path))
         previous = None if chosen.fresh else previous_manifest(results_path, mark)
         stack.enter_context(num_threads_set(_num_threads(chosen, previous)))
-        started_with = _started_with(chosen, device, datasets)
-        merger = Merger(tasks, data, chosen, device, results_path, clock, started_with, mark)
+        merger = Merger(tasks, data, chosen, device, results_path, clock, _started_with(chosen, device, datasets), mark)
         print(console.workload_table(tasks, merger.state.models, merger.record.groups), end="\n\n", flush=True)
         if previous is not None:
             print("\n".join(merger.resume(previous)), flush=True)
