@@ -110,6 +110,8 @@ def test_plan_trains_nothing_and_writes_nothing(workload_file, tmp_path, monkeyp
         ({"warmup_steps": -1}, "warmup_steps: got -1; allowed: a whole number of at least 0 (none)"),
         ({"average_decay": 1}, "average_decay: got 1; allowed: a number from 0 (no average), below 1"),
         ({"lr": 0.1}, "options: lr: got 0.1; allowed: one of learning_rate"),
+        ({"residual_price": 0.1}, "screening_images, strategy, tolerance, device"),
+        ({"num_threads": 0}, "options: num_threads: got 0; allowed: None or a whole number from 1 on"),
         ({"device": "tpu"}, "options: device: got 'tpu'; allowed: auto, cpu, cuda"),
         ({"time_budget": 0}, "options: time_budget: got 0; allowed: seconds, more than 0"),
         ({"time_budget": "30m"}, "options: time_budget: got '30m'; allowed: seconds, more than 0"),

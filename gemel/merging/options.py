@@ -163,7 +163,8 @@ def _training_problems(given: Mapping[str, Any]) -> list[Problem]:
     problems = []
     for key, value in given.items():
         if key not in defaults:
-            problems.append(_problem(key, value, f"one of {', '.join(defaults)}"))
+            own = (f.name for f in dataclasses.fields(MergeOptions) if f.name != "training")
+            problems.append(_problem(key, value, f"one of {', '.join([*defaults, *own])}"))
             continue
         is_right, what = _training_rule(key, defaults[key])
         if not is_right(value):
