@@ -13,7 +13,8 @@
    Up to here weights are fitted in closed form and not trained, which takes seconds.
 6. Fill in with training: first with adapters, then without, in parts that are halved when they fail.
 
-No trial is made twice.
+Where some tasks met their targets in a failed trial of steps 1 to 5, they keep what they share among themselves. No
+trial is made twice.
 """
 
 import hashlib
