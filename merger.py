@@ -319,7 +319,7 @@ class Merger:
         if (different := self.state.difference_to(reloaded)) is not None:
             raise RuntimeError(f"{different}: reloaded from {self.results_path} it is not what was judged")
         with self.clock.interrupts.immediate():
-            self.evaluator.measure_reloaded(reloaded, self.state.sharing(), self.options.per_class)
+            self.evaluator.measure_reloaded(reloaded, self.options.per_class)
         return self.store()
 
     def store(self) -> dict:

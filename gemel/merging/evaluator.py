@@ -1,6 +1,6 @@
 """The accuracies of a workload: of the unmerged models, on the screening subset, merged, and reloaded from disk."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from torch import nn
@@ -97,23 +97,23 @@ class Evaluator:
                 found[name] = Standing(accuracy / self.tasks[name].target_acc, accuracy)
         return found
 
-    def measure_reloaded(self, reloaded: Mapping[str, nn.Module], sharing: Collection[str], per_class: bool) -> None:
+    def measure_reloaded(self, reloaded: Mapping[str, nn.Module], per_class: bool) -> None:
         """Measures what decides nothing, of models as they were loaded from disk: the test split, and every class.
 
-        sharing: the tasks that share something; the others are as they were before merging, on test, too.
+        The test split only of tasks whose weights were changed by a kept round since it was measured.
         """
         for name, task in self._with_bar("evaluating what was written"):
             accuracy, data = self.accuracy[name], self.data[name]
-            if data.test is not None:
-                of_test = evaluate(task, data.test, reloaded[name]) if name in sharing else accuracy.unmerged_test
-                accuracy.merged_test = of_test
+            if data.test is not None and accuracy.merged_test is None:
+                accuracy.merged_test = evaluate(task, data.test, reloaded[name])
             if per_class:
                 accuracy.per_class = self._per_class(task, reloaded[name])
 
     def keep(self, accuracies: Mapping[str, float]) -> None:
         """Takes over what a kept trial measured."""
         for name, accuracy in accuracies.items():
-            self.accuracy[name].merged, self.accuracy[name].per_class = accuracy, None
+            known = self.accuracy[name]
+            known.merged, known.merged_test, known.per_class = accuracy, None, None
 
     @property
     def num_met(self) -> int:

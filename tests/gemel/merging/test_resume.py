@@ -34,7 +34,7 @@ from gemel.training.distillation import Teacher
 from gemel.training.options import TrainingOptions
 from gemel.training.outcome import Outcome
 from gemel.training.step import Member
-from gemel.workload import WorkloadError
+from gemel.workload import WorkloadError, read_workload
 from merge_workloads import merge_workload
 from merger import Merger
 from trainer import Round, recover
@@ -233,6 +233,7 @@ def test_a_task_that_is_taken_away_takes_its_private_tensors_along(trained_entri
     before = merge(copy.deepcopy(trained_entries), tmp_path / "results", datasets)
     kept = two_of(trained_entries)
     after = merge(kept, tmp_path / "results", datasets)
+    assert after["tasks"]["north_pico"]["test_acc"] == before["tasks"]["north_pico"]["test_acc"]
     assert "east_pico: the task is gone" in capsys.readouterr().out
     assert set(after["tasks"]) == set(kept) and not (tmp_path / "results" / "weights" / "east_pico.pt").exists()
     for name in kept:
@@ -418,3 +419,14 @@ def test_a_dataset_that_disappears_ends_the_run_with_its_name_and_the_result_sta
         merge(entries, tmp_path / "results", datasets)
     assert read_manifest(tmp_path / "results")["memory"]["saved_bytes"] == 0
     assert load_merged(tmp_path / "results", {name: copy.deepcopy(entry["model"]) for name, entry in entries.items()})
+
+
+def test_a_task_whose_partners_are_gone_keeps_what_it_reached_on_test(trained_entries, datasets, tmp_path):
+    """It shares nothing any more, but its weights are those of the merge."""
+    before = merge(two_of(trained_entries), tmp_path / "results", datasets)
+    alone = {"north_pico": copy.deepcopy(trained_entries["north_pico"])}
+    after = merge(alone, tmp_path / "results", datasets)
+    assert before["shared_layers"] and not after["shared_layers"]
+    task = read_workload(alone)[0]["north_pico"]
+    data = open_task(task, [datasets], device=CPU, seed=0, batch_size=6)
+    assert after["tasks"]["north_pico"]["test_acc"] == evaluate(task, data.test)
