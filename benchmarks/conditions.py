@@ -62,12 +62,17 @@ class Bench:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that all comparisons of whole merges have."""
+    """Adds the flags that all comparisons of whole merges on one workload have."""
     add_workload_arguments(parser)
+    parser.add_argument("--tolerance", type=float, help="as for merge_workloads.py")
+    add_run_arguments(parser)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how each run is made, and where it goes."""
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for runs, tables and plots")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: %(default)s")
     parser.add_argument("--time-budget", type=parse_duration, default=1200.0, metavar="TIME", help="per run; 20m")
-    parser.add_argument("--tolerance", type=float, help="as for merge_workloads.py")
     parser.add_argument("--threads", type=_positive_integer, default=1, help="per run (default: %(default)s)")
     parser.add_argument("--jobs", type=_positive_integer, default=1, help="parallel runs (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="repeat runs that are finished already")

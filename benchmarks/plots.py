@@ -1,7 +1,7 @@
 """The plot of a comparison: memory saved against time, one line per variant, a band over seeds."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from benchmarks.conditions import Bench
 from benchmarks.runs import Result
+from benchmarks.suite_summary import MOMENTS, Curve, by_workload, over_seeds, share_at, strategies_of
 from benchmarks.summary import of_variant, spent, variants_of
 from gemel.merging.console import MIB
 
@@ -98,3 +99,38 @@ def _title(results: Sequence[Result], bench: Bench) -> str:
     seeds = len({result.run.seed for result in results})
     counted = f"median of {seeds} seeds, band: min to max" if seeds > 1 else "1 seed"
     return f"{name}: {counted}; {workload.device.type}, {threads} thread{'s' * (threads > 1)}"
+
+
+def plot_shares(curves: Sequence[Curve], path: Path) -> None:
+    """Writes the plot of the suite: for each strategy a panel with every workload, their median and their worst."""
+    strategies = strategies_of(curves)
+    figure = Figure(figsize=(5.5 * len(strategies), 4.8), layout="constrained")
+    panels = figure.subplots(1, len(strategies), sharey=True, squeeze=False)[0]
+    moments = [moment for curve in curves for moment, _ in curve.history]
+    ends = [curve.cpu_seconds for curve in curves]
+    begin, end = 0.8 * min([*moments, *MOMENTS]), max([*moments, *ends, MOMENTS[-1]])
+    grid = np.unique(np.concatenate([np.geomspace(begin, end, 400), moments]))
+    for axes, strategy, colour in zip(panels, strategies, itertools.cycle(COLOURS)):
+        own = [c for c in curves if c.strategy == strategy and c.optimal_saved_bytes]
+        _draw_shares(axes, by_workload(own, strategy), grid, colour)
+        axes.set(title=f"{strategy}: {len(by_workload(own, strategy))} workloads", xscale="log", xlim=(begin, end))
+        axes.set(xlabel=f"{AXIS['cpu_seconds']} (log scale)", ylim=(-2, 102))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("memory saved, % of optimal")
+    panels[0].legend(loc="upper left", frameon=False)
+    figure.savefig(path, dpi=140)
+
+
+def _draw_shares(axes: Axes, runs: Mapping[str, Sequence[Curve]], grid: np.ndarray, colour: str) -> None:
+    """Adds the workloads of one strategy as thin lines, and their median and worst at every moment."""
+    shares = [[over_seeds(own, share_at(moment)) for moment in grid] for own in runs.values()]
+    if not shares:
+        return
+    per_cent = 100 * np.array(shares)
+    axes.step(grid, per_cent.T, where="post", color=colour, linewidth=0.7, alpha=0.35)
+    axes.step(grid, np.median(per_cent, axis=0), where="post", color=colour, linewidth=2.4, label="median workload")
+    worst = per_cent.min(axis=0)
+    axes.step(grid, worst, where="post", color="black", linewidth=1.4, linestyle="--", label="worst workload")
