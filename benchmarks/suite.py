@@ -10,6 +10,7 @@ equal settings are used again.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,6 +52,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     default = " ".join(DEFAULT_STRATEGIES)
     help_of = f"{', '.join(VARIANTS)} (default: {default})"
     names.add_argument("--strategies", nargs="+", default=DEFAULT_STRATEGIES, metavar="NAME", help=help_of)
+    help_of = "name of what differs from other runs, such as the value of a threshold; part of the strategies' names"
+    names.add_argument("--label", metavar="NAME", help=help_of)
+    help_of = "suite.json of earlier runs, to be compared with"
+    names.add_argument("--beside", nargs="+", type=Path, default=[], metavar="FILE", help=help_of)
     names.add_argument("--prepare-only", action="store_true", help="draw and train what is missing; run nothing")
     sources = parser.add_argument_group("sources, needed until the workloads are prepared")
     sources.add_argument(FASHION, type=Path, default=FASHION_FOLDER, metavar="DIR", help="default: %(default)s")
@@ -70,6 +75,27 @@ def pick_workloads(names: Sequence[str] | None, suite: Suite) -> list[str]:
     return list(dict.fromkeys(suite.workloads if names is None else names))
 
 
+def labelled_variants(flags: argparse.Namespace) -> dict[str, dict]:
+    """The strategies by the names that their runs have, with the label. Raises WorkloadError for unknown ones."""
+    after = f"@{flags.label}" if flags.label else ""
+    return {name + after: options for name, options in pick_variants(flags.strategies).items()}
+
+
+def read_curves(files: Sequence[Path]) -> list[Curve]:
+    """The runs of earlier suite.json files. Raises WorkloadError naming every file that is none."""
+    curves, problems = [], []
+    for file in files:
+        try:
+            written = json.loads(file.read_text(encoding="utf-8"))["curves"]
+            curves += [Curve(**{**one, "history": [(cpu, saved) for cpu, saved in one["history"]]}) for one in written]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            got = f"{file}: {type(error).__name__}: {error}"
+            problems.append(Problem("suite", "--beside", got, "a suite.json that this command wrote"))
+    if problems:
+        raise WorkloadError(problems)
+    return curves
+
+
 def sources_of(flags: argparse.Namespace) -> Sources:
     """The sources that the flags name."""
     return {FASHION: flags.fashion_mnist, SHARED: flags.shared_datasets, MOBILENET: flags.mobilenet_v2}
@@ -80,7 +106,7 @@ def sources_of(flags: argparse.Namespace) -> Sources:
 
 def run_workload(name: str, file: Path, flags: argparse.Namespace, suite: Suite) -> list[Curve]:
     """All runs on one workload; a workload that cannot be opened has failed with every strategy and seed."""
-    variants, tolerance, root = pick_variants(flags.strategies), suite.workloads[name].tolerance, flags.out
+    variants, tolerance, root = labelled_variants(flags), suite.workloads[name].tolerance, flags.out
     own = {"workload": str(file), "datasets": str(datasets_root(root)), "tolerance": None, "out": root / "runs" / name}
     try:
         bench = open_bench(argparse.Namespace(**{**vars(flags), **own}))
@@ -135,7 +161,7 @@ def left_out_lines(prepared: Prepared, num_asked: int) -> str:
 def compare(flags: argparse.Namespace, suite: Suite = SUITE) -> list[Curve]:
     """Prepares, makes all runs and prints the tables; returns the runs that failed."""
     names = pick_workloads(flags.workloads, suite)
-    pick_variants(flags.strategies)
+    variants, earlier = labelled_variants(flags), read_curves(flags.beside)
     torch.set_num_threads(flags.threads)
     prepared = prepare(flags.out, suite, names, sources_of(flags), lambda line: print(line, flush=True))
     print(left_out_lines(prepared, len(names)), flush=True)
@@ -144,7 +170,8 @@ def compare(flags: argparse.Namespace, suite: Suite = SUITE) -> list[Curve]:
     curves: list[Curve] = []
     for name, file in prepared.files.items():
         curves += run_workload(name, file, flags, suite)
-    print("\n" + write_report(curves, prepared, flags, suite))
+    earlier = [curve for curve in earlier if curve.workload in prepared.files and curve.strategy not in variants]
+    print("\n" + write_report([*earlier, *curves], prepared, flags, suite))
     if prepared.left_out:
         print("\n" + left_out_lines(prepared, len(names)))
     return [curve for curve in curves if curve.failed]

@@ -28,7 +28,7 @@ class Curve(NamedTuple):
     history: list[tuple[float, int]]  # (CPU seconds, bytes saved by then), in order
     saved_bytes: int  # in the end, as reloaded from disk
     cpu_seconds: float  # of the whole run
-    worst_ratio: float  # the lowest accuracy / target of its tasks, reloaded from disk; nan: failed
+    worst_ratio: float | None  # the lowest accuracy / target of its tasks, reloaded from disk; None: failed
     outcome: str  # FINISHED, CUT_OFF, or how it failed
 
     def share_at(self, cpu_seconds: float) -> float:
@@ -48,7 +48,7 @@ class Curve(NamedTuple):
     @property
     def failed(self) -> bool:
         """Whether the run has no result."""
-        return math.isnan(self.worst_ratio)
+        return self.worst_ratio is None
 
     @property
     def note(self) -> str:
@@ -82,7 +82,7 @@ def curve_of(workload: str, tolerance: float, optimal: int, result: Result) -> C
 
 def failed_curve(workload: str, tolerance: float, strategy: str, seed: int, outcome: str) -> Curve:
     """The curve of a run that has no result. It counts as one that kept nothing of what there is."""
-    return Curve(workload, tolerance, strategy, seed, 1, [], 0, 0.0, math.nan, outcome)
+    return Curve(workload, tolerance, strategy, seed, 1, [], 0, 0.0, None, outcome)
 
 
 def failure_text(failure: Failure) -> str:
@@ -204,12 +204,12 @@ def _row(name: str, runs: Sequence[Curve]) -> tuple[str, ...]:
         after = "" if all(run.running_at(moment) for run in runs) else "~"
         cells.append(after + _share(value))
     first = over_seeds(runs, lambda curve: curve.first_kept)
-    worst = min(run.worst_ratio for run in runs)
+    ratios = [run.worst_ratio for run in runs if run.worst_ratio is not None]
     return (
         *(name, f"{runs[0].tolerance:g}", *cells),
         f"{first:.0f}" if math.isfinite(first) else "never",
         f"{over_seeds(runs, lambda curve: curve.cpu_seconds):.0f}",
-        "-" if math.isnan(worst) else f"{worst:.3f}",
+        f"{min(ratios):.3f}" if ratios else "-",
         "; ".join(dict.fromkeys(run.note for run in runs)),
     )
 

@@ -54,6 +54,7 @@ ELSEWHERE = {
     "make test": "test_what_make_runs",
     "pip install .": "wheel",  # the packaging test; looked for as soon as pyproject.toml describes a package
     "python -m benchmarks.strategies": "test_one_command_compares_strategies_in_processes_of_their_own",
+    "python -m benchmarks.suite": "test_the_suite_runs_over_its_workloads",
     "python -m benchmarks.ablation": "test_ablation_over_the_grid",
     "python -m benchmarks.frozen_prefix": "test_a_frozen_prefix_is_measured",
     "python -m benchmarks.detectors": "test_a_detector_is_built_tied_fitted_and_trained",

@@ -257,6 +257,29 @@ def test_the_suite_runs_over_its_workloads(prepared, in_this_process, capsys):
     assert suite.compare(flags, TINY) == [] and len(in_this_process) == 4, "finished runs are used again"
 
 
+def test_labelled_runs_are_compared_with_earlier_ones(prepared, in_this_process, tmp_path, capsys):
+    root, _, _ = prepared
+    earlier = curve("pair", (5, 100), strategy="all@old")
+    lost = failed_curve("pair", 0.5, "stem@old", 0, "FAILED: exit code 1")
+    elsewhere = curve("another", (5, 100), strategy="all@old")
+    written = json.dumps({"curves": [one._asdict() for one in (earlier, lost, elsewhere)]})
+    (tmp_path / "old.json").write_text(written)
+    flags = flags_of(root, "--strategies", "all", "--workloads", "pair", "--label", "new")
+    flags.beside = [tmp_path / "old.json"]
+    assert suite.compare(flags, TINY) == [], "what failed earlier is not a failure of these runs"
+    curves = suite.read_curves([root / "suite.json"])
+    assert [one.strategy for one in curves] == ["all@old", "stem@old", "all@new"]
+    assert curves[:2] == [earlier, lost] and len(in_this_process) == 1
+    assert "all@new: share of optimal kept" in capsys.readouterr().out
+
+
+def test_a_file_of_earlier_runs_that_is_none_is_refused(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(WorkloadError, match="2 problems") as error:
+        suite.read_curves([tmp_path / "none.json", tmp_path / "other.json"])
+    assert "none.json: FileNotFoundError" in str(error.value) and "other.json: KeyError" in str(error.value)
+
+
 def test_a_run_that_fails_is_in_the_table(prepared, in_this_process, monkeypatch, capsys):
     root, _, _ = prepared
     monkeypatch.setitem(suite.VARIANTS, "broken", {"strategy": "all", "learning_rate": -1})
