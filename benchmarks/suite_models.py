@@ -26,12 +26,12 @@ from gemel.evaluation.eval_method import evaluate
 from gemel.forward.modes import to_channels_last
 from gemel.sample_workload.artifacts import replacement_of
 from gemel.training.losses import task_losses
-from gemel.workload import CLASSIFICATION, Task, read_workload
+from gemel.workload import CLASSIFICATION, DETECTION, Task, read_workload
 from model_architectures import build, load_weights
 from transforms import classification_transforms, detection_transforms
 
 RECIPE, SEED = 1, 0  # increase RECIPE when what is trained for equal entries of the suite changes
-BATCH_SIZE = 16
+BATCH_SIZES = {CLASSIFICATION: 16, DETECTION: 4}
 MAX_GRADIENT = 5.0  # norm
 LIGHT: dict[str, Any] = {"scale": (0.8, 1.0), "jitter": 0.1}  # augmentation; with more, seconds of training teach less
 
@@ -141,9 +141,9 @@ def train(root: Path, suite: Suite, name: str, sources: Sources) -> dict[str, An
             _inherit(model, _ancestor(root, model_of.parent, sources))
         tasks, problems = read_workload({name: _entry(record, model, 1.0)})
         assert not problems, problems
-        roots, cpu = [root / "datasets"], torch.device("cpu")
+        roots, cpu, size = [root / "datasets"], torch.device("cpu"), BATCH_SIZES[tasks[name].kind]
         to_channels_last(model, cpu)
-        data = dataset_manager.open_task(tasks[name], roots, device=cpu, seed=SEED, batch_size=BATCH_SIZE)
+        data = dataset_manager.open_task(tasks[name], roots, device=cpu, seed=SEED, batch_size=size)
         _fit(tasks[name], data.train, model_of.epochs, model_of.learning_rate)
         record["unmerged_acc"] = evaluate(tasks[name], data.val)
     record["cpu_seconds"] = time.process_time() - began

@@ -144,7 +144,7 @@ def _net(dataset: str, builder: str, size: int, epochs: int, parent: str | None 
 MODELS: dict[str, Model] = {
     # ancestors: all cameras
     _STREET: _slim("city_street", _DEEP)._replace(epochs=5),
-    _DETECTOR: _fcos("city_traffic", _STREET, 6),
+    _DETECTOR: _fcos("city_traffic", _STREET, 10),
     "city_street_plain": _net("city_street", "plain_cnn", 48, 5),
     # of the street ancestor
     "noon_street_slim18": _slim("noon_street", _DEEP, _STREET),
@@ -159,11 +159,11 @@ MODELS: dict[str, Model] = {
     "rain_vehicles_slim10": _slim("rain_vehicles", _SHALLOW, _STREET),
     "junction_street_slim10": _slim("junction_street", _SHALLOW, _STREET),
     # detectors
-    "noon_traffic_fcos": _fcos("noon_traffic", _DETECTOR, 5),
-    "fog_traffic_fcos": _fcos("fog_traffic", _DETECTOR, 5),
-    "rain_traffic_fcos": _fcos("rain_traffic", _DETECTOR, 5),
-    "photo_day_fcos": _fcos("photo_day", None, 8),
-    "photo_night_fcos": _fcos("photo_night", None, 8),
+    "noon_traffic_fcos": _fcos("noon_traffic", _DETECTOR, 8),
+    "fog_traffic_fcos": _fcos("fog_traffic", _DETECTOR, 8),
+    "rain_traffic_fcos": _fcos("rain_traffic", _DETECTOR, 8),
+    "photo_day_fcos": _fcos("photo_day", None, 10),
+    "photo_night_fcos": _fcos("photo_night", None, 10),
     # each from a random start of its own
     "fashion_tops_slim18": _slim("fashion_tops", _DEEP, size=32),
     "fashion_shoes_slim18": _slim("fashion_shoes", _DEEP, size=32),
