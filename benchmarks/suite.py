@@ -6,7 +6,7 @@ The first run draws images and trains the models, in minutes, and keeps them bel
 package dataset-fashion-mnist (--fashion-mnist: the folder of its files); --shared-datasets is a folder with sets of
 photographs; --mobilenet-v2 a state dict of torchvision's model. Workloads whose source is not given are left out, and
 said so. Prints a table per strategy; writes DIR/suite.json (with the curves) and DIR/suite.png. Finished runs with
-equal settings are used again.
+equal settings are used again; a run that other code made is marked in the table.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from gemel.workload import Problem, WorkloadError
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package
 DEFAULT_STRATEGIES = ("gemel", "adaptive")
+TIME_BUDGET = 300.0  # seconds of wall time per run
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -56,6 +57,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     names.add_argument("--label", metavar="NAME", help=help_of)
     help_of = "suite.json of earlier runs, to be compared with"
     names.add_argument("--beside", nargs="+", type=Path, default=[], metavar="FILE", help=help_of)
+    help_of = "where the curves are written, and beside it the plot (default: DIR/suite.json)"
+    names.add_argument("--json", type=Path, metavar="FILE", help=help_of)
     names.add_argument("--prepare-only", action="store_true", help="draw and train what is missing; run nothing")
     sources = parser.add_argument_group("sources, needed until the workloads are prepared")
     sources.add_argument(FASHION, type=Path, default=FASHION_FOLDER, metavar="DIR", help="default: %(default)s")
@@ -63,6 +66,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     sources.add_argument(MOBILENET, type=Path, metavar="FILE", help="state dict of torchvision's mobilenet_v2")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
     add_run_arguments(parser)
+    parser.set_defaults(time_budget=TIME_BUDGET)
     return parser.parse_args(arguments)
 
 
@@ -141,8 +145,9 @@ def write_report(curves: list[Curve], prepared: Prepared, flags: argparse.Namesp
         "summary": summary_json(curves),
         "curves": [curve._asdict() for curve in curves],
     }
-    write_json(flags.out / "suite.json", written)
-    plot_shares(curves, flags.out / "suite.png")
+    file = flags.json or flags.out / "suite.json"
+    write_json(file, written)
+    plot_shares(curves, file.with_suffix(".png"))
     parts = [strategy_table(curves, strategy) for strategy in strategies_of(curves)]
     if len(strategies_of(curves)) > 1 and (choices := leave_one_out(curves)):
         parts.append(choice_table(choices))

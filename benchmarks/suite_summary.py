@@ -15,6 +15,7 @@ from gemel.merging.console import share, table
 MOMENTS = (30, 60, 120, 300)  # CPU seconds since the merge began
 MAIN_TOLERANCE = 0.95
 FINISHED, CUT_OFF, NOTHING_KEPT, NOTHING_TO_MERGE = "search finished", "cut off", "nothing kept", "nothing to merge"
+BELOW_TARGET, OTHER_CODE = "BELOW TARGET", "run by other code"
 
 
 class Curve(NamedTuple):
@@ -30,6 +31,7 @@ class Curve(NamedTuple):
     cpu_seconds: float  # of the whole run
     worst_ratio: float | None  # the lowest accuracy / target of its tasks, reloaded from disk; None: failed
     outcome: str  # FINISHED, CUT_OFF, or how it failed
+    same_code: bool = True  # False: a run of earlier that other code made
 
     def share_at(self, cpu_seconds: float) -> float:
         """The share of optimal that was kept by then; nan if there is nothing to merge."""
@@ -57,7 +59,9 @@ class Curve(NamedTuple):
             return self.outcome
         if not self.optimal_saved_bytes:
             return NOTHING_TO_MERGE
-        return self.outcome if self.saved_bytes else f"{NOTHING_KEPT}, {self.outcome}"
+        said = [NOTHING_KEPT] if not self.saved_bytes else []
+        said += [BELOW_TARGET] if self.worst_ratio is not None and self.worst_ratio < 1 else []
+        return ", ".join([*said, self.outcome, *([] if self.same_code else [OTHER_CODE])])
 
     def running_at(self, cpu_seconds: float) -> bool:
         """False if the budget had ended the run by then: what is stated for that moment is what was kept before."""
@@ -77,6 +81,7 @@ def curve_of(workload: str, tolerance: float, optimal: int, result: Result) -> C
         result.cpu_seconds,
         result.worst_ratio,
         FINISHED if result.finished else CUT_OFF,
+        result.run.same_code,
     )
 
 

@@ -162,8 +162,8 @@ MODELS: dict[str, Model] = {
     "noon_traffic_fcos": _fcos("noon_traffic", _DETECTOR, 8),
     "fog_traffic_fcos": _fcos("fog_traffic", _DETECTOR, 8),
     "rain_traffic_fcos": _fcos("rain_traffic", _DETECTOR, 8),
-    "photo_day_fcos": _fcos("photo_day", None, 10),
-    "photo_night_fcos": _fcos("photo_night", None, 10),
+    "photo_day_fcos": _fcos("photo_day", _DETECTOR, 8),
+    "photo_night_fcos": _fcos("photo_night", _DETECTOR, 8),
     # each from a random start of its own
     "fashion_tops_slim18": _slim("fashion_tops", _DEEP, size=32),
     "fashion_shoes_slim18": _slim("fashion_shoes", _DEEP, size=32),
@@ -229,7 +229,7 @@ WORKLOADS: dict[str, Workload] = {
     ),
     "detector_classifier": Workload(("noon_traffic_fcos", "noon_street_slim10"), 0.95, "one ancestor, two tasks"),
     "two_detectors_90": Workload(("fog_traffic_fcos", "rain_traffic_fcos"), 0.9, "one ancestor, other cameras"),
-    "photo_detectors": Workload(("photo_day_fcos", "photo_night_fcos"), 0.95, "apart, photographs"),
+    "photo_detectors": Workload(("photo_day_fcos", "photo_night_fcos"), 0.95, "one ancestor, photographs"),
 }
 
 SUITE = Suite(SUITE_CAMERAS, DATASETS, MODELS, WORKLOADS)

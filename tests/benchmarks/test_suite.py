@@ -264,12 +264,13 @@ def test_labelled_runs_are_compared_with_earlier_ones(prepared, in_this_process,
     elsewhere = curve("another", (5, 100), strategy="all@old")
     written = json.dumps({"curves": [one._asdict() for one in (earlier, lost, elsewhere)]})
     (tmp_path / "old.json").write_text(written)
-    flags = flags_of(root, "--strategies", "all", "--workloads", "pair", "--label", "new")
-    flags.beside = [tmp_path / "old.json"]
+    files = ["--beside", str(tmp_path / "old.json"), "--json", str(tmp_path / "new.json")]
+    flags = flags_of(root, "--strategies", "all", "--workloads", "pair", "--label", "new", *files)
     assert suite.compare(flags, TINY) == [], "what failed earlier is not a failure of these runs"
-    curves = suite.read_curves([root / "suite.json"])
+    curves = suite.read_curves([tmp_path / "new.json"])
     assert [one.strategy for one in curves] == ["all@old", "stem@old", "all@new"]
     assert curves[:2] == [earlier, lost] and len(in_this_process) == 1
+    assert (tmp_path / "new.png").exists()
     assert "all@new: share of optimal kept" in capsys.readouterr().out
 
 
@@ -319,6 +320,8 @@ def test_shares_are_what_was_kept_by_then():
     nothing = curve("none", optimal_saved_bytes=0)
     assert math.isnan(nothing.share_at(60)) and nothing.note == "nothing to merge"
     assert curve("kept").first_kept == math.inf and curve("kept").note == "nothing kept, search finished"
+    old = one._replace(same_code=False, worst_ratio=0.99)
+    assert old.note == "BELOW TARGET, search finished, run by other code"
 
 
 def test_a_curve_is_read_from_a_result():
