@@ -29,7 +29,7 @@ from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisatio
 from gemel.merging.options import LEAST_SQUARES, NO_ALIGNMENT, MergeOptions
 from gemel.merging.records import RunRecord, memory_part, run_part, task_parts
 from gemel.merging.resume import new_strategy
-from gemel.merging.sensitivity import sensitivity_if_all_were_tied, sensitivity_of
+from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_tied
 from gemel.merging.state import MergeState
 from gemel.merging.teachers import FrozenPrefixes, teachers_of
 from gemel.results_store.checkpoint import drop_checkpoint, read_checkpoint, write_checkpoint
@@ -185,9 +185,9 @@ class Merger:
         """Alignment, prediction, rounds. Raises Interrupted or TimeOver; the state is then to be undone."""
         with self.clock.interruptible():
             self._align_channels()
-            if (self.is_new or not self.record.rounds) and self.strategy.uses_sensitivity and self.record.groups:
+            if self.strategy.needs_sensitivity:
                 predicted = sensitivity_if_all_were_tied(self.state, self.images, self.record.groups)
-                self.strategy.set_sensitivity(predicted)
+                self.strategy.set_sensitivity(predicted, self.evaluator.ratios(), expected_losses(self.tasks))
         while True:
             self.clock.raise_if_over()
             proposal = self.strategy.propose()
@@ -204,13 +204,9 @@ class Merger:
         if outcome.reason == TIME_OVER:
             return False
         self.in_flight = None
-        sensitivity = {}
-        if not outcome.success and self.strategy.uses_sensitivity:
-            with self.clock.interruptible():
-                sensitivity = sensitivity_of(self.state, self.images, proposal, "harm", len(self.record.rounds))
         part = self._verified_part(proposal, outcome)
         ratios = {name: accuracy / self.tasks[name].target_acc for name, accuracy in outcome.accuracies.items()}
-        self.strategy.record(outcome.success, outcome.met, ratios, sensitivity)
+        self.strategy.record(outcome.success, outcome.met, ratios)
         if part is not None:
             self.state.keep_part(part, outcome.verified)
             self.strategy.keep_part(part)

@@ -58,20 +58,22 @@ class SensitivityThresholds:
     infeasible: float = 0.25
     # Of the possible saving that is left to training at first ("2026-11-25 Detectors").
     infeasible_share: float = 0.25
-    # Of the possible saving that the second jump leaves out ("2026-11-24 Holding back a little").
-    held_back: float = 0.002
 
 
 @dataclass(frozen=True)
-class ReleaseThresholds:
-    """How much of what a failing task shares is released for it; twice as much each time it fails again."""
+class SearchThresholds:
+    """How much a task ties in the next trial: the unmeasured ones are first guesses."""
 
-    # Of its target: from here on a task needs little ("2026-11-24 The search").
-    near: float = 0.93
-    # Of the bytes that the task shares ("2026-11-24 The search").
-    share_when_near: float = 0.03
-    # The same, below `near` ("2026-11-24 The search").
-    share_when_far: float = 0.25
+    # Deviation of accuracy / target between two fits of one configuration (unmeasured).
+    noise: float = 0.015
+    # Of the loss that is expected over the distance to the nearest measured point (unmeasured).
+    uncertainty: float = 0.6
+    # Of the possible saving, expected of a trial (unmeasured).
+    worth_a_trial: float = 0.01
+    # Of accuracy / target, per unit of sensitivity, of a classifier before the first trial (unmeasured).
+    classifier_loss: float = 0.025
+    # The same of a detector (unmeasured).
+    detector_loss: float = 0.35
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Thresholds:
     fit: FitThresholds = FitThresholds()
     balance: BalanceThresholds = BalanceThresholds()
     sensitivity: SensitivityThresholds = SensitivityThresholds()
-    release: ReleaseThresholds = ReleaseThresholds()
+    search: SearchThresholds = SearchThresholds()
     fill: FillThresholds = FillThresholds()
 
 

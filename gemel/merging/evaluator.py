@@ -115,6 +115,10 @@ class Evaluator:
             known = self.accuracy[name]
             known.merged, known.merged_test, known.per_class = accuracy, None, None
 
+    def ratios(self) -> dict[str, float]:
+        """Task -> accuracy / target, of what is kept."""
+        return {name: self.accuracy[name].merged / task.target_acc for name, task in self.tasks.items()}
+
     @property
     def num_met(self) -> int:
         """Tasks that are at their targets."""

@@ -1,7 +1,7 @@
-"""How much each group of a merge is predicted to hurt each of its tasks, with the models as they are."""
+"""How much each group of a merge is predicted to hurt each of its tasks."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from gemel.environment.seeds import generator
 from gemel.fitting.sensitivity import Sensitivity, predict_sensitivity
@@ -10,24 +10,25 @@ from gemel.merging.state import MergeState
 from gemel.sharing.groups import Configuration, joined
 from gemel.sharing.tying import restore_snapshot, retie, take_snapshot
 from gemel.thresholds import THRESHOLDS
-
-
-def sensitivity_of(
-    state: MergeState, images: ImageSampler, configuration: Configuration, *purpose: object
-) -> Sensitivity:
-    """Of every group of the configuration, which is tied now. purpose: what the sample of images depends on."""
-    limits = THRESHOLDS.sensitivity
-    drawn = images.of_groups(configuration, limits.pixels, *purpose)
-    source = generator(images.seed, *purpose)
-    return predict_sensitivity(
-        state.models, state.unmerged, configuration, drawn, method=limits.method, generator=source
-    )
+from gemel.workload import CLASSIFICATION, Task
 
 
 def sensitivity_if_all_were_tied(state: MergeState, images: ImageSampler, groups: Configuration) -> Sensitivity:
     """Of every group of the workload if its weights were fitted; the models stay as they are."""
+    limits, purpose = THRESHOLDS.sensitivity, "foresee"
+    drawn = images.of_groups(groups, limits.pixels, purpose)
+    source = generator(images.seed, purpose)
     with _all_tied(state, groups):
-        return sensitivity_of(state, images, groups, "foresee")
+        return predict_sensitivity(state.models, state.unmerged, groups, drawn, method=limits.method, generator=source)
+
+
+def expected_losses(tasks: Mapping[str, Task]) -> dict[str, float]:
+    """Task -> the loss of accuracy / target to expect per unit of sensitivity, before anything was measured."""
+    limits = THRESHOLDS.search
+    return {
+        name: limits.classifier_loss if task.kind == CLASSIFICATION else limits.detector_loss
+        for name, task in tasks.items()
+    }
 
 
 @contextlib.contextmanager

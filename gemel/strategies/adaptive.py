@@ -1,23 +1,23 @@
-"""The adaptive strategy: everything at once, release layers where a task stays below its target, then fill in.
+"""The adaptive strategy: as much at once as one set of weights is predicted to serve, then less or more of it.
 
-1. Jump: tie all groups that one set of weights is predicted to serve. A first layer, which reads the images, is tied
-   even where no one set serves all tasks: it takes the weights of the most sensitive task (the donor), and what follows
-   it in the other tasks is fitted to that.
-2. Jump again without the groups of highest predicted sensitivity per byte, up to a five-hundredth of the saving (early
-   layers, as a rule: they have few bytes, and an error in them reaches every layer behind).
-3. Back off: release the most sensitive groups per byte for each task that failed (a group splits: the other tasks still
-   share it) and try the rest; release more each time a task fails again.
-4. Fill in: once every target is met, try what was held back or released, the largest savings first, in parts that are
-   halved when they nearly work.
-5. Fill in with adapters: if much is missing, try the same with a low-rank adapter per task (gemel/sharing/adapters.py).
+1. Search: tie everything that one set of weights is predicted to serve, or less if that is expected to fail far. A task
+   below its target releases its most sensitive layers per byte (a group splits: the other tasks still share it); how
+   much, follows from what it reached with more and with less tied (curves.py). Once all targets are met, the same
+   curves say how much more to tie, as long as that is worth a trial.
+   A first layer, which reads the images, is tied even where no one set serves all tasks: it takes the weights of the
+   most sensitive task (the donor), and what follows it in the other tasks is fitted to that.
+2. Fill in: try what is missing, the largest savings first, in parts that are halved when they nearly work; parts with
+   which a task is predicted to fail are not tried.
+3. Fill in with adapters: if much is missing, try the same with a low-rank adapter per task (gemel/sharing/adapters.py).
    Up to here weights are fitted in closed form and not trained, which takes seconds.
-6. Fill in with training: first with adapters, then without, in parts that are halved when they fail.
+4. Fill in with training: first with adapters, then without, in parts that are halved when they fail.
 
-Where some tasks met their targets in a failed trial of steps 1 to 5, they keep what they share among themselves. No
+Where some tasks met their targets in a failed trial of steps 1 to 3, they keep what they share among themselves. No
 trial is made twice.
 """
 
 import hashlib
+import math
 from collections.abc import Collection, Mapping
 
 from torch import nn
@@ -26,11 +26,19 @@ from gemel.sharing.adapters import adapter_bytes, rank_within
 from gemel.sharing.groups import Configuration, Group, find_groups, from_plain, joined, ordered, saved_bytes, to_plain
 from gemel.sharing.signatures import find_layers
 from gemel.strategies.base import NONE, Ratios, Sensitivity, Strategy
+from gemel.strategies.curves import Curve
 from gemel.thresholds import THRESHOLDS
 
-JUMP, BACK_OFF, FILL, TRAIN, DONE = "jump", "back off", "fill in", "fill in with training", "done"
+SEARCH, FILL, TRAIN, DONE = "search", "fill in", "fill in with training", "done"
 WITH_ADAPTERS, TRAIN_WITH_ADAPTERS = "fill in with adapters", "fill in with adapters and training"
-FOLLOWING = {FILL: WITH_ADAPTERS, WITH_ADAPTERS: TRAIN_WITH_ADAPTERS, TRAIN_WITH_ADAPTERS: TRAIN, TRAIN: DONE}
+FOLLOWING = {
+    SEARCH: FILL,
+    FILL: WITH_ADAPTERS,
+    WITH_ADAPTERS: TRAIN_WITH_ADAPTERS,
+    TRAIN_WITH_ADAPTERS: TRAIN,
+    TRAIN: DONE,
+}
+RISKS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # each task's probability to meet its target
 
 Part = dict[int, tuple[str, ...]]  # what is tried as one: index of a group -> tasks that would join it
 
@@ -43,17 +51,15 @@ class Adaptive(Strategy):
     ):
         self.groups = find_groups(models) if groups is None else groups
         self.adapted = [_with_adapters(group, models, adapter_budget) for group in self.groups]
-        self.infeasible: Configuration = ()  # what the first jump leaves out
-        self.held_back: Configuration = ()  # what the second leaves out, should the first fail
-        self.predicted: list[float] = []  # sensitivity of the most sensitive task of each of `groups`
+        self.infeasible: Configuration = ()  # what no one set of weights is predicted to serve
+        self.sensitivity: dict[tuple[int, str], float] = {}  # (index of a group, task) -> predicted
+        self.curves = {name: Curve() for name in models}
         first = {name: next((layer.name for layer in find_layers(model)), None) for name, model in models.items()}
         self.stems = [all(first[o.task] == o.layer for o in group.occurrences) for group in self.groups]
-        self.most_sensitive: str | None = None  # the task with the highest sum of predicted sensitivities
         self.own: Configuration = ()
         self.part: Configuration = ()  # kept of a failed trial, of more saving than what whole trials kept
-        self.phase = JUMP
-        self.working: Configuration = ()  # what a failed trial leaves to try, or to train
-        self.failures: dict[str, int] = {}  # task -> trials of this back-off in which it failed
+        self.phase = SEARCH
+        self.working: Configuration = ()  # the failed trial that a training continues
         self.parts: list[Part] = []  # to fill in, in this order
         self.smallest = 0.0  # bytes that a part would have to save to be halved without training
         self.tried: set[str] = set()
@@ -72,8 +78,8 @@ class Adaptive(Strategy):
         return self.phase in (TRAIN_WITH_ADAPTERS, TRAIN) and bool(self.working)
 
     @property
-    def uses_sensitivity(self) -> bool:
-        return self.phase in (JUMP, BACK_OFF)
+    def needs_sensitivity(self) -> bool:
+        return self.phase == SEARCH and bool(self.groups) and not self.sensitivity
 
     @property
     def refits_all_changes(self) -> bool:
@@ -93,9 +99,9 @@ class Adaptive(Strategy):
         return self.phase not in (TRAIN_WITH_ADAPTERS, TRAIN)
 
     def keep_part(self, kept: Configuration) -> None:
-        """Jumps and back-off do not build on a part, since what serves some tasks can be in the way of all together."""
+        """The search does not build on a part, since what serves some tasks can be in the way of all together."""
         self.part = kept
-        if self.phase in FOLLOWING:
+        if self.phase != SEARCH:
             self._build_on_part()
 
     def _build_on_part(self) -> None:
@@ -104,104 +110,152 @@ class Adaptive(Strategy):
         self.part = ()
 
     def propose(self) -> Configuration | None:
-        """The next configuration; skips what was tried already or ties nothing new."""
-        if self.phase == JUMP and (jump := self._next_jump()) is not None:
-            return jump
-        if self.phase == BACK_OFF and self._is_new(self.working):
-            return self.working
-        if self.phase in (JUMP, BACK_OFF):
-            self._begin_filling(FILL)
-        while self.phase in FOLLOWING:
-            if not self.parts:
+        """The next configuration; skips what was tried already, ties nothing new, or is predicted to fail."""
+        while self.phase != DONE:
+            if self.phase == SEARCH:
+                if (trial := self._most_promising()) is not None:
+                    return trial
+                self._begin_filling(FILL)
+            elif not self.parts:
                 self._begin_filling(FOLLOWING[self.phase])
-            elif self._is_new(self._filled(self.parts[0])):
-                return self._filled(self.parts[0])
-            else:
+            elif not self._is_new(trial := self._filled(self.parts[0])):
                 self._give_up_part(met=())
+            elif self.phase == FILL and not self._is_worth_a_trial(trial):
+                self._give_up_part(met=[t for t, p in self._probabilities(trial).items() if p >= 0.5])
+            else:
+                return trial
         return None
 
-    def _next_jump(self) -> Configuration | None:
-        for left_out in (self.infeasible, self.held_back):
-            jump = joined(self.base, tuple(group for group in self.groups if group not in left_out))
-            if self._is_new(jump):
-                return jump
-        return None
+    # ---- the search ------------------------------------------------------------------------------------------
+
+    def _most_promising(self) -> Configuration | None:
+        """Of several configurations, from cautious to everything, the new one with the largest expected saving."""
+        trials = dict.fromkeys(self._at_risk(risk) for risk in RISKS)
+        new = [trial for trial in trials if self._is_new(trial) and self._is_worth_a_trial(trial)]
+        return max(new, key=self._expected_saving, default=None)
+
+    def _at_risk(self, risk: float) -> Configuration:
+        """What is kept, and of all feasible groups as much as each task is likely to bear, its probability given."""
+        released = {(i, task) for task in self.curves for i in self._released(task, risk)}
+        left = (
+            self.groups[i].restricted_to({task for task in self.groups[i].tasks if (i, task) not in released})
+            for i in self._feasible
+        )
+        return joined(self.base, ordered(group for group in left if len(group.occurrences) > 1))
+
+    def _released(self, task: str, risk: float) -> list[int]:
+        """The most sensitive groups per byte of the task, until it meets its target with this probability."""
+        own = [i for i in self._feasible if task in self.groups[i].tasks]
+        own.sort(key=lambda i: -self._sensitivity_of(i, task) / self.groups[i].bytes)
+        tied = total = sum(self._sensitivity_of(i, task) for i in own)
+        for number, i in enumerate(own):
+            if self.curves[task].probability(tied / total if total else 1.0) >= risk:
+                return own[:number]
+            tied -= self._sensitivity_of(i, task)
+        return own
+
+    @property
+    def _feasible(self) -> list[int]:
+        return [i for i, group in enumerate(self.groups) if group not in self.infeasible]
+
+    def _probabilities(self, trial: Configuration) -> dict[str, float]:
+        """Task -> the probability that it meets its target in an untrained trial without adapters."""
+        return {task: curve.probability(self._tied_share(trial, task)) for task, curve in self.curves.items()}
+
+    def _expected_saving(self, trial: Configuration) -> float:
+        """Bytes, where tasks that fail go back to what is kept, and the others share among themselves.
+
+        Of n tasks that share a group k meet their targets; the mean of max(0, k - 1) is the sum of the probabilities,
+        less 1, and the probability that none does.
+        """
+        probabilities = self._probabilities(trial)
+        tied = {o for group in self.kept for o in group.occurrences}
+        saving = 0.0
+        for group in trial:
+            each = [1.0 if o in tied else probabilities[o.task] for o in group.occurrences]
+            saving += group.bytes * (sum(each) - 1 + math.prod(1 - p for p in each))
+        return saving
+
+    def _is_worth_a_trial(self, trial: Configuration) -> bool:
+        gain = self._expected_saving(trial) - saved_bytes(self.kept)
+        return gain >= THRESHOLDS.search.worth_a_trial * saved_bytes(self.groups)
+
+    def _sensitivity_of(self, index: int, task: str) -> float:
+        """As predicted; where it was not, in proportion to the bytes."""
+        group = self.groups[index]
+        return self.sensitivity.get((index, task), group.bytes / max(1, saved_bytes(self.groups)))
+
+    def _tied_share(self, trial: Configuration, task: str) -> float:
+        """The share of a task's sensitivity that the trial ties without an adapter, of all its feasible groups."""
+        tied = {o for group in trial if not group.rank for o in group.occurrences if o.task == task}
+        total = sum(self._sensitivity_of(i, task) for i in self._feasible if task in self.groups[i].tasks)
+        among = (i for i, group in enumerate(self.groups) if tied.intersection(group.occurrences))
+        return sum(self._sensitivity_of(i, task) for i in among) / total if total else 0.0
+
+    def _observe(self, trial: Configuration, met: Collection[str], ratios: Ratios) -> None:
+        """Adds what an untrained trial without adapters measured to the curves."""
+        if self.phase not in (SEARCH, FILL) or not self.releases_before_training:
+            return
+        for task in sorted({task for group in trial for task in group.tasks}):
+            if task in met:
+                self.curves[task].add(self._tied_share(trial, task), max(1.0, ratios.get(task, 1.0)))
+            elif task in ratios or not ratios:
+                self.curves[task].add(self._tied_share(trial, task), min(ratios.get(task, 0.9), 1 - 1e-6))
 
     def donor_of(self, group: Group) -> str | None:
         """The most sensitive task, for first layers that no one set of weights is predicted to serve."""
-        for other, is_stem, sensitivity in zip(self.groups, self.stems, self.predicted, strict=False):
-            if (
-                is_stem
-                and sensitivity > THRESHOLDS.sensitivity.infeasible
-                and set(group.occurrences) <= set(other.occurrences)
-            ):
-                return self.most_sensitive if self.most_sensitive in group.tasks else None
+        for i, (other, is_stem) in enumerate(zip(self.groups, self.stems, strict=True)):
+            is_infeasible = self._worst(i) > THRESHOLDS.sensitivity.infeasible
+            if is_stem and is_infeasible and set(group.occurrences) <= set(other.occurrences):
+                return self._most_sensitive if self._most_sensitive in group.tasks else None
         return None
 
-    def set_sensitivity(self, sensitivity: Sensitivity) -> None:
-        """Chooses what the jumps leave out: infeasible groups, and of the rest the most sensitive per byte."""
-        left = THRESHOLDS.sensitivity.held_back * saved_bytes(self.groups)
-        total = {task: sum(s for (_, name), s in sensitivity.items() if name == task) for _, task in sensitivity}
-        self.most_sensitive = max(sorted(total), key=total.__getitem__, default=None)
-        worst = {group: max(sensitivity.get((group, task), 0.0) for task in group.tasks) for group in self.groups}
-        self.predicted = list(worst.values())
-        held = self._infeasible(worst)
-        self.infeasible = ordered(held)
-        for group in sorted(set(self.groups) - set(held), key=lambda g: (-worst[g] / g.bytes, g.occurrences)):
-            if group.saved_bytes <= left:
-                held.append(group)
-                left -= group.saved_bytes
-        self.held_back = ordered(held)
+    @property
+    def _most_sensitive(self) -> str | None:
+        """The task with the highest sum of predicted sensitivities."""
+        total = {t: sum(s for (_, name), s in self.sensitivity.items() if name == t) for _, t in self.sensitivity}
+        return max(sorted(total), key=total.__getitem__, default=None)
 
-    def _infeasible(self, worst: Mapping[Group, float]) -> list[Group]:
+    def _worst(self, index: int) -> float:
+        """The predicted sensitivity of the most sensitive task of a group; 0 where nothing was predicted."""
+        return max(self.sensitivity.get((index, task), 0.0) for task in self.groups[index].tasks)
+
+    def set_sensitivity(self, sensitivity: Sensitivity, reached: Ratios = NONE, losses: Ratios = NONE) -> None:
+        """Chooses which groups are infeasible, and begins the curve of each task."""
+        index = {group: i for i, group in enumerate(self.groups)}
+        self.sensitivity = {(index[group], task): value for (group, task), value in sensitivity.items()}
+        self.infeasible = self._predicted_infeasible()
+        for task, curve in self.curves.items():
+            own = [i for i, group in enumerate(self.groups) if task in group.tasks and group not in self.infeasible]
+            curve.unshared = reached.get(task, 1.0)
+            curve.slope = losses.get(task, 0.0) * sum(self._sensitivity_of(i, task) for i in own)
+
+    def _predicted_infeasible(self) -> Configuration:
         """Groups that no one set of weights is predicted to serve, the most sensitive first, within their share."""
         left = THRESHOLDS.sensitivity.infeasible_share * saved_bytes(self.groups)
         chosen = []
-        for group in sorted(worst, key=lambda group: (-worst[group], group.occurrences)):
-            if (
-                worst[group] > THRESHOLDS.sensitivity.infeasible
-                and group.saved_bytes <= left
-                and self.donor_of(group) is None
-            ):
+        for i in sorted(range(len(self.groups)), key=lambda i: (-self._worst(i), self.groups[i].occurrences)):
+            group, is_infeasible = self.groups[i], self._worst(i) > THRESHOLDS.sensitivity.infeasible
+            if is_infeasible and group.saved_bytes <= left and self.donor_of(group) is None:
                 chosen.append(group)
                 left -= group.saved_bytes
-        return chosen
+        return ordered(chosen)
 
-    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, sensitivity: Sensitivity = NONE) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE) -> None:
         trial = self.propose()
         assert trial is not None, "a recorded trial must have been proposed"
+        self._observe(trial, met, ratios)
         self.tried.add(self._key(trial))
         self.working = ()
         if kept:
             self.own, self.part = trial, ()
-            if self.phase in FOLLOWING:
-                self.parts.pop(0)
-            else:
-                self._begin_filling(FILL)
-        elif self.phase in FOLLOWING:
+            self.parts = self.parts[1:]
+        elif self.phase != SEARCH:
             self._give_up_part(met, ratios)
             while self.phase in (FILL, WITH_ADAPTERS, TRAIN_WITH_ADAPTERS) and not self.parts:
                 self._begin_filling(FOLLOWING[self.phase])
             if self.phase in (TRAIN_WITH_ADAPTERS, TRAIN) and self.parts and self._filled(self.parts[0]) == trial:
                 self.working = trial  # training continues from the fitted weights
-        elif self.phase == BACK_OFF or self._next_jump() is None:
-            self._back_off(trial, set(met), ratios, sensitivity)
-
-    def _back_off(self, trial: Configuration, met: set[str], ratios: Ratios, sensitivity: Sensitivity) -> None:
-        failing = sorted({task for group in trial for task in group.tasks} - met)
-        released = set()
-        for task in failing or sorted({task for group in trial for task in group.tasks}):
-            at_first = (
-                THRESHOLDS.release.share_when_near
-                if ratios.get(task, 1.0) >= THRESHOLDS.release.near
-                else THRESHOLDS.release.share_when_far
-            )
-            share = min(1.0, at_first * 2 ** self.failures.get(task, 0))
-            self.failures[task] = self.failures.get(task, 0) + 1
-            released |= {(group, task) for group in most_sensitive_groups(trial, task, share, sensitivity, self.base)}
-        left = (group.restricted_to({t for t in group.tasks if (group, t) not in released}) for group in trial)
-        self.working = joined(self.base, ordered(group for group in left if len(group.occurrences) > 1))
-        self.phase = BACK_OFF
 
     def _begin_filling(self, phase: str) -> None:
         """One part with all that is missing; with adapters only where enough is missing."""
@@ -224,7 +278,7 @@ class Adaptive(Strategy):
         missing = {i: tuple(o.task for o in group.occurrences if o not in tied) for i, group in enumerate(self.groups)}
         left_out: list[Group] = []
         if phase == FILL:
-            left_out = self._infeasible(dict(zip(self.groups, self.predicted, strict=False)))
+            left_out = list(self.infeasible)
         elif phase in (WITH_ADAPTERS, TRAIN_WITH_ADAPTERS):
             left_out = [group for group, adapted in zip(self.groups, self.adapted, strict=True) if not adapted.rank]
         return {i: tasks for i, tasks in missing.items() if tasks and self.groups[i] not in left_out}
@@ -281,14 +335,12 @@ class Adaptive(Strategy):
     def state(self) -> dict:
         return {
             "infeasible": to_plain(self.infeasible),
-            "held_back": to_plain(self.held_back),
-            "predicted": self.predicted,
-            "most_sensitive": self.most_sensitive,
+            "sensitivity": [[index, task, value] for (index, task), value in self.sensitivity.items()],
+            "curves": {task: curve.state() for task, curve in self.curves.items()},
             "own": to_plain(self.own),
             "part": to_plain(self.part),
             "phase": self.phase,
             "working": to_plain(self.working),
-            "failures": self.failures,
             "parts": [[[index, list(tasks)] for index, tasks in part.items()] for part in self.parts],
             "smallest": self.smallest,
             "tried": sorted(self.tried),
@@ -296,13 +348,12 @@ class Adaptive(Strategy):
         }
 
     def load_state(self, state: dict) -> None:
-        self.infeasible, self.held_back = from_plain(state.get("infeasible", [])), from_plain(state["held_back"])
-        self.predicted, self.most_sensitive = list(state["predicted"]), state.get("most_sensitive")
-        self.own, self.working = from_plain(state["own"]), from_plain(state["working"])
-        self.part = from_plain(state["part"])
-        self.phase, self.failures = state["phase"], dict(state["failures"])
+        self.infeasible = from_plain(state["infeasible"])
+        self.sensitivity = {(index, task): value for index, task, value in state["sensitivity"]}
+        self.curves = {task: Curve.of(curve) for task, curve in state["curves"].items()}
+        self.own, self.part, self.working = (from_plain(state[key]) for key in ("own", "part", "working"))
+        self.phase, self.smallest = state["phase"], state["smallest"]
         self.parts = [{index: tuple(tasks) for index, tasks in part} for part in state["parts"]]
-        self.smallest = state.get("smallest", 0.0)
         self.tried, self.adopted = set(state["tried"]), from_plain(state["adopted"])
 
 
@@ -312,24 +363,3 @@ def _with_adapters(group: Group, models: Mapping[str, nn.Module], adapter_budget
     layer = models[first.task].get_submodule(first.layer)
     rank = rank_within(layer, adapter_budget)
     return group.with_adapters(rank, adapter_bytes(layer, rank)) if rank else group
-
-
-def most_sensitive_groups(
-    trial: Configuration, task: str, share: float, sensitivity: Sensitivity, kept: Configuration = ()
-) -> list[Group]:
-    """Groups to release for the task: the most sensitive per byte first, until `share` of the bytes it shares.
-
-    Groups that are kept already are not released. Groups of unknown sensitivity go first, the largest first.
-    """
-    held = {occurrence for group in kept for occurrence in group.occurrences}
-    own = [g for g in trial if task in g.tasks and not {o for o in g.occurrences if o.task == task} <= held]
-    own.sort(key=lambda g: -sensitivity.get((g, task), float(g.bytes)) / g.bytes)
-    wanted = share * sum(group.bytes for group in own)
-    chosen: list[Group] = []
-    released = 0
-    for group in own:
-        if chosen and released >= wanted:
-            break
-        chosen.append(group)
-        released += group.bytes
-    return chosen

@@ -34,12 +34,11 @@ class Strategy(ABC):
         """The next configuration to try, with everything that is kept; None when nothing is left to try."""
 
     @abstractmethod
-    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, sensitivity: Sensitivity = NONE) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE) -> None:
         """Says how the last proposal ended.
 
         kept: the whole proposal met its targets. met: the tasks that met their target in the trial. ratios: of the
-        tasks whose weights the trial changed. sensitivity: of every group and task of a failed trial, if the strategy
-        uses it.
+        tasks whose weights the trial changed.
         """
 
     @abstractmethod
@@ -51,8 +50,8 @@ class Strategy(ABC):
         """Continues from what `state` returned."""
 
     @property
-    def uses_sensitivity(self) -> bool:
-        """Whether the predicted sensitivities of groups are of use now."""
+    def needs_sensitivity(self) -> bool:
+        """Whether the next proposal depends on predicted sensitivities, and none were given yet."""
         return False
 
     @property
@@ -79,8 +78,13 @@ class Strategy(ABC):
         """Says that this was kept of the last trial, which had failed; after `record`, if `keeps_verified_part`."""
         raise NotImplementedError(f"{type(self).__name__} keeps whole trials only")
 
-    def set_sensitivity(self, sensitivity: Sensitivity) -> None:  # noqa: B027 (of use to some only)
-        """Takes the predicted sensitivity of every group and task, before the first proposal."""
+    def set_sensitivity(  # noqa: B027 (of use to some only)
+        self, sensitivity: Sensitivity, reached: Ratios = NONE, losses: Ratios = NONE
+    ) -> None:
+        """Takes the predicted sensitivity of every group and task, before the first proposal.
+
+        reached: of each task now. losses: of each task, the loss of accuracy / target to expect per unit of it.
+        """
 
     def donor_of(self, group: Group) -> str | None:
         """The task whose weights a group takes as they are; None: they are fitted to all of its tasks."""

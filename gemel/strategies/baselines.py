@@ -18,7 +18,7 @@ from gemel.sharing.groups import (
     to_plain,
 )
 from gemel.sharing.signatures import find_layers
-from gemel.strategies.base import NONE, Ratios, Sensitivity, Strategy
+from gemel.strategies.base import NONE, Ratios, Strategy
 
 
 class All(Strategy):
@@ -37,7 +37,7 @@ class All(Strategy):
         trial = self._trial()
         return trial if trial != self.kept and not self.done else None
 
-    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, sensitivity: Sensitivity = NONE) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE) -> None:
         left = tuple(task for task in self.tasks if task in met)
         self.succeeded = kept
         self.done = kept or left == self.tasks
@@ -84,7 +84,7 @@ class Gemel(Strategy):
             self._advance()
         return None
 
-    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, sensitivity: Sensitivity = NONE) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE) -> None:
         if kept:
             self.trimmed[self.index] = self.tasks
             self._advance()
@@ -142,7 +142,7 @@ class Stem(Strategy):
             self.longest_kept = self._next()  # tied already by what was adopted
         return None
 
-    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE, sensitivity: Sensitivity = NONE) -> None:
+    def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE) -> None:
         if kept:
             self.longest_kept = self._next()
         else:

@@ -1,6 +1,5 @@
 """What a trial begins with: predicted harm, fitted weights, channels lined up."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -10,9 +9,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from gemel.merging import evaluator, images, initialisation
 from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisation
-from gemel.merging.sensitivity import sensitivity_if_all_were_tied
+from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_tied
 from gemel.merging.task_weights import TaskWeights
-from gemel.sharing.groups import saved_bytes
 from gemel.sharing.tying import is_tied, retie
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
@@ -50,20 +48,18 @@ def same(first: dict, second: dict) -> bool:
     return all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-def test_foreseeing_changes_nothing_and_holds_back_a_little(run, monkeypatch):
+def test_predicting_changes_nothing_and_scores_every_group_and_task(run):
     before = state_of(run)
-    monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(infeasible=math.inf))
     predict(run)
     assert same(before, state_of(run)) and not any(is_tied(run.state.models, group) for group in run.record.groups)
-    assert saved_bytes(run.strategy.held_back) <= THRESHOLDS.sensitivity.held_back * saved_bytes(run.record.groups)
-    monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(infeasible=math.inf, held_back=0.5))
-    predict(run)
-    held = run.strategy.held_back
-    assert 0 < saved_bytes(held) <= 0.5 * saved_bytes(run.record.groups)
-    everything = run.strategy.propose()
-    assert set(everything) == set(run.record.groups), "the first jump holds nothing back but what is infeasible"
-    run.strategy.record(False, set())
-    assert not set(held) & set(run.strategy.propose())
+    pairs = {(i, task) for i, group in enumerate(run.record.groups) for task in group.tasks}
+    assert set(run.strategy.sensitivity) == pairs and not run.strategy.needs_sensitivity
+    assert all(value >= 0 for value in run.strategy.sensitivity.values())
+
+
+def test_a_detector_is_expected_to_lose_more(tasks):
+    losses = expected_losses(tasks)
+    assert losses["east_pico"] > losses["north_pico"] == losses["south_pico"] > 0
 
 
 def test_fitted_weights_come_near_to_what_each_task_could(run, fit):

@@ -152,13 +152,13 @@ def test_a_failed_trial_that_goes_on_survives_an_interruption(
     entries, trained_entries, datasets, tmp_path, monkeypatch
 ):
     """What was fitted and not met is trained from there: the weights are in the checkpoint between the two trials."""
-    monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(worth_a_fit=1.0, held_back=0.5))
+    monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(worth_a_fit=1.0, worth_a_trial=0.3))
     honest, rounds = merger.recover, []
 
     def recover(models, tasks, data, options, *more):
         outcome = honest(models, tasks, data, options, *more)
         rounds.append(len(more[0].purpose) and more[0].purpose[1])
-        if rounds[-1] in (0, 2):  # the jump; the part that is filled in at a price
+        if rounds[-1] in (0, 2):  # everything; the part that is filled in with adapters
             return Outcome("needs training", dict.fromkeys(tasks, 0.8), (), 0, 0)
         return outcome
 
