@@ -54,10 +54,8 @@ class SensitivityThresholds:
     pixels: int = FIT_PIXELS // 4
     # Of the images that aligned models are checked on, and activations compared on (unmeasured).
     alignment_pixels: int = FIT_PIXELS // 8
-    # From this sensitivity on a group is left to training ("2026-11-25 Detectors").
-    infeasible: float = 0.25
-    # Of the possible saving that is left to training at first ("2026-11-25 Detectors").
-    infeasible_share: float = 0.25
+    # From this error of its fitted weights on, a first layer is given by one task ("2026-11-26 The last thousandth").
+    misfit: float = 0.25
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,8 @@ class SearchThresholds:
     uncertainty: float = 0.6
     # Of the possible saving, expected of a trial (unmeasured).
     worth_a_trial: float = 0.01
-    # Of accuracy / target, per unit of sensitivity, of a classifier before the first trial (unmeasured).
-    classifier_loss: float = 0.025
-    # The same of a detector (unmeasured).
-    detector_loss: float = 0.35
+    # Of accuracy / target, per unit of sensitivity, before the first trial (unmeasured).
+    loss: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +84,8 @@ class FillThresholds:
     smallest_part: float = 0.25
     # Of the possible saving: if less is missing, no adapters ("2026-11-26 Low-rank").
     worth_adapters: float = 0.03
+    # Of the possible saving: if less is missing, no training (unmeasured).
+    worth_training: float = 0.002
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,44 @@
 """How much each group of a merge is predicted to hurt each of its tasks."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from gemel.environment.seeds import generator
+from gemel.fitting.importance import importance_of_layers
 from gemel.fitting.sensitivity import Sensitivity, predict_sensitivity
 from gemel.merging.images import ImageSampler
 from gemel.merging.state import MergeState
 from gemel.sharing.groups import Configuration, joined
+from gemel.sharing.signatures import find_layers
 from gemel.sharing.tying import restore_snapshot, retie, take_snapshot
 from gemel.thresholds import THRESHOLDS
-from gemel.workload import CLASSIFICATION, Task
 
 
-def sensitivity_if_all_were_tied(state: MergeState, images: ImageSampler, groups: Configuration) -> Sensitivity:
-    """Of every group of the workload if its weights were fitted; the models stay as they are."""
+def sensitivity_if_all_were_tied(
+    state: MergeState, images: ImageSampler, groups: Configuration
+) -> tuple[Sensitivity, Sensitivity]:
+    """(error at the outputs of the model, misfit of the layer) of every group and task if the weights were fitted.
+
+    The models stay as they are.
+    """
     limits, purpose = THRESHOLDS.sensitivity, "foresee"
     drawn = images.of_groups(groups, limits.pixels, purpose)
     source = generator(images.seed, purpose)
     with _all_tied(state, groups):
-        return predict_sensitivity(state.models, state.unmerged, groups, drawn, method=limits.method, generator=source)
-
-
-def expected_losses(tasks: Mapping[str, Task]) -> dict[str, float]:
-    """Task -> the loss of accuracy / target to expect per unit of sensitivity, before anything was measured."""
-    limits = THRESHOLDS.search
-    return {
-        name: limits.classifier_loss if task.kind == CLASSIFICATION else limits.detector_loss
-        for name, task in tasks.items()
+        misfit = predict_sensitivity(
+            state.models, state.unmerged, groups, drawn, method=limits.method, generator=source
+        )
+    importance = {}
+    for task in drawn:
+        model = state.unmerged[task]
+        names = [layer.name for layer in find_layers(model)]
+        importance[task] = importance_of_layers(model, names, drawn[task], source)
+    errors = {
+        (group, o.task): misfit[group, o.task] * importance[o.task].get(o.layer, 1.0)
+        for group in groups
+        for o in group.occurrences
     }
+    return errors, misfit
 
 
 @contextlib.contextmanager

@@ -1,11 +1,10 @@
 """The adaptive strategy: as much at once as one set of weights is predicted to serve, then less or more of it.
 
-1. Search: tie everything that one set of weights is predicted to serve, or less if that is expected to fail far. A task
-   below its target releases its most sensitive layers per byte (a group splits: the other tasks still share it); how
-   much, follows from what it reached with more and with less tied (curves.py). Once all targets are met, the same
-   curves say how much more to tie, as long as that is worth a trial.
-   A first layer, which reads the images, is tied even where no one set serves all tasks: it takes the weights of the
-   most sensitive task (the donor), and what follows it in the other tasks is fitted to that.
+1. Search: of several configurations, from cautious to everything, try the one that is expected to save most, as long
+   as that is worth a trial. Of each task the most sensitive layers per byte are released first (a group splits: the
+   other tasks still share it); how many, follows from what the task reached with more and with less tied (curves.py).
+   A first layer, which reads the images and which no one set of weights can serve, takes the weights of the most
+   sensitive task (the donor), and what follows it in the other tasks is fitted to that.
 2. Fill in: try what is missing, the largest savings first, in parts that are halved when they nearly work; parts with
    which a task is predicted to fail are not tried.
 3. Fill in with adapters: if much is missing, try the same with a low-rank adapter per task (gemel/sharing/adapters.py).
@@ -51,8 +50,9 @@ class Adaptive(Strategy):
     ):
         self.groups = find_groups(models) if groups is None else groups
         self.adapted = [_with_adapters(group, models, adapter_budget) for group in self.groups]
-        self.infeasible: Configuration = ()  # what no one set of weights is predicted to serve
-        self.sensitivity: dict[tuple[int, str], float] = {}  # (index of a group, task) -> predicted
+        self.sensitivity: dict[tuple[int, str], float] = {}  # (index of a group, task) -> error at the outputs
+        self.misfit: dict[int, float] = {}  # index of a group -> error of its fitted weights, for the worst task
+        self.donor: str | None = None  # the task with the highest sum of such errors
         self.curves = {name: Curve() for name in models}
         first = {name: next((layer.name for layer in find_layers(model)), None) for name, model in models.items()}
         self.stems = [all(first[o.task] == o.layer for o in group.occurrences) for group in self.groups]
@@ -135,17 +135,17 @@ class Adaptive(Strategy):
         return max(new, key=self._expected_saving, default=None)
 
     def _at_risk(self, risk: float) -> Configuration:
-        """What is kept, and of all feasible groups as much as each task is likely to bear, its probability given."""
+        """What is kept, and as much of all groups as each task bears with this probability."""
         released = {(i, task) for task in self.curves for i in self._released(task, risk)}
         left = (
             self.groups[i].restricted_to({task for task in self.groups[i].tasks if (i, task) not in released})
-            for i in self._feasible
+            for i in range(len(self.groups))
         )
         return joined(self.base, ordered(group for group in left if len(group.occurrences) > 1))
 
     def _released(self, task: str, risk: float) -> list[int]:
         """The most sensitive groups per byte of the task, until it meets its target with this probability."""
-        own = [i for i in self._feasible if task in self.groups[i].tasks]
+        own = [i for i, group in enumerate(self.groups) if task in group.tasks]
         own.sort(key=lambda i: -self._sensitivity_of(i, task) / self.groups[i].bytes)
         tied = total = sum(self._sensitivity_of(i, task) for i in own)
         for number, i in enumerate(own):
@@ -153,10 +153,6 @@ class Adaptive(Strategy):
                 return own[:number]
             tied -= self._sensitivity_of(i, task)
         return own
-
-    @property
-    def _feasible(self) -> list[int]:
-        return [i for i, group in enumerate(self.groups) if group not in self.infeasible]
 
     def _probabilities(self, trial: Configuration) -> dict[str, float]:
         """Task -> the probability that it meets its target in an untrained trial without adapters."""
@@ -186,9 +182,9 @@ class Adaptive(Strategy):
         return self.sensitivity.get((index, task), group.bytes / max(1, saved_bytes(self.groups)))
 
     def _tied_share(self, trial: Configuration, task: str) -> float:
-        """The share of a task's sensitivity that the trial ties without an adapter, of all its feasible groups."""
+        """The share of a task's sensitivity that the trial ties without an adapter."""
         tied = {o for group in trial if not group.rank for o in group.occurrences if o.task == task}
-        total = sum(self._sensitivity_of(i, task) for i in self._feasible if task in self.groups[i].tasks)
+        total = sum(self._sensitivity_of(i, task) for i, group in enumerate(self.groups) if task in group.tasks)
         among = (i for i, group in enumerate(self.groups) if tied.intersection(group.occurrences))
         return sum(self._sensitivity_of(i, task) for i in among) / total if total else 0.0
 
@@ -205,41 +201,22 @@ class Adaptive(Strategy):
     def donor_of(self, group: Group) -> str | None:
         """The most sensitive task, for first layers that no one set of weights is predicted to serve."""
         for i, (other, is_stem) in enumerate(zip(self.groups, self.stems, strict=True)):
-            is_infeasible = self._worst(i) > THRESHOLDS.sensitivity.infeasible
-            if is_stem and is_infeasible and set(group.occurrences) <= set(other.occurrences):
-                return self._most_sensitive if self._most_sensitive in group.tasks else None
+            cannot_serve = self.misfit.get(i, 0.0) > THRESHOLDS.sensitivity.misfit
+            if is_stem and cannot_serve and set(group.occurrences) <= set(other.occurrences):
+                return self.donor if self.donor in group.tasks else None
         return None
 
-    @property
-    def _most_sensitive(self) -> str | None:
-        """The task with the highest sum of predicted sensitivities."""
-        total = {t: sum(s for (_, name), s in self.sensitivity.items() if name == t) for _, t in self.sensitivity}
-        return max(sorted(total), key=total.__getitem__, default=None)
-
-    def _worst(self, index: int) -> float:
-        """The predicted sensitivity of the most sensitive task of a group; 0 where nothing was predicted."""
-        return max(self.sensitivity.get((index, task), 0.0) for task in self.groups[index].tasks)
-
-    def set_sensitivity(self, sensitivity: Sensitivity, reached: Ratios = NONE, losses: Ratios = NONE) -> None:
-        """Chooses which groups are infeasible, and begins the curve of each task."""
+    def set_sensitivity(self, sensitivity: Sensitivity, misfit: Sensitivity = NONE, reached: Ratios = NONE) -> None:
+        """Begins the curve of each task."""
         index = {group: i for i, group in enumerate(self.groups)}
         self.sensitivity = {(index[group], task): value for (group, task), value in sensitivity.items()}
-        self.infeasible = self._predicted_infeasible()
+        for (group, _), value in misfit.items():
+            self.misfit[index[group]] = max(value, self.misfit.get(index[group], 0.0))
+        totals = {task: sum(v for (_, t), v in misfit.items() if t == task) for task in sorted(self.curves)}
+        self.donor = max(totals, key=totals.__getitem__, default=None)
         for task, curve in self.curves.items():
-            own = [i for i, group in enumerate(self.groups) if task in group.tasks and group not in self.infeasible]
-            curve.unshared = reached.get(task, 1.0)
-            curve.slope = losses.get(task, 0.0) * sum(self._sensitivity_of(i, task) for i in own)
-
-    def _predicted_infeasible(self) -> Configuration:
-        """Groups that no one set of weights is predicted to serve, the most sensitive first, within their share."""
-        left = THRESHOLDS.sensitivity.infeasible_share * saved_bytes(self.groups)
-        chosen = []
-        for i in sorted(range(len(self.groups)), key=lambda i: (-self._worst(i), self.groups[i].occurrences)):
-            group, is_infeasible = self.groups[i], self._worst(i) > THRESHOLDS.sensitivity.infeasible
-            if is_infeasible and group.saved_bytes <= left and self.donor_of(group) is None:
-                chosen.append(group)
-                left -= group.saved_bytes
-        return ordered(chosen)
+            total = sum(value for (_, name), value in self.sensitivity.items() if name == task)
+            curve.unshared, curve.slope = reached.get(task, 1.0), THRESHOLDS.search.loss * total
 
     def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE) -> None:
         trial = self.propose()
@@ -265,23 +242,18 @@ class Adaptive(Strategy):
         self.smallest = max(
             THRESHOLDS.fill.worth_a_fit * saved_bytes(self.groups), THRESHOLDS.fill.smallest_part * self._gain(part)
         )
-        if phase in (WITH_ADAPTERS, TRAIN_WITH_ADAPTERS) and self._gain(
-            part
-        ) < THRESHOLDS.fill.worth_adapters * saved_bytes(self.groups):
+        least = {WITH_ADAPTERS: THRESHOLDS.fill.worth_adapters, TRAIN_WITH_ADAPTERS: THRESHOLDS.fill.worth_adapters}
+        if self._gain(part) < least.get(phase, THRESHOLDS.fill.worth_training) * saved_bytes(self.groups):
             self.parts = []
 
     def _missing(self, phase: str) -> Part:
-        """What could still be tied: with fitted weights alone no infeasible group, with adapters only layers that can
-        have one, and with training also what is tied with adapters and may do without."""
+        """What could still be tied: with adapters only layers that can have one, and with training also what is tied
+        with adapters and may do without."""
         settled = [group for group in self.kept if phase != TRAIN or not group.rank]
         tied = {occurrence for group in settled for occurrence in group.occurrences}
         missing = {i: tuple(o.task for o in group.occurrences if o not in tied) for i, group in enumerate(self.groups)}
-        left_out: list[Group] = []
-        if phase == FILL:
-            left_out = list(self.infeasible)
-        elif phase in (WITH_ADAPTERS, TRAIN_WITH_ADAPTERS):
-            left_out = [group for group, adapted in zip(self.groups, self.adapted, strict=True) if not adapted.rank]
-        return {i: tasks for i, tasks in missing.items() if tasks and self.groups[i] not in left_out}
+        needs_adapter = phase in (WITH_ADAPTERS, TRAIN_WITH_ADAPTERS)
+        return {i: tasks for i, tasks in missing.items() if tasks and (self.adapted[i].rank or not needs_adapter)}
 
     def _give_up_part(self, met: Collection[str], ratios: Ratios = NONE) -> None:
         """Replaces the first part by two smaller ones: tasks at target and below it, or half of the groups each.
@@ -334,8 +306,9 @@ class Adaptive(Strategy):
 
     def state(self) -> dict:
         return {
-            "infeasible": to_plain(self.infeasible),
             "sensitivity": [[index, task, value] for (index, task), value in self.sensitivity.items()],
+            "misfit": [[index, value] for index, value in self.misfit.items()],
+            "donor": self.donor,
             "curves": {task: curve.state() for task, curve in self.curves.items()},
             "own": to_plain(self.own),
             "part": to_plain(self.part),
@@ -348,8 +321,8 @@ class Adaptive(Strategy):
         }
 
     def load_state(self, state: dict) -> None:
-        self.infeasible = from_plain(state["infeasible"])
         self.sensitivity = {(index, task): value for index, task, value in state["sensitivity"]}
+        self.misfit, self.donor = {index: value for index, value in state["misfit"]}, state["donor"]
         self.curves = {task: Curve.of(curve) for task, curve in state["curves"].items()}
         self.own, self.part, self.working = (from_plain(state[key]) for key in ("own", "part", "working"))
         self.phase, self.smallest = state["phase"], state["smallest"]

@@ -79,11 +79,12 @@ class Strategy(ABC):
         raise NotImplementedError(f"{type(self).__name__} keeps whole trials only")
 
     def set_sensitivity(  # noqa: B027 (of use to some only)
-        self, sensitivity: Sensitivity, reached: Ratios = NONE, losses: Ratios = NONE
+        self, sensitivity: Sensitivity, misfit: Sensitivity = NONE, reached: Ratios = NONE
     ) -> None:
-        """Takes the predicted sensitivity of every group and task, before the first proposal.
+        """Takes the predictions for every group and task, before the first proposal.
 
-        reached: of each task now. losses: of each task, the loss of accuracy / target to expect per unit of it.
+        sensitivity: error at the outputs of the task's model, relative to their variance, if the group is tied. misfit:
+        the same at the outputs of the group's layer. reached: of each task now.
         """
 
     def donor_of(self, group: Group) -> str | None:

@@ -175,7 +175,7 @@ def hurt_by(*layers):
     return judge
 
 
-def sensitivities(groups, value: float = 0.1, **others: float) -> dict:
+def sensitivities(groups, value: float = 0.01, **others: float) -> dict:
     """(group, task) -> value; for groups with a layer of that name another one."""
     return {(g, task): others.get(g.occurrences[0].layer, value) for g in groups for task in g.tasks}
 
@@ -185,8 +185,8 @@ def test_the_search_ties_everything_first_and_releases_what_hurts_most_for_the_t
     groups = find_groups(workload(1, 1, 1))
     harm = sensitivities(groups)
     worst = next(group for group in groups if group.occurrences[0].layer == "conv2")
-    harm[worst, "task1_x"] = 0.24
-    strategy.set_sensitivity(harm, dict.fromkeys(tasks_in(groups), 1.05))
+    harm[worst, "task1_x"] = 0.05
+    strategy.set_sensitivity(harm, reached=dict.fromkeys(tasks_in(groups), 1.25))
     everything = strategy.propose()
     assert everything == groups and not strategy.needs_sensitivity
     strategy.record(False, {"task0_x", "task2_x"}, {"task0_x": 1.02, "task1_x": 0.97, "task2_x": 1.03})
@@ -204,14 +204,15 @@ def test_the_search_ties_everything_first_and_releases_what_hurts_most_for_the_t
     assert strategy.kept == second and not strategy.continues_failed_trial
 
 
-def test_a_trial_that_is_expected_to_fail_is_not_made_first():
+def test_a_trial_that_is_expected_to_fail_is_not_made_first(monkeypatch):
     """Before anything is measured, the loss that is expected of a task decides how much it ties."""
     groups = find_groups(workload(1, 1, 1))
     shares = []
-    for loss in (0.0, 1.0, 100.0):
+    for loss in (0.0, 2.0, 100.0):
         strategy = Adaptive(workload(1, 1, 1))
         tasks = tasks_in(groups)
-        strategy.set_sensitivity(sensitivities(groups), dict.fromkeys(tasks, 1.05), dict.fromkeys(tasks, loss))
+        monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(loss=loss))
+        strategy.set_sensitivity(sensitivities(groups), reached=dict.fromkeys(tasks, 1.05))
         proposal = strategy.propose()
         shares.append(saved_bytes(proposal) if strategy.phase == "search" else 0)
     assert shares[0] == saved_bytes(groups) > shares[1] > shares[2]
@@ -221,7 +222,7 @@ def test_the_search_ties_more_once_all_targets_are_met():
     groups = find_groups(workload(20, 20))
     strategy = Adaptive(workload(20, 20))
     tasks = tasks_in(groups)
-    strategy.set_sensitivity(sensitivities(groups), dict.fromkeys(tasks, 1.05))
+    strategy.set_sensitivity(sensitivities(groups, 0.001), reached=dict.fromkeys(tasks, 1.05))
     limit, kept, trials = 0.6 * saved_bytes(groups), 0, 0
     while strategy.propose() is not None and strategy.phase == "search":
         saving = saved_bytes(strategy.propose())
@@ -246,50 +247,36 @@ def test_curves_expect_the_more_of_a_share_the_nearer_it_is_to_one_that_worked()
     assert again == curve
 
 
-def test_what_no_fit_can_serve_is_left_to_training():
-    strategy = Adaptive(workload(1, 1, width=16))
-    groups = find_groups(workload(1, 1, width=16))
-    smallest = min(groups, key=lambda group: group.bytes)
-    strategy.set_sensitivity(
-        {(group, task): 0.9 if group == smallest else 0.1 for group in groups for task in group.tasks}
-    )
-    assert smallest in strategy.infeasible and smallest not in strategy.propose()
-    strategy.record(True, tasks_in(strategy.propose()))
-    while (
-        strategy.releases_before_training
-        and (proposal := strategy.propose()) is not None
-        and strategy.releases_before_training
-    ):
-        assert smallest not in proposal
-        strategy.record(True, tasks_in(proposal))
-    assert smallest in strategy.propose() and not strategy.releases_before_training
-    strategy.set_sensitivity({(group, task): 0.9 for group in groups for task in group.tasks})
-    assert saved_bytes(strategy.infeasible) <= 0.26 * saved_bytes(groups), "not all is infeasible at once"
-
-
 def test_a_stem_that_no_fit_can_serve_is_given_the_weights_of_the_task_at_most_risk():
     models = workload(9, 9, 9)
     strategy = Adaptive(models)
     stem, *others = sorted(find_groups(models), key=lambda group: group.occurrences[0].layer != "conv1")
-    harm = {(group, task): 0.2 if task == "task1_x" else 0.1 for group in others for task in group.tasks}
-    strategy.set_sensitivity(harm | {(stem, task): 0.9 if task == "task0_x" else 0.2 for task in stem.tasks})
+    misfit = {(group, task): 0.2 if task == "task1_x" else 0.1 for group in others for task in group.tasks}
+    unfit = misfit | {(stem, task): 0.9 if task == "task0_x" else 0.2 for task in stem.tasks}
+    strategy.set_sensitivity(sensitivities(find_groups(models), 0.01), unfit)
     again = Adaptive(models)
     again.load_state(json.loads(json.dumps(strategy.state())))
     for each in (strategy, again):
-        assert stem in each.propose() and stem not in each.infeasible
         assert each.donor_of(stem) == "task1_x", "of all layers together"
         assert each.donor_of(stem.restricted_to({"task0_x", "task1_x"})) == "task1_x"
         assert each.donor_of(stem.restricted_to({"task0_x", "task2_x"})) is None
         assert [each.donor_of(group) for group in others] == [None] * len(others)
-    strategy.set_sensitivity(harm | {(stem, task): 0.2 for task in stem.tasks})
-    assert strategy.donor_of(stem) is None, "this one can be fitted"
-    deep = others[0]
-    strategy.set_sensitivity(
-        {key: 0.9 if key[0] == deep else 0.1 for key in harm} | {(stem, t): 0.1 for t in stem.tasks}
-    )
-    assert strategy.donor_of(deep) is None and deep in strategy.infeasible, (
-        "what is before it would not be fitted to it"
-    )
+    fit = Adaptive(models)
+    fit.set_sensitivity({}, misfit | {(stem, task): 0.2 for task in stem.tasks})
+    assert fit.donor_of(stem) is None, "this one can be fitted"
+    deep = Adaptive(models)
+    deep.set_sensitivity({}, {key: 0.9 if key[0] == others[0] else 0.1 for key in unfit})
+    assert deep.donor_of(others[0]) is None, "what is before it would not be fitted to it"
+
+
+@pytest.mark.parametrize("factor, trained", [(0.9, True), (1.1, False)])
+def test_what_is_missing_by_a_hair_is_not_trained(factor, trained, monkeypatch):
+    groups = find_groups(workload(3, 3))
+    smallest = min(groups, key=lambda group: group.saved_bytes)
+    limit = factor * smallest.saved_bytes / saved_bytes(groups)
+    monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(worth_training=limit, worth_a_trial=1.0))
+    strategy = filling(workload(3, 3), tuple(group for group in groups if group != smallest))
+    assert (strategy.propose() is not None and not strategy.releases_before_training) == trained
 
 
 def filling(models, kept) -> Adaptive:
