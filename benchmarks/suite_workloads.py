@@ -162,8 +162,8 @@ MODELS: dict[str, Model] = {
     "noon_traffic_fcos": _fcos("noon_traffic", _DETECTOR, 8),
     "fog_traffic_fcos": _fcos("fog_traffic", _DETECTOR, 8),
     "rain_traffic_fcos": _fcos("rain_traffic", _DETECTOR, 8),
-    "photo_day_fcos": _fcos("photo_day", _DETECTOR, 8),
-    "photo_night_fcos": _fcos("photo_night", _DETECTOR, 8),
+    "photo_day_fcos": _fcos("photo_day", _DETECTOR, 11),
+    "photo_night_fcos": _fcos("photo_night", _DETECTOR, 12),
     # each from a random start of its own
     "fashion_tops_slim18": _slim("fashion_tops", _DEEP, size=32),
     "fashion_shoes_slim18": _slim("fashion_shoes", _DEEP, size=32),
@@ -177,9 +177,9 @@ MODELS: dict[str, Model] = {
     "fashion_all_resnet18": _net("fashion_all", "resnet18", 32, 3),
     "fashion_shoes_resnet34": _net("fashion_shoes", "resnet34", 32, 3),
     "fashion_easy_resnet50": _net("fashion_easy", "resnet50", 32, 3),
-    "noon_street_mobilenet": _net("noon_street", "mobilenet_v2", 48, 10),
-    "fog_vehicles_mobilenet75": _net("fog_vehicles", "mobilenet_v2", 48, 10, width_mult=0.75),
-    "dusk_vehicles_mobilenet3": _net("dusk_vehicles", "mobilenet_v3_small", 48, 10),
+    "fashion_shoes_mobilenet": _net("fashion_shoes", "mobilenet_v2", 32, 14),
+    "fashion_easy_mobilenet75": _net("fashion_easy", "mobilenet_v2", 32, 14, width_mult=0.75),
+    "noon_vehicles_mobilenet3": _net("noon_vehicles", "mobilenet_v3_small", 48, 14),
     "photo_signs_squeezenet": _net("photo_signs", "squeezenet1_1", 64, 12),
     "photo_people_squeezenet": _net("photo_people", "squeezenet1_1", 64, 12),
     # of the other ancestors
@@ -215,7 +215,7 @@ WORKLOADS: dict[str, Workload] = {
         ("fashion_all_resnet18", "fashion_shoes_resnet34", "fashion_easy_resnet50"), 0.95, "apart, three depths"
     ),
     "mobilenets": Workload(
-        ("noon_street_mobilenet", "fog_vehicles_mobilenet75", "dusk_vehicles_mobilenet3"), 0.95, "apart, other widths"
+        ("fashion_shoes_mobilenet", "fashion_easy_mobilenet75", "noon_vehicles_mobilenet3"), 0.95, "apart, other widths"
     ),
     "widths": Workload(
         ("rain_street_slim18-apart", "noon_vehicles_slim18w48", "junction_street_slim8w64"), 0.95, "apart, other widths"
