@@ -145,7 +145,7 @@ MODELS: dict[str, Model] = {
     # ancestors: all cameras
     _STREET: _slim("city_street", _DEEP)._replace(epochs=5),
     _DETECTOR: _fcos("city_traffic", _STREET, 10),
-    "city_street_plain": _net("city_street", "plain_cnn", 48, 5),
+    "city_street_plain": _net("city_street", "plain_cnn", 48, 5, width=24),
     # of the street ancestor
     "noon_street_slim18": _slim("noon_street", _DEEP, _STREET),
     "dusk_street_slim18": _slim("dusk_street", _DEEP, _STREET),
@@ -183,8 +183,8 @@ MODELS: dict[str, Model] = {
     "photo_signs_squeezenet": _net("photo_signs", "squeezenet1_1", 64, 12),
     "photo_people_squeezenet": _net("photo_people", "squeezenet1_1", 64, 12),
     # of the other ancestors
-    "noon_street_plain": _net("noon_street", "plain_cnn", 48, 5, "city_street_plain"),
-    "dusk_vehicles_plain": _net("dusk_vehicles", "plain_cnn", 48, 5, "city_street_plain"),
+    "noon_street_plain": _net("noon_street", "plain_cnn", 48, 7, "city_street_plain", width=24),
+    "dusk_vehicles_plain": _net("dusk_vehicles", "plain_cnn", 48, 7, "city_street_plain", width=24),
     "photo_signs_mobilenet": _net("photo_signs", "mobilenet_v2", 96, 3, MOBILENET),
     "photo_people_mobilenet": _net("photo_people", "mobilenet_v2", 96, 3, MOBILENET),
     "photo_cars_mobilenet": _net("photo_cars", "mobilenet_v2", 96, 3, MOBILENET),
