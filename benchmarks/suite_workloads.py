@@ -179,7 +179,7 @@ MODELS: dict[str, Model] = {
     "fashion_easy_resnet50": _net("fashion_easy", "resnet50", 32, 3),
     "fashion_shoes_mobilenet": _net("fashion_shoes", "mobilenet_v2", 32, 14),
     "fashion_easy_mobilenet75": _net("fashion_easy", "mobilenet_v2", 32, 14, width_mult=0.75),
-    "noon_vehicles_mobilenet3": _net("noon_vehicles", "mobilenet_v3_small", 48, 14),
+    "fashion_tops_mobilenet50": _net("fashion_tops", "mobilenet_v2", 32, 12, width_mult=0.5),
     "photo_signs_squeezenet": _net("photo_signs", "squeezenet1_1", 64, 12),
     "photo_people_squeezenet": _net("photo_people", "squeezenet1_1", 64, 12),
     # of the other ancestors
@@ -215,7 +215,7 @@ WORKLOADS: dict[str, Workload] = {
         ("fashion_all_resnet18", "fashion_shoes_resnet34", "fashion_easy_resnet50"), 0.95, "apart, three depths"
     ),
     "mobilenets": Workload(
-        ("fashion_shoes_mobilenet", "fashion_easy_mobilenet75", "noon_vehicles_mobilenet3"), 0.95, "apart, other widths"
+        ("fashion_shoes_mobilenet", "fashion_easy_mobilenet75", "fashion_tops_mobilenet50"), 0.95, "apart, other widths"
     ),
     "widths": Workload(
         ("rain_street_slim18-apart", "noon_vehicles_slim18w48", "junction_street_slim8w64"), 0.95, "apart, other widths"
