@@ -13,6 +13,7 @@ from benchmarks.runs import Failure, Result
 from gemel.merging.console import share, table
 
 MOMENTS = (5, 15, 30, 60, 120, 300)  # CPU seconds since the merge began
+CHOSEN_BY = (30, 60, 120, 300)  # moments whose mean share strategies are chosen by
 MAIN_TOLERANCE = 0.95
 FINISHED, CUT_OFF, NOTHING_KEPT, NOTHING_TO_MERGE = "search finished", "cut off", "nothing kept", "nothing to merge"
 BELOW_TARGET, OTHER_CODE = "BELOW TARGET", "run by other code"
@@ -150,8 +151,8 @@ def overall(curves: Sequence[Curve], strategy: str, quantity: Quantity) -> Overa
 
 
 def score(curve: Curve) -> float:
-    """The mean share of optimal at MOMENTS: what strategies are chosen by."""
-    return statistics.fmean(curve.share_at(moment) for moment in MOMENTS)
+    """The mean share of optimal at CHOSEN_BY: what strategies are chosen by."""
+    return statistics.fmean(curve.share_at(moment) for moment in CHOSEN_BY)
 
 
 class Choice(NamedTuple):
@@ -239,7 +240,7 @@ def _share(value: float, title: str = "end", runs: Sequence[Curve] = ()) -> str:
 
 
 def choice_table(choices: Sequence[Choice]) -> str:
-    """What choosing by the other workloads is worth on each; score: mean share of optimal at MOMENTS."""
+    """What choosing by the other workloads is worth on each; score: as in `score`."""
     rows = [(c.workload, c.strategy, _share(c.score), _share(c.best)) for c in choices]
     return table(("left out", "chosen by the others", "its score there", "best score there"), rows)
 
