@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from benchmarks.runs import Failure, Result
 from gemel.merging.console import share, table
 
-MOMENTS = (30, 60, 120, 300)  # CPU seconds since the merge began
+MOMENTS = (5, 15, 30, 60, 120, 300)  # CPU seconds since the merge began
+CHOSEN_BY = (30, 60, 120, 300)  # moments whose mean share strategies are chosen by
 MAIN_TOLERANCE = 0.95
 FINISHED, CUT_OFF, NOTHING_KEPT, NOTHING_TO_MERGE = "search finished", "cut off", "nothing kept", "nothing to merge"
 BELOW_TARGET, OTHER_CODE = "BELOW TARGET", "run by other code"
@@ -150,8 +151,8 @@ def overall(curves: Sequence[Curve], strategy: str, quantity: Quantity) -> Overa
 
 
 def score(curve: Curve) -> float:
-    """The mean share of optimal at MOMENTS: what strategies are chosen by."""
-    return statistics.fmean(curve.share_at(moment) for moment in MOMENTS)
+    """The mean share of optimal at CHOSEN_BY: what strategies are chosen by."""
+    return statistics.fmean(curve.share_at(moment) for moment in CHOSEN_BY)
 
 
 class Choice(NamedTuple):
@@ -184,7 +185,7 @@ def leave_one_out(curves: Sequence[Curve]) -> list[Choice]:
 
 # ---- tables ---------------------------------------------------------------------------------------------
 
-HEADER = ("workload", "tolerance", *SHARES, "first kept, CPU s", "run, CPU s", "worst acc / target", "how it ended")
+HEADER = ("workload", "tolerance", *SHARES, "first kept, CPU s", "all, CPU s", "worst acc / target", "how it ended")
 
 
 def strategy_table(curves: Sequence[Curve], strategy: str) -> str:
@@ -197,17 +198,12 @@ def strategy_table(curves: Sequence[Curve], strategy: str) -> str:
     worst = {title: overall(own, strategy, quantity) for title, quantity in SHARES.items()}
     named = [f"{title} {found.worst_workload}" for title, found in worst.items() if found]
     lines = [f"{strategy}: share of optimal kept, by CPU seconds since the merge began", table(HEADER, rows)]
-    lines.append("~: the time budget had ended the run before. Worst workload: " + (", ".join(named) or "none"))
+    lines.append("~: the time budget had ended a run before. Worst workload: " + (", ".join(named) or "none"))
     return "\n".join(lines)
 
 
 def _row(name: str, runs: Sequence[Curve]) -> tuple[str, ...]:
-    cells = []
-    for title, quantity in SHARES.items():
-        value = over_seeds(runs, quantity)
-        moment = float(title.split()[0]) if title != "end" else 0.0
-        after = "" if all(run.running_at(moment) for run in runs) else "~"
-        cells.append(after + _share(value))
+    cells = [_share(over_seeds(runs, quantity), title, runs) for title, quantity in SHARES.items()]
     first = over_seeds(runs, lambda curve: curve.first_kept)
     ratios = [run.worst_ratio for run in runs if run.worst_ratio is not None]
     return (
@@ -220,23 +216,31 @@ def _row(name: str, runs: Sequence[Curve]) -> tuple[str, ...]:
 
 
 def _overall_rows(curves: Sequence[Curve], strategy: str, label: str) -> list[tuple[str, ...]]:
-    found = [overall(curves, strategy, quantity) for quantity in SHARES.values()]
-    if not found or found[0] is None:
+    found = {title: one for title, quantity in SHARES.items() if (one := overall(curves, strategy, quantity))}
+    if not found:
         return []
-    rest = ("",) * (len(HEADER) - 2 - len(SHARES) - 1)
-    counted = f"{found[0].num_workloads} workloads"
+    rest = ("",) * (len(HEADER) - 2 - len(SHARES))
+    counted = f"{found['end'].num_workloads} workloads"
     return [
-        (f"{what} of {counted}", label, *(_share(getattr(one, what)) for one in found if one), *rest, "")
+        (
+            *(f"{what} of {counted}", label),
+            *(_share(getattr(one, what), title, curves) for title, one in found.items()),
+            *rest,
+        )
         for what in ("median", "worst")
     ]
 
 
-def _share(value: float) -> str:
-    return "-" if math.isnan(value) else share(value, 1)
+def _share(value: float, title: str = "end", runs: Sequence[Curve] = ()) -> str:
+    """A cell; marked if the budget had ended one of the runs before the moment in the title of its column."""
+    if math.isnan(value):
+        return "-"
+    moment = 0.0 if title == "end" else float(title.split()[0])
+    return ("" if all(run.running_at(moment) for run in runs) else "~") + share(value, 1)
 
 
 def choice_table(choices: Sequence[Choice]) -> str:
-    """What choosing by the other workloads is worth on each; score: mean share of optimal at MOMENTS."""
+    """What choosing by the other workloads is worth on each; score: as in `score`."""
     rows = [(c.workload, c.strategy, _share(c.score), _share(c.best)) for c in choices]
     return table(("left out", "chosen by the others", "its score there", "best score there"), rows)
 

@@ -145,7 +145,7 @@ MODELS: dict[str, Model] = {
     # ancestors: all cameras
     _STREET: _slim("city_street", _DEEP)._replace(epochs=5),
     _DETECTOR: _fcos("city_traffic", _STREET, 10),
-    "city_street_plain": _net("city_street", "plain_cnn", 48, 5),
+    "city_street_plain": _net("city_street", "plain_cnn", 48, 5, width=24),
     # of the street ancestor
     "noon_street_slim18": _slim("noon_street", _DEEP, _STREET),
     "dusk_street_slim18": _slim("dusk_street", _DEEP, _STREET),
@@ -162,8 +162,8 @@ MODELS: dict[str, Model] = {
     "noon_traffic_fcos": _fcos("noon_traffic", _DETECTOR, 8),
     "fog_traffic_fcos": _fcos("fog_traffic", _DETECTOR, 8),
     "rain_traffic_fcos": _fcos("rain_traffic", _DETECTOR, 8),
-    "photo_day_fcos": _fcos("photo_day", _DETECTOR, 8),
-    "photo_night_fcos": _fcos("photo_night", _DETECTOR, 8),
+    "photo_day_fcos": _fcos("photo_day", _DETECTOR, 11),
+    "photo_night_fcos": _fcos("photo_night", _DETECTOR, 12),
     # each from a random start of its own
     "fashion_tops_slim18": _slim("fashion_tops", _DEEP, size=32),
     "fashion_shoes_slim18": _slim("fashion_shoes", _DEEP, size=32),
@@ -177,14 +177,14 @@ MODELS: dict[str, Model] = {
     "fashion_all_resnet18": _net("fashion_all", "resnet18", 32, 3),
     "fashion_shoes_resnet34": _net("fashion_shoes", "resnet34", 32, 3),
     "fashion_easy_resnet50": _net("fashion_easy", "resnet50", 32, 3),
-    "noon_street_mobilenet": _net("noon_street", "mobilenet_v2", 48, 10),
-    "fog_vehicles_mobilenet75": _net("fog_vehicles", "mobilenet_v2", 48, 10, width_mult=0.75),
-    "dusk_vehicles_mobilenet3": _net("dusk_vehicles", "mobilenet_v3_small", 48, 10),
+    "fashion_shoes_mobilenet": _net("fashion_shoes", "mobilenet_v2", 32, 14),
+    "fashion_easy_mobilenet75": _net("fashion_easy", "mobilenet_v2", 32, 14, width_mult=0.75),
+    "fashion_tops_mobilenet50": _net("fashion_tops", "mobilenet_v2", 32, 12, width_mult=0.5),
     "photo_signs_squeezenet": _net("photo_signs", "squeezenet1_1", 64, 12),
     "photo_people_squeezenet": _net("photo_people", "squeezenet1_1", 64, 12),
     # of the other ancestors
-    "noon_street_plain": _net("noon_street", "plain_cnn", 48, 5, "city_street_plain"),
-    "dusk_vehicles_plain": _net("dusk_vehicles", "plain_cnn", 48, 5, "city_street_plain"),
+    "noon_street_plain": _net("noon_street", "plain_cnn", 48, 7, "city_street_plain", width=24),
+    "dusk_vehicles_plain": _net("dusk_vehicles", "plain_cnn", 48, 7, "city_street_plain", width=24),
     "photo_signs_mobilenet": _net("photo_signs", "mobilenet_v2", 96, 3, MOBILENET),
     "photo_people_mobilenet": _net("photo_people", "mobilenet_v2", 96, 3, MOBILENET),
     "photo_cars_mobilenet": _net("photo_cars", "mobilenet_v2", 96, 3, MOBILENET),
@@ -215,7 +215,7 @@ WORKLOADS: dict[str, Workload] = {
         ("fashion_all_resnet18", "fashion_shoes_resnet34", "fashion_easy_resnet50"), 0.95, "apart, three depths"
     ),
     "mobilenets": Workload(
-        ("noon_street_mobilenet", "fog_vehicles_mobilenet75", "dusk_vehicles_mobilenet3"), 0.95, "apart, other widths"
+        ("fashion_shoes_mobilenet", "fashion_easy_mobilenet75", "fashion_tops_mobilenet50"), 0.95, "apart, other widths"
     ),
     "widths": Workload(
         ("rain_street_slim18-apart", "noon_vehicles_slim18w48", "junction_street_slim8w64"), 0.95, "apart, other widths"
