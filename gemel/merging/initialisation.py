@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Mapping
 from torch import nn
 
 from gemel.environment.failures import is_out_of_memory
-from gemel.environment.seeds import generator
 from gemel.fitting.batch_norm import is_frozen, match_statistics
 from gemel.fitting.rows import normalisation_behind
-from gemel.fitting.sequential_fit import TeacherSamples, fit_sequentially, is_short_of_rows, sample_teachers
+from gemel.fitting.sequential_fit import fit_sequentially
+from gemel.fitting.teacher_samples import StoredBatches, TeacherSamples
 from gemel.forward.modes import state_on_cpu
 from gemel.merging.evaluator import Evaluator
 from gemel.merging.images import ImageSampler
@@ -56,7 +56,7 @@ class WeightFitter:
         num_pixels = THRESHOLDS.fit.pixels
         while True:
             try:
-                samples = self._sample_teachers(groups, num_pixels, number)
+                samples = self.images.of_fits.of(self.state.unmerged, groups, num_pixels)
                 return self._best_fit(groups, container, before, samples, max_fits)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or num_pixels <= THRESHOLDS.fit.fewest_pixels:
@@ -69,7 +69,7 @@ class WeightFitter:
         groups: Configuration,
         container: nn.ModuleDict,
         before: Mapping,
-        samples: "tuple[dict[str, list], TeacherSamples]",
+        samples: tuple[Mapping[str, StoredBatches], TeacherSamples],
         max_fits: int,
     ) -> dict[str, Standing]:
         """The best of several fits of the container's models, each from the state `before`."""
@@ -113,23 +113,6 @@ class WeightFitter:
                 if norm is not None and own is not None:
                     own.load_state_dict(norm.state_dict())
         return tuple(fitted)
-
-    def _sample_teachers(
-        self, groups: Configuration, num_pixels: int, number: int
-    ) -> "tuple[dict[str, list], TeacherSamples]":
-        """Images to fit groups on, and what the unmerged models put out for them.
-
-        More images where a layer has far fewer rows than inputs: a layer deep in a network puts out a few positions an
-        image, and a fit with few rows for its unknowns overfits them.
-        """
-        unmerged, positions = self.state.unmerged, THRESHOLDS.fit.positions
-        for times in (1, THRESHOLDS.fit.more_images):
-            images = self.images.of_groups(groups, times * num_pixels, "fit", number)
-            source = generator(self.images.seed, "fit", number)
-            samples = sample_teachers(unmerged, groups, images, generator=source, positions=positions)
-            if not is_short_of_rows(unmerged, groups, samples, positions):
-                break
-        return images, samples
 
 
 def refit_frozen_normalisation(state: MergeState, images: ImageSampler, names: Collection[str], number: int) -> None:
