@@ -104,7 +104,7 @@ def fit_least_squares(
     order = by_depth(models, [group for group in groups if group not in fits])
     for stage in range(settings.num_stages):
         block = order[stage * len(order) // settings.num_stages : (stage + 1) * len(order) // settings.num_stages]
-        for part in _parts(models, block, settings.positions):
+        for part in parts_of(models, block, settings.positions):
             rows = _collect(models, teachers, part, images, settings, generator)
             for group in part:
                 num_images = sum(len(batch) for task in group.tasks for batch in images[task])
@@ -147,8 +147,8 @@ def why_unfit(models: Models, group: Group) -> str:
     return ""
 
 
-def _parts(models: Models, block: Sequence[Group], positions: int) -> list[list[Group]]:
-    """The block in parts whose rows take at most MAX_ROWS_BYTES each."""
+def parts_of(models: Models, block: Sequence[Group], positions: int) -> list[list[Group]]:
+    """The block, of layers that are linear maps, in parts whose rows take at most MAX_ROWS_BYTES each."""
     parts: list[list[Group]] = []
     held = MAX_ROWS_BYTES
     for group in block:

@@ -48,7 +48,7 @@ class WeightFitter:
 
         The first fit counts all tasks alike. While a task is below its target and the others are above theirs, the
         groups are fitted again with other weights of the tasks, at most max_fits times; the fit whose worst task is
-        best is kept. number: of the round, on which the sample of images depends.
+        best is kept. number: of the round, for the log. All rounds fit on the same sample of images.
         """
         groups = self._with_donated_weights(groups)
         container = nn.ModuleDict({name: self.state.models[name] for name in names})
@@ -57,7 +57,7 @@ class WeightFitter:
         while True:
             try:
                 samples = self.images.of_fits.of(self.state.unmerged, groups, num_pixels)
-                return self._best_fit(groups, container, before, samples, max_fits)
+                return self._best_fit(groups, container, before, samples, number, max_fits)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or num_pixels <= THRESHOLDS.fit.fewest_pixels:
                     raise
@@ -70,6 +70,7 @@ class WeightFitter:
         container: nn.ModuleDict,
         before: Mapping,
         samples: tuple[Mapping[str, StoredBatches], TeacherSamples],
+        number: int,
         max_fits: int,
     ) -> dict[str, Standing]:
         """The best of several fits of the container's models, each from the state `before`."""
@@ -85,7 +86,7 @@ class WeightFitter:
             )
             found = self.evaluator.standings(container)
             ratios = {name: standing.ratio for name, standing in found.items()}
-            log.debug("fit %d with weights %s: %s of the targets", attempt, balance.weights, ratios)
+            log.debug("round %d, fit %d with weights %s: %s of the targets", number, attempt, balance.weights, ratios)
             if not best or worst(found) > worst(reached):
                 best, reached = state_on_cpu(container), found
             if worst(reached) >= 1 or balance.update(ratios) < THRESHOLDS.fit.refit_from:

@@ -184,7 +184,7 @@ def test_rows_that_would_not_fit_are_held_part_by_part(monkeypatch):
     monkeypatch.setattr(least_squares, "MAX_ROWS_BYTES", 1)
     images = {t: [torch.rand(4, 3, 16, 16)] for t in models}
     fits = fit_all(models, teachers, groups, images)
-    assert len(least_squares._parts(models, groups, 100)) == len(groups) and all(f.fitted for f in fits.values())
+    assert len(least_squares.parts_of(models, groups, 100)) == len(groups) and all(f.fitted for f in fits.values())
 
 
 def test_a_large_layer_stays_in_bounds():
