@@ -108,7 +108,7 @@ class _SequentialFit:
 
     def starts(self, passes: Sequence[PassId]) -> dict[PassId, Group]:
         """The forward passes that do not start at once -> the last group in whose layers they have no rows."""
-        layers = sorted(self.group_of, key=lambda layer: self.samples[layer].depth)
+        layers = [layer for layer in self.samples if layer in self.group_of]  # from the input on
         found = {}
         for task, number in passes:
             for layer in layers:

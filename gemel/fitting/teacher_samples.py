@@ -41,7 +41,6 @@ class StoredSample(NamedTuple):
 class LayerSamples:
     """The samples of one layer of one task, by batch: of its first batches, which are those that wait at the layer."""
 
-    depth: int  # its place among the layers that are sampled, in the order of the forward pass
     sizes: Sequence[int]  # images in each batch
     calls: list[list[StoredSample]] = field(default_factory=list)
     inputs: dict[int, Stored] = field(default_factory=dict)  # on regions, which are fitted on the teacher's inputs
@@ -73,7 +72,7 @@ class LayerSamples:
         return y
 
 
-TeacherSamples = dict[tuple[str, str], LayerSamples]  # (task, layer) -> its samples
+TeacherSamples = dict[tuple[str, str], LayerSamples]  # (task, layer), from the input of the task on -> its samples
 
 
 class TeacherSampler:
@@ -137,9 +136,8 @@ class TeacherSampler:
             keys = {name: (task, name, wanted.get(name, 0), layers[name], id(images[task]), version) for name in layers}
             new = {name: wanted[name] for name in layers if name in wanted and keys[name] not in self._known}
             sizes = sizes_of(images[task])
-            for depth, name in enumerate(layers):
-                self._known.setdefault(keys[name], LayerSamples(depth, sizes[: layers[name]])).depth = depth
-                found[task, name] = self._known[keys[name]]
+            for name in layers:
+                found[task, name] = self._known.setdefault(keys[name], LayerSamples(sizes[: layers[name]]))
             if new:
                 self._images.append(images[task])
                 self._draw(task, {name: found[task, name] for name in new}, new, images[task])

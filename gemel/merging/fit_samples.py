@@ -13,7 +13,7 @@ from gemel.environment.device import total_memory
 from gemel.environment.seeds import derive_seed
 from gemel.fitting.memory import FitMemory, predicted_peak
 from gemel.fitting.store import TensorStore
-from gemel.fitting.teacher_samples import MEASURED_IMAGES, StoredBatches, TeacherSampler, TeacherSamples
+from gemel.fitting.teacher_samples import StoredBatches, TeacherSampler, TeacherSamples
 from gemel.forward.batches import Batch
 from gemel.forward.modes import Models
 from gemel.sharing.groups import Configuration
@@ -83,9 +83,9 @@ class FitSamples:
 
     def _largest_batch(self, sampler: TeacherSampler, task: str) -> float:
         """Images in a batch of the task such that a batch of each task can be in flight."""
-        first = self._draw(task, 0, MEASURED_IMAGES)[0]
+        first = self._draw(task, 0, math.inf)[0]
         footprint = sampler.footprint(task, first)
-        largest, wanted = self.memory.largest_batch(footprint), len(self._draw(task, 0, math.inf)[0])
+        largest, wanted = self.memory.largest_batch(footprint), len(first)
         if largest < wanted:
             log.warning(
                 "%s: weights are fitted on batches of %d images instead of %d: one image takes %.1f MiB in a forward "
