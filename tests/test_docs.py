@@ -56,7 +56,6 @@ ELSEWHERE = {
     "python -m benchmarks.strategies": "test_one_command_compares_strategies_in_processes_of_their_own",
     "python -m benchmarks.ablation": "test_ablation_over_the_grid",
     "python -m benchmarks.frozen_prefix": "test_a_frozen_prefix_is_measured",
-    "python -m benchmarks.fit_memory": "test_the_peak_of_a_fit_is_measured_in_a_process_of_its_own",
     "python -m benchmarks.detectors": "test_a_detector_is_built_tied_fitted_and_trained",
     "python -m benchmarks.kills": "test_kills_at_small_size",
     "python benchmarks/load_merged.py": "test_loading_is_timed_at_small_size",
