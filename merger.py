@@ -75,7 +75,7 @@ class Merger:
         self.tasks, self.data, self.options = tasks, data, options
         self.results_path, self.clock = results_path, clock
         self.state = MergeState(tasks, device)
-        self.images = ImageSampler(tasks, data, options.seed, device)
+        self.images = ImageSampler(tasks, data, options.seed, device, options.fit_memory)
         self.record = RunRecord(started_with, fingerprint, self._match_groups())
         self.strategy = self._new_strategy()
         self.evaluator = Evaluator(tasks, data, self.state.unmerged, options.training.screening_images > 0)

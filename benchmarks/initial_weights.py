@@ -18,7 +18,8 @@ from gemel.environment.seeds import generator
 from gemel.evaluation.eval_method import evaluate
 from gemel.fitting.batch_norm import match_statistics
 from gemel.fitting.least_squares import FitSettings, fit_least_squares
-from gemel.fitting.sequential_fit import fit_sequentially, sample_teachers
+from gemel.fitting.sequential_fit import fit_sequentially
+from gemel.fitting.teacher_samples import sample_teachers
 from gemel.merging.console import table
 from gemel.sharing.groups import Configuration, find_groups
 from gemel.sharing.initial_weights import INITIAL_WEIGHTS

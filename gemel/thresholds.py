@@ -16,6 +16,9 @@ class FitThresholds:
     pixels: int = FIT_PIXELS
     # Of these pixels, for a detector ("2026-11-25 Detectors").
     detection_share: float = 0.5
+    # Bytes of a fit on a CPU, and its share of another device's memory ("2026-11-26 Fits in bounded memory").
+    memory: int = 2 << 30
+    share_of_device: float = 0.25
     # Where memory is short (unmeasured).
     fewest_pixels: int = FIT_PIXELS // 16
     # Rows per layer and task ("2026-11-25 What a fit matches").

@@ -111,6 +111,11 @@ def test_plan_trains_nothing_and_writes_nothing(workload_file, tmp_path, monkeyp
         ({"average_decay": 1}, "average_decay: got 1; allowed: a number from 0 (no average), below 1"),
         ({"lr": 0.1}, "options: lr: got 0.1; allowed: one of learning_rate"),
         ({"residual_price": 0.1}, "screening_images, strategy, tolerance, device"),
+        (
+            {"fit_memory": 1 << 20},
+            "fit_memory: got 1048576; allowed: None or bytes, a whole number from 16777216 (16 MiB)",
+        ),
+        ({"fit_memory": 2.0**31}, "fit_memory: got 2147483648.0; allowed: None or bytes"),
         ({"num_threads": 0}, "options: num_threads: got 0; allowed: None or a whole number from 1 on"),
         ({"device": "tpu"}, "options: device: got 'tpu'; allowed: auto, cpu, cuda"),
         ({"time_budget": 0}, "options: time_budget: got 0; allowed: seconds, more than 0"),

@@ -1,6 +1,7 @@
 """The loaders of one task: order and augmentation from a seed, restarts, images without augmentation."""
 
 import logging
+import math
 import multiprocessing
 import pickle
 from collections.abc import Iterator, Sequence
@@ -53,12 +54,15 @@ def reseed(data: TaskData, seed: int, *purpose: object) -> None:
     sampler.generator.manual_seed(derive_seed(seed, *purpose, data.task))
 
 
-def plain_images(data: TaskData, num_pixels: int, seed: int, *purpose: object, batch_pixels: int = 0) -> list[Batch]:
+def plain_images(
+    data: TaskData, num_pixels: int, seed: int, *purpose: object, batch_pixels: int = 0, max_batch: float = math.inf
+) -> list[Batch]:
     """Batches of train images without labels and augmentation: a random sample of the task's inputs by (seed, purpose).
 
     The number of images is such that they have `num_pixels` pixels in total, at least one batch and at most
     MAX_PLAIN_IMAGES. A batch has the task's batch size or, if all images have the same size, as many images as have
-    `batch_pixels` pixels in total, whichever is larger. No batch mixes image sizes (see SameSizeBatches).
+    `batch_pixels` pixels in total, whichever is larger, but no more than `max_batch` images. No batch mixes image sizes
+    (see SameSizeBatches).
     """
     dataset: Any = data.plain.dataset
     batch_size = batch_size_of(data.plain)
@@ -68,6 +72,7 @@ def plain_images(data: TaskData, num_pixels: int, seed: int, *purpose: object, b
     images = [dataset[index][0] for index in order[:wanted]]
     if all(image.shape[-2:] == (height, width) for image in images):
         batch_size = max(batch_size, batch_pixels // (height * width))
+    batch_size = int(min(batch_size, max_batch))
     batches = SameSizeBatches([tuple(image.shape[-2:]) for image in images], batch_size)
     parts = [[images[i] for i in indices] for indices in batches]
     return [*parts] if data.plain.collate_fn is collate_detection else [torch.stack(part) for part in parts]

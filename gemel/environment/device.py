@@ -10,6 +10,11 @@ def has_device(name: str) -> bool:
     return name != "cuda" or torch.cuda.is_available()
 
 
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of memory that the device has of its own, free or not; None for the CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The device of a run; "auto" is CUDA if there is a CUDA device, else the CPU.
 

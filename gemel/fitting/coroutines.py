@@ -49,30 +49,36 @@ def run_coroutines(
     programs: Mapping[Name, Program],
     members: Mapping[Key, Collection[Name]],
     meet: Callable[[Key, list[Name]], None],
+    starts: Mapping[Name, Key] | None = None,
 ) -> None:
     """Runs all programs to their ends. One that calls wait(key) waits until all members of the key wait for it.
 
-    programs: by name. members: key -> the names of the programs that come to it. Then meet(key, present) is called
+    programs: by name. members: key -> the names of the programs that come to it. starts: a program named there begins
+    when its key was met, or when nobody else can continue. When all members wait, meet(key, present) is called
     once, and the programs in `present` continue. Programs may come to keys in different orders: where nobody can
     continue, the key of which the largest share of the members is waiting is met without the others. A program that
     comes to a key which was met already should not wait for it; if it does, the key is met once more.
     Raises what a program or `meet` raised, after the other programs were ended by EndForward at their wait(key).
     """
     coroutines = [_Coroutine(name, program) for name, program in programs.items()]
-    ready = coroutines
+    late = {coroutine: starts[coroutine.name] for coroutine in coroutines if starts and coroutine.name in starts}
+    ready = [coroutine for coroutine in coroutines if coroutine not in late]
     try:
-        while ready:
+        while ready or late:
             for coroutine in ready:
                 coroutine.switch()
             waiting: dict[Key, list[_Coroutine]] = {}
             for coroutine in coroutines:
-                if not coroutine.dead:
+                if not coroutine.dead and coroutine not in late:
                     waiting.setdefault(coroutine.key, []).append(coroutine)
-            ready = []
             if waiting:
                 key = max(waiting, key=lambda key: len(waiting[key]) / len(members[key]))  # of equal ones the first
-                ready = waiting[key]
-                meet(key, [coroutine.name for coroutine in ready])
+                meet(key, [coroutine.name for coroutine in waiting[key]])
+                continues = {*waiting[key], *(coroutine for coroutine, start in late.items() if start == key)}
+            else:
+                continues = {*late}
+            ready = [coroutine for coroutine in coroutines if coroutine in continues]
+            late = {coroutine: start for coroutine, start in late.items() if coroutine not in continues}
     finally:
         for coroutine in coroutines:
             while coroutine:  # is suspended; its own errors while it ends would hide the one that is raised

@@ -4,6 +4,7 @@ A layer can be fitted on the inputs that it has in the unmerged model, or on tho
 stages, one block of layers after another (here), or each layer behind all those before it (sequential_fit.py).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gemel.fitting.ridge import solve_ridge, solve_weighted
+from gemel.fitting.moments import Moments, moments_of
+from gemel.fitting.ridge import solve_weighted
 from gemel.fitting.rows import (
     Rows,
     collect_rows,
@@ -102,11 +104,13 @@ def fit_least_squares(
     order = by_depth(models, [group for group in groups if group not in fits])
     for stage in range(settings.num_stages):
         block = order[stage * len(order) // settings.num_stages : (stage + 1) * len(order) // settings.num_stages]
-        for part in _parts(models, block, settings.positions):
+        for part in parts_of(models, block, settings.positions):
             rows = _collect(models, teachers, part, images, settings, generator)
             for group in part:
                 num_images = sum(len(batch) for task in group.tasks for batch in images[task])
-                fits[group] = fit_group(models, group, rows, settings.task_weights, settings.ridge, num_images)
+                found = [(o.task, o.layer) for o in group.occurrences if o in rows]
+                sums = {o: sums_of(models, group, rows.pop(o)) for o in found}
+                fits[group] = fit_group(models, group, sums, settings.task_weights, settings.ridge, num_images)
         if after_stage is not None:
             after_stage(stage)
     return fits
@@ -121,11 +125,16 @@ def by_depth(models: Models, groups: Sequence[Group]) -> list[Group]:
     return sorted(groups, key=lambda g: (sum(depths[o] for o in g.occurrences) / len(g.occurrences), g.occurrences))
 
 
-def row_quota(layer: LinearMap, positions: int, num_tasks: int) -> int:
-    """Rows to sample per task: no more than improve the fit, and so few that the system to solve stays small."""
+def row_quota(layer: LinearMap, positions: int, num_tasks: int, max_bytes: float = math.inf) -> int:
+    """Rows to sample per task: no more than improve the fit, and so few that the system to solve stays small.
+
+    max_bytes: of the sums that are kept of the rows of all tasks (moments.py).
+    """
     groups, inputs, _ = shape_of(layer)
     quota = positions if groups == 1 else min(positions, max(MIN_ROWS, ROWS_PER_INPUT * inputs))
-    return quota if inputs <= MAX_SYSTEM else min(quota, MAX_SYSTEM // num_tasks)
+    quota = quota if inputs <= MAX_SYSTEM else min(quota, MAX_SYSTEM // num_tasks)
+    row_bytes = num_tasks * groups * inputs * layer.weight.element_size()
+    return quota if min(quota, inputs) * row_bytes <= max_bytes else max(1, int(max_bytes // row_bytes))
 
 
 def why_unfit(models: Models, group: Group) -> str:
@@ -138,8 +147,8 @@ def why_unfit(models: Models, group: Group) -> str:
     return ""
 
 
-def _parts(models: Models, block: Sequence[Group], positions: int) -> list[list[Group]]:
-    """The block in parts whose rows take at most MAX_ROWS_BYTES each."""
+def parts_of(models: Models, block: Sequence[Group], positions: int) -> list[list[Group]]:
+    """The block, of layers that are linear maps, in parts whose rows take at most MAX_ROWS_BYTES each."""
     parts: list[list[Group]] = []
     held = MAX_ROWS_BYTES
     for group in block:
@@ -172,11 +181,13 @@ def _collect(
     return rows
 
 
-def quotas(models: Models, groups: Sequence[Group], task: str, positions: int) -> dict[str, int]:
+def quotas(
+    models: Models, groups: Sequence[Group], task: str, positions: int, max_bytes: float = math.inf
+) -> dict[str, int]:
     """The task's layers among the groups -> rows to sample of each."""
     occurrences = [(o, group) for group in groups for o in group.occurrences if o.task == task]
     return {
-        o.layer: row_quota(linear_map_at(models[task], o.layer), positions, len(group.tasks))
+        o.layer: row_quota(linear_map_at(models[task], o.layer), positions, len(group.tasks), max_bytes)
         for o, group in occurrences
     }
 
@@ -184,89 +195,90 @@ def quotas(models: Models, groups: Sequence[Group], task: str, positions: int) -
 def fit_group(
     models: Models,
     group: Group,
-    rows: dict[tuple[str, str], Rows],
+    sums: Mapping[tuple[str, str], Moments],
     task_weights: Mapping[str, float] | None,
     ridge: float,
     num_images: int,
 ) -> Fit:
-    """Solves for one group, writes the result into its layer, and removes its rows from `rows` to free them.
+    """Solves for one group and writes the result into its layer.
 
-    num_images: from which the rows of all its tasks were sampled.
+    sums: what `sums_of` returned for each occurrence. num_images: from which the rows of all its tasks were sampled.
     """
-    unseen = [o for o in group.occurrences if o not in rows]
-    sampled = {o.task: rows.pop(o) for o in group.occurrences if o in rows}
-    if unseen:
-        return Fit(f"{unseen[0].task}: {unseen[0].layer} is never called as a module")
-    if not all(torch.isfinite(part).all() for r in sampled.values() for part in r):
+    for o in group.occurrences:
+        if o not in sums:
+            return Fit(f"{o.task}: {o.layer} is never called as a module")
+    sampled = {o.task: sums[o] for o in group.occurrences}
+    if not all(s.is_finite for s in sampled.values()):
         return Fit("inputs or outputs are not finite")
-    layer = linear_map_at(models[group.occurrences[0].task], group.occurrences[0].layer)
-    norms = _normalisations(models, group)
+    norms = normalisations(models, group)
     counts = {task: (task_weights or {}).get(task, 1.0) for task in sampled}
     if norms:
-        sampled = {task: r.centred() for task, r in sampled.items()}
         sampled, weights = _on_common_scale(sampled, norms, counts)
     else:
-        weights = torch.stack([counts[task] * _relative_to(r) for task, r in sampled.items()])
+        weights = torch.stack([counts[task] * _relative_to(s) for task, s in sampled.items()])
+    layer = linear_map_at(models[group.occurrences[0].task], group.occurrences[0].layer)
     start = matrix_of(layer)
-    residuals = {task: r.y - r.x @ start for task, r in sampled.items()}
-    inputs = [r.x for r in sampled.values()]
-    ridge = ridge * _share_of_ridge(inputs, num_images)
-    change, ridge = solve_weighted(inputs, list(residuals.values()), _shares(weights), ridge)
-    set_matrix(layer, start + change)
-    remaining = {task: r - sampled[task].x @ change for task, r in residuals.items()}
+    ridge = ridge * _share_of_ridge(list(sampled.values()), num_images)
+    change, ridge = solve_weighted(list(sampled.values()), start, _shares(weights), ridge)
+    shared = start + change
+    set_matrix(layer, shared)
+    fitted = dict.fromkeys(sampled, shared)
     for o in group.occurrences:
         adapter = adapter_of(models[o.task].get_submodule(o.layer))
         if adapter is not None:
-            remaining[o.task] = _fit_adapter(adapter, sampled[o.task].x, remaining[o.task], ridge)
+            fitted[o.task] = shared + _fit_adapter(adapter, sampled[o.task], shared, ridge)
     for task, norm in norms.items():
         if norm.affine:
-            _lower_gains(norm, sampled[task].y - remaining[task], sampled[task].y)
-    return Fit("", ridge, _relative_errors(residuals, sampled), _relative_errors(remaining, sampled))
+            _lower_gains(norm, sampled[task], fitted[task])
+    return Fit("", ridge, _relative_errors(dict.fromkeys(sampled, start), sampled), _relative_errors(fitted, sampled))
 
 
-def _normalisations(models: Models, group: Group) -> dict[str, _BatchNorm]:
+def sums_of(models: Models, group: Group, rows: Rows) -> Moments:
+    """The sums that `fit_group` needs of the rows of one task: centred where every task normalises the outputs."""
+    return moments_of(rows.centred() if normalisations(models, group) else rows)
+
+
+def normalisations(models: Models, group: Group) -> dict[str, _BatchNorm]:
     """Task -> the batch normalisation right after its layer; empty unless every task has one."""
     found = {o.task: normalisation_behind(models[o.task], o.layer) for o in group.occurrences}
     norms = {task: norm for task, norm in found.items() if norm is not None}
     return norms if len(norms) == len(found) else {}
 
 
-def _share_of_ridge(inputs: list[Tensor], num_images: int) -> float:
+def _share_of_ridge(sums: list[Moments], num_images: int) -> float:
     """The share of the ridge that a layer needs: less of it the more rows there are for its inputs."""
-    num_inputs, num_rows = inputs[0].shape[2], sum(x.shape[1] for x in inputs)
+    num_inputs, num_rows = sums[0].xy.shape[1], sum(s.num_rows for s in sums)
     if num_inputs >= WIDE:
         num_rows = min(num_rows, ROWS_PER_IMAGE * num_images)
     return min(1.0, max(LEAST_RIDGE, 2 * num_inputs / num_rows))
 
 
-def _relative_errors(errors: Mapping[str, Tensor], sampled: Mapping[str, Rows]) -> dict[str, float]:
-    """Task -> sum of squared errors over that of the outputs."""
-    energy = {task: r.y.square().sum().clamp_min(1e-12) for task, r in sampled.items()}
-    return {task: float(error.square().sum() / energy[task]) for task, error in errors.items()}
+def _relative_errors(matrices: Mapping[str, Tensor], sampled: Mapping[str, Moments]) -> dict[str, float]:
+    """Task -> sum of squared errors with its matrix over the sum of squared outputs."""
+    return {t: float(s.errors(matrices[t]).sum() / s.yy.sum().clamp_min(1e-12)) for t, s in sampled.items()}
 
 
-def _fit_adapter(adapter: Adapter, x: Tensor, residual: Tensor, ridge: float) -> Tensor:
-    """Fits a task's adapter to the residual of the shared weights; returns the residual of both.
+def _fit_adapter(adapter: Adapter, sums: Moments, shared: Tensor, ridge: float) -> Tensor:
+    """Fits a task's adapter to what the shared matrix leaves over; returns the matrix that the adapter adds to it.
 
     Reduced-rank regression: the ridge regression R of the residual on x, projected onto the directions in which x R is
     largest. Source: Izenman, "Reduced-rank regression for the multivariate linear model", J. Multivariate Analysis 5,
     1975.
     """
-    matrix, _ = solve_ridge(x, residual, ridge)
-    found = x @ matrix
-    directions = torch.linalg.eigh(found.mT @ found).eigenvectors[:, :, -adapter.rank :]
+    matrix, _ = solve_weighted([sums], shared, torch.ones_like(sums.yy).unsqueeze(0), ridge)
+    directions = torch.linalg.eigh(matrix.mT @ sums.product(matrix)).eigenvectors[:, :, -adapter.rank :]
     set_matrix(adapter.down, matrix @ directions)
     set_matrix(adapter.up, directions.mT)
-    return residual - found @ directions @ directions.mT
+    return matrix @ directions @ directions.mT
 
 
 def _on_common_scale(
-    sampled: Mapping[str, Rows], norms: Mapping[str, _BatchNorm], counts: Mapping[str, float]
-) -> tuple[dict[str, Rows], Tensor]:
-    """The rows with each channel of the outputs on the same scale in all tasks, since each task normalises it itself,
+    sampled: Mapping[str, Moments], norms: Mapping[str, _BatchNorm], counts: Mapping[str, float]
+) -> tuple[dict[str, Moments], Tensor]:
+    """The sums with each channel of the outputs on the same scale in all tasks, since each task normalises it itself,
     and weights [tasks, groups, o]: the square of the channel's gain in the task's normalisation.
     """
-    deviations = torch.stack([r.y.square().mean(1).sqrt() for r in sampled.values()])
+    deviations = torch.stack([(s.yy / s.num_rows).sqrt() for s in sampled.values()])
     deviations = deviations.clamp_min(1e-12).clamp_min(1e-3 * deviations.mean((1, 2), keepdim=True))
     gains = [
         torch.ones_like(d) if norms[t].weight is None else norms[t].weight.detach().view_as(d)
@@ -275,15 +287,14 @@ def _on_common_scale(
     weights = torch.stack(gains).square()
     weights = weights / weights.sum((1, 2), keepdim=True).clamp_min(1e-12)
     weights = weights * weights.new_tensor([counts[task] for task in sampled]).view(-1, 1, 1)
-    common = (_shares(weights) * deviations).sum(0)
-    factors = (common / deviations).unsqueeze(2)
-    return {task: Rows(r.x, r.y * factor) for (task, r), factor in zip(sampled.items(), factors, strict=True)}, weights
+    factors = (_shares(weights) * deviations).sum(0) / deviations
+    return {task: s.scaled(factor) for (task, s), factor in zip(sampled.items(), factors, strict=True)}, weights
 
 
-def _relative_to(rows: Rows) -> Tensor:
+def _relative_to(sums: Moments) -> Tensor:
     """The weight [groups, o] that makes the squared error relative to the mean square of all outputs."""
-    groups, _, width = rows.y.shape
-    return (1 / rows.y.square().mean().clamp_min(1e-12)).expand(groups, width)
+    mean = sums.yy.mean() / sums.num_rows
+    return (1 / mean.clamp_min(1e-12)).expand_as(sums.yy)
 
 
 def _shares(weights: Tensor) -> Tensor:
@@ -293,12 +304,12 @@ def _shares(weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _lower_gains(norm: _BatchNorm, fitted: Tensor, target: Tensor) -> None:
+def _lower_gains(norm: _BatchNorm, sums: Moments, matrix: Tensor) -> None:
     """Multiplies the gain of each channel by the root of the correlation between its fitted and its target outputs.
 
     Multiplying by the correlation minimises the squared error, multiplying by 1 keeps the variance; this is the
     geometric mean of both (benchmarks/LOG.md, 2026-11-25 What a fit matches).
     """
-    products = (fitted * target).sum(1), fitted.square().sum(1) * target.square().sum(1)
-    correlation = (products[0] / products[1].sqrt().clamp_min(1e-12)).clamp(0, 1)
+    squares = (matrix * sums.product(matrix)).sum(1).clamp_min(0) * sums.yy
+    correlation = ((matrix * sums.xy).sum(1) / squares.sqrt().clamp_min(1e-12)).clamp(0, 1)
     norm.weight.mul_(correlation.sqrt().reshape(-1))

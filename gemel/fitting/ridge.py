@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gemel.fitting.moments import Moments
+
 ITERATIONS = 3  # of conjugate gradients; 8 gave the same accuracies (benchmarks/LOG.md, 2026-11-25 What a fit matches)
 
 
@@ -21,35 +23,41 @@ def solve_ridge(x: Tensor, residual: Tensor, ridge: float) -> tuple[Tensor, floa
     return (x.mT @ solution if dual else solution), ridge
 
 
-def solve_weighted(x: list[Tensor], residuals: list[Tensor], weights: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """(D, ridge used): every column D_c minimises sum_t weights[t, c] ||x_t D_c - residual_tc||^2 / n_t and the ridge.
+def solve_weighted(sums: list[Moments], start: Tensor, weights: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """(D, ridge used): every column D_c minimises sum_t weights[t, c] ||x_t (start + D)_c - y_tc||^2 / n_t + the ridge.
 
-    x: per task [groups, n_t, d]; residuals: per task [groups, n_t, o]; weights [tasks, groups, o], at least 0, whose
-    sum over the tasks is 1. The ridge is in units of the mean squared input. To factor one matrix a column would be too
-    slow: the one for mean weights is factored and preconditions a few conjugate gradient steps for all columns.
-    Where there are fewer rows than inputs, each task has its mean weight in all columns instead.
+    sums: of the rows of each task; start [groups, d, o]; weights [tasks, groups, o], at least 0, whose sum over the
+    tasks is 1. The ridge is in units of the mean squared input. To factor one matrix a column would be too slow: the
+    one for mean weights is factored and preconditions a few conjugate gradient steps for all columns. Where there are
+    fewer rows than inputs, each task has its mean weight in all columns instead.
     """
-    x = [part / part.shape[1] ** 0.5 for part in x]
-    residuals = [part / part.shape[1] ** 0.5 for part in residuals]
     means = weights.mean((1, 2))
-    if sum(part.shape[1] for part in x) < x[0].shape[2]:
-        stacked, targets = (
-            torch.cat([m.sqrt() * part for m, part in zip(means, parts, strict=True)], 1) for parts in (x, residuals)
-        )
-        return solve_ridge(stacked, targets, ridge)
-    systems = [part.mT @ part for part in x]
-    targets = sum(w.unsqueeze(1) * (a.mT @ r) for w, a, r in zip(weights, x, residuals, strict=True))
-    mean = sum(m * system for m, system in zip(means, systems, strict=True))
-    scale = _scale(mean.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1), mean.shape[1])
-    factor, ridge = _factor(mean, scale, ridge)
+    if sum(s.num_rows for s in sums) < start.shape[1]:
+        parts = [(s.rows, (m / s.num_rows).sqrt()) for s, m in zip(sums, means, strict=True) if s.rows is not None]
+        stacked = torch.cat([scale * rows.x for rows, scale in parts], 1)
+        return solve_ridge(stacked, torch.cat([scale * (r.y - r.x @ start) for r, scale in parts], 1), ridge)
+    shares = [w.unsqueeze(1) / s.num_rows for w, s in zip(weights, sums, strict=True)]
+    target = sum((w * (s.xy - s.product(start)) for w, s in zip(shares, sums, strict=True)), torch.zeros_like(start))
+    system = _mean_system(sums, means)
+    scale = _scale(system.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1), system.shape[1])
+    factor, ridge = _factor(system, scale, ridge)
+    del system
     if torch.allclose(weights, means.view(-1, 1, 1).expand_as(weights)):
-        return torch.cholesky_solve(targets, factor), ridge
+        return torch.cholesky_solve(target, factor), ridge
 
     def apply(change: Tensor) -> Tensor:
-        parts = (w.unsqueeze(1) * (system @ change) for w, system in zip(weights, systems, strict=True))
-        return ridge * scale * change + sum(parts)
+        parts = (w * s.product(change) for w, s in zip(shares, sums, strict=True))
+        return sum(parts, ridge * scale * change)
 
-    return _conjugate_gradients(apply, targets, factor), ridge
+    return _conjugate_gradients(apply, target, factor), ridge
+
+
+def _mean_system(sums: list[Moments], means: Tensor) -> Tensor:
+    """The sum of x'x / n over the tasks, each with its mean weight."""
+    system = sums[0].gram() * (means[0] / sums[0].num_rows)
+    for s, mean in zip(sums[1:], means[1:], strict=True):
+        system += s.gram() * (mean / s.num_rows)
+    return system
 
 
 def _conjugate_gradients(apply: Callable[[Tensor], Tensor], target: Tensor, factor: Tensor) -> Tensor:
@@ -73,9 +81,10 @@ def _scale(trace: Tensor, inputs: int) -> Tensor:
 
 def _factor(system: Tensor, scale: Tensor, ridge: float) -> tuple[Tensor, float]:
     """Cholesky factor of system + ridge * scale, and the ridge, raised until there is one."""
-    identity = torch.eye(system.shape[1], dtype=system.dtype, device=system.device)
     while True:
-        factor, failed = torch.linalg.cholesky_ex(system + ridge * scale * identity)
+        shifted = system.clone()
+        shifted.diagonal(dim1=1, dim2=2).add_(ridge * scale.squeeze(2))
+        factor, failed = torch.linalg.cholesky_ex(shifted)
         if not failed.any():
             return factor, ridge
         ridge = max(10 * ridge, 1e-6)

@@ -7,7 +7,7 @@ last column of X is then 1.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,17 @@ def output_rows(layer: LinearMap, outputs: Tensor, picked: Tensor) -> Tensor:
     return outputs.reshape(-1, groups, width)[picked].transpose(0, 1)
 
 
+class Positions(Protocol):
+    """Sampled positions of one call of a layer, and the shapes that it had."""
+
+    @property
+    def picked(self) -> Tensor: ...
+    @property
+    def input_shape(self) -> torch.Size: ...
+    @property
+    def output_shape(self) -> torch.Size: ...
+
+
 class Sample(NamedTuple):
     """Sampled positions of one call of a layer, and its outputs there."""
 
@@ -134,7 +145,10 @@ class Sample(NamedTuple):
 Samples = dict[str, list[Sample]]  # layer -> one sample of each call
 
 
-def sample_outputs(model: nn.Module, quotas: Mapping[str, int], images: Batch, generator: torch.Generator) -> Samples:
+Generators = torch.Generator | Mapping[str, torch.Generator]  # one for all layers, or one for each
+
+
+def sample_outputs(model: nn.Module, quotas: Mapping[str, int], images: Batch, generator: Generators) -> Samples:
     """Runs the model once and samples about quotas[layer] output positions per layer, over all its calls together.
 
     A layer whose forward is never called (attention reads the parameters of its layers) is left out.
@@ -143,7 +157,8 @@ def sample_outputs(model: nn.Module, quotas: Mapping[str, int], images: Batch, g
 
     def record(name: str, layer: LinearMap, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
         total, quota = outputs.numel() // output_width(layer), quotas[name]
-        drawn = torch.randint(total, (quota,), generator=generator) if total > quota else torch.arange(total)
+        source = generator if isinstance(generator, torch.Generator) else generator[name]
+        drawn = torch.randint(total, (quota,), generator=source) if total > quota else torch.arange(total)
         picked = drawn.to(outputs.device)
         sample = Sample(picked, inputs[0].shape, outputs.shape, output_rows(layer, outputs, picked))
         samples.setdefault(name, []).append(sample)
@@ -153,7 +168,7 @@ def sample_outputs(model: nn.Module, quotas: Mapping[str, int], images: Batch, g
     return {name: _thinned(calls, quotas[name]) for name, calls in samples.items()}
 
 
-def sample_inputs(model: nn.Module, samples: Samples, images: Batch) -> dict[str, Tensor]:
+def sample_inputs(model: nn.Module, samples: Mapping[str, Sequence[Positions]], images: Batch) -> dict[str, Tensor]:
     """Runs the model once and returns x [groups, n, d] of each layer at the positions of its samples.
 
     A layer whose calls have other shapes here than when the samples were taken is left out.
@@ -174,7 +189,7 @@ def sample_inputs(model: nn.Module, samples: Samples, images: Batch) -> dict[str
     return {n: torch.cat(x, 1) for n, x in usable.items() if len(x) == len(found[n]) == len(samples[n])}
 
 
-def of_regions(calls: list[Sample], images: Batch) -> bool:
+def of_regions(calls: Sequence[Positions], images: Batch) -> bool:
     """Whether the layer's inputs are not one per image but regions, which a two-stage detector's weights select."""
     return any(sample.input_shape[0] != len(images) for sample in calls)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gemel.fitting.batch_norm import averaged_statistics
-from gemel.fitting.least_squares import RIDGE, quotas
+from gemel.fitting.least_squares import RIDGE, parts_of, quotas
 from gemel.fitting.ridge import solve_ridge
 from gemel.fitting.rows import Rows, collect_rows, is_linear_map, is_normalised, linear_map_at, matrix_of
 from gemel.forward.batches import Batch, run, to_device
@@ -82,10 +82,11 @@ def output_error(
 ) -> Sensitivity:
     """||X_t W - X_t W_t||^2 / ||X_t W_t||^2 on the task's own inputs of the layer; centred where it is normalised."""
     scores: Sensitivity = {}
-    for task, rows in _rows_of_tasks(teachers, groups, images, generator, positions).items():
-        for name, (group, sampled) in rows.items():
-            shared = matrix_of(linear_map_at(models[task], name))
-            scores[group, task] = _relative(sampled.y - sampled.x @ shared, sampled.y)
+    for part in _parts(teachers, groups, positions):
+        for task, rows in _rows_of_tasks(teachers, part, images, generator, positions).items():
+            for name, (group, sampled) in rows.items():
+                shared = matrix_of(linear_map_at(models[task], name))
+                scores[group, task] = _relative(sampled.y - sampled.x @ shared, sampled.y)
     return scores
 
 
@@ -102,9 +103,16 @@ def fitted_error(
     Fitted on one half of the rows and measured on the other, since wide layers can fit the rows without any error
     (benchmarks/LOG.md, 2026-11-25 Detectors).
     """
+    scores: Sensitivity = {}
+    for part in _parts(teachers, groups, positions):
+        scores |= _fitted_errors(models, _rows_of_tasks(teachers, part, images, generator, positions))
+    return scores
+
+
+def _fitted_errors(models: Models, found: dict[str, dict[str, tuple[Group, Rows]]]) -> Sensitivity:
     gathered: dict[Group, dict[str, Rows]] = {}
-    for task, found in _rows_of_tasks(teachers, groups, images, generator, positions).items():
-        for group, sampled in found.values():
+    for task, layers in found.items():
+        for group, sampled in layers.values():
             gathered.setdefault(group, {})[task] = sampled
     scores: Sensitivity = {}
     for group, rows in gathered.items():
@@ -152,14 +160,21 @@ METHODS: dict[str, Callable[..., Sensitivity]] = {
 }
 
 
+def _parts(teachers: Models, groups: Configuration, positions: int) -> list[list[Group]]:
+    """The groups of linear maps in parts whose rows can be held at a time."""
+    firsts = ((group, group.occurrences[0]) for group in groups)
+    return parts_of(
+        teachers, [g for g, o in firsts if is_linear_map(teachers[o.task].get_submodule(o.layer))], positions
+    )
+
+
 def _rows_of_tasks(
-    teachers: Models, groups: Configuration, images: Images, generator: torch.Generator, positions: int
+    teachers: Models, groups: Sequence[Group], images: Images, generator: torch.Generator, positions: int
 ) -> dict[str, dict[str, tuple[Group, Rows]]]:
-    """Task -> layer -> (its group, rows of the teacher), for layers that are linear maps and called; one pass."""
+    """Task -> layer -> (its group, rows of the teacher), for layers that are called, all linear maps; one pass."""
     found: dict[str, dict[str, tuple[Group, Rows]]] = {}
     for task in dict.fromkeys(task for group in groups for task in group.tasks):
         group_of = {o.layer: group for group in groups for o in group.occurrences if o.task == task}
-        group_of = {n: group for n, group in group_of.items() if is_linear_map(teachers[task].get_submodule(n))}
         wanted = quotas(teachers, list(group_of.values()), task, positions)
         rows = collect_rows(teachers[task], wanted, images[task], generator)
         found[task] = {

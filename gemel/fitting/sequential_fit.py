@@ -1,31 +1,25 @@
 """Least squares for tied layers, each on the inputs it has behind all layers before it, in one pass over the images.
 
 The forward passes of all tasks advance together (coroutines.py). At every tied layer they wait for each other until its
-weights are fitted, and continue with these, so no layer is fitted on inputs that a later fit changes.
+weights are fitted, and continue with these, so no layer is fitted on inputs that a later fit changes. What waits is in
+memory, so near the input, where an image takes most, only some of the images wait (teacher_samples.py): the others
+start when those layers are fitted, and run through them one batch after another.
 """
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gemel.fitting.batch_norm import averaged_statistics
 from gemel.fitting.coroutines import current, run_coroutines, wait
-from gemel.fitting.least_squares import RIDGE, Fit, fit_group, quotas, why_unfit
-from gemel.fitting.rows import (
-    Rows,
-    Samples,
-    input_rows,
-    is_linear_map,
-    linear_map_at,
-    of_regions,
-    sample_inputs,
-    sample_outputs,
-    shape_of,
-)
+from gemel.fitting.least_squares import RIDGE, Fit, fit_group, sums_of, why_unfit
+from gemel.fitting.moments import Moments
+from gemel.fitting.rows import Rows, input_rows, sample_inputs
+from gemel.fitting.teacher_samples import LayerSamples, TeacherSamples
 from gemel.forward.batches import Batch, to_device
 from gemel.forward.hooks import hooked
 from gemel.forward.modes import Models, device_of
@@ -33,14 +27,6 @@ from gemel.sharing.adapters import LinearMap
 from gemel.sharing.groups import Configuration, Group
 
 PassId = tuple[str, int]  # one forward pass: task, number of its batch
-
-
-class TeacherSamples(NamedTuple):
-    """Sampled outputs of the teachers on some images; the same for every fit of the same groups on these images."""
-
-    samples: dict[PassId, Samples]
-    inputs: dict[tuple[PassId, str], Tensor]  # rows of layers on regions, which are fitted on the teacher's inputs
-    later_inputs: dict[tuple[PassId, str], Tensor]  # rows of all calls of a layer but the first
 
 
 @torch.no_grad()
@@ -56,70 +42,22 @@ def fit_sequentially(
 ) -> dict[Group, Fit]:
     """As `fit_least_squares` with a stage for every layer, but in one forward pass of each model and batch.
 
-    teacher_samples: what `sample_teachers` returned for these groups and images. Statistics of batch normalisation are
-    re-estimated in the same pass, those of each layer behind the fits before it.
+    teacher_samples: what `sample_teachers` returned for these groups and images; it says how many batches wait at a
+    layer. Statistics of batch normalisation are re-estimated in the same pass over all batches, those of each layer
+    behind the fits before it.
 
-    All batches of all tasks are in flight at once: memory is that of the activations at one layer (without gradients)
-    for all images. A layer that is called several times in a pass (heads over pyramid levels) is fitted at its first
-    call, on the inputs of that call and on those that the later calls have in the teacher. A layer on regions is
-    fitted on its inputs in the teacher; so are the rows of a task that comes to a layer later than the tasks that wait
-    for it there (models may have tied layers in different orders).
+    Memory is that of the activations (without gradients) of all batches that wait at one layer, the rows of one task,
+    and the sums over the rows of one group. A layer that is called several times in a pass (heads over pyramid levels)
+    is fitted at its first call, on the inputs of that call and on those that the later calls have in the teacher. A
+    layer on regions is fitted on its inputs in the teacher; so are the rows of a task that comes to a layer later than
+    the tasks that wait for it there (models may have tied layers in different orders).
     Source: Nguyen et al., "RegMean++", 2025 (inputs of the merged model, layer by layer); targets as in PLeaS.
     """
     return _SequentialFit(models, teachers, groups, images, teacher_samples, task_weights, ridge).run()
 
 
-@torch.no_grad()
-def sample_teachers(
-    teachers: Models,
-    groups: Configuration,
-    images: Mapping[str, Sequence[Batch]],
-    *,
-    generator: torch.Generator,
-    positions: int = 2048,
-) -> TeacherSamples:
-    """Draws rows of the groups' layers and records the teachers' outputs there, in one forward pass of each.
-
-    positions: rows per layer and task.
-    """
-    found = TeacherSamples({}, {}, {})
-    linear = [group for group in groups if _is_linear(teachers, group)]
-    for task in dict.fromkeys(task for group in groups for task in group.tasks):
-        layers, total = quotas(teachers, linear, task, positions), sum(map(len, images[task]))
-        for i, batch in enumerate(images[task]):
-            shares = {name: -(-quota * len(batch) // total) for name, quota in layers.items()}
-            samples = found.samples[task, i] = sample_outputs(teachers[task], shares, batch, generator)
-            regions = {name: calls for name, calls in samples.items() if of_regions(calls, batch)}
-            repeated = {name: calls for name, calls in samples.items() if len(calls) > 1 and name not in regions}
-            inputs = sample_inputs(teachers[task], regions | repeated, batch) if regions or repeated else {}
-            for name, rows in inputs.items():
-                if name in regions:
-                    found.inputs[(task, i), name] = rows
-                else:
-                    found.later_inputs[(task, i), name] = rows[:, len(repeated[name][0].picked) :]
-    return found
-
-
-def is_short_of_rows(
-    teachers: Models, groups: Configuration, teacher_samples: TeacherSamples, positions: int = 2048
-) -> bool:
-    """Whether some layer has fewer rows than half its inputs, and more images would give it more."""
-    linear = [group for group in groups if _is_linear(teachers, group)]
-    for task in dict.fromkeys(task for task, _ in teacher_samples.samples):
-        of_task = [samples for (name, _), samples in teacher_samples.samples.items() if name == task]
-        for layer, quota in quotas(teachers, linear, task, positions).items():
-            rows = sum(len(sample.picked) for samples in of_task for sample in samples.get(layer, ()))
-            if 0 < rows < min(quota, shape_of(linear_map_at(teachers[task], layer))[1] / 2):
-                return True
-    return False
-
-
-def _is_linear(teachers: Models, group: Group) -> bool:
-    return is_linear_map(teachers[group.occurrences[0].task].get_submodule(group.occurrences[0].layer))
-
-
 class _SequentialFit:
-    """One fit: the teachers' samples, the rows that are not used yet, and the groups that are fitted."""
+    """One fit: the rows that are not used yet, and the groups that are fitted."""
 
     def __init__(
         self,
@@ -131,67 +69,120 @@ class _SequentialFit:
         task_weights: Mapping[str, float] | None,
         ridge: float,
     ):
-        self.models, self.teachers, self.task_weights, self.ridge = models, teachers, task_weights, ridge
-        tasks = dict.fromkeys(task for group in groups for task in group.tasks)
-        self.batches: dict[PassId, Batch] = {(t, i): batch for t in tasks for i, batch in enumerate(images[t])}
-        self.samples = {pass_id: dict(samples) for pass_id, samples in teacher_samples.samples.items()}
-        self.inputs = dict(teacher_samples.inputs)
-        self.later_inputs = dict(teacher_samples.later_inputs)
+        self.models, self.teachers, self.images = models, teachers, images
+        self.task_weights, self.ridge = task_weights, ridge
+        self.samples = teacher_samples
         reasons = {group: why_unfit(models, group) or self.why_without_rows(group) for group in groups}
         self.fits = {group: Fit(reason) for group, reason in reasons.items() if reason}
         self.to_fit = [group for group in groups if group not in self.fits]
         self.group_of = {(o.task, o.layer): group for group in self.to_fit for o in group.occurrences}
+        self.tasks = list(dict.fromkeys(task for group in groups for task in group.tasks))
+        self.rows: dict[tuple[str, str], _RowsOfLayer] = {}
+        self.sums: dict[tuple[str, str], Moments] = {}
 
     def why_without_rows(self, group: Group) -> str:
         """Why there are no rows of the group in some forward pass; empty if there are."""
         for o in group.occurrences:
-            if any(task == o.task and o.layer not in samples for (task, _), samples in self.samples.items()):
+            if not self.samples[o.task, o.layer].is_always_called:
                 return f"{o.task}: {o.layer} is never called as a module"
         return ""
 
     def run(self) -> dict[Group, Fit]:
         with contextlib.ExitStack() as stack:
-            for task in dict.fromkeys(task for task, _ in self.batches):
+            for task in self.tasks:
                 layers = [layer for name, layer in self.group_of if name == task]
                 stack.enter_context(averaged_statistics(self.models[task]))
                 stack.enter_context(hooked(self.models[task], layers, self.wait_for_fit, before=True))
-            programs = {pass_id: functools.partial(self.forward, pass_id) for pass_id in self.batches}
-            run_coroutines(programs, {group: self.passes_of(group.tasks) for group in self.to_fit}, self.fit)
+            passes = [(task, i) for task in self.tasks for i in range(len(self.images[task]))]
+            programs = {pass_id: functools.partial(self.forward, pass_id) for pass_id in passes}
+            run_coroutines(programs, self.members(), self.fit, self.starts(passes))
         missed = {group: Fit("no forward pass of the tied models came to it") for group in self.to_fit}
         return {**missed, **self.fits}
 
-    def passes_of(self, tasks: Sequence[str]) -> list[PassId]:
-        return [pass_id for pass_id in self.batches if pass_id[0] in tasks]
+    def members(self) -> dict[Group, list[PassId]]:
+        """The forward passes that wait for each group."""
+        return {
+            group: [(o.task, i) for o in group.occurrences for i in range(self.samples[o].num_batches)]
+            for group in self.to_fit
+        }
+
+    def starts(self, passes: Sequence[PassId]) -> dict[PassId, Group]:
+        """The forward passes that do not start at once -> the last group in whose layers they have no rows."""
+        layers = [layer for layer in self.samples if layer in self.group_of]  # from the input on
+        found = {}
+        for task, number in passes:
+            for layer in layers:
+                if layer[0] == task and self.samples[layer].num_batches <= number:
+                    found[task, number] = self.group_of[layer]  # the last one stays
+        return found
 
     def forward(self, pass_id: PassId) -> None:
-        model = self.models[pass_id[0]]
-        model(to_device(self.batches[pass_id], device_of(model)))
+        task, number = pass_id
+        model = self.models[task]
+        model(to_device(self.images[task][number], device_of(model)))
 
     def wait_for_fit(self, name: str, layer: LinearMap, inputs: tuple) -> None:
         """Hook before a layer: keeps the rows of its inputs, and waits until the layer's group is fitted."""
-        pass_id: PassId = current()
-        group = self.group_of[pass_id[0], name]
+        task, number = current()
+        group = self.group_of[task, name]
         if group in self.fits:
             return
-        sample = self.samples[pass_id][name][0]
-        if (pass_id, name) not in self.inputs and sample.input_shape == inputs[0].shape:
-            rows = [input_rows(layer, inputs[0], sample.output_shape, sample.picked)]
-            rows += [self.later_inputs.pop((pass_id, name))] if (pass_id, name) in self.later_inputs else []
-            self.inputs[pass_id, name] = torch.cat(rows, 1)
+        samples = self.samples[task, name]
+        if number < samples.num_batches and number not in samples.inputs and (task, name) not in self.sums:
+            sample, later = samples.calls[number][0], samples.later_inputs.get(number)
+            if sample.input_shape == inputs[0].shape:
+                rows = [input_rows(layer, inputs[0], sample.output_shape, sample.picked)]
+                self.keep(group, task, name, number, rows if later is None else [*rows, later.load()])
         wait(group)
+
+    def keep(self, group: Group, task: str, name: str, number: int, rows: Sequence[Tensor]) -> None:
+        """Keeps the rows of one batch; the last ones of a layer are replaced by the sums that a fit needs."""
+        samples = self.samples[task, name]
+        kept = self.rows.setdefault((task, name), _RowsOfLayer(samples))
+        kept.put(number, rows)
+        if len(kept.seen) == samples.num_batches - len(samples.inputs):
+            self.sum_up(group, task, name)
+
+    def sum_up(self, group: Group, task: str, name: str) -> None:
+        samples = self.samples[task, name]
+        kept = self.rows.pop((task, name), None) or _RowsOfLayer(samples)
+        for number in range(samples.num_batches):
+            if number not in kept.seen:
+                kept.put(number, [self.inputs_of_teacher(task, name, number)])
+        assert kept.x is not None
+        self.sums[task, name] = sums_of(self.models, group, Rows(kept.x, samples.outputs()))
 
     def fit(self, group: Group, present: list[PassId]) -> None:
         """Fits a group for which these passes wait; rows of the other passes are those of their teachers' inputs."""
-        rows = {}
         for o in group.occurrences:
-            passes = self.passes_of([o.task])
-            for pass_id in passes:
-                if (pass_id, o.layer) not in self.inputs:
-                    samples = {o.layer: self.samples[pass_id][o.layer]}
-                    found = sample_inputs(self.teachers[o.task], samples, self.batches[pass_id])
-                    self.inputs[pass_id, o.layer] = found[o.layer]
-            x = torch.cat([self.inputs.pop((pass_id, o.layer)) for pass_id in passes], 1)
-            y = torch.cat([sample.y for pass_id in passes for sample in self.samples[pass_id].pop(o.layer)], 1)
-            rows[o.task, o.layer] = Rows(x, y)
-        num_images = sum(len(self.batches[pass_id]) for pass_id in self.passes_of(group.tasks))
-        self.fits[group] = fit_group(self.models, group, rows, self.task_weights, self.ridge, num_images)
+            if o not in self.sums:
+                self.sum_up(group, o.task, o.layer)
+        num_images = sum(self.samples[o].num_images for o in group.occurrences)
+        sums = {(o.task, o.layer): self.sums.pop(o) for o in group.occurrences}
+        self.fits[group] = fit_group(self.models, group, sums, self.task_weights, self.ridge, num_images)
+
+    def inputs_of_teacher(self, task: str, name: str, number: int) -> Tensor:
+        samples = self.samples[task, name]
+        if number in samples.inputs:
+            return samples.inputs[number].load()
+        return sample_inputs(self.teachers[task], {name: samples.calls[number]}, self.images[task][number])[name]
+
+
+class _RowsOfLayer:
+    """The inputs x [groups, n, d] of one layer of one task, in one tensor that its batches fill."""
+
+    def __init__(self, samples: LayerSamples):
+        counts = [sum(len(call.picked) for call in calls) for calls in samples.calls]
+        self.ends = list(itertools.accumulate(counts))
+        self.seen: set[int] = set()
+        self.x: Tensor | None = None
+
+    def put(self, number: int, parts: Sequence[Tensor]) -> None:
+        end = self.ends[number]
+        begin = end - sum(part.shape[1] for part in parts)
+        assert begin == (self.ends[number - 1] if number else 0), "as many rows as positions were sampled"
+        if self.x is None:
+            groups, _, inputs = parts[0].shape
+            self.x = parts[0].new_empty(groups, self.ends[-1], inputs)
+        torch.cat(list(parts), 1, out=self.x[:, begin:end])
+        self.seen.add(number)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Mapping
 from torch import nn
 
 from gemel.environment.failures import is_out_of_memory
-from gemel.environment.seeds import generator
 from gemel.fitting.batch_norm import is_frozen, match_statistics
 from gemel.fitting.rows import normalisation_behind
-from gemel.fitting.sequential_fit import TeacherSamples, fit_sequentially, is_short_of_rows, sample_teachers
+from gemel.fitting.sequential_fit import fit_sequentially
+from gemel.fitting.teacher_samples import StoredBatches, TeacherSamples
 from gemel.forward.modes import state_on_cpu
 from gemel.merging.evaluator import Evaluator
 from gemel.merging.images import ImageSampler
@@ -48,7 +48,7 @@ class WeightFitter:
 
         The first fit counts all tasks alike. While a task is below its target and the others are above theirs, the
         groups are fitted again with other weights of the tasks, at most max_fits times; the fit whose worst task is
-        best is kept. number: of the round, on which the sample of images depends.
+        best is kept. number: of the round, for the log. All rounds fit on the same sample of images.
         """
         groups = self._with_donated_weights(groups)
         container = nn.ModuleDict({name: self.state.models[name] for name in names})
@@ -56,8 +56,8 @@ class WeightFitter:
         num_pixels = THRESHOLDS.fit.pixels
         while True:
             try:
-                samples = self._sample_teachers(groups, num_pixels, number)
-                return self._best_fit(groups, container, before, samples, max_fits)
+                samples = self.images.of_fits.of(self.state.unmerged, groups, num_pixels)
+                return self._best_fit(groups, container, before, samples, number, max_fits)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or num_pixels <= THRESHOLDS.fit.fewest_pixels:
                     raise
@@ -69,7 +69,8 @@ class WeightFitter:
         groups: Configuration,
         container: nn.ModuleDict,
         before: Mapping,
-        samples: "tuple[dict[str, list], TeacherSamples]",
+        samples: tuple[Mapping[str, StoredBatches], TeacherSamples],
+        number: int,
         max_fits: int,
     ) -> dict[str, Standing]:
         """The best of several fits of the container's models, each from the state `before`."""
@@ -85,7 +86,7 @@ class WeightFitter:
             )
             found = self.evaluator.standings(container)
             ratios = {name: standing.ratio for name, standing in found.items()}
-            log.debug("fit %d with weights %s: %s of the targets", attempt, balance.weights, ratios)
+            log.debug("round %d, fit %d with weights %s: %s of the targets", number, attempt, balance.weights, ratios)
             if not best or worst(found) > worst(reached):
                 best, reached = state_on_cpu(container), found
             if worst(reached) >= 1 or balance.update(ratios) < THRESHOLDS.fit.refit_from:
@@ -113,23 +114,6 @@ class WeightFitter:
                 if norm is not None and own is not None:
                     own.load_state_dict(norm.state_dict())
         return tuple(fitted)
-
-    def _sample_teachers(
-        self, groups: Configuration, num_pixels: int, number: int
-    ) -> "tuple[dict[str, list], TeacherSamples]":
-        """Images to fit groups on, and what the unmerged models put out for them.
-
-        More images where a layer has far fewer rows than inputs: a layer deep in a network puts out a few positions an
-        image, and a fit with few rows for its unknowns overfits them.
-        """
-        unmerged, positions = self.state.unmerged, THRESHOLDS.fit.positions
-        for times in (1, THRESHOLDS.fit.more_images):
-            images = self.images.of_groups(groups, times * num_pixels, "fit", number)
-            source = generator(self.images.seed, "fit", number)
-            samples = sample_teachers(unmerged, groups, images, generator=source, positions=positions)
-            if not is_short_of_rows(unmerged, groups, samples, positions):
-                break
-        return images, samples
 
 
 def refit_frozen_normalisation(state: MergeState, images: ImageSampler, names: Collection[str], number: int) -> None:

@@ -18,6 +18,7 @@ from gemel.workload import Problem, WorkloadError
 
 LEAST_SQUARES = "least_squares"
 NO_ALIGNMENT = "none"
+LEAST_FIT_MEMORY = 16 << 20
 MAX_ADAPTER_BUDGET = 0.45  # from a half on, two tasks would save nothing by sharing
 MAY_BE_NONE = ("warmup_steps", "statistics_batches", "screening_images")  # training options that 0 turns off
 
@@ -62,6 +63,8 @@ class MergeOptions:
     num_workers: loader processes per task (default: none on a CPU; with CUDA eight, or the number of cores, in all).
     cache_bytes: of the memory in which images stay as the models get them, of all tasks together (0: none); with
     freeze_prefix, half of it is for what the frozen layers put out.
+    fit_memory: bytes that a fit of weights may take beside the models (default: 2 GiB on a CPU, with CUDA a quarter of
+    the device's memory); it decides how many images are in flight at a time.
     training: how a round is trained.
     Raises WorkloadError with every problem.
     """
@@ -81,6 +84,7 @@ class MergeOptions:
     num_threads: int | None = None
     num_workers: int | None = None
     cache_bytes: int = 1 << 30
+    fit_memory: int | None = None
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
     def __post_init__(self) -> None:
@@ -93,7 +97,7 @@ class MergeOptions:
     @property
     def deciding(self) -> dict:
         """The options that decide what comes out of a merge: a run resumes only one in which they are the same."""
-        keys = ("strategy", "initial_weights", "alignment", "matching", "adapter_budget", "seed")
+        keys = ("strategy", "initial_weights", "alignment", "matching", "adapter_budget", "seed", "fit_memory")
         return {**{key: getattr(self, key) for key in keys}, **dataclasses.asdict(self.training)}
 
     def memory_per_task(self, num_tasks: int) -> int:
@@ -146,6 +150,10 @@ def _problems(given: Mapping[str, Any]) -> list[Problem]:
         "seed": (lambda v: isinstance(v, int) and v >= 0, "a whole number from 0 on"),
         "time_budget": (lambda v: v is None or (_is_number(v) and v > 0), "seconds, more than 0"),
         "cache_bytes": (lambda v: type(v) is int and v >= 0, "a whole number from 0 on"),
+        "fit_memory": (
+            lambda v: v is None or (type(v) is int and v >= LEAST_FIT_MEMORY),
+            f"None or bytes, a whole number from {LEAST_FIT_MEMORY} (16 MiB) on",
+        ),
         "num_threads": (lambda v: v is None or (type(v) is int and v >= 1), "None or a whole number from 1 on"),
         "num_workers": (lambda v: v is None or (isinstance(v, int) and v >= 0), "None or a whole number from 0 on"),
         "tolerance": (lambda v: v is None or (_is_number(v) and 0 < v <= 1), "a number in (0, 1]"),

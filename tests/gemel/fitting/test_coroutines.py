@@ -169,3 +169,22 @@ def test_computations_of_a_program_in_autocast_are_its_own():
     run_coroutines(programs, {"one": "ab", "two": "ab"}, lambda key, present: dtypes.append((x @ x).dtype))
     bfloat16, float32 = torch.bfloat16, torch.float32
     assert dtypes == [bfloat16, float32, float32] * 2
+
+
+# ---- late starts ----------------------------------------------------------------------------------------------------
+
+
+def test_a_program_starts_when_its_key_was_met():
+    log, met = [], []
+    programs = {"a": waits_for("one", "two", log=log), "b": waits_for("two", log=log), "c": waits_for("two", log=log)}
+    members = {"one": "a", "two": "abc"}
+    run_coroutines(programs, members, lambda key, present: met.append((key, present)), {"b": "one", "c": "one"})
+    assert met == [("one", ["a"]), ("two", ["a", "b", "c"])]
+    assert log[:4] == [("a", "one"), ("a", "two"), ("b", "two"), ("c", "two")]
+
+
+def test_a_program_whose_key_nobody_comes_to_starts_last():
+    log, met = [], []
+    programs = {"late": waits_for("one", log=log), "a": waits_for("one", log=log)}
+    run_coroutines(programs, {"one": ["late", "a"]}, lambda key, present: met.append((key, present)), {"late": "none"})
+    assert met == [("one", ["a"]), ("one", ["late"])] and log[-1] == ("late", "end")

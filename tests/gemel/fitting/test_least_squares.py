@@ -8,8 +8,9 @@ from torch import nn
 
 from gemel.fitting import least_squares
 from gemel.fitting.least_squares import FitSettings, by_depth, fit_least_squares, row_quota
+from gemel.fitting.moments import moments_of
 from gemel.fitting.ridge import solve_ridge, solve_weighted
-from gemel.fitting.rows import collect_rows, matrix_of
+from gemel.fitting.rows import Rows, collect_rows, matrix_of
 from gemel.sharing.groups import find_groups
 from gemel.sharing.tying import is_tied, tie
 
@@ -183,7 +184,7 @@ def test_rows_that_would_not_fit_are_held_part_by_part(monkeypatch):
     monkeypatch.setattr(least_squares, "MAX_ROWS_BYTES", 1)
     images = {t: [torch.rand(4, 3, 16, 16)] for t in models}
     fits = fit_all(models, teachers, groups, images)
-    assert len(least_squares._parts(models, groups, 100)) == len(groups) and all(f.fitted for f in fits.values())
+    assert len(least_squares.parts_of(models, groups, 100)) == len(groups) and all(f.fitted for f in fits.values())
 
 
 def test_a_large_layer_stays_in_bounds():
@@ -198,12 +199,16 @@ def test_a_large_layer_stays_in_bounds():
     assert fit.fitted and max(fit.after.values()) < 0.01 and grown_mib < 400
 
 
+def sums(x, y):
+    return [moments_of(Rows(a, b)) for a, b in zip(x, y, strict=True)]
+
+
 def test_columns_with_weights_of_their_own_come_near_to_their_own_solutions():
     torch.manual_seed(0)
     x, y = [torch.rand(1, 200, 8) for _ in range(3)], [torch.rand(1, 200, 4) for _ in range(3)]
     weights = torch.rand(3, 1, 4) ** 3
     weights = weights / weights.sum(0)
-    found, _ = solve_weighted(x, y, weights, 0.1)
+    found, _ = solve_weighted(sums(x, y), torch.zeros(1, 8, 4), weights, 0.1)
     means = weights.mean((1, 2))
     scale = sum(m * a.square().sum() / 200 for m, a in zip(means, x, strict=True)) / 8
     for column in range(4):
@@ -218,9 +223,11 @@ def test_with_fewer_rows_than_inputs_tasks_count_with_their_mean_weight():
     torch.manual_seed(0)
     x, y = [torch.rand(1, 5, 20) for _ in range(2)], [torch.rand(1, 5, 3) for _ in range(2)]
     uneven = torch.tensor([[[0.9, 0.5, 0.1]], [[0.1, 0.5, 0.9]]])
-    assert torch.allclose(
-        solve_weighted(x, y, uneven, 0.1)[0], solve_weighted(x, y, torch.full((2, 1, 3), 0.5), 0.1)[0]
-    )
+    start = torch.rand(1, 20, 3)
+    found, even = (solve_weighted(sums(x, y), start, w, 0.1)[0] for w in (uneven, torch.full((2, 1, 3), 0.5)))
+    assert torch.allclose(found, even)
+    expected, _ = solve_ridge(torch.cat(x, 1), torch.cat(y, 1) - torch.cat(x, 1) @ start, 0.1)
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_the_scale_of_normalised_outputs_is_free():

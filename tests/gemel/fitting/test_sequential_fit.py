@@ -8,7 +8,8 @@ from torch import nn
 from gemel.fitting.batch_norm import reestimate_statistics
 from gemel.fitting.least_squares import FitSettings, by_depth, fit_least_squares
 from gemel.fitting.rows import matrix_of
-from gemel.fitting.sequential_fit import fit_sequentially, is_short_of_rows, sample_teachers
+from gemel.fitting.sequential_fit import fit_sequentially
+from gemel.fitting.teacher_samples import TeacherSampler, sample_teachers
 from gemel.sharing.groups import Group, Occurrence, find_groups
 from gemel.sharing.tying import tie
 
@@ -159,8 +160,7 @@ def test_a_layer_with_far_fewer_rows_than_inputs_is_noticed():
     few, enough = ({t: [torch.rand(count, 3, 16, 16, generator=generator())] for t in models} for count in (4, 12))
 
     def is_short(images, groups, positions=10_000):
-        samples = sample_teachers(teachers, groups, images, generator=generator(), positions=positions)
-        return is_short_of_rows(teachers, groups, samples, positions)
+        return TeacherSampler(teachers, 0).is_short_of_rows(groups, images, positions)
 
     linear = [group for group in groups if group.occurrences[0].layer == "fc"]
     assert is_short(few, linear), "4 rows, 9 inputs with the bias"

@@ -7,7 +7,7 @@ import torch
 from pico import merger_of, thresholds
 from torchvision.ops import FrozenBatchNorm2d
 
-from gemel.merging import evaluator, images, initialisation
+from gemel.merging import evaluator, fit_samples, images, initialisation
 from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisation
 from gemel.merging.sensitivity import sensitivity_if_all_were_tied
 from gemel.merging.task_weights import TaskWeights
@@ -133,19 +133,18 @@ def test_a_fit_that_does_not_fit_the_memory_is_made_on_fewer_images(run, fit, mo
         return images_of(data, num_pixels, *more, **options)
 
     def short_of_memory(models, *more, **options):
-        if len(asked_for) <= 2 * len(run.tasks):
+        if asked_for[-1] > THRESHOLDS.fit.pixels // 4:
             with torch.no_grad():
                 models["north_pico"].conv2.weight += 1  # it had begun
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(models, *more, **options)
 
-    monkeypatch.setattr(initialisation, "THRESHOLDS", thresholds(more_images=1))
-    monkeypatch.setattr(initialisation, "is_short_of_rows", lambda *more: False)
+    monkeypatch.setattr(fit_samples, "THRESHOLDS", thresholds(more_images=1))
     monkeypatch.setattr(images, "plain_images", plain_images)
     monkeypatch.setattr(initialisation, "fit_sequentially", short_of_memory)
     fit(run.record.groups)
-    first, second, third = asked_for[:: len(run.tasks)]
-    assert first == 2 * second == 4 * third and "out of memory" in caplog.text
+    assert [n for n in dict.fromkeys(asked_for) if n > 10] == [THRESHOLDS.fit.pixels // n for n in (1, 2, 4)]
+    assert "out of memory" in caplog.text
     found = state_of(run)
     run.state.models.load_state_dict(start)
     monkeypatch.setattr(initialisation, "fit_sequentially", real)

@@ -1,0 +1,221 @@
+"""What the unmerged models put out at the layers of a fit: sampled once, kept in memory or in a file."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gemel.environment.seeds import generator as generator_of
+from gemel.fitting.least_squares import quotas
+from gemel.fitting.memory import UNBOUNDED, FitMemory, Footprint, footprint_of
+from gemel.fitting.rows import (
+    Sample,
+    Samples,
+    is_linear_map,
+    linear_map_at,
+    of_regions,
+    sample_inputs,
+    sample_outputs,
+    shape_of,
+)
+from gemel.fitting.store import Stored, TensorStore
+from gemel.forward.batches import Batch
+from gemel.forward.modes import Models
+from gemel.sharing.groups import Configuration, Group
+
+MEASURED_IMAGES = 4  # of which the memory of a forward pass is measured
+
+
+class StoredSample(NamedTuple):
+    """As rows.Sample, with the outputs in a store."""
+
+    picked: Tensor
+    input_shape: torch.Size
+    output_shape: torch.Size
+    y: Stored
+
+
+@dataclass
+class LayerSamples:
+    """The samples of one layer of one task, by batch: of its first batches, which are those that wait at the layer."""
+
+    sizes: Sequence[int]  # images in each batch
+    calls: list[list[StoredSample]] = field(default_factory=list)
+    inputs: dict[int, Stored] = field(default_factory=dict)  # on regions, which are fitted on the teacher's inputs
+    later_inputs: dict[int, Stored] = field(default_factory=dict)  # of all calls but the first
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def num_images(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def is_always_called(self) -> bool:
+        return bool(self.calls) and all(self.calls)
+
+    def outputs(self) -> Tensor:
+        """y [groups, n, o] of all batches."""
+        parts = [call.y for calls in self.calls for call in calls]
+        groups, _, width = parts[0].shape
+        y = torch.empty(
+            groups, sum(part.shape[1] for part in parts), width, dtype=parts[0].dtype, device=parts[0].device
+        )
+        end = 0
+        for part in parts:
+            begin, end = end, end + part.shape[1]
+            y[:, begin:end] = part.load()
+        return y
+
+
+TeacherSamples = dict[tuple[str, str], LayerSamples]  # (task, layer), from the input of the task on -> its samples
+
+
+class TeacherSampler:
+    """Draws rows of layers and records the unmerged models' outputs there, once for every layer and set of images.
+
+    seed: of the positions that are drawn; those of a layer do not depend on which others are sampled. memory: bounds
+    how many batches wait at a layer, the rows of a group, and what of the samples stays in memory.
+    """
+
+    def __init__(self, teachers: Models, seed: int, memory: FitMemory = UNBOUNDED, store: TensorStore | None = None):
+        self.teachers, self.seed, self.memory = teachers, seed, memory
+        self.store = TensorStore(memory.samples) if store is None else store
+        self.footprints: dict[str, Footprint] = {}
+        self._known: dict[tuple, LayerSamples] = {}
+        self._images: list[Sequence[Batch]] = []  # of what is known: while they are here, their ids name them
+
+    def footprint(self, task: str, images: Batch) -> Footprint:
+        """What an image of the task takes in a forward pass; measured once, on some of these images."""
+        if task not in self.footprints:
+            model = self.teachers[task]
+            names = [name for name, module in model.named_modules() if is_linear_map(module)]
+            self.footprints[task] = footprint_of(model, names, images[:MEASURED_IMAGES])
+        return self.footprints[task]
+
+    def waiting(self, groups: Configuration, images: Mapping[str, Sequence[Batch]]) -> dict[str, dict[str, int]]:
+        """Task -> layer of the groups, from the input on -> how many of its first batches wait at the layer."""
+        found: dict[str, dict[str, int]] = {}
+        for task, layers in self._layers(groups).items():
+            everything = dict.fromkeys(layers, len(images[task]))
+            if self.memory.is_bounded:
+                footprint = self.footprint(task, images[task][0])
+                found[task] = self.memory.batches_that_wait(footprint, layers, sizes_of(images[task]))
+                everything = {name: count for name, count in everything.items() if name not in found[task]}
+            found[task] = {**found.get(task, {}), **everything}
+        return found
+
+    def is_short_of_rows(self, groups: Configuration, images: Mapping[str, Sequence[Batch]], positions: int) -> bool:
+        """Whether some layer has fewer rows than half its inputs, and more images would give it more."""
+        linear = self._linear(groups)
+        for task, layers in self.waiting(groups, images).items():
+            footprint, sizes = self.footprint(task, images[task][0]), sizes_of(images[task])
+            for name, quota in quotas(self.teachers, linear, task, positions, self.memory.rows).items():
+                own = footprint.layers.get(name)
+                rows = 0 if own is None else int(own.positions * sum(sizes[: layers[name]]))
+                enough = min(quota, shape_of(linear_map_at(self.teachers[task], name))[1] / 2)
+                if 0 < rows < enough and layers[name] == len(sizes):
+                    return True
+        return False
+
+    def sample(
+        self, groups: Configuration, images: Mapping[str, Sequence[Batch]], positions: int = 2048
+    ) -> TeacherSamples:
+        """The samples of all layers of the groups; draws those that are not known of these images.
+
+        positions: rows per layer and task.
+        """
+        linear, found = self._linear(groups), TeacherSamples()
+        for task, layers in self.waiting(groups, images).items():
+            version = sum(tensor._version for tensor in self.teachers[task].state_dict().values())
+            wanted = quotas(self.teachers, linear, task, positions, self.memory.rows)
+            keys = {name: (task, name, wanted.get(name, 0), layers[name], id(images[task]), version) for name in layers}
+            new = {name: wanted[name] for name in layers if name in wanted and keys[name] not in self._known}
+            sizes = sizes_of(images[task])
+            for name in layers:
+                found[task, name] = self._known.setdefault(keys[name], LayerSamples(sizes[: layers[name]]))
+            if new:
+                self._images.append(images[task])
+                self._draw(task, {name: found[task, name] for name in new}, new, images[task])
+        return found
+
+    def _draw(
+        self, task: str, layers: Mapping[str, LayerSamples], quota_of: Mapping[str, int], images: Sequence[Batch]
+    ) -> None:
+        """Runs the task's unmerged model on the batches, and fills in the samples of the layers."""
+        generators = {name: generator_of(self.seed, task, name) for name in layers}
+        teacher = self.teachers[task]
+        for number in range(max(own.num_batches for own in layers.values())):
+            batch = images[number]
+            present = {name: own for name, own in layers.items() if number < own.num_batches}
+            shares = {name: -(-quota_of[name] * len(batch) // own.num_images) for name, own in present.items()}
+            samples = sample_outputs(teacher, shares, batch, generators)
+            for name, own in present.items():
+                own.calls.append([self._kept(sample) for sample in samples.get(name, [])])
+            self._add_inputs(teacher, layers, samples, batch, number)
+
+    def _kept(self, sample: Sample) -> StoredSample:
+        return StoredSample(sample.picked, sample.input_shape, sample.output_shape, self.store.put(sample.y))
+
+    def _add_inputs(
+        self, teacher: nn.Module, layers: Mapping[str, LayerSamples], samples: Samples, batch: Batch, number: int
+    ) -> None:
+        """Keeps the teacher's inputs of layers on regions, and of all calls of a layer but the first."""
+        regions = {name: calls for name, calls in samples.items() if of_regions(calls, batch)}
+        repeated = {name: calls for name, calls in samples.items() if len(calls) > 1 and name not in regions}
+        inputs = sample_inputs(teacher, regions | repeated, batch) if regions or repeated else {}
+        for name, rows in inputs.items():
+            if name in regions:
+                layers[name].inputs[number] = self.store.put(rows)
+            else:
+                layers[name].later_inputs[number] = self.store.put(rows[:, len(repeated[name][0].picked) :])
+
+    def _layers(self, groups: Configuration) -> dict[str, list[str]]:
+        tasks = dict.fromkeys(task for group in groups for task in group.tasks)
+        return {task: [o.layer for group in groups for o in group.occurrences if o.task == task] for task in tasks}
+
+    def _linear(self, groups: Configuration) -> list[Group]:
+        firsts = ((group, group.occurrences[0]) for group in groups)
+        return [group for group, o in firsts if is_linear_map(self.teachers[o.task].get_submodule(o.layer))]
+
+
+def sample_teachers(
+    teachers: Models,
+    groups: Configuration,
+    images: Mapping[str, Sequence[Batch]],
+    *,
+    generator: torch.Generator,
+    positions: int = 2048,
+) -> TeacherSamples:
+    """Draws rows of the groups' layers and records the teachers' outputs there, of all images and without a bound.
+
+    positions: rows per layer and task.
+    """
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return TeacherSampler(teachers, seed).sample(groups, images, positions)
+
+
+def sizes_of(batches: Sequence[Batch]) -> list[int]:
+    """Images in each batch; of batches that lie in a file without reading them."""
+    return batches.sizes if isinstance(batches, StoredBatches) else [len(batch) for batch in batches]
+
+
+class StoredBatches(Sequence[Batch]):
+    """Batches of images in a store; each is loaded when it is asked for."""
+
+    def __init__(self, batches: Iterable[Batch], store: TensorStore):
+        self._batches = [store.put(b) if torch.is_tensor(b) else [store.put(image) for image in b] for b in batches]
+        self.sizes = [len(batch) for batch in self._batches]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        batch = self._batches[index]
+        return batch.load() if isinstance(batch, Stored) else [image.load() for image in batch]
