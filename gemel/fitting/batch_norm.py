@@ -1,8 +1,8 @@
 """Running statistics of batch normalisation after tying."""
 
 import contextlib
-from collections.abc import Collection, Iterator
-from typing import Protocol, TypeGuard
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gemel.forward.batches import to_device
 from gemel.forward.hooks import hooked
 from gemel.forward.modes import evaluating
+
+HARDLY_ALIVE = 1e-3  # of a channel's variance over all images: below that, the one over a few images says nothing
 
 
 @torch.no_grad()
@@ -50,9 +52,54 @@ def averaged_statistics(model: nn.Module, keep: Collection[nn.Module] = ()) -> I
                 layer.momentum = momentum
 
 
+class ChannelMoments(NamedTuple):
+    """Mean and variance of every channel, over `num_values` values each."""
+
+    num_values: int
+    mean: torch.Tensor
+    var: torch.Tensor
+
+
+def channel_moments(values: torch.Tensor) -> ChannelMoments:
+    """Of values [N, channels, ...]."""
+    dims = [0, *range(2, values.dim())]
+    var, mean = torch.var_mean(values.detach().float(), dims, correction=0)
+    return ChannelMoments(values.numel() // max(1, values.shape[1]), mean, var)
+
+
+def pooled_moments(parts: Sequence[ChannelMoments]) -> ChannelMoments:
+    """Of all values together."""
+    total = sum(part.num_values for part in parts)
+    mean = sum((part.mean * (part.num_values / total) for part in parts), start=torch.zeros_like(parts[0].mean))
+    spread = ((part.var + (part.mean - mean).square()) * (part.num_values / total) for part in parts)
+    return ChannelMoments(total, mean, sum(spread, start=torch.zeros_like(mean)))
+
+
+@torch.no_grad()
+def set_statistics(norm: _BatchNorm, own: ChannelMoments, teacher: _BatchNorm, of_teacher: ChannelMoments) -> None:
+    """Sets the statistics of a normalisation to what they would be over all images that the teacher's were taken from.
+
+    own, of_teacher: moments of the inputs of both, on the same few images. Of the few images only the change from the
+    teacher to this model is taken, so what they have in common with each other, and not with all images, cancels out.
+    Source: control variates, as in any textbook on Monte Carlo methods.
+    """
+    assert norm.running_mean is not None and norm.running_var is not None
+    assert teacher.running_mean is not None and teacher.running_var is not None
+    least = HARDLY_ALIVE * teacher.running_var.float() + norm.eps
+    ratio = (own.var + least) / (of_teacher.var + least)
+    shift = (teacher.running_mean.float() - of_teacher.mean) * ratio.sqrt()
+    norm.running_mean.copy_(own.mean + shift)
+    norm.running_var.copy_(teacher.running_var.float() * ratio)
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The layers of batch normalisation that have statistics, by name."""
+    modules = model.named_modules()
+    return {name: m for name, m in modules if isinstance(m, _BatchNorm) and m.track_running_stats}
+
+
 def _batch_norms(model: nn.Module, keep: Collection[nn.Module] = ()) -> list[_BatchNorm]:
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    return [module for module in norms if module not in keep]
+    return [module for module in batch_norms(model).values() if module not in keep]
 
 
 def freeze_statistics(model: nn.Module) -> None:

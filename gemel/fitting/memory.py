@@ -10,11 +10,10 @@ from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gemel.fitting.rows import output_width
+from gemel.fitting.rows import is_linear_map, output_width
 from gemel.forward.batches import Batch, to_device
 from gemel.forward.hooks import hooked
 from gemel.forward.modes import device_of, evaluating
-from gemel.sharing.adapters import LinearMap
 
 # Of the memory of a fit. The rest of it is what the allocator leaves unused between tensors that come and go
 # (benchmarks/LOG.md, 2026-11-26 Fits in bounded memory).
@@ -42,17 +41,17 @@ class Footprint(NamedTuple):
 def footprint_of(model: nn.Module, names: Iterable[str], images: Batch) -> Footprint:
     """Runs the model once, counts what lives, and returns what one of the images takes.
 
-    names: linear or convolutional layers; those that are never called are left out. The figures are of the storages
-    that operations return, on any device; work space within an operation is not seen.
+    names: linear or convolutional layers and normalisation; those that are never called are left out. The figures are
+    of the storages that operations return, on any device; work space within an operation is not seen.
     """
     num_images, device = len(images), device_of(model)
     layers: dict[str, LayerFootprint] = {}
 
-    def arrive(name: str, layer: LinearMap, inputs: tuple) -> None:
+    def arrive(name: str, layer: nn.Module, inputs: tuple) -> None:
         layers.setdefault(name, LayerFootprint(alive.now / num_images, 0.0))
 
-    def leave(name: str, layer: LinearMap, inputs: tuple, output: Tensor) -> None:
-        positions = output.numel() / output_width(layer) / num_images
+    def leave(name: str, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        positions = output.numel() / output_width(layer) / num_images if is_linear_map(layer) else 0.0
         layers[name] = layers[name]._replace(positions=layers[name].positions + positions)
 
     names = list(names)

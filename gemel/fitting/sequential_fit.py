@@ -10,11 +10,19 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from gemel.fitting.batch_norm import averaged_statistics
+from gemel.fitting.batch_norm import (
+    ChannelMoments,
+    averaged_statistics,
+    channel_moments,
+    pooled_moments,
+    set_statistics,
+)
 from gemel.fitting.coroutines import current, run_coroutines, wait
 from gemel.fitting.least_squares import RIDGE, Fit, fit_group, sums_of, why_unfit
 from gemel.fitting.moments import Moments
@@ -27,6 +35,13 @@ from gemel.sharing.adapters import LinearMap
 from gemel.sharing.groups import Configuration, Group
 
 PassId = tuple[str, int]  # one forward pass: task, number of its batch
+
+
+class Norm(NamedTuple):
+    """Batch normalisation at which the forward passes of its task wait for each other."""
+
+    task: str
+    name: str
 
 
 @torch.no_grad()
@@ -43,8 +58,8 @@ def fit_sequentially(
     """As `fit_least_squares` with a stage for every layer, but in one forward pass of each model and batch.
 
     teacher_samples: what `sample_teachers` returned for these groups and images; it says how many batches wait at a
-    layer. Statistics of batch normalisation are re-estimated in the same pass over all batches, those of each layer
-    behind the fits before it.
+    layer. At batch normalisation they wait as well, until its statistics are set from the inputs of all that wait there
+    (batch_norm.set_statistics); where it is called several times in a pass, they are averaged over the batches instead.
 
     Memory is that of the activations (without gradients) of all batches that wait at one layer, the rows of one task,
     and the sums over the rows of one group. A layer that is called several times in a pass (heads over pyramid levels)
@@ -77,6 +92,9 @@ class _SequentialFit:
         self.to_fit = [group for group in groups if group not in self.fits]
         self.group_of = {(o.task, o.layer): group for group in self.to_fit for o in group.occurrences}
         self.tasks = list(dict.fromkeys(task for group in groups for task in group.tasks))
+        self.norms = [Norm(*key) for key in self.samples.norms if key[0] in self.tasks]
+        self.moments: dict[Norm, dict[int, ChannelMoments]] = {norm: {} for norm in self.norms}
+        self.settled: set[Norm] = set()
         self.rows: dict[tuple[str, str], _RowsOfLayer] = {}
         self.sums: dict[tuple[str, str], Moments] = {}
 
@@ -90,31 +108,45 @@ class _SequentialFit:
     def run(self) -> dict[Group, Fit]:
         with contextlib.ExitStack() as stack:
             for task in self.tasks:
+                model = self.models[task]
                 layers = [layer for name, layer in self.group_of if name == task]
-                stack.enter_context(averaged_statistics(self.models[task]))
-                stack.enter_context(hooked(self.models[task], layers, self.wait_for_fit, before=True))
+                norms = [norm.name for norm in self.norms if norm.task == task]
+                stack.enter_context(averaged_statistics(model, keep=[model.get_submodule(name) for name in norms]))
+                stack.enter_context(hooked(model, layers, self.wait_for_fit, before=True))
+                stack.enter_context(hooked(model, norms, self.wait_for_statistics, before=True))
             passes = [(task, i) for task in self.tasks for i in range(len(self.images[task]))]
             programs = {pass_id: functools.partial(self.forward, pass_id) for pass_id in passes}
-            run_coroutines(programs, self.members(), self.fit, self.starts(passes))
+            run_coroutines(programs, self.members(), self.meet, self.starts(passes))
         missed = {group: Fit("no forward pass of the tied models came to it") for group in self.to_fit}
         return {**missed, **self.fits}
 
-    def members(self) -> dict[Group, list[PassId]]:
-        """The forward passes that wait for each group."""
-        return {
-            group: [(o.task, i) for o in group.occurrences for i in range(self.samples[o].num_batches)]
-            for group in self.to_fit
+    def members(self) -> dict[Group | Norm, list[PassId]]:
+        """The forward passes that wait for each group, and for the statistics of each normalisation."""
+        waiting = self.samples.waiting
+        members: dict[Group | Norm, list[PassId]] = {
+            norm: [(norm.task, i) for i in range(waiting[norm.task][norm.name])] for norm in self.norms
         }
+        for group in self.to_fit:
+            members[group] = [(o.task, i) for o in group.occurrences for i in range(self.samples[o].num_batches)]
+        return members
 
-    def starts(self, passes: Sequence[PassId]) -> dict[PassId, Group]:
-        """The forward passes that do not start at once -> the last group in whose layers they have no rows."""
-        layers = [layer for layer in self.samples if layer in self.group_of]  # from the input on
-        found = {}
+    def starts(self, passes: Sequence[PassId]) -> dict[PassId, Group | Norm]:
+        """The forward passes that do not start at once -> the last place in whose layers they do not wait."""
+        found: dict[PassId, Group | Norm] = {}
         for task, number in passes:
-            for layer in layers:
-                if layer[0] == task and self.samples[layer].num_batches <= number:
-                    found[task, number] = self.group_of[layer]  # the last one stays
+            for name, count in self.samples.waiting[task].items():  # from the input on; the last one stays
+                if count <= number and (task, name) in self.group_of:
+                    found[task, number] = self.group_of[task, name]
+                elif count <= number and Norm(task, name) in self.moments:
+                    found[task, number] = Norm(task, name)
         return found
+
+    def meet(self, key: Group | Norm, present: list[PassId]) -> None:
+        """Fits a group, or sets the statistics of a normalisation, for which these passes wait."""
+        if isinstance(key, Norm):
+            self.settle(key)
+        else:
+            self.fit(key)
 
     def forward(self, pass_id: PassId) -> None:
         task, number = pass_id
@@ -135,6 +167,26 @@ class _SequentialFit:
                 self.keep(group, task, name, number, rows if later is None else [*rows, later.load()])
         wait(group)
 
+    def wait_for_statistics(self, name: str, layer: nn.Module, inputs: tuple) -> None:
+        """Hook before batch normalisation: notes the moments of its inputs, and waits until its statistics are set."""
+        task, number = current()
+        norm = Norm(task, name)
+        if norm not in self.settled:
+            self.moments[norm][number] = channel_moments(inputs[0])
+            wait(norm)
+
+    def settle(self, norm: Norm) -> None:
+        """Sets the statistics by the moments of its inputs here and in the unmerged model."""
+        of_teacher = self.samples.norms[norm]
+        numbers = [number for number in self.moments[norm] if number in of_teacher]
+        if numbers:
+            model, teacher = (
+                cast(_BatchNorm, models[norm.task].get_submodule(norm.name)) for models in (self.models, self.teachers)
+            )
+            own = pooled_moments([self.moments[norm][number] for number in numbers])
+            set_statistics(model, own, teacher, pooled_moments([of_teacher[number] for number in numbers]))
+        self.settled.add(norm)
+
     def keep(self, group: Group, task: str, name: str, number: int, rows: Sequence[Tensor]) -> None:
         """Keeps the rows of one batch; the last ones of a layer are replaced by the sums that a fit needs."""
         samples = self.samples[task, name]
@@ -152,8 +204,8 @@ class _SequentialFit:
         assert kept.x is not None
         self.sums[task, name] = sums_of(self.models, group, Rows(kept.x, samples.outputs()))
 
-    def fit(self, group: Group, present: list[PassId]) -> None:
-        """Fits a group for which these passes wait; rows of the other passes are those of their teachers' inputs."""
+    def fit(self, group: Group) -> None:
+        """Fits a group; rows of passes that have not come to it are those of their teachers' inputs."""
         for o in group.occurrences:
             if o not in self.sums:
                 self.sum_up(group, o.task, o.layer)

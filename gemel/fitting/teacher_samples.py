@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gemel.environment.seeds import generator as generator_of
+from gemel.fitting.batch_norm import ChannelMoments, batch_norms, channel_moments
 from gemel.fitting.least_squares import quotas
 from gemel.fitting.memory import UNBOUNDED, FitMemory, Footprint, footprint_of
 from gemel.fitting.rows import (
@@ -22,6 +23,7 @@ from gemel.fitting.rows import (
 )
 from gemel.fitting.store import Stored, TensorStore
 from gemel.forward.batches import Batch
+from gemel.forward.hooks import hooked
 from gemel.forward.modes import Models
 from gemel.sharing.groups import Configuration, Group
 
@@ -72,7 +74,17 @@ class LayerSamples:
         return y
 
 
-TeacherSamples = dict[tuple[str, str], LayerSamples]  # (task, layer), from the input of the task on -> its samples
+class TeacherSamples(dict[tuple[str, str], LayerSamples]):
+    """(task, layer) -> its samples.
+
+    waiting: task -> layer or batch normalisation, from the input on -> how many of its first batches wait there.
+    norms: (task, batch normalisation that is called once in a pass) -> moments of its inputs, by number of the batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: dict[str, dict[str, int]] = {}
+        self.norms: dict[tuple[str, str], dict[int, ChannelMoments]] = {}
 
 
 class TeacherSampler:
@@ -87,20 +99,22 @@ class TeacherSampler:
         self.store = TensorStore(memory.samples) if store is None else store
         self.footprints: dict[str, Footprint] = {}
         self._known: dict[tuple, LayerSamples] = {}
+        self._norms: dict[tuple, dict[int, dict[str, list[ChannelMoments]]]] = {}
         self._images: list[Sequence[Batch]] = []  # of what is known: while they are here, their ids name them
 
     def footprint(self, task: str, images: Batch) -> Footprint:
         """What an image of the task takes in a forward pass; measured once, on some of these images."""
         if task not in self.footprints:
             model = self.teachers[task]
-            names = [name for name, module in model.named_modules() if is_linear_map(module)]
+            names = [*batch_norms(model), *(name for name, m in model.named_modules() if is_linear_map(m))]
             self.footprints[task] = footprint_of(model, names, images[:MEASURED_IMAGES])
         return self.footprints[task]
 
     def waiting(self, groups: Configuration, images: Mapping[str, Sequence[Batch]]) -> dict[str, dict[str, int]]:
-        """Task -> layer of the groups, from the input on -> how many of its first batches wait at the layer."""
+        """Task -> layer of the groups or batch normalisation, from the input on -> how many of its batches wait."""
         found: dict[str, dict[str, int]] = {}
-        for task, layers in self._layers(groups).items():
+        for task, tied in self._layers(groups).items():
+            layers = [*tied, *batch_norms(self.teachers[task])]
             everything = dict.fromkeys(layers, len(images[task]))
             if self.memory.is_bounded:
                 footprint = self.footprint(task, images[task][0])
@@ -129,31 +143,50 @@ class TeacherSampler:
 
         positions: rows per layer and task.
         """
-        linear, found = self._linear(groups), TeacherSamples()
-        for task, layers in self.waiting(groups, images).items():
+        linear, found, tied = self._linear(groups), TeacherSamples(), self._layers(groups)
+        found.waiting = self.waiting(groups, images)
+        for task, layers in found.waiting.items():
             version = sum(tensor._version for tensor in self.teachers[task].state_dict().values())
             wanted = quotas(self.teachers, linear, task, positions, self.memory.rows)
-            keys = {name: (task, name, wanted.get(name, 0), layers[name], id(images[task]), version) for name in layers}
-            new = {name: wanted[name] for name in layers if name in wanted and keys[name] not in self._known}
+            drawn_from = (task, id(images[task]), version)
+            names = [name for name in layers if name in tied[task]]
+            keys = {name: (*drawn_from, name, wanted.get(name, 0), layers[name]) for name in names}
+            new = {name: wanted[name] for name in names if name in wanted and keys[name] not in self._known}
             sizes = sizes_of(images[task])
-            for name in layers:
+            for name in names:
                 found[task, name] = self._known.setdefault(keys[name], LayerSamples(sizes[: layers[name]]))
+            norms = self._norms.setdefault(drawn_from, {})
             if new:
                 self._images.append(images[task])
-                self._draw(task, {name: found[task, name] for name in new}, new, images[task])
+                self._draw(task, {name: found[task, name] for name in new}, new, images[task], norms)
+            for name in batch_norms(self.teachers[task]):
+                calls = [of_batch.get(name, []) for of_batch in norms.values()]
+                if calls and all(len(own) == 1 for own in calls):
+                    found.norms[task, name] = {number: of_batch[name][0] for number, of_batch in norms.items()}
         return found
 
     def _draw(
-        self, task: str, layers: Mapping[str, LayerSamples], quota_of: Mapping[str, int], images: Sequence[Batch]
+        self,
+        task: str,
+        layers: Mapping[str, LayerSamples],
+        quota_of: Mapping[str, int],
+        images: Sequence[Batch],
+        norms: dict[int, dict[str, list[ChannelMoments]]],
     ) -> None:
-        """Runs the task's unmerged model on the batches, and fills in the samples of the layers."""
+        """Runs the task's unmerged model on the batches, and fills in the samples of the layers and the moments."""
+
+        def note(name: str, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            norms[number].setdefault(name, []).append(channel_moments(inputs[0]))
+
         generators = {name: generator_of(self.seed, task, name) for name in layers}
         teacher = self.teachers[task]
         for number in range(max(own.num_batches for own in layers.values())):
             batch = images[number]
             present = {name: own for name, own in layers.items() if number < own.num_batches}
             shares = {name: -(-quota_of[name] * len(batch) // own.num_images) for name, own in present.items()}
-            samples = sample_outputs(teacher, shares, batch, generators)
+            norms[number] = {}
+            with hooked(teacher, batch_norms(teacher), note, before=True):
+                samples = sample_outputs(teacher, shares, batch, generators)
             for name, own in present.items():
                 own.calls.append([self._kept(sample) for sample in samples.get(name, [])])
             self._add_inputs(teacher, layers, samples, batch, number)

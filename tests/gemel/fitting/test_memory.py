@@ -77,12 +77,13 @@ class Waiting:
         self.now, self.most = {}, {}
         wait = sequential_fit.wait
 
-        def counted(group):
+        def counted(key):
             task, number = sequential_fit.current()
-            layer = next(o.layer for o in group.occurrences if o.task == task)
+            is_norm = isinstance(key, sequential_fit.Norm)
+            layer = key.name if is_norm else next(o.layer for o in key.occurrences if o.task == task)
             self.now[task] = self.now.get(task, 0) + 1
             self.most[task, layer] = max(self.most.get((task, layer), 0), self.now[task])
-            wait(group)
+            wait(key)
             self.now[task] -= 1
 
         monkeypatch.setattr(sequential_fit, "wait", counted)
@@ -133,22 +134,30 @@ def test_few_batches_wait_near_the_input_and_the_others_join_behind(monkeypatch)
     assert all(fit.fitted and sum(fit.after.values()) < sum(fit.before.values()) for fit in fits.values())
     counts = {layer: samples["a_x", layer].num_batches for layer in ("conv1", "conv2", "fc")}
     assert 1 <= counts["conv1"] < counts["fc"] and [*counts.values()] == sorted(counts.values())
-    assert counted.most == {(task, layer): count for task in models for layer, count in counts.items()}
+    assert counted.most == {(task, name): count for task in models for name, count in samples.waiting[task].items()}
+    assert samples.waiting["a_x"]["conv1"] <= samples.waiting["a_x"]["bn1"] <= samples.waiting["a_x"]["conv2"]
     footprint = sampler.footprints["a_x"]
-    held = max(footprint.layers[layer].waiting * 4 * count for layer, count in counts.items())
+    held = max(footprint.layers[name].waiting * 4 * count for name, count in samples.waiting["a_x"].items())
     assert 2 * held + 4 * footprint.peak <= sampler.memory.in_flight
     rows = sum(len(call.picked) for calls in samples["a_x", "conv1"].calls for call in calls)
     assert 500 <= rows < 520, "as many rows as all images would have given"
 
 
-def test_statistics_are_averages_over_all_batches_those_that_join_late_among_them():
-    models, fits, samples, _ = fit_within(MIB, a_x=Shrinking(), b_x=Shrinking())
-    assert samples["a_x", "conv1"].num_batches < 10
-    assert int(models["a_x"].bn1.num_batches_tracked) == int(models["a_x"].bn2.num_batches_tracked) == 10
+def test_statistics_change_as_those_of_the_unmerged_model_would_on_the_images_that_wait():
+    """So those that join late run with them, and their own are not needed."""
+    models, fits, samples, sampler = fit_within(MIB, a_x=Shrinking(), b_x=Shrinking())
+    waiting = samples.waiting["a_x"]["bn1"]
+    assert waiting < 10
     with torch.no_grad():
-        outputs = [models["a_x"].conv1(batch) for batch in images_of(models)["a_x"]]
-    expected = torch.stack([output.mean((0, 2, 3)) for output in outputs]).mean(0)
-    assert torch.allclose(models["a_x"].bn1.running_mean, expected, atol=1e-5)
+        own, before = (
+            torch.cat([model.conv1(batch) for batch in images_of(models)["a_x"][:waiting]])
+            for model in (models["a_x"], sampler.teachers["a_x"])
+        )
+    old, new = sampler.teachers["a_x"].bn1, models["a_x"].bn1
+    ratio = own.var((0, 2, 3)) / before.var((0, 2, 3))
+    assert torch.allclose(new.running_var, old.running_var * ratio, atol=0.05)
+    shift = (old.running_mean - before.mean((0, 2, 3))) * ratio.sqrt()
+    assert torch.allclose(new.running_mean, own.mean((0, 2, 3)) + shift, atol=0.1)
 
 
 def test_a_bound_that_is_large_changes_nothing():

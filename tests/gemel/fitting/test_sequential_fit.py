@@ -39,8 +39,11 @@ def test_it_equals_one_stage_per_layer_with_statistics_in_between():
     states = []
     for sequentially in (True, False):
         torch.manual_seed(0)
-        models, teachers, groups = tied(a_x=PicoNet(extra=1), b_x=PicoNet(4, extra=1))
-        images = {t: [torch.rand(2, 3, 16, 16, generator=generator())] for t in models}
+        own = {"a_x": PicoNet(extra=1), "b_x": PicoNet(4, extra=1)}
+        images = {t: [torch.rand(2, 3, 16, 16, generator=generator())] for t in own}
+        for task, model in own.items():  # with the statistics of these images, as if they were all there are
+            reestimate_statistics(model, [(batch, None) for batch in images[task]], CPU)
+        models, teachers, groups = tied(**own)
 
         def statistics(stage=0, models=models, images=images):
             for task in models:
@@ -55,6 +58,18 @@ def test_it_equals_one_stage_per_layer_with_statistics_in_between():
         states.append(models.state_dict())
     assert all(fit.fitted for fit in fits.values())
     assert all(torch.allclose(states[0][key], states[1][key], atol=1e-3) for key in states[0])
+
+
+def test_statistics_of_what_no_fit_changes_stay_as_they_are():
+    """However few the images: what they have in common with the unmerged model's, and not with all images, cancels."""
+    models, teachers, groups = tied(a_x=PicoNet(extra=1), b_x=PicoNet(extra=1))
+    last = [group for group in groups if group.occurrences[0].layer == "conv2"]
+    models = nn.ModuleDict({task: copy.deepcopy(teacher) for task, teacher in teachers.items()})
+    tie(models, last)
+    fit(models, teachers, last, {t: [torch.rand(2, 3, 8, 8, generator=generator())] for t in models})
+    for task, model in models.items():
+        assert torch.allclose(model.bn1.running_mean, teachers[task].bn1.running_mean, atol=1e-5)
+        assert torch.allclose(model.bn1.running_var, teachers[task].bn1.running_var, rtol=1e-4)
 
 
 def test_batches_of_a_task_are_fitted_together_and_modes_are_kept():
