@@ -29,7 +29,7 @@ from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisatio
 from gemel.merging.options import LEAST_SQUARES, NO_ALIGNMENT, MergeOptions
 from gemel.merging.records import RunRecord, memory_part, run_part, task_parts
 from gemel.merging.resume import new_strategy
-from gemel.merging.sensitivity import sensitivity_if_all_were_tied
+from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_tied
 from gemel.merging.state import MergeState
 from gemel.merging.teachers import FrozenPrefixes, teachers_of
 from gemel.results_store.checkpoint import drop_checkpoint, read_checkpoint, write_checkpoint
@@ -187,7 +187,7 @@ class Merger:
             self._align_channels()
             if self.strategy.needs_sensitivity:
                 predicted = sensitivity_if_all_were_tied(self.state, self.images, self.record.groups)
-                self.strategy.set_sensitivity(*predicted, self.evaluator.ratios())
+                self.strategy.set_sensitivity(*predicted, self.evaluator.ratios(), expected_losses(self.tasks))
         while True:
             self.clock.raise_if_over()
             proposal = self.strategy.propose()

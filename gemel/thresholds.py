@@ -71,8 +71,10 @@ class SearchThresholds:
     uncertainty: float = 0.6
     # Of the possible saving, expected of a trial (unmeasured).
     worth_a_trial: float = 0.01
-    # Of accuracy / target, per unit of sensitivity, before the first trial (unmeasured).
-    loss: float = 1.0
+    # Of accuracy / target, per unit of sensitivity, of a classifier before the first trial (unmeasured).
+    classifier_loss: float = 0.3
+    # The same of a detector (unmeasured).
+    detector_loss: float = 2.0
 
 
 @dataclass(frozen=True)

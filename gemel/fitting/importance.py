@@ -36,12 +36,15 @@ def importance_of_layers(
             for y in outputs[name]:
                 noise = torch.randn(y.shape, generator=generator).to(y)
                 scores.append((y * noise).sum() / energy.detach().clamp_min(1e-12))
+        watched = [(name, y) for name, values in outputs.items() for y in values]
+        found: dict[str, list[float]] = {}
         if scores:
-            torch.stack(scores).sum().backward()
-        for name, values in outputs.items():
-            found = [_share(y) for y in values if y.grad is not None]
-            if found:
-                total[name] = total.get(name, 0.0) + sum(found) / len(chunks)
+            gradients = torch.autograd.grad(torch.stack(scores).sum(), [y for _, y in watched], allow_unused=True)
+            for (name, y), gradient in zip(watched, gradients, strict=True):
+                if gradient is not None:
+                    found.setdefault(name, []).append(_share(y.detach(), gradient))
+        for name, shares in found.items():
+            total[name] = total.get(name, 0.0) + sum(shares) / len(chunks)
     return total
 
 
@@ -53,7 +56,6 @@ def _outputs(model: nn.Module, names: Iterable[str], images: Batch) -> dict[str,
         if not torch.is_tensor(output) or not output.is_floating_point():
             return None
         kept = output if output.requires_grad else output.detach().requires_grad_()
-        kept.retain_grad()
         found.setdefault(name, []).append(kept)
         return kept.clone()  # an operation in place behind the layer changes the clone
 
@@ -81,12 +83,10 @@ def _inputs_of(node: Any) -> list[Any]:
     return [] if node is None else [other for other, _ in node.next_functions if other is not None]
 
 
-def _share(output: Tensor) -> float:
-    """The sum over channels of the variance of the output and the squared gradient; output [N, channels, ...]."""
-    gradient = output.grad
-    assert gradient is not None
+def _share(output: Tensor, gradient: Tensor) -> float:
+    """The sum over channels of the variance of the output and the squared gradient; both [N, channels, ...]."""
     dims = [d for d in range(output.dim()) if d != min(1, output.dim() - 1)]
-    variance = output.detach().var(dims, correction=0) if dims else output.detach().square()
+    variance = output.var(dims, correction=0) if dims else output.square()
     return float((variance * gradient.square().sum(dims)).sum())
 
 

@@ -1,7 +1,7 @@
 """How much each group of a merge is predicted to hurt each of its tasks."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from gemel.environment.seeds import generator
 from gemel.fitting.importance import importance_of_layers
@@ -12,6 +12,7 @@ from gemel.sharing.groups import Configuration, joined
 from gemel.sharing.signatures import find_layers
 from gemel.sharing.tying import restore_snapshot, retie, take_snapshot
 from gemel.thresholds import THRESHOLDS
+from gemel.workload import CLASSIFICATION, Task
 
 
 def sensitivity_if_all_were_tied(
@@ -39,6 +40,15 @@ def sensitivity_if_all_were_tied(
         for o in group.occurrences
     }
     return errors, misfit
+
+
+def expected_losses(tasks: Mapping[str, Task]) -> dict[str, float]:
+    """Task -> accuracy / target that a unit of sensitivity is expected to cost, before anything was measured."""
+    limits = THRESHOLDS.search
+    return {
+        name: limits.classifier_loss if task.kind == CLASSIFICATION else limits.detector_loss
+        for name, task in tasks.items()
+    }
 
 
 @contextlib.contextmanager

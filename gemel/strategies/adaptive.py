@@ -206,7 +206,13 @@ class Adaptive(Strategy):
                 return self.donor if self.donor in group.tasks else None
         return None
 
-    def set_sensitivity(self, sensitivity: Sensitivity, misfit: Sensitivity = NONE, reached: Ratios = NONE) -> None:
+    def set_sensitivity(
+        self,
+        sensitivity: Sensitivity,
+        misfit: Sensitivity = NONE,
+        reached: Ratios = NONE,
+        losses: Mapping[str, float] = NONE,
+    ) -> None:
         """Begins the curve of each task."""
         index = {group: i for i, group in enumerate(self.groups)}
         self.sensitivity = {(index[group], task): value for (group, task), value in sensitivity.items()}
@@ -216,7 +222,7 @@ class Adaptive(Strategy):
         self.donor = max(totals, key=totals.__getitem__, default=None)
         for task, curve in self.curves.items():
             total = sum(value for (_, name), value in self.sensitivity.items() if name == task)
-            curve.unshared, curve.slope = reached.get(task, 1.0), THRESHOLDS.search.loss * total
+            curve.unshared, curve.slope = reached.get(task, 1.0), losses.get(task, 0.0) * total
 
     def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE) -> None:
         trial = self.propose()

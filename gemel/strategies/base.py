@@ -79,12 +79,17 @@ class Strategy(ABC):
         raise NotImplementedError(f"{type(self).__name__} keeps whole trials only")
 
     def set_sensitivity(  # noqa: B027 (of use to some only)
-        self, sensitivity: Sensitivity, misfit: Sensitivity = NONE, reached: Ratios = NONE
+        self,
+        sensitivity: Sensitivity,
+        misfit: Sensitivity = NONE,
+        reached: Ratios = NONE,
+        losses: Mapping[str, float] = NONE,
     ) -> None:
         """Takes the predictions for every group and task, before the first proposal.
 
         sensitivity: error at the outputs of the task's model, relative to their variance, if the group is tied. misfit:
-        the same at the outputs of the group's layer. reached: of each task now.
+        the same at the outputs of the group's layer. reached: of each task now. losses: of each task, the accuracy /
+        target that a unit of sensitivity is expected to cost.
         """
 
     def donor_of(self, group: Group) -> str | None:

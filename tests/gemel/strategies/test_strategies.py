@@ -204,15 +204,15 @@ def test_the_search_ties_everything_first_and_releases_what_hurts_most_for_the_t
     assert strategy.kept == second and not strategy.continues_failed_trial
 
 
-def test_a_trial_that_is_expected_to_fail_is_not_made_first(monkeypatch):
+def test_a_trial_that_is_expected_to_fail_is_not_made_first():
     """Before anything is measured, the loss that is expected of a task decides how much it ties."""
     groups = find_groups(workload(1, 1, 1))
     shares = []
     for loss in (0.0, 2.0, 100.0):
         strategy = Adaptive(workload(1, 1, 1))
         tasks = tasks_in(groups)
-        monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(loss=loss))
-        strategy.set_sensitivity(sensitivities(groups), reached=dict.fromkeys(tasks, 1.05))
+        losses = dict.fromkeys(tasks, loss)
+        strategy.set_sensitivity(sensitivities(groups), reached=dict.fromkeys(tasks, 1.05), losses=losses)
         proposal = strategy.propose()
         shares.append(saved_bytes(proposal) if strategy.phase == "search" else 0)
     assert shares[0] == saved_bytes(groups) > shares[1] > shares[2]
