@@ -156,8 +156,8 @@ def _would_take(needed: Mapping) -> str:
         f"{needed['target'][name]:.3f})"
         for name, tolerance in needed["tolerance"].items()
     ]
-    said = " and ".join(each)
-    return f"it would take {said}: tried, and {mib(needed['bytes'])} are then enough (--fresh, or another --results)"
+    enough = f"tried, and {mib(needed['bytes'])} are then enough (--fresh, or another --results)"
+    return f"without training it would take {' and '.join(each)}: {enough}"
 
 
 def closing_table(manifest: Mapping) -> str:
