@@ -3,6 +3,7 @@
     python merge_workloads.py                                   # the embedded default, minutes on two cores
     python merge_workloads.py --workload mine.py --datasets DIR # mine.py defines create_model_dict()
     python merge_workloads.py --workload mine.py --plan         # what could be saved; trains nothing
+    python merge_workloads.py --workload mine.py --memory 2GiB  # stops as soon as the parameters fit
 
 Put your own tasks into create_sample_model_dict(), or into a file of your own.
 """
@@ -36,8 +37,10 @@ from gemel.merging.fingerprint import fingerprint
 from gemel.merging.options import MergeOptions, read_options
 from gemel.merging.plan import plan
 from gemel.merging.resume import previous_manifest, set_aside
+from gemel.results_store import files
 from gemel.results_store.files import ResultsError, lock
-from gemel.results_store.manifest import has_results
+from gemel.results_store.manifest import has_results, json_bytes
+from gemel.results_store.points import points_of
 from gemel.results_store.write import foreign_files
 from gemel.sample_workload.prepare import prepare
 from gemel.sample_workload.tasks import DATASETS_ROOT, PLAN, SAMPLE_ROOT, Plan, unmerged_acc, weights_path
@@ -136,7 +139,9 @@ def merge_workload(
             if not merger.record.groups:
                 print("nothing to merge: no two tasks have an identical layer; the models are stored as they are")
             manifest = merger.merge()
-    print("\n" + console.closing_report(manifest, chosen.per_class), flush=True)
+    if chosen.pareto is not None:
+        files.write(Path(chosen.pareto), [json_bytes({"points": points_of(manifest)})])
+    print("\n" + console.closing_report(manifest, chosen.per_class, chosen.memory), flush=True)
     return manifest
 
 
@@ -184,6 +189,7 @@ def _num_threads(options: MergeOptions, previous: dict | None) -> int:
 def _started_with(options: MergeOptions, device: torch.device, datasets: str | Path | None) -> dict:
     """What the manifest says of how this run was started."""
     flags = {"tolerance": options.tolerance, "device": device.type, "time_budget": options.time_budget}
+    flags["memory"] = options.memory
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     flags |= {"datasets": str(datasets) if datasets else None, "num_threads": torch.get_num_threads()}
     return {
@@ -202,7 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(plan(model_dict, flags.tolerance)[0])
         else:
             chosen = {key: value for key, value in vars(flags).items() if key not in ("workload", "results", "plan")}
-            merge_workload(model_dict, flags.results, **chosen)
+            manifest = merge_workload(model_dict, flags.results, **chosen)
+            return EXIT_DONE if console.fits(manifest, flags.memory) else EXIT_FAILED
     except WorkloadError as error:
         print(error, file=sys.stderr)
         return EXIT_WRONG_INPUT

@@ -77,6 +77,10 @@ class SearchThresholds:
     classifier_loss: float = 0.3
     # The same of a detector (unmeasured).
     detector_loss: float = 2.0
+    # With a memory goal: of so many tasks each is spared in one of the first trials (unmeasured).
+    spared_tasks: int = 3
+    # There, times as much counts what that task loses (unmeasured).
+    spared_weight: float = 3.0
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from gemel.results_store.manifest import (
     read_result,
     seal,
 )
+from gemel.results_store.points import points_of
 from gemel.results_store.schema import NORMALISATION
 from gemel.results_store.tensors import (
     BLOCK_BYTES,
@@ -257,6 +258,7 @@ def statistics_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "total_bytes": memory["unmerged_bytes"],
         "optimal_saved_bytes": memory["optimal_saved_bytes"],
         "history": manifest["run"].get("history", []),
+        "points": points_of(manifest),
     }
 
 
