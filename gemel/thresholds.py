@@ -16,8 +16,9 @@ class FitThresholds:
     pixels: int = FIT_PIXELS
     # Of these pixels, for a detector ("2026-11-25 Detectors").
     detection_share: float = 0.5
-    # Bytes of a fit on a CPU, and its share of another device's memory ("2026-11-26 Fits in bounded memory").
+    # Bytes of a fit on a CPU ("2026-11-26 Fits in bounded memory").
     memory: int = 2 << 30
+    # The same on another device, of its memory (unmeasured).
     share_of_device: float = 0.25
     # Where memory is short (unmeasured).
     fewest_pixels: int = FIT_PIXELS // 16
