@@ -159,8 +159,7 @@ class Merger:
         return match_groups(self.state.models, by, images)
 
     def _new_strategy(self):
-        options = self.options
-        return new_strategy(options.strategy, self.state.models, self.record.groups, options.adapter_budget)
+        return new_strategy(self.options, self.state.models, self.record.groups)
 
     # ---- the search ------------------------------------------------------------------------------------------
 
