@@ -57,31 +57,30 @@ def create_sample_model_dict(root: Path = SAMPLE_ROOT, plan: Plan = PLAN) -> dic
 
     # Which vehicle is it? A classifier of crops from the camera at Main & 2nd.
     name = "main_2nd_vehicles_resnet10"
-    model = build("slim_resnet", num_classes=3, layers=(1, 1, 1, 1), width=32)
+    model = build("slim_resnet", num_classes=3, layers=(1, 1, 1, 1), width=24)
     model_dict[name] = {
         "model": load_weights(model, weights_path(name, root)),
         "task": "image_classification",
         "eval_method": classification_eval,
-        "transforms": classification_transforms(size=48),
+        "transforms": classification_transforms(size=40),
         "unmerged_acc": unmerged_acc(name, root),
     }
 
     # Who is on the street? A deeper classifier of crops from the camera at Elm & 1st, at nightfall.
-    name = "elm_1st_street_resnet18"
-    model = build("slim_resnet", num_classes=4, layers=(2, 2, 2, 2), width=32)
+    name = "elm_1st_street_resnet12"
+    model = build("slim_resnet", num_classes=4, layers=(1, 1, 2, 1), width=24)
     model_dict[name] = {
         "model": load_weights(model, weights_path(name, root)),
         "task": "image_classification",
         "eval_method": classification_eval,
-        "transforms": classification_transforms(size=48),
+        "transforms": classification_transforms(size=40),
         "unmerged_acc": unmerged_acc(name, root),
     }
 
     # Where is everybody? One detector per camera: four classes and the background.
     for name in ("main_2nd_traffic_fcos", "elm_1st_traffic_fcos"):
-        model = build(
-            "fcos_model", 4 + 1, backbone="slim_resnet", layers=(1, 1, 1, 1), width=32, out_channels=64, min_size=128
-        )
+        kwargs = {"backbone": "slim_resnet", "layers": (1, 1, 1, 1), "width": 24, "head_convs": 1, "min_size": 128}
+        model = build("fcos_model", 4 + 1, **kwargs)
         model_dict[name] = {
             "model": load_weights(model, weights_path(name, root)),
             "task": "object_detection",
@@ -95,7 +94,7 @@ def create_sample_model_dict(root: Path = SAMPLE_ROOT, plan: Plan = PLAN) -> dic
 def sample_methods() -> dict[str, Methods]:
     """How the models of the embedded default are measured when they are trained: as their entries above say."""
     return {
-        "image_classification": Methods(classification_eval, classification_transforms(size=48)["val"]),
+        "image_classification": Methods(classification_eval, classification_transforms(size=40)["val"]),
         "object_detection": Methods(frcnn_eval, detection_transforms()["val"]),
     }
 

@@ -55,6 +55,8 @@ class SensitivityThresholds:
     method: str = "fitted_error"
     # Of the images per task (unmeasured).
     pixels: int = FIT_PIXELS // 4
+    # Per task at most: more of them, where they are small, give no more rows (unmeasured).
+    images: int = 128
     # Of the images that aligned models are checked on, and activations compared on (unmeasured).
     alignment_pixels: int = FIT_PIXELS // 8
     # From this error of its fitted weights on, a first layer is given by one task ("2026-11-26 The last thousandth").
@@ -66,8 +68,8 @@ class SearchThresholds:
     """How much a task ties in the next trial: the unmeasured ones are first guesses."""
 
     # Deviation of accuracy / target between two fits of one configuration (unmeasured).
-    noise: float = 0.015
-    # Of the loss that is expected over the distance to the nearest measured point (unmeasured).
+    noise: float = 0.02
+    # Deviation of an expected loss, relative to it (unmeasured).
     uncertainty: float = 0.6
     # Of the possible saving, expected of a trial (unmeasured).
     worth_a_trial: float = 0.01

@@ -6,7 +6,7 @@ matrix. Groups are those of a grouped convolution (1 for a dense or linear layer
 last column of X is then 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
@@ -149,6 +149,7 @@ class Sample(NamedTuple):
     input_shape: torch.Size
     output_shape: torch.Size
     y: Tensor  # [groups, n, o]
+    x: Tensor | None = None  # [groups, n, d], where it was asked for
 
 
 Samples = dict[str, list[Sample]]  # layer -> one sample of each call
@@ -157,10 +158,17 @@ Samples = dict[str, list[Sample]]  # layer -> one sample of each call
 Generators = torch.Generator | Mapping[str, torch.Generator]  # one for all layers, or one for each
 
 
-def sample_outputs(model: nn.Module, quotas: Mapping[str, int], images: Batch, generator: Generators) -> Samples:
+def sample_outputs(
+    model: nn.Module,
+    quotas: Mapping[str, int],
+    images: Batch,
+    generator: Generators,
+    takes_inputs: Callable[[int, Tensor], bool] = lambda call, inputs: False,
+) -> Samples:
     """Runs the model once and samples about quotas[layer] output positions per layer, over all its calls together.
 
-    A layer whose forward is never called (attention reads the parameters of its layers) is left out.
+    takes_inputs: whether the inputs at these positions are taken as well, by the number of the call and its input. A
+    layer whose forward is never called (attention reads the parameters of its layers) is left out.
     """
     samples: Samples = {}
 
@@ -169,8 +177,10 @@ def sample_outputs(model: nn.Module, quotas: Mapping[str, int], images: Batch, g
         source = generator if isinstance(generator, torch.Generator) else generator[name]
         drawn = torch.randint(total, (quota,), generator=source) if total > quota else torch.arange(total)
         picked = drawn.to(outputs.device)
-        sample = Sample(picked, inputs[0].shape, outputs.shape, output_rows(layer, outputs, picked))
-        samples.setdefault(name, []).append(sample)
+        calls = samples.setdefault(name, [])
+        has_inputs = takes_inputs(len(calls), inputs[0])
+        x = input_rows(layer, inputs[0], outputs.shape, picked) if has_inputs else None
+        calls.append(Sample(picked, inputs[0].shape, outputs.shape, output_rows(layer, outputs, picked), x))
 
     with hooked(model, quotas, record):
         run(model, images)
@@ -220,11 +230,15 @@ def collect_rows(
     parts: dict[str, list[Rows]] = {name: [] for name in quotas}
     for batch in batches:
         shares = {name: -(-quota * len(batch) // total) for name, quota in quotas.items()}
-        samples = sample_outputs(teacher, shares, batch, generator)
-        common = {n: calls for n, calls in samples.items() if not of_regions(calls, batch)}
-        x = sample_inputs(student, common, batch) if student is not None else {}
-        if missing := {name: calls for name, calls in samples.items() if name not in x}:
-            x |= sample_inputs(teacher, missing, batch)
+        if student is None:
+            samples = sample_outputs(teacher, shares, batch, generator, lambda call, inputs: True)
+            x = {name: torch.cat([s.x for s in calls if s.x is not None], 1) for name, calls in samples.items()}
+        else:
+            samples = sample_outputs(teacher, shares, batch, generator)
+            common = {n: calls for n, calls in samples.items() if not of_regions(calls, batch)}
+            x = sample_inputs(student, common, batch)
+            if missing := {name: calls for name, calls in samples.items() if name not in x}:
+                x |= sample_inputs(teacher, missing, batch)
         for name, calls in samples.items():
             parts[name].append(Rows(x[name], torch.cat([sample.y for sample in calls], 1)))
     return {
@@ -238,7 +252,10 @@ def _thinned(calls: list[Sample], quota: int) -> list[Sample]:
         return calls
     totals = [sample.output_shape.numel() for sample in calls]
     keep = [-(-quota * total // sum(totals)) for total in totals]
-    return [s._replace(picked=s.picked[:n], y=s.y[:, :n]) for s, n in zip(calls, keep, strict=True)]
+    return [
+        s._replace(picked=s.picked[:n], y=s.y[:, :n], x=None if s.x is None else s.x[:, :n])
+        for s, n in zip(calls, keep, strict=True)
+    ]
 
 
 def _batched(layer: _ConvNd, tensor: Tensor) -> Tensor:

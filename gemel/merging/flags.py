@@ -15,7 +15,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tolerance", type=float, help="target accuracy as a share of the unmerged (default: 0.95)")
     parser.add_argument("--strategy", choices=sorted(STRATEGIES), default="adaptive", help="default: %(default)s")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
-    parser.add_argument("--time-budget", type=parse_duration, metavar="TIME", help="such as 90s, 30m or 2h")
+    duration_help = "such as 90s, 30m or 2h; counts from after the models are loaded (and prepared)"
+    parser.add_argument("--time-budget", type=parse_duration, metavar="TIME", help=duration_help)
     parser.add_argument("--per-class", action="store_true", help="also say how every class fares")
     parser.add_argument("--fresh", action="store_true", help="start anew; an earlier result is kept aside")
     parser.add_argument("--plan", action="store_true", help="print what could be saved; train nothing")
