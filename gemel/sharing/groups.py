@@ -58,8 +58,11 @@ class Group:
         return replace(self, occurrences=tuple(o for o in self.occurrences if o.task in tasks))
 
     def with_adapters(self, rank: int, adapter_bytes: int) -> "Group":
-        """The group with adapters of that rank, each of adapter_bytes."""
-        return replace(self, rank=rank, adapter_bytes=adapter_bytes)
+        """The group with adapters of that rank, each of adapter_bytes, in place of private scales and biases.
+
+        Both together were better for one workload and worse for another: benchmarks/LOG.md, 2026-11-26 Private scale.
+        """
+        return replace(self, rank=rank, adapter_bytes=adapter_bytes, affine_bytes=0)
 
 
 Configuration = tuple[Group, ...]  # the groups that are tied

@@ -131,7 +131,7 @@ def test_an_adapter_is_fitted_to_what_scale_and_bias_leave_over():
     for rank in (0, 2, 6):
         models, group = models_and_group()
         if rank:
-            group = group.with_adapters(rank, adapter_bytes(models["a"][0], rank))
+            group = replace(group, rank=rank, adapter_bytes=adapter_bytes(models["a"][0], rank))
         retie(models, (), (group,), copy.deepcopy(models))
         fit = fit_group(models, group, {(n, "0"): sums_of(models, group, r) for n, r in rows.items()}, None, 1e-6, 800)
         errors.append(sum(fit.after.values()))
@@ -184,6 +184,20 @@ def test_savings_are_net_and_survive_json():
     assert distinct_bytes(models) == before and same_state(unmerged, models)
 
 
+def test_an_adapter_takes_the_place_of_scale_and_bias():
+    models = nn.ModuleDict({"a_x": PicoNet(), "b_x": PicoNet()})
+    groups, unmerged = with_all(models), copy.deepcopy(models)
+    group = next(group for group in groups if group.affine_bytes)
+    task, layer = group.occurrences[0]
+    retie(models, (), (group,), unmerged)
+    adapted = group.with_adapters(1, adapter_bytes(models[task].get_submodule(layer), 1))
+    before = distinct_bytes(models)
+    retie(models, (group,), (adapted,), unmerged)
+    found = [models[o.task].get_submodule(o.layer) for o in group.occurrences]
+    assert all(affine_of(one) is None and adapter_of(one).rank == 1 for one in found)
+    assert distinct_bytes(models) - before == group.saved_bytes - adapted.saved_bytes
+
+
 def fill_all(models, groups) -> None:
     for group in groups:
         for o in group.occurrences if group.affine_bytes else ():
@@ -222,7 +236,7 @@ def written(tmp_path):
     groups = [*with_all(models)]
     index = next(i for i, group in enumerate(groups) if group.affine_bytes)
     task, layer = groups[index].occurrences[0]
-    groups[index] = groups[index].with_adapters(1, adapter_bytes(models[task].get_submodule(layer), 1))
+    groups[index] = replace(groups[index], rank=1, adapter_bytes=adapter_bytes(models[task].get_submodule(layer), 1))
     retie(models, find_groups(models), tuple(groups), copy.deepcopy(models))
     fill_all(models, groups)
     for o in groups[index].occurrences:
