@@ -166,9 +166,9 @@ class Merger:
         return match_groups(self.state.models, by, images)
 
     def _new_strategy(self):
-        options = self.options
-        strategy = new_strategy(options.strategy, self.state.models, self.record.groups, options.adapter_budget)
-        strategy.goal_saving = None if options.memory is None else self.state.unmerged_bytes - options.memory
+        strategy = new_strategy(self.options, self.state.models, self.record.groups)
+        goal = self.options.memory
+        strategy.goal_saving = None if goal is None else self.state.unmerged_bytes - goal
         return strategy
 
     # ---- the search ------------------------------------------------------------------------------------------

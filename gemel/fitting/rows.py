@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from gemel.forward.batches import Batch, run
 from gemel.forward.hooks import hooked
-from gemel.sharing.adapters import KINDS, Adapter, LinearMap, as_linear_map, own_modules
+from gemel.sharing.adapters import KINDS, LinearMap, as_linear_map, is_addition, own_modules
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -30,7 +30,12 @@ class Rows(NamedTuple):
 
     def centred(self) -> "Rows":
         """Without the mean of each column, which a normalisation after the layer removes."""
-        return Rows(self.x - self.x.mean(1, keepdim=True), self.y - self.y.mean(1, keepdim=True))
+        means = self.means()
+        return Rows(self.x - means.x, self.y - means.y)
+
+    def means(self) -> "Rows":
+        """The mean of each column, as a single row."""
+        return Rows(self.x.mean(1, keepdim=True), self.y.mean(1, keepdim=True))
 
 
 def is_linear_map(layer: nn.Module) -> TypeGuard[LinearMap]:
@@ -43,13 +48,17 @@ def normalisation_behind(model: nn.Module, name: str) -> _BatchNorm | None:
 
     Found by the order of registration, which is the order of computation in the blocks of every torchvision model.
     """
-    leaves = (pair for pair in own_modules(model) if all(isinstance(child, Adapter) for child in pair[1].children()))
-    layer = next(module for other, module in leaves if other == name)
-    _, module = next(leaves, ("", None))
+    module = module_behind(model, name)
     if not isinstance(module, _BatchNorm):
         return None
-    width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    return module if module.num_features == width else None
+    return module if module.num_features == output_width(linear_map_at(model, name)) else None
+
+
+def module_behind(model: nn.Module, name: str) -> nn.Module | None:
+    """The module without children that is registered next after a layer, or None."""
+    leaves = (pair for pair in own_modules(model) if all(map(is_addition, pair[1].children())))
+    next(pair for pair in leaves if pair[0] == name)
+    return next(leaves, ("", None))[1]
 
 
 def linear_map_at(model: nn.Module, name: str) -> LinearMap:

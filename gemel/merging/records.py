@@ -127,7 +127,7 @@ def task_parts(evaluator: Evaluator, state: MergeState, options: MergeOptions) -
             "task": task.kind,
             "class_names": list(evaluator.data[name].class_names) or None,
             "frozen_normalisation": _frozen_normalisation(name, state, options),
-            "architecture": architecture_of(task.model),
+            "architecture": architecture_of(state.unmerged[name]),  # task.model may have adapters by now
             "permuted": name in state.order.applied,
             "unmerged_acc": task.unmerged_acc,
             "measured_unmerged_acc": evaluator.accuracy[name].unmerged,

@@ -170,8 +170,8 @@ class MergeState:
         self.kept = self.tied = kept
 
     def fold_adapters(self, names: Iterable[str]) -> None:
-        """Writes adapters of layers that no longer share into the layers' own weights."""
-        adapted = {occurrence for group in self.kept if group.rank for occurrence in group.occurrences}
+        """Writes adapters, scales and biases of layers that no longer share into the layers' own weights."""
+        adapted = {occurrence for group in self.kept if group.private_bytes for occurrence in group.occurrences}
         for name in names:
             for layer, module in list(own_modules(self.models[name])):
                 if (name, layer) not in adapted:

@@ -262,10 +262,11 @@ class Adaptive(Strategy):
         losses: Mapping[str, float] = NONE,
     ) -> None:
         """Begins the curve of each task."""
-        index = {group: i for i, group in enumerate(self.groups)}
-        self.sensitivity = {(index[group], task): value for (group, task), value in sensitivity.items()}
+        index = {group.occurrences: i for i, group in enumerate(self.groups)}
+        self.sensitivity = {(index[group.occurrences], task): value for (group, task), value in sensitivity.items()}
         for (group, _), value in misfit.items():
-            self.misfit[index[group]] = max(value, self.misfit.get(index[group], 0.0))
+            i = index[group.occurrences]
+            self.misfit[i] = max(value, self.misfit.get(i, 0.0))
         totals = {task: sum(v for (_, t), v in misfit.items() if t == task) for task in sorted(self.curves)}
         self.donor = max(totals, key=totals.__getitem__, default=None)
         self.losses = dict(losses)

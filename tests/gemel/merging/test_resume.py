@@ -152,7 +152,9 @@ def test_a_failed_trial_that_goes_on_survives_an_interruption(
     entries, trained_entries, datasets, tmp_path, monkeypatch
 ):
     """What was fitted and not met is trained from there: the weights are in the checkpoint between the two trials."""
-    monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(worth_a_fit=1.0, worth_a_trial=0.3, worth_adapters=0.0))
+    monkeypatch.setattr(
+        "gemel.strategies.adaptive.THRESHOLDS", thresholds(worth_a_fit=1.0, worth_a_trial=0.3, worth_adapters=0.0)
+    )
     honest, rounds = merger.recover, []
 
     def recover(models, tasks, data, options, *more):
