@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -39,8 +40,9 @@ def pleas(checkout: Path) -> Method:
     def method(case: Case) -> None:
         names, (one, other), images = list(case.models), _pair(case), _images(case)
         for model in (one, other):
-            model.set_submodule(HEAD, nn.Linear(model.get_submodule(HEAD).in_features, 1, bias=False))
-            nn.init.zeros_(model.get_submodule(HEAD).weight)
+            head = nn.Linear(cast(nn.Linear, model.get_submodule(HEAD)).in_features, 1, bias=False)
+            nn.init.zeros_(head.weight)
+            model.set_submodule(HEAD, head.to(case.device))
         with _imported(checkout), _on(case.device):
             compiler, utils = (importlib.import_module(f"pleas.core.{name}") for name in ("compiler", "utils"))
             matching, partial, merging = (
@@ -149,6 +151,9 @@ def _places(module: ModuleType) -> list[str]:
 @contextlib.contextmanager
 def _on(device: torch.device) -> Iterator[None]:
     """Within, `cuda()` of tensors and modules, which the checkouts call everywhere, moves them to this device."""
-    with mock.patch.object(Tensor, "cuda", lambda tensor: tensor.to(device)):
-        with mock.patch.object(nn.Module, "cuda", lambda module: module.to(device)):
-            yield
+
+    def move(own: Any) -> Any:
+        return own.to(device)
+
+    with mock.patch.multiple(Tensor, cuda=move), mock.patch.multiple(nn.Module, cuda=move):
+        yield

@@ -1,4 +1,4 @@
-"""Ways to give tied layers their weights right after tying, without labels and without training: ours and published ones.
+"""Ways to give tied layers their weights, without labels and without training: ours and published ones.
 
 Every method ties all groups of a case in place. The published ones are written here as in their papers, and short; they
 fit on as many rows of each layer as ours does, and get their batch normalisation statistics re-estimated on the same
@@ -19,8 +19,16 @@ from gemel.environment.seeds import generator
 from gemel.fitting.batch_norm import averaged_statistics, reestimate_statistics
 from gemel.fitting.coroutines import current, run_coroutines, wait
 from gemel.fitting.least_squares import FitSettings, fit_least_squares, quotas, why_unfit
-from gemel.fitting.rows import collect_rows, input_rows, linear_map_at, matrix_of, sample_inputs, sample_outputs
-from gemel.fitting.rows import set_matrix as write_matrix
+from gemel.fitting.rows import (
+    Samples,
+    collect_rows,
+    input_rows,
+    linear_map_at,
+    matrix_of,
+    sample_inputs,
+    sample_outputs,
+    set_matrix,
+)
 from gemel.fitting.sensitivity import predict_sensitivity
 from gemel.fitting.sequential_fit import fit_sequentially
 from gemel.fitting.teacher_samples import sample_teachers
@@ -35,7 +43,7 @@ from gemel.strategies.adaptive import Adaptive
 from gemel.thresholds import THRESHOLDS
 
 POSITIONS = THRESHOLDS.fit.positions  # rows per layer and task
-FOR_MISFIT = round(THRESHOLDS.fit.pixels / THRESHOLDS.sensitivity.pixels)  # of its images ours predicts on one in so many
+ONE_IN = round(THRESHOLDS.fit.pixels / THRESHOLDS.sensitivity.pixels)  # of the images: misfit is predicted on these
 KEPT = 0.9  # of what is off the diagonal of x'x: alpha of RegMean, section 3.2, as chosen there for most models
 FLOOR = 1e-6  # of the mean of the diagonal of x'x, so that inputs that are always 0 get the mean of the weights
 
@@ -56,6 +64,7 @@ class Case:
 
 
 Method = Callable[[Case], None]
+Inputs = dict[tuple[str, str], Tensor]  # (task, layer) -> x [groups, n, d]
 
 
 # ---- ours --------------------------------------------------------------------------------------------------
@@ -67,14 +76,13 @@ def ours(case: Case) -> None:
     layers that no one set of weights serves taken from one task, then the sequential fit.
     """
     groups, teachers = _prepared(case)
-    strategy = Adaptive(case.models, groups)
-    some = {task: batches[: max(1, len(batches) // FOR_MISFIT)] for task, batches in case.images.items()}
+    strategy = Adaptive(dict(case.models.items()), groups)
+    some = {task: batches[: max(1, len(batches) // ONE_IN)] for task, batches in case.images.items()}
     method, drawn = THRESHOLDS.sensitivity.method, generator(case.seed, "misfit")
-    strategy.set_sensitivity({}, predict_sensitivity(case.models, teachers, groups, some, method=method, generator=drawn))
+    misfit = predict_sensitivity(case.models, teachers, groups, some, method=method, generator=drawn)
+    strategy.set_sensitivity({}, misfit)
     fitted = donate_weights(case.models, teachers, groups, strategy.donor_of)
-    asked = sample_teachers(
-        teachers, fitted, case.images, generator=generator(case.seed, "fit"), positions=POSITIONS
-    )
+    asked = sample_teachers(teachers, fitted, case.images, generator=generator(case.seed, "fit"), positions=POSITIONS)
     fit_sequentially(case.models, teachers, fitted, case.images, teacher_samples=asked)
 
 
@@ -123,7 +131,7 @@ def regmean(alignment: str | None = None) -> Method:
         teachers = copy.deepcopy(case.models).eval()
         tie(case.models, groups)
         linear = [group for group in groups if not why_unfit(case.models, group)]
-        inputs = {}
+        inputs: Inputs = {}
         for task, batches in case.images.items():
             wanted, drawn = quotas(teachers, linear, task, POSITIONS), generator(case.seed, "regmean", task)
             rows = collect_rows(teachers[task], wanted, batches, drawn)
@@ -136,8 +144,8 @@ def regmean(alignment: str | None = None) -> Method:
 
 
 def regmean_plus_plus(alignment: str | None = None) -> Method:
-    """Nguyen et al., "RegMean++: Enhancing Effectiveness and Generalization of Regression Mean for Model Merging", 2025:
-    as RegMean, each layer on the inputs that it has in the merged model, behind the layers that were merged before it.
+    """Nguyen et al., "RegMean++: Enhancing Effectiveness and Generalization of Regression Mean for Model Merging",
+    2025: as RegMean, each layer on the inputs that it has in the merged model, behind the layers merged before it.
     """
 
     @torch.no_grad()
@@ -174,11 +182,12 @@ def _aligned(case: Case, alignment: str | None) -> Configuration:
     return groups
 
 
-def _set_regmean(models: Models, teachers: Models, group: Group, inputs: Mapping[tuple[str, str], Tensor]) -> None:
-    found = [(inputs[o], matrix_of(linear_map_at(teachers[o.task], o.layer))) for o in group.occurrences if o in inputs]
+def _set_regmean(models: Models, teachers: Models, group: Group, inputs: Inputs) -> None:
+    found = [o for o in group.occurrences if o in inputs]
     if found:  # a layer that is never called as a module has no inputs, and keeps the mean
-        o = group.occurrences[0]
-        write_matrix(linear_map_at(models[o.task], o.layer), solve_regmean(*zip(*found, strict=True)))
+        matrices = [matrix_of(linear_map_at(teachers[o.task], o.layer)) for o in found]
+        shared = linear_map_at(models[found[0].task], found[0].layer)
+        set_matrix(shared, solve_regmean([inputs[o] for o in found], matrices))
 
 
 class _LayerByLayer:
@@ -192,7 +201,8 @@ class _LayerByLayer:
         self.models, self.teachers, self.device = case.models, teachers, case.device
         self.images = {task: _joined(batches) for task, batches in case.images.items()}
         self.group_of = {(o.task, o.layer): group for group in groups for o in group.occurrences}
-        self.samples, self.inputs = {}, {}  # of the teachers; [groups, n, d] of each layer, first of the teachers
+        self.samples: dict[str, Samples] = {}  # of the teachers
+        self.inputs: Inputs = {}  # first those in the teachers
         for task, images in self.images.items():
             wanted, drawn = quotas(teachers, groups, task, POSITIONS), generator(case.seed, "regmean", task)
             self.samples[task] = sample_outputs(teachers[task], wanted, images, drawn)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from pico import PicoNet
 from torch import nn
 
 from benchmarks import peers
@@ -11,7 +12,6 @@ from benchmarks.peer_checkouts import pleas, zipit
 from benchmarks.peer_methods import METHODS, Case, averaged, regmean, regmean_plus_plus, solve_regmean
 from gemel.sharing.groups import find_groups
 from gemel.sharing.tying import is_tied, tie
-from pico import PicoNet
 
 CPU = torch.device("cpu")
 
