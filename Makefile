@@ -1,12 +1,12 @@
 # make merge  merge the workload of merge_workloads.py (the first time it installs, draws and trains the embedded default)
-#             for three minutes; the next time it resumes there
+#             for two minutes after preparing; the next time it resumes there
 # make merge ARGS="--workload mine.py --datasets DIR"   with other arguments; ARGS= without a limit of time
 # make test   the tests; make check: format, lint, types
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-merge: ARGS ?= --time-budget 3m
+merge: ARGS ?= --time-budget 2m
 
 .PHONY: merge test check clean
 

@@ -3,6 +3,7 @@
     python merge_workloads.py                                   # the embedded default, minutes on two cores
     python merge_workloads.py --workload mine.py --datasets DIR # mine.py defines create_model_dict()
     python merge_workloads.py --workload mine.py --plan         # what could be saved; trains nothing
+    python merge_workloads.py --workload mine.py --memory 2GiB  # stops as soon as the parameters fit
 
 Put your own tasks into create_sample_model_dict(), or into a file of your own.
 """
@@ -36,8 +37,10 @@ from gemel.merging.fingerprint import fingerprint
 from gemel.merging.options import MergeOptions, read_options
 from gemel.merging.plan import plan
 from gemel.merging.resume import previous_manifest, set_aside
+from gemel.results_store import files
 from gemel.results_store.files import ResultsError, lock
-from gemel.results_store.manifest import has_results
+from gemel.results_store.manifest import has_results, json_bytes
+from gemel.results_store.points import points_of
 from gemel.results_store.write import foreign_files
 from gemel.sample_workload.prepare import prepare
 from gemel.sample_workload.tasks import DATASETS_ROOT, PLAN, SAMPLE_ROOT, Plan, unmerged_acc, weights_path
@@ -57,31 +60,30 @@ def create_sample_model_dict(root: Path = SAMPLE_ROOT, plan: Plan = PLAN) -> dic
 
     # Which vehicle is it? A classifier of crops from the camera at Main & 2nd.
     name = "main_2nd_vehicles_resnet10"
-    model = build("slim_resnet", num_classes=3, layers=(1, 1, 1, 1), width=32)
+    model = build("slim_resnet", num_classes=3, layers=(1, 1, 1, 1), width=24)
     model_dict[name] = {
         "model": load_weights(model, weights_path(name, root)),
         "task": "image_classification",
         "eval_method": classification_eval,
-        "transforms": classification_transforms(size=48),
+        "transforms": classification_transforms(size=40),
         "unmerged_acc": unmerged_acc(name, root),
     }
 
     # Who is on the street? A deeper classifier of crops from the camera at Elm & 1st, at nightfall.
-    name = "elm_1st_street_resnet18"
-    model = build("slim_resnet", num_classes=4, layers=(2, 2, 2, 2), width=32)
+    name = "elm_1st_street_resnet12"
+    model = build("slim_resnet", num_classes=4, layers=(1, 1, 2, 1), width=24)
     model_dict[name] = {
         "model": load_weights(model, weights_path(name, root)),
         "task": "image_classification",
         "eval_method": classification_eval,
-        "transforms": classification_transforms(size=48),
+        "transforms": classification_transforms(size=40),
         "unmerged_acc": unmerged_acc(name, root),
     }
 
     # Where is everybody? One detector per camera: four classes and the background.
     for name in ("main_2nd_traffic_fcos", "elm_1st_traffic_fcos"):
-        model = build(
-            "fcos_model", 4 + 1, backbone="slim_resnet", layers=(1, 1, 1, 1), width=32, out_channels=64, min_size=128
-        )
+        kwargs = {"backbone": "slim_resnet", "layers": (1, 1, 1, 1), "width": 24, "head_convs": 1, "min_size": 128}
+        model = build("fcos_model", 4 + 1, **kwargs)
         model_dict[name] = {
             "model": load_weights(model, weights_path(name, root)),
             "task": "object_detection",
@@ -95,7 +97,7 @@ def create_sample_model_dict(root: Path = SAMPLE_ROOT, plan: Plan = PLAN) -> dic
 def sample_methods() -> dict[str, Methods]:
     """How the models of the embedded default are measured when they are trained: as their entries above say."""
     return {
-        "image_classification": Methods(classification_eval, classification_transforms(size=48)["val"]),
+        "image_classification": Methods(classification_eval, classification_transforms(size=40)["val"]),
         "object_detection": Methods(frcnn_eval, detection_transforms()["val"]),
     }
 
@@ -137,7 +139,9 @@ def merge_workload(
             if not merger.record.groups:
                 print("nothing to merge: no two tasks have an identical layer; the models are stored as they are")
             manifest = merger.merge()
-    print("\n" + console.closing_report(manifest, chosen.per_class), flush=True)
+    if chosen.pareto is not None:
+        files.write(Path(chosen.pareto), [json_bytes({"points": points_of(manifest)})])
+    print("\n" + console.closing_report(manifest, chosen.per_class, chosen.memory), flush=True)
     return manifest
 
 
@@ -185,6 +189,7 @@ def _num_threads(options: MergeOptions, previous: dict | None) -> int:
 def _started_with(options: MergeOptions, device: torch.device, datasets: str | Path | None) -> dict:
     """What the manifest says of how this run was started."""
     flags = {"tolerance": options.tolerance, "device": device.type, "time_budget": options.time_budget}
+    flags["memory"] = options.memory
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     flags |= {"datasets": str(datasets) if datasets else None, "num_threads": torch.get_num_threads()}
     return {
@@ -203,7 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(plan(model_dict, flags.tolerance)[0])
         else:
             chosen = {key: value for key, value in vars(flags).items() if key not in ("workload", "results", "plan")}
-            merge_workload(model_dict, flags.results, **chosen)
+            manifest = merge_workload(model_dict, flags.results, **chosen)
+            return EXIT_DONE if console.fits(manifest, flags.memory) else EXIT_FAILED
     except WorkloadError as error:
         print(error, file=sys.stderr)
         return EXIT_WRONG_INPUT

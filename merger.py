@@ -24,6 +24,7 @@ from gemel.merging import console
 from gemel.merging.check import training_problems
 from gemel.merging.evaluator import Evaluator
 from gemel.merging.fingerprint import task_changes
+from gemel.merging.goal import GoalReplay, goal_problems
 from gemel.merging.images import ImageSampler
 from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisation, rule_of
 from gemel.merging.options import LEAST_SQUARES, NO_ALIGNMENT, MergeOptions
@@ -34,7 +35,7 @@ from gemel.merging.state import MergeState
 from gemel.merging.teachers import FrozenPrefixes, teachers_of
 from gemel.results_store.checkpoint import drop_checkpoint, read_checkpoint, write_checkpoint
 from gemel.results_store.load import load_merged
-from gemel.results_store.write import update_run, write_results
+from gemel.results_store.write import statistics_of, update_run, write_results
 from gemel.sharing.groups import (
     Configuration,
     affected_tasks,
@@ -88,9 +89,13 @@ class Merger:
     def preflight(self) -> None:
         """Trains nothing: checks that losses can be computed, and measures every model that was not measured yet.
 
-        Raises WorkloadError if a model is below its own target already, or cannot be trained or evaluated.
+        Raises WorkloadError if a model is below its own target already, or cannot be trained or evaluated, or if all
+        that could be saved is not enough for the memory goal.
         """
-        problems = training_problems(self.tasks, self.data, self.state, self.options.seed) if self.is_new else []
+        goal, optimal = self.options.memory, self.record.optimal_saved_bytes
+        problems = goal_problems(goal, self.state.unmerged_bytes, optimal)
+        if self.is_new and not problems:
+            problems = training_problems(self.tasks, self.data, self.state, self.options.seed)
         try:
             problems = problems or self.evaluator.measure_unmerged(self.clock)
         except TimeOver:
@@ -122,6 +127,8 @@ class Merger:
         self.strategy = self._new_strategy()
         self.strategy.load_state(run["strategy_state"])
         self.state.set_kept(self.strategy.kept)
+        goal = run.get("goal")
+        self.record.would_take = goal["would_take"] if goal and goal["bytes"] == self.options.memory else None
         self.record.finished = run["finished"]
         if self.record.finished:
             self.state.restore_channel_order()
@@ -159,8 +166,10 @@ class Merger:
         return match_groups(self.state.models, by, images)
 
     def _new_strategy(self):
-        options = self.options
-        return new_strategy(options.strategy, self.state.models, self.record.groups, options.adapter_budget)
+        strategy = new_strategy(self.options, self.state.models, self.record.groups)
+        goal = self.options.memory
+        strategy.goal_saving = None if goal is None else self.state.unmerged_bytes - goal
+        return strategy
 
     # ---- the search ------------------------------------------------------------------------------------------
 
@@ -182,7 +191,12 @@ class Merger:
         return self.confirm()
 
     def _search(self) -> None:
-        """Alignment, prediction, rounds. Raises Interrupted or TimeOver; the state is then to be undone."""
+        """Alignment, prediction, rounds, until everything was tried or the memory goal is reached.
+
+        Raises Interrupted or TimeOver; the state is then to be undone.
+        """
+        if self._fits():
+            return
         with self.clock.interruptible():
             self._align_channels()
             if self.strategy.needs_sensitivity:
@@ -190,12 +204,28 @@ class Merger:
                 self.strategy.set_sensitivity(*predicted, self.evaluator.ratios(), expected_losses(self.tasks))
         while True:
             self.clock.raise_if_over()
+            self._see_what_the_goal_would_take()
             proposal = self.strategy.propose()
             if proposal is None:
                 self.record.finished = True
                 return
-            if not self.play_round(proposal):
+            if not self.play_round(proposal) or self._fits():
                 return
+
+    def _fits(self) -> bool:
+        """Whether there is a memory goal, and what is kept reaches it."""
+        goal = self.strategy.goal_saving
+        return goal is not None and saved_bytes(self.state.kept) >= goal
+
+    def _see_what_the_goal_would_take(self) -> None:
+        """Once the trials that just reach the goal have failed, before anything was trained."""
+        fits = self.options.initial_weights == LEAST_SQUARES and not self.record.has_trained
+        closest = self.strategy.closest_to_goal() if fits and self.record.would_take is None else None
+        if closest is not None:
+            replay = GoalReplay(self.state, self.evaluator, self.images, self.strategy.donor_of)
+            with self.clock.interruptible():
+                found = replay.what_it_would_take(closest[0], closest[1], len(self.record.rounds))
+            self.record.would_take = found or {}
 
     def play_round(self, proposal: Configuration) -> bool:
         """Tries one configuration, keeps or undoes it, and stores; False if the time ran out before it was decided."""
@@ -326,8 +356,7 @@ class Merger:
             "memory": memory_part(self.state, self.record),
             "run": self._run_part(),
         }
-        statistics = self.record.statistics(self.state.unmerged_bytes)
-        return write_results(self.results_path, self.state.models, manifest, statistics)
+        return write_results(self.results_path, self.state.models, manifest, statistics_of(manifest))
 
     def _run_part(self) -> dict:
         return run_part(self.record, self.options, self.clock, self.strategy, self.evaluator, self.state)

@@ -221,6 +221,7 @@ GROUP = {
         "bytes": BYTES,
         "rank": BYTES,
         "adapter_bytes": BYTES,
+        "affine_bytes": {**BYTES, "minimum": 1},
         "occurrences": {"type": "array", "minItems": 2, "items": OCCURRENCE},
     },
 }

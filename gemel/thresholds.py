@@ -16,8 +16,9 @@ class FitThresholds:
     pixels: int = FIT_PIXELS
     # Of these pixels, for a detector ("2026-11-25 Detectors").
     detection_share: float = 0.5
-    # Bytes of a fit on a CPU, and its share of another device's memory ("2026-11-26 Fits in bounded memory").
+    # Bytes of a fit on a CPU ("2026-11-26 Fits in bounded memory").
     memory: int = 2 << 30
+    # The same on another device, of its memory (unmeasured).
     share_of_device: float = 0.25
     # Where memory is short (unmeasured).
     fewest_pixels: int = FIT_PIXELS // 16
@@ -55,6 +56,8 @@ class SensitivityThresholds:
     method: str = "fitted_error"
     # Of the images per task (unmeasured).
     pixels: int = FIT_PIXELS // 4
+    # Per task at most: more of them, where they are small, give no more rows (unmeasured).
+    images: int = 128
     # Of the images that aligned models are checked on, and activations compared on (unmeasured).
     alignment_pixels: int = FIT_PIXELS // 8
     # From this error of its fitted weights on, a first layer is given by one task ("2026-11-26 The last thousandth").
@@ -66,8 +69,8 @@ class SearchThresholds:
     """How much a task ties in the next trial: the unmeasured ones are first guesses."""
 
     # Deviation of accuracy / target between two fits of one configuration (unmeasured).
-    noise: float = 0.015
-    # Of the loss that is expected over the distance to the nearest measured point (unmeasured).
+    noise: float = 0.02
+    # Deviation of an expected loss, relative to it (unmeasured).
     uncertainty: float = 0.6
     # Of the possible saving, expected of a trial (unmeasured).
     worth_a_trial: float = 0.01
@@ -75,6 +78,10 @@ class SearchThresholds:
     classifier_loss: float = 0.3
     # The same of a detector (unmeasured).
     detector_loss: float = 2.0
+    # With a memory goal: of so many tasks each is spared in one of the first trials (unmeasured).
+    spared_tasks: int = 3
+    # There, times as much counts what that task loses (unmeasured).
+    spared_weight: float = 3.0
 
 
 @dataclass(frozen=True)

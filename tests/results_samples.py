@@ -6,7 +6,7 @@ import torch
 from pico import PicoDetector, PicoNet
 from torch import nn
 
-from gemel.results_store.write import write_results
+from gemel.results_store.write import statistics_of, write_results
 from gemel.sharing.groups import find_groups, saved_bytes
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.tying import tie
@@ -77,13 +77,7 @@ def _same_parameters(models: nn.ModuleDict, group) -> bool:
 
 def write(path: Path, models: nn.ModuleDict) -> dict:
     manifest = manifest_of(models)
-    memory = manifest["memory"]
-    statistics = {
-        "total_bytes": memory["unmerged_bytes"],
-        "optimal_saved_bytes": memory["optimal_saved_bytes"],
-        "history": HISTORY,
-    }
-    return write_results(path, models, manifest, statistics)
+    return write_results(path, models, manifest, statistics_of(manifest))
 
 
 def same_state(models, others) -> bool:

@@ -258,7 +258,7 @@ def test_what_make_runs(target):
         assert last[1:] == ["-m", "pytest", "-n", "auto", "--dist", "loadfile"]
     else:
         assert last[1] == "merge_workloads.py"
-        assert parse_arguments(last[2:]).time_budget == 180, "README: three minutes"
+        assert parse_arguments(last[2:]).time_budget == 120, "README: two minutes"
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=str)

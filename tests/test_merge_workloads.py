@@ -11,7 +11,7 @@ import torch
 from pico import PicoNet
 
 import merge_workloads
-from gemel.merging.flags import parse_duration
+from gemel.merging.flags import parse_duration, parse_size
 from gemel.results_store.manifest import read_manifest
 from gemel.workload import WorkloadError
 from merge_workloads import main, merge_workload
@@ -126,6 +126,13 @@ def test_plan_trains_nothing_and_writes_nothing(workload_file, tmp_path, monkeyp
         ({"average_decay": 1.5}, "options: average_decay: got 1.5; allowed: a number from 0 (no average), below 1"),
         ({"seed": "x"}, "options: seed: got 'x'; allowed: a whole number from 0 on"),
         ({"tolerance": 1.5}, "options: tolerance: got 1.5; allowed: a number in (0, 1]"),
+        ({"memory": 0}, "options: memory: got 0; allowed: None or bytes, a whole number from 1 on"),
+        ({"memory": "3MiB"}, "options: memory: got '3MiB'; allowed: None or bytes"),
+        ({"pareto": "points.png"}, "options: pareto: got 'points.png'; allowed: None or the name of a .json file"),
+        (
+            {"pareto": "/no/such/folder/points.json"},
+            "allowed: None or the name of a .json file in a folder that exists",
+        ),
     ],
 )
 def test_options_that_are_wrong(entries, datasets, tmp_path, options, message):
@@ -202,6 +209,23 @@ def test_durations(text, seconds):
 def test_durations_that_are_none(text):
     with pytest.raises(argparse.ArgumentTypeError, match="allowed: a duration such as"):
         parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        *(("600MiB", 600 << 20), ("1.5GiB", 3 << 29), ("800MB", 800_000_000), ("2 KB", 2000)),
+        *(("1000", 1000), ("70B", 70), ("0.5KiB", 512)),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "0MiB", "-3MiB", "3M", "600 megs", "3iB", "1TiB"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="allowed: a size such as 600MiB"):
+        parse_size(text)
 
 
 def test_any_other_failure_is_exit_code_1(workload_file, datasets, tmp_path):

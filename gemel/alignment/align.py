@@ -6,7 +6,7 @@ the weights of different models comparable. Models that are aligned already (sam
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gemel.alignment.activations import INPUT, OUTPUT, Moments, compare
-from gemel.alignment.permutation import Space, channels_of, find_channel_spaces, inverse, permute, tensor_at
+from gemel.alignment.permutation import (
+    ChannelSpaces,
+    Space,
+    channels_of,
+    find_channel_spaces,
+    inverse,
+    permute,
+    tensor_at,
+)
 from gemel.environment.seeds import generator
 from gemel.forward.batches import Batch, run
 from gemel.forward.modes import Models
@@ -56,6 +64,7 @@ class Alignment:
     order: tuple[str, ...]
     spaces: tuple[SpaceAlignment, ...]
     unaligned: tuple[tuple[str, str, str], ...]  # (task, layer, reason)
+    found: Mapping[str, ChannelSpaces] = field(default_factory=dict)  # task -> the spaces of its model
 
 
 class Site(NamedTuple):
@@ -91,15 +100,17 @@ def align(
     _check(models, groups, images, method)
     involved = [task for task in models if any(task in group.tasks for group in groups)]
     order = sorted(involved, key=lambda task: (task not in fixed, -distinct_bytes({task: models[task]})))  # stable
-    spaces, unaligned = [], []
+    spaces, unaligned, found = [], [], {}
     for position, task in enumerate(order):
         if position == 0 or task in fixed:
             continue
         sites = find_sites(groups, task, order[:position])
-        done, left = _align_one(models, task, sites, images, method, seed)
+        own = (images or {}).get(task) or ()
+        found[task] = find_channel_spaces(models[task], own[0][:2] if own and torch.is_tensor(own[0]) else None)
+        done, left = _align_one(models, task, found[task], sites, images, method, seed)
         spaces += done
         unaligned += [(task, layer, reason) for layer, reason in left]
-    return Alignment(tuple(order), tuple(spaces), tuple(unaligned))
+    return Alignment(tuple(order), tuple(spaces), tuple(unaligned), found)
 
 
 def permutations_of(alignment: Alignment) -> dict[str, dict[str, list[int]]]:
@@ -111,12 +122,16 @@ def permutations_of(alignment: Alignment) -> dict[str, dict[str, list[int]]]:
     return found
 
 
-def apply_permutations(model: nn.Module, permutations: Mapping[str, Sequence[int]]) -> None:
+def apply_permutations(
+    model: nn.Module, permutations: Mapping[str, Sequence[int]], found: ChannelSpaces | None = None
+) -> None:
     """Permutes a model by {space: permutation}, as `permutations_of` gives it for its task.
 
-    Raises ValueError for a space that the model does not have.
+    found: the spaces of the model, where they are known. Raises ValueError for a space that the model does not have.
     """
-    spaces = {space.name: space for space in find_channel_spaces(model).spaces} if permutations else {}
+    if not permutations:
+        return
+    spaces = {space.name: space for space in (found or find_channel_spaces(model)).spaces}
     if unknown := sorted(set(permutations) - set(spaces)):
         raise ValueError(f"permutations: got {', '.join(unknown)}; allowed: the channel spaces of the model")
     for name, permutation in permutations.items():
@@ -149,11 +164,9 @@ def _check(models: Models, groups: Configuration, images: Mapping | None, method
         raise ValueError("\n".join(problems))
 
 
-def _align_one(models, task: str, sites: list[Site], images, method: str, seed: int):
+def _align_one(models, task: str, found: ChannelSpaces, sites: list[Site], images, method: str, seed: int):
     """(SpaceAlignment of each space, (layer, reason) of each layer that is not aligned) of one task."""
     model, own = models[task], (images or {}).get(task) or ()
-    example = own[0][:2] if own and torch.is_tensor(own[0]) else None
-    found = find_channel_spaces(model, example)
     before = _outputs(model, own)
     tied = {site.layer for site in sites}
     touched = [s for s in found.spaces if any(m.key.rpartition(".")[0] in tied for m in s.members)]

@@ -146,18 +146,27 @@ def _note(part: nn.Module, walk: Walk, prefix: str, search: _Search) -> None:
 
 
 def _walks_of(part: nn.Module, layouts: Layouts, example: Tensor | None) -> list[Walk] | None:
-    """Walks of the part in eval and in train mode (auxiliary heads), or None if either cannot be traced.
+    """Walks of the part in eval mode and, where that does something else (auxiliary heads), in train mode.
 
-    The second starts from the layouts of the first. Both change copies, so that a failure leaves the given layouts.
+    None if either cannot be traced. The second starts from the layouts of the first. Both change copies, so that a
+    failure leaves the given layouts.
     """
     walks: list[Walk] = []
-    for training in (False, True):
-        traced = _trace(part, training)
+    evaluated, trained = (_trace(part, training) for training in (False, True))
+    traces = [evaluated, trained]
+    if evaluated is not None and trained is not None and _steps(evaluated) == _steps(trained):
+        traces = [evaluated]
+    for traced in traces:
         walk = None if traced is None else _walk(traced, part, walks[-1].spaces if walks else layouts, example)
         if walk is None:
             return None
         walks.append(walk)
     return walks
+
+
+def _steps(traced: fx.GraphModule) -> list[tuple]:
+    """What a traced network does; arguments are values or the names of earlier steps."""
+    return [(n.name, n.op, str(n.target), str(n.args), str(n.kwargs)) for n in traced.graph.nodes]
 
 
 def _trace(part: nn.Module, training: bool) -> fx.GraphModule | None:

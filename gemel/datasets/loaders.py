@@ -55,12 +55,18 @@ def reseed(data: TaskData, seed: int, *purpose: object) -> None:
 
 
 def plain_images(
-    data: TaskData, num_pixels: int, seed: int, *purpose: object, batch_pixels: int = 0, max_batch: float = math.inf
+    data: TaskData,
+    num_pixels: int,
+    seed: int,
+    *purpose: object,
+    batch_pixels: int = 0,
+    max_batch: float = math.inf,
+    max_images: int = MAX_PLAIN_IMAGES,
 ) -> list[Batch]:
     """Batches of train images without labels and augmentation: a random sample of the task's inputs by (seed, purpose).
 
     The number of images is such that they have `num_pixels` pixels in total, at least one batch and at most
-    MAX_PLAIN_IMAGES. A batch has the task's batch size or, if all images have the same size, as many images as have
+    `max_images`. A batch has the task's batch size or, if all images have the same size, as many images as have
     `batch_pixels` pixels in total, whichever is larger, but no more than `max_batch` images. No batch mixes image sizes
     (see SameSizeBatches).
     """
@@ -68,7 +74,7 @@ def plain_images(
     batch_size = batch_size_of(data.plain)
     order = torch.randperm(len(dataset), generator=generator(seed, *purpose, data.task)).tolist()
     height, width = dataset[order[0]][0].shape[-2:]
-    wanted = min(len(order), max(batch_size, min(MAX_PLAIN_IMAGES, num_pixels // (height * width))))
+    wanted = min(len(order), max(batch_size, min(max_images, num_pixels // (height * width))))
     images = [dataset[index][0] for index in order[:wanted]]
     if all(image.shape[-2:] == (height, width) for image in images):
         batch_size = max(batch_size, batch_pixels // (height * width))

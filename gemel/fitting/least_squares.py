@@ -6,28 +6,31 @@ stages, one block of layers after another (here), or each layer behind all those
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gemel.fitting.batch_norm import is_frozen
 from gemel.fitting.moments import Moments, moments_of
-from gemel.fitting.ridge import solve_weighted
+from gemel.fitting.ridge import shares_of, solve_weighted, solve_with_scales
 from gemel.fitting.rows import (
     Rows,
     collect_rows,
     is_linear_map,
     linear_map_at,
     matrix_of,
+    module_behind,
     normalisation_behind,
     set_matrix,
     shape_of,
 )
 from gemel.forward.batches import Batch
 from gemel.forward.modes import Models
-from gemel.sharing.adapters import Adapter, LinearMap, adapter_of
+from gemel.sharing.adapters import Adapter, LinearMap, adapter_of, as_linear_map, can_have_affine
+from gemel.sharing.affine import Affine, affine_bytes, affine_of
 from gemel.sharing.groups import Configuration, Group
 from gemel.sharing.signatures import find_layers
 
@@ -40,6 +43,7 @@ WIDE, ROWS_PER_IMAGE = 1024, 16
 # Rows of a grouped convolution, per input and at least; there rows are large, and more of them do not improve the fit:
 # 2026-11-25 What a fit matches
 ROWS_PER_INPUT, MIN_ROWS = 4, 512
+AFFINE_SHARE = 0.125  # of a layer's bytes, what the scale and bias of a task may take; as an adapter's budget
 # Limits of memory
 MAX_SYSTEM = 5000  # unknowns of the largest system that is solved
 MAX_ROWS_BYTES = 1 << 30  # of the rows that are held at a time
@@ -91,8 +95,9 @@ def fit_least_squares(
     present weights, and ridge is in units of the mean squared input (less of it where there are many rows).
     Where each task normalises the layer's outputs itself, their means and scales are free: X_t and Y_t are centred,
     every channel of Y_t is brought to the same scale in all tasks and weighted by the square of its gain in the task's
-    normalisation; then the gains of channels with a large error are lowered. Adapters are fitted to what the shared
-    weights leave over.
+    normalisation; then the gains of channels with a large error are lowered. Where each task has a private scale and
+    bias, these are fitted with the shared weights; the errors are then those of centred rows. Adapters are fitted to
+    what the shared weights leave over.
 
     models: tied already. images: batches per task, without labels. There are more stages than settings.num_stages where
     the rows would exceed MAX_ROWS_BYTES. after_stage(stage) is called after each stage; the statistics of batch
@@ -219,14 +224,21 @@ def fit_group(
     layer = linear_map_at(models[group.occurrences[0].task], group.occurrences[0].layer)
     start = matrix_of(layer)
     ridge = ridge * _share_of_ridge(list(sampled.values()), num_images)
-    change, ridge = solve_weighted(list(sampled.values()), start, _shares(weights), ridge)
-    shared = start + change
+    affines = {} if norms else affines_of(models, group)
+    if affines:
+        shared, scales, ridge = solve_with_scales(list(sampled.values()), start, weights, ridge)
+        fitted = {task: shared * scale.unsqueeze(1) for task, scale in zip(sampled, scales, strict=True)}
+    else:
+        change, ridge = solve_weighted(list(sampled.values()), start, shares_of(weights), ridge)
+        shared = start + change
+        fitted = dict.fromkeys(sampled, shared)
     set_matrix(layer, shared)
-    fitted = dict.fromkeys(sampled, shared)
     for o in group.occurrences:
         adapter = adapter_of(models[o.task].get_submodule(o.layer))
         if adapter is not None:
-            fitted[o.task] = shared + _fit_adapter(adapter, sampled[o.task], shared, ridge)
+            fitted[o.task] = fitted[o.task] + _fit_adapter(adapter, sampled[o.task], fitted[o.task], ridge)
+    for (task, affine), scale in zip(affines.items(), scales if affines else (), strict=True):
+        _set_affine(affine, scale, sampled[task], fitted[task])
     for task, norm in norms.items():
         if norm.affine:
             _lower_gains(norm, sampled[task], fitted[task])
@@ -234,8 +246,37 @@ def fit_group(
 
 
 def sums_of(models: Models, group: Group, rows: Rows) -> Moments:
-    """The sums that `fit_group` needs of the rows of one task: centred where every task normalises the outputs."""
-    return moments_of(rows.centred() if normalisations(models, group) else rows)
+    """The sums that `fit_group` needs of the rows of one task: centred where the means of the outputs are free, since
+    every task normalises them or has a private bias."""
+    if normalisations(models, group):
+        return moments_of(rows.centred())
+    affines = affines_of(models, group).values()
+    if affines and all(affine.bias is not None for affine in affines):
+        return moments_of(rows.centred())._replace(means=rows.means())
+    return moments_of(rows)
+
+
+def affines_of(models: Models, group: Group) -> dict[str, Affine]:
+    """Task -> the private scale and bias of its layer; empty unless every task has them."""
+    found = {o.task: affine_of(models[o.task].get_submodule(o.layer)) for o in group.occurrences}
+    affines = {task: affine for task, affine in found.items() if affine is not None}
+    return affines if len(affines) == len(found) else {}
+
+
+def with_affine(models: Models, group: Group) -> Group:
+    """The group with a private scale and bias for each task; as it is, where that is of no use.
+
+    Of use for linear layers and convolutions, unless every task has batch normalisation right behind them, which has a
+    scale and a bias of the task already, or the two vectors take more than AFFINE_SHARE of the layer's bytes.
+    """
+    layers = [models[o.task].get_submodule(o.layer) for o in group.occurrences]
+    if not all(map(can_have_affine, layers)):
+        return group
+    behind = [module_behind(models[o.task], o.layer) for o in group.occurrences]
+    if normalisations(models, group) or all(module is not None and is_frozen(module) for module in behind):
+        return group
+    size = affine_bytes(as_linear_map(layers[0]))
+    return replace(group, affine_bytes=size) if size <= AFFINE_SHARE * group.bytes else group
 
 
 def normalisations(models: Models, group: Group) -> dict[str, _BatchNorm]:
@@ -272,6 +313,15 @@ def _fit_adapter(adapter: Adapter, sums: Moments, shared: Tensor, ridge: float) 
     return matrix @ directions @ directions.mT
 
 
+@torch.no_grad()
+def _set_affine(affine: Affine, scale: Tensor, sums: Moments, matrix: Tensor) -> None:
+    """Writes a scale [groups, o], and the bias with which x @ matrix has the means of y."""
+    affine.scale.copy_(scale.reshape(-1))
+    if affine.bias is not None:
+        assert sums.means is not None, "sums_of keeps the means where there is a bias"
+        affine.bias.copy_((sums.means.y - sums.means.x @ matrix).reshape(-1))
+
+
 def _on_common_scale(
     sampled: Mapping[str, Moments], norms: Mapping[str, _BatchNorm], counts: Mapping[str, float]
 ) -> tuple[dict[str, Moments], Tensor]:
@@ -287,7 +337,7 @@ def _on_common_scale(
     weights = torch.stack(gains).square()
     weights = weights / weights.sum((1, 2), keepdim=True).clamp_min(1e-12)
     weights = weights * weights.new_tensor([counts[task] for task in sampled]).view(-1, 1, 1)
-    factors = (_shares(weights) * deviations).sum(0) / deviations
+    factors = (shares_of(weights) * deviations).sum(0) / deviations
     return {task: s.scaled(factor) for (task, s), factor in zip(sampled.items(), factors, strict=True)}, weights
 
 
@@ -295,12 +345,6 @@ def _relative_to(sums: Moments) -> Tensor:
     """The weight [groups, o] that makes the squared error relative to the mean square of all outputs."""
     mean = sums.yy.mean() / sums.num_rows
     return (1 / mean.clamp_min(1e-12)).expand_as(sums.yy)
-
-
-def _shares(weights: Tensor) -> Tensor:
-    """The weights [tasks, groups, o] scaled so that the sum over the tasks is 1 in every channel."""
-    weights = weights.clamp_min(1e-9 * weights.amax())
-    return weights / weights.sum(0, keepdim=True)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ class Moments(NamedTuple):
     yy: Tensor  # [groups, o]: sums of squares of y
     xx: Tensor | None  # [groups, d, d]: x'x; None: the rows are kept
     rows: Rows | None  # None: x'x is kept
+    means: Rows | None = None  # single rows; of what the rows were before they were centred, where that matters
 
     def gram(self) -> Tensor:
         """x'x [groups, d, d]."""
@@ -41,7 +42,8 @@ class Moments(NamedTuple):
         """The moments with every output multiplied by a factor [groups, o]."""
         factors = factors.unsqueeze(1)
         rows = self.rows and Rows(self.rows.x, self.rows.y * factors)
-        return self._replace(xy=self.xy * factors, yy=self.yy * factors.squeeze(1).square(), rows=rows)
+        means = self.means and Rows(self.means.x, self.means.y * factors)
+        return self._replace(xy=self.xy * factors, yy=self.yy * factors.squeeze(1).square(), rows=rows, means=means)
 
     @property
     def is_finite(self) -> bool:

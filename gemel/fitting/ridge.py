@@ -8,6 +8,9 @@ from torch import Tensor
 from gemel.fitting.moments import Moments
 
 ITERATIONS = 3  # of conjugate gradients; 8 gave the same accuracies (benchmarks/LOG.md, 2026-11-25 What a fit matches)
+# Of alternating least squares, and the limits of a scale: benchmarks/LOG.md, 2026-11-26 Private scale and bias
+ROUNDS = 3
+LEAST_SCALE, LARGEST_SCALE = 0.1, 10.0
 
 
 def solve_ridge(x: Tensor, residual: Tensor, ridge: float) -> tuple[Tensor, float]:
@@ -50,6 +53,37 @@ def solve_weighted(sums: list[Moments], start: Tensor, weights: Tensor, ridge: f
         return sum(parts, ridge * scale * change)
 
     return _conjugate_gradients(apply, target, factor), ridge
+
+
+def solve_with_scales(
+    sums: list[Moments], start: Tensor, weights: Tensor, ridge: float
+) -> tuple[Tensor, Tensor, float]:
+    """(W, scales, ridge used) of alternating least squares: every column W_c [groups, d, o] and every scale of a task
+    and a column, scales [tasks, groups, o], minimise sum_t weights[t, c] ||scales[t, c] x_t W_c - y_tc||^2 / n_t + the
+    ridge on W - start.
+
+    As `solve_weighted`, in ROUNDS rounds from scales of 1; weights: in any unit.
+    """
+    scales = torch.ones_like(weights)
+    shared = start
+    for _ in range(ROUNDS):
+        scaled = [s.scaled(1 / scale) for s, scale in zip(sums, scales, strict=True)]
+        change, ridge = solve_weighted(scaled, start, shares_of(weights * scales.square()), ridge)
+        shared = start + change
+        scales = torch.stack([_best_scale(s, shared) for s in sums])
+    return shared, scales, ridge
+
+
+def _best_scale(sums: Moments, matrix: Tensor) -> Tensor:
+    """[groups, o]: the scale of each output of x @ matrix, within the limits, with which it is nearest to y."""
+    squares = (matrix * sums.product(matrix)).sum(1)
+    return ((matrix * sums.xy).sum(1) / squares.clamp_min(1e-12)).clamp(LEAST_SCALE, LARGEST_SCALE)
+
+
+def shares_of(weights: Tensor) -> Tensor:
+    """The weights [tasks, groups, o] scaled so that the sum over the tasks is 1 in every channel."""
+    weights = weights.clamp_min(1e-9 * weights.amax())
+    return weights / weights.sum(0, keepdim=True)
 
 
 def _mean_system(sums: list[Moments], means: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ matrix. Groups are those of a grouped convolution (1 for a dense or linear layer
 last column of X is then 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from gemel.forward.batches import Batch, run
 from gemel.forward.hooks import hooked
-from gemel.sharing.adapters import KINDS, Adapter, LinearMap, as_linear_map, own_modules
+from gemel.sharing.adapters import KINDS, LinearMap, as_linear_map, is_addition, own_modules
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -30,7 +30,12 @@ class Rows(NamedTuple):
 
     def centred(self) -> "Rows":
         """Without the mean of each column, which a normalisation after the layer removes."""
-        return Rows(self.x - self.x.mean(1, keepdim=True), self.y - self.y.mean(1, keepdim=True))
+        means = self.means()
+        return Rows(self.x - means.x, self.y - means.y)
+
+    def means(self) -> "Rows":
+        """The mean of each column, as a single row."""
+        return Rows(self.x.mean(1, keepdim=True), self.y.mean(1, keepdim=True))
 
 
 def is_linear_map(layer: nn.Module) -> TypeGuard[LinearMap]:
@@ -43,13 +48,17 @@ def normalisation_behind(model: nn.Module, name: str) -> _BatchNorm | None:
 
     Found by the order of registration, which is the order of computation in the blocks of every torchvision model.
     """
-    leaves = (pair for pair in own_modules(model) if all(isinstance(child, Adapter) for child in pair[1].children()))
-    layer = next(module for other, module in leaves if other == name)
-    _, module = next(leaves, ("", None))
+    module = module_behind(model, name)
     if not isinstance(module, _BatchNorm):
         return None
-    width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    return module if module.num_features == width else None
+    return module if module.num_features == output_width(linear_map_at(model, name)) else None
+
+
+def module_behind(model: nn.Module, name: str) -> nn.Module | None:
+    """The module without children that is registered next after a layer, or None."""
+    leaves = (pair for pair in own_modules(model) if all(map(is_addition, pair[1].children())))
+    next(pair for pair in leaves if pair[0] == name)
+    return next(leaves, ("", None))[1]
 
 
 def linear_map_at(model: nn.Module, name: str) -> LinearMap:
@@ -140,6 +149,7 @@ class Sample(NamedTuple):
     input_shape: torch.Size
     output_shape: torch.Size
     y: Tensor  # [groups, n, o]
+    x: Tensor | None = None  # [groups, n, d], where it was asked for
 
 
 Samples = dict[str, list[Sample]]  # layer -> one sample of each call
@@ -148,10 +158,17 @@ Samples = dict[str, list[Sample]]  # layer -> one sample of each call
 Generators = torch.Generator | Mapping[str, torch.Generator]  # one for all layers, or one for each
 
 
-def sample_outputs(model: nn.Module, quotas: Mapping[str, int], images: Batch, generator: Generators) -> Samples:
+def sample_outputs(
+    model: nn.Module,
+    quotas: Mapping[str, int],
+    images: Batch,
+    generator: Generators,
+    takes_inputs: Callable[[int, Tensor], bool] = lambda call, inputs: False,
+) -> Samples:
     """Runs the model once and samples about quotas[layer] output positions per layer, over all its calls together.
 
-    A layer whose forward is never called (attention reads the parameters of its layers) is left out.
+    takes_inputs: whether the inputs at these positions are taken as well, by the number of the call and its input. A
+    layer whose forward is never called (attention reads the parameters of its layers) is left out.
     """
     samples: Samples = {}
 
@@ -160,8 +177,10 @@ def sample_outputs(model: nn.Module, quotas: Mapping[str, int], images: Batch, g
         source = generator if isinstance(generator, torch.Generator) else generator[name]
         drawn = torch.randint(total, (quota,), generator=source) if total > quota else torch.arange(total)
         picked = drawn.to(outputs.device)
-        sample = Sample(picked, inputs[0].shape, outputs.shape, output_rows(layer, outputs, picked))
-        samples.setdefault(name, []).append(sample)
+        calls = samples.setdefault(name, [])
+        has_inputs = takes_inputs(len(calls), inputs[0])
+        x = input_rows(layer, inputs[0], outputs.shape, picked) if has_inputs else None
+        calls.append(Sample(picked, inputs[0].shape, outputs.shape, output_rows(layer, outputs, picked), x))
 
     with hooked(model, quotas, record):
         run(model, images)
@@ -211,11 +230,15 @@ def collect_rows(
     parts: dict[str, list[Rows]] = {name: [] for name in quotas}
     for batch in batches:
         shares = {name: -(-quota * len(batch) // total) for name, quota in quotas.items()}
-        samples = sample_outputs(teacher, shares, batch, generator)
-        common = {n: calls for n, calls in samples.items() if not of_regions(calls, batch)}
-        x = sample_inputs(student, common, batch) if student is not None else {}
-        if missing := {name: calls for name, calls in samples.items() if name not in x}:
-            x |= sample_inputs(teacher, missing, batch)
+        if student is None:
+            samples = sample_outputs(teacher, shares, batch, generator, lambda call, inputs: True)
+            x = {name: torch.cat([s.x for s in calls if s.x is not None], 1) for name, calls in samples.items()}
+        else:
+            samples = sample_outputs(teacher, shares, batch, generator)
+            common = {n: calls for n, calls in samples.items() if not of_regions(calls, batch)}
+            x = sample_inputs(student, common, batch)
+            if missing := {name: calls for name, calls in samples.items() if name not in x}:
+                x |= sample_inputs(teacher, missing, batch)
         for name, calls in samples.items():
             parts[name].append(Rows(x[name], torch.cat([sample.y for sample in calls], 1)))
     return {
@@ -229,7 +252,10 @@ def _thinned(calls: list[Sample], quota: int) -> list[Sample]:
         return calls
     totals = [sample.output_shape.numel() for sample in calls]
     keep = [-(-quota * total // sum(totals)) for total in totals]
-    return [s._replace(picked=s.picked[:n], y=s.y[:, :n]) for s, n in zip(calls, keep, strict=True)]
+    return [
+        s._replace(picked=s.picked[:n], y=s.y[:, :n], x=None if s.x is None else s.x[:, :n])
+        for s, n in zip(calls, keep, strict=True)
+    ]
 
 
 def _batched(layer: _ConvNd, tensor: Tensor) -> Tensor:

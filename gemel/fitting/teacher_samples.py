@@ -17,7 +17,6 @@ from gemel.fitting.rows import (
     is_linear_map,
     linear_map_at,
     of_regions,
-    sample_inputs,
     sample_outputs,
     shape_of,
 )
@@ -178,6 +177,9 @@ class TeacherSampler:
         def note(name: str, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             norms[number].setdefault(name, []).append(channel_moments(inputs[0]))
 
+        def takes_inputs(call: int, inputs: Tensor) -> bool:
+            return call > 0 or len(inputs) != len(batch)  # of later calls, and on regions
+
         generators = {name: generator_of(self.seed, task, name) for name in layers}
         teacher = self.teachers[task]
         for number in range(max(own.num_batches for own in layers.values())):
@@ -186,26 +188,22 @@ class TeacherSampler:
             shares = {name: -(-quota_of[name] * len(batch) // own.num_images) for name, own in present.items()}
             norms[number] = {}
             with hooked(teacher, batch_norms(teacher), note, before=True):
-                samples = sample_outputs(teacher, shares, batch, generators)
+                samples = sample_outputs(teacher, shares, batch, generators, takes_inputs)
             for name, own in present.items():
                 own.calls.append([self._kept(sample) for sample in samples.get(name, [])])
-            self._add_inputs(teacher, layers, samples, batch, number)
+            self._add_inputs(layers, samples, batch, number)
 
     def _kept(self, sample: Sample) -> StoredSample:
         return StoredSample(sample.picked, sample.input_shape, sample.output_shape, self.store.put(sample.y))
 
-    def _add_inputs(
-        self, teacher: nn.Module, layers: Mapping[str, LayerSamples], samples: Samples, batch: Batch, number: int
-    ) -> None:
+    def _add_inputs(self, layers: Mapping[str, LayerSamples], samples: Samples, batch: Batch, number: int) -> None:
         """Keeps the teacher's inputs of layers on regions, and of all calls of a layer but the first."""
-        regions = {name: calls for name, calls in samples.items() if of_regions(calls, batch)}
-        repeated = {name: calls for name, calls in samples.items() if len(calls) > 1 and name not in regions}
-        inputs = sample_inputs(teacher, regions | repeated, batch) if regions or repeated else {}
-        for name, rows in inputs.items():
-            if name in regions:
-                layers[name].inputs[number] = self.store.put(rows)
-            else:
-                layers[name].later_inputs[number] = self.store.put(rows[:, len(repeated[name][0].picked) :])
+        for name, calls in samples.items():
+            rows = [call.x for call in calls if call.x is not None]
+            if of_regions(calls, batch) and len(rows) == len(calls):
+                layers[name].inputs[number] = self.store.put(torch.cat(rows, 1))
+            elif rows:
+                layers[name].later_inputs[number] = self.store.put(torch.cat(rows[len(rows) - len(calls) + 1 :], 1))
 
     def _layers(self, groups: Configuration) -> dict[str, list[str]]:
         tasks = dict.fromkeys(task for group in groups for task in group.tasks)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from tabulate import tabulate
 
 from gemel.forward.modes import Models
+from gemel.results_store.points import points_of
 from gemel.sharing.groups import Configuration, saved_bytes
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.signatures import find_layers
@@ -112,15 +113,51 @@ def _verdict(row: Mapping) -> str:
     return "kept" if len(kept_for) == len(row["trained"]) else f"kept for {len(kept_for)}"
 
 
-def closing_report(manifest: Mapping, per_class: bool) -> str:
-    """The closing table, every class where asked for, and whether the search is over."""
+def closing_report(manifest: Mapping, per_class: bool, goal: int | None = None) -> str:
+    """The closing table, every class where asked for, how the memory goal (bytes) fared, whether the search is over."""
     parts = [closing_table(manifest), *([per_class_table(manifest)] if per_class else [])]
-    over = (
-        ""
-        if manifest["run"]["finished"]
-        else "\nthe time is over before everything was tried: the same command resumes"
+    over = "the time is over before everything was tried: the same command resumes"
+    lines = [] if goal is None else [goal_report(manifest, goal)]
+    if not manifest["run"]["finished"]:
+        lines.append("without --memory the same command saves more" if lines and fits(manifest, goal) else over)
+    return "\n".join(["\n\n".join(parts), *lines])
+
+
+def fits(manifest: Mapping, goal: int | None) -> bool:
+    """Whether the merged workload takes no more than so many bytes; without a goal it always fits."""
+    return goal is None or manifest["memory"]["merged_bytes"] <= goal
+
+
+def goal_report(manifest: Mapping, goal: int) -> str:
+    """Whether the goal (bytes) is reached; if not, what it would take, or the trial that came nearest."""
+    memory, run = manifest["memory"], manifest["run"]
+    if fits(manifest, goal):
+        untouched = " without sharing anything" if not memory["saved_bytes"] else ""
+        return f"it fits{untouched}: {mib(memory['merged_bytes'])} of {mib(goal)}"
+    missed = f"it does NOT fit: {mib(memory['merged_bytes'])} of {mib(goal)}"
+    of_goal = run.get("goal") if (run.get("goal") or {}).get("bytes") == goal else None
+    if of_goal and of_goal["would_take"]:
+        return f"{missed}\n{_would_take(of_goal['would_take'])}"
+    points = [point for point in points_of(manifest) if point["bytes"] <= goal]
+    if not points:
+        return f"{missed}\nno trial that would fit was made; --fresh searches for this goal from the start"
+    near = max(points, key=lambda point: point["worst_accuracy_of_target"])
+    worst, target = near["worst_task"], manifest["tasks"][near["worst_task"]]["target_acc"]
+    return (
+        f"{missed}\nnearest was round {near['round']}: {mib(near['bytes'])}, with {worst} at about "
+        f"{near['accuracies'][worst]:.3f} of its target {target:.3f}"
     )
-    return "\n\n".join(parts) + over
+
+
+def _would_take(needed: Mapping) -> str:
+    """Tolerances with which a search from the start fits: its first trials do not depend on them."""
+    each = [
+        f"a tolerance of {tolerance:g} for {name} (it then reaches {needed['accuracy'][name]:.3f}; its target now is "
+        f"{needed['target'][name]:.3f})"
+        for name, tolerance in needed["tolerance"].items()
+    ]
+    enough = f"tried, and {mib(needed['bytes'])} are then enough (--fresh, or another --results)"
+    return f"without training it would take {' and '.join(each)}: {enough}"
 
 
 def closing_table(manifest: Mapping) -> str:

@@ -6,16 +6,25 @@ import re
 from gemel.environment import DEVICES
 from gemel.strategies import STRATEGIES
 
+UNITS = ("", "K", "M", "G")  # powers of 1024 with an i, else of 1000
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Merge vision models so that a workload fits one box.")
+    parser = argparse.ArgumentParser(
+        description="Merge vision models so that a workload fits one box.",
+        epilog="Exit codes: 0 done; 1 the result does not fit --memory, or another failure; 2 the input is wrong; "
+        "130 interrupted.",
+    )
     parser.add_argument("--workload", metavar="FILE.py", help="a file with create_model_dict(); default: this script's")
     parser.add_argument("--datasets", metavar="DIR", help="default: ../dataset_formation/datasets beside the script")
     parser.add_argument("--results", metavar="DIR", default="results", help="results folder (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, help="target accuracy as a share of the unmerged (default: 0.95)")
     parser.add_argument("--strategy", choices=sorted(STRATEGIES), default="adaptive", help="default: %(default)s")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="default: %(default)s")
-    parser.add_argument("--time-budget", type=parse_duration, metavar="TIME", help="such as 90s, 30m or 2h")
+    duration_help = "such as 90s, 30m or 2h; counts from after the models are loaded (and prepared)"
+    parser.add_argument("--time-budget", type=parse_duration, metavar="TIME", help=duration_help)
+    parser.add_argument("--memory", type=parse_size, metavar="SIZE", help="such as 600MiB: stop once parameters fit it")
+    parser.add_argument("--pareto", metavar="FILE.json", help="write what was measured: memory against worst accuracy")
     parser.add_argument("--per-class", action="store_true", help="also say how every class fares")
     parser.add_argument("--fresh", action="store_true", help="start anew; an earlier result is kept aside")
     parser.add_argument("--plan", action="store_true", help="print what could be saved; train nothing")
@@ -29,3 +38,12 @@ def parse_duration(text: str) -> float:
     if not match or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a duration such as 90s, 30m or 2h")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 600MiB, 1.5GiB, 800MB or 1000000 (bytes), rounded down."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMG])(i?)B|B)?", text.strip())
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** UNITS.index(match[2] or "")) if match else 0
+    if not size:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a size such as 600MiB, 1.5GiB, 800MB or 1000000")
+    return size

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from gemel.datasets.loaders import TaskData, plain_images
+from gemel.datasets.loaders import MAX_PLAIN_IMAGES, TaskData, plain_images
 from gemel.forward.batches import Batch
 from gemel.merging.fit_samples import FitSamples, memory_of_fits
 from gemel.sharing.groups import Configuration
@@ -27,21 +27,41 @@ class ImageSampler:
         self.tasks, self.data, self.seed, self.device = tasks, data, seed, device
         self.of_fits = FitSamples(self._of_fit, memory_of_fits(device, fit_memory), len(tasks), seed)
 
-    def of_groups(self, configuration: Configuration, num_pixels: int, *purpose: object) -> dict[str, list[Batch]]:
+    def of_groups(
+        self, configuration: Configuration, num_pixels: int, *purpose: object, max_images: int = MAX_PLAIN_IMAGES
+    ) -> dict[str, list[Batch]]:
         """Batches of images of every task in the configuration, as many as have about `num_pixels` pixels."""
-        return self.of_tasks((task for group in configuration for task in group.tasks), num_pixels, *purpose)
+        names = (task for group in configuration for task in group.tasks)
+        return self.of_tasks(names, num_pixels, *purpose, max_images=max_images)
 
-    def of_tasks(self, names: Iterable[str], num_pixels: int, *purpose: object) -> dict[str, list[Batch]]:
+    def of_tasks(
+        self, names: Iterable[str], num_pixels: int, *purpose: object, max_images: int = MAX_PLAIN_IMAGES
+    ) -> dict[str, list[Batch]]:
         """The same of the named tasks; a detector gets its share of the pixels."""
-        return {name: self._draw(name, num_pixels, *purpose) for name in dict.fromkeys(names)}
+        return {name: self._draw(name, num_pixels, *purpose, max_images=max_images) for name in dict.fromkeys(names)}
 
     def _of_fit(self, name: str, num_pixels: int, max_batch: float) -> list[Batch]:
         return self._draw(name, num_pixels, "fit", max_batch=max_batch)
 
-    def _draw(self, name: str, num_pixels: int, *purpose: object, max_batch: float = math.inf) -> list[Batch]:
+    def _draw(
+        self,
+        name: str,
+        num_pixels: int,
+        *purpose: object,
+        max_batch: float = math.inf,
+        max_images: int = MAX_PLAIN_IMAGES,
+    ) -> list[Batch]:
         together = FIT_PIXELS if self.device.type == "cuda" else 0  # small batches leave a GPU waiting for kernels
         data, num_pixels = self.data[name], self._share_of(name, num_pixels)
-        return plain_images(data, num_pixels, self.seed, *purpose, batch_pixels=together, max_batch=max_batch)
+        return plain_images(
+            data,
+            num_pixels,
+            self.seed,
+            *purpose,
+            batch_pixels=together,
+            max_batch=max_batch,
+            max_images=max_images,
+        )
 
     def first_of(self, name: str, count: int, *purpose: object) -> torch.Tensor:
         """The first images [N, C, H, W] of a classifier's sample, on the device."""

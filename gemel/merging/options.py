@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from gemel.alignment.align import METHODS as ALIGNMENTS
@@ -51,6 +52,8 @@ class MergeOptions:
     tolerance: a task's target is tolerance x unmerged_acc (default 0.95; a task's own entry wins).
     device: a name of gemel.environment.DEVICES; auto takes CUDA where there is one.
     time_budget: seconds after which no new round begins and the one in flight is put off.
+    memory: bytes of the merged workload's parameters at which the search is over; without it everything is tried.
+    pareto: a .json file that the points of memory against accuracy are written to.
     fresh: start anew although the folder holds a result, which is kept aside.
     per_class: every task is also judged class by class.
     initial_weights: of a tied layer: "least_squares", "mean", "similar" or "first".
@@ -73,6 +76,8 @@ class MergeOptions:
     tolerance: float | None = None
     device: str = "auto"
     time_budget: float | None = None
+    memory: int | None = None
+    pareto: str | Path | None = None
     fresh: bool = False
     per_class: bool = False
     seed: int = 0
@@ -149,6 +154,8 @@ def _problems(given: Mapping[str, Any]) -> list[Problem]:
         ),
         "seed": (lambda v: isinstance(v, int) and v >= 0, "a whole number from 0 on"),
         "time_budget": (lambda v: v is None or (_is_number(v) and v > 0), "seconds, more than 0"),
+        "memory": (lambda v: v is None or (type(v) is int and v > 0), "None or bytes, a whole number from 1 on"),
+        "pareto": (_can_be_written, "None or the name of a .json file in a folder that exists"),
         "cache_bytes": (lambda v: type(v) is int and v >= 0, "a whole number from 0 on"),
         "fit_memory": (
             lambda v: v is None or (type(v) is int and v >= LEAST_FIT_MEMORY),
@@ -193,6 +200,12 @@ def _training_rule(key: str, default: object) -> tuple[Callable[[Any], bool], st
     if key.endswith("_weight") or key == "private_epochs":
         return lambda v: _is_number(v) and v >= 0, "a number of at least 0"
     return lambda v: _is_number(v) and v > 0, "a number greater than 0"
+
+
+def _can_be_written(file: object) -> bool:
+    if file is None:
+        return True
+    return isinstance(file, str | Path) and Path(file).suffix == ".json" and Path(file).absolute().parent.is_dir()
 
 
 def _problem(key: str, got: object, allowed: str) -> Problem:

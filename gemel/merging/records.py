@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from gemel.environment.clock import Clock
 from gemel.fitting.batch_norm import is_frozen
 from gemel.merging.evaluator import Evaluator
+from gemel.merging.goal import goal_part
 from gemel.merging.options import LEAST_SQUARES, MergeOptions
 from gemel.merging.state import MergeState
 from gemel.sharing.groups import Configuration, saved_bytes, to_plain
@@ -25,6 +26,7 @@ class RunRecord:
     rounds: list[dict] = field(default_factory=list)
     history: list[dict] = field(default_factory=list)  # one entry per kept round
     finished: bool = False  # whether everything was tried
+    would_take: dict | None = None  # what the memory goal would take (GoalReplay); {}: not found; None: not looked for
 
     @property
     def optimal_saved_bytes(self) -> int:
@@ -63,6 +65,7 @@ class RunRecord:
             "kept_for": sorted(kept_for),
             "reason": outcome.reason,
             "saved_bytes": saved_bytes(kept),
+            "trial_saved_bytes": saved_bytes(proposal),
             "optimal_saved_bytes": self.optimal_saved_bytes,
             "steps": outcome.steps,
             "samples": outcome.samples,
@@ -89,14 +92,6 @@ class RunRecord:
         """Continues the record of an earlier run; run: that part of its manifest."""
         self.rounds, self.history = run["rounds"], run["history"]
 
-    def statistics(self, unmerged_bytes: int) -> dict:
-        """workload_stats.json."""
-        return {
-            "total_bytes": unmerged_bytes,
-            "optimal_saved_bytes": self.optimal_saved_bytes,
-            "history": self.history,
-        }
-
 
 def run_part(
     record: RunRecord,
@@ -114,6 +109,7 @@ def run_part(
         "seconds": clock.seconds,
         "cpu_seconds": clock.cpu_seconds,
         "finished": record.finished,
+        "goal": goal_part(options.memory, record.would_take, state.unmerged_bytes - saved_bytes(state.kept)),
         "groups": to_plain(record.groups),
         "strategy_state": strategy.state(),
         "accuracy": evaluator.state(),
@@ -131,7 +127,7 @@ def task_parts(evaluator: Evaluator, state: MergeState, options: MergeOptions) -
             "task": task.kind,
             "class_names": list(evaluator.data[name].class_names) or None,
             "frozen_normalisation": _frozen_normalisation(name, state, options),
-            "architecture": architecture_of(task.model),
+            "architecture": architecture_of(state.unmerged[name]),  # task.model may have adapters by now
             "permuted": name in state.order.applied,
             "unmerged_acc": task.unmerged_acc,
             "measured_unmerged_acc": evaluator.accuracy[name].unmerged,

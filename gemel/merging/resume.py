@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from gemel.fitting.least_squares import with_affine
 from gemel.merging.fingerprint import differences
+from gemel.merging.options import LEAST_SQUARES, MergeOptions
 from gemel.results_store.files import ResultsError
 from gemel.results_store.manifest import has_results, read_manifest
 from gemel.results_store.write import repair
@@ -46,7 +49,13 @@ def set_aside(results_path: Path) -> Path:
     raise RuntimeError(f"{results_path}: there are too many earlier results beside it")
 
 
-def new_strategy(name: str, models: Mapping, groups: Configuration, adapter_budget: float) -> Strategy:
-    """A strategy that has tried nothing yet."""
-    given = {"adapter_budget": adapter_budget} if adapter_budget else {}
-    return strategy_class(name)(models, **given, **({} if name == STEM else {"groups": groups}))
+def new_strategy(options: MergeOptions, models: Mapping, groups: Configuration) -> Strategy:
+    """A strategy that has tried nothing yet.
+
+    Where weights are fitted, a layer without normalisation behind it gets a private scale and bias (with_affine).
+    """
+    given: dict[str, Any] = {"adapter_budget": options.adapter_budget} if options.adapter_budget else {}
+    if options.strategy != STEM:  # it finds its own groups
+        fits = options.initial_weights == LEAST_SQUARES
+        given["groups"] = tuple(with_affine(models, group) for group in groups) if fits else groups
+    return strategy_class(options.strategy)(models, **given)

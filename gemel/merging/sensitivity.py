@@ -20,10 +20,11 @@ def sensitivity_if_all_were_tied(
 ) -> tuple[Sensitivity, Sensitivity]:
     """(error at the outputs of the model, misfit of the layer) of every group and task if the weights were fitted.
 
-    The models stay as they are.
+    Errors are relative to the variance of the outputs, and larger ones than that count as much. The models stay as they
+    are.
     """
     limits, purpose = THRESHOLDS.sensitivity, "foresee"
-    drawn = images.of_groups(groups, limits.pixels, purpose)
+    drawn = images.of_groups(groups, limits.pixels, purpose, max_images=limits.images)
     source = generator(images.seed, purpose)
     with _all_tied(state, groups):
         misfit = predict_sensitivity(
@@ -35,7 +36,7 @@ def sensitivity_if_all_were_tied(
         names = [layer.name for layer in find_layers(model)]
         importance[task] = importance_of_layers(model, names, drawn[task], source)
     errors = {
-        (group, o.task): misfit[group, o.task] * importance[o.task].get(o.layer, 1.0)
+        (group, o.task): min(1.0, misfit[group, o.task] * importance[o.task].get(o.layer, 1.0))
         for group in groups
         for o in group.occurrences
     }

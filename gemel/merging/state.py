@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gemel.alignment.align import align, apply_permutations, permutations_of
-from gemel.alignment.permutation import inverse
+from gemel.alignment.permutation import ChannelSpaces, inverse
 from gemel.forward.batches import Batch
 from gemel.forward.modes import state_on_cpu, to_channels_last
 from gemel.results_store.load import load_merged
@@ -32,17 +32,19 @@ class ChannelOrder:
         default_factory=dict
     )  # task -> found by alignment; {}: stays as it is
     applied: set[str] = field(default_factory=set)  # tasks whose live model has that order now
+    spaces: dict[str, ChannelSpaces] = field(default_factory=dict)  # task -> of its model, where they are known
 
     def apply(self, name: str, model: nn.Module) -> None:
         """Brings a live model into the order that alignment found."""
         if name not in self.applied and self.permutations.get(name):
-            apply_permutations(model, self.permutations[name])
+            apply_permutations(model, self.permutations[name], self.spaces.get(name))
             self.applied.add(name)
 
     def revert(self, name: str, model: nn.Module) -> None:
         """Brings a live model back, bit by bit, into the order that it came in."""
         if name in self.applied:
-            apply_permutations(model, {space: inverse(order) for space, order in self.permutations[name].items()})
+            back = {space: inverse(order) for space, order in self.permutations[name].items()}
+            apply_permutations(model, back, self.spaces.get(name))
             self.applied.discard(name)
 
 
@@ -127,6 +129,7 @@ class MergeState:
         aligned = copy.deepcopy(self.unmerged)  # so that an interrupt leaves no model half aligned
         done = align(aligned, groups, images, method=method, seed=seed, fixed=fixed)
         self.unmerged.load_state_dict(aligned.state_dict())
+        self.order.spaces.update(done.found)
         for name, permutations in permutations_of(done).items():
             self.models[name].load_state_dict(self.unmerged[name].state_dict())
             self.order.permutations[name] = permutations
@@ -167,8 +170,8 @@ class MergeState:
         self.kept = self.tied = kept
 
     def fold_adapters(self, names: Iterable[str]) -> None:
-        """Writes adapters of layers that no longer share into the layers' own weights."""
-        adapted = {occurrence for group in self.kept if group.rank for occurrence in group.occurrences}
+        """Writes adapters, scales and biases of layers that no longer share into the layers' own weights."""
+        adapted = {occurrence for group in self.kept if group.private_bytes for occurrence in group.occurrences}
         for name in names:
             for layer, module in list(own_modules(self.models[name])):
                 if (name, layer) not in adapted:

@@ -8,9 +8,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from gemel.results_store.schema import adapter_bytes_of
+from gemel.results_store.schema import adapter_bytes_of, private_bytes_of
 from gemel.results_store.tensors import Entry, Store
-from gemel.sharing.adapters import adapter_part, is_sound, own_part
+from gemel.sharing import affine
+from gemel.sharing.adapters import adapter_part, affine_part, is_sound, own_part
 
 
 def agreement_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -26,7 +27,7 @@ def agreement_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
     if manifest["file_bytes"][manifest["store"]["file"]] != manifest["store"]["bytes"]:
         yield "store: bytes: differ from those in file_bytes"
     memory = manifest["memory"]
-    saved = sum(g["bytes"] * (len(g["occurrences"]) - 1) for g in manifest["shared_layers"]) - _all_adapters(manifest)
+    saved = sum(g["bytes"] * (len(g["occurrences"]) - 1) for g in manifest["shared_layers"]) - _all_private(manifest)
     if not memory["saved_bytes"] == memory["unmerged_bytes"] - memory["merged_bytes"] == saved:
         yield f"memory: saved_bytes: got {memory['saved_bytes']}, but the shared layers save {saved}"
     if memory["saved_bytes"] > memory["optimal_saved_bytes"]:
@@ -41,17 +42,18 @@ def store_problems(manifest: Mapping[str, Any], store: Store) -> Iterator[str]:
         return
     merged = sum(sizes.values())
     unmerged = sum(sum(map(sizes.__getitem__, set(keys.values()))) for keys in manifest["tensors"].values())
-    unmerged -= _all_adapters(manifest)
+    unmerged -= _all_private(manifest)
     for key, found in (("merged_bytes", merged), ("unmerged_bytes", unmerged)):
         if manifest["memory"][key] != found:
             yield f"memory: {key}: got {manifest['memory'][key]}, but the store's tensors make {found}"
     yield from _sharing_problems(manifest, sizes)
     yield from _adapter_problems(manifest, store.entries)
+    yield from _affine_problems(manifest, store.entries)
 
 
-def _all_adapters(manifest: Mapping[str, Any]) -> int:
-    """Bytes of the adapters of all occurrences."""
-    return sum(adapter_bytes_of(group) * len(group["occurrences"]) for group in manifest["shared_layers"])
+def _all_private(manifest: Mapping[str, Any]) -> int:
+    """Bytes of the adapters, scales and biases of all occurrences."""
+    return sum(private_bytes_of(group) * len(group["occurrences"]) for group in manifest["shared_layers"])
 
 
 def _sharing_problems(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[str]:
@@ -94,6 +96,21 @@ def _adapter_problems(manifest: Mapping[str, Any], entries: Mapping[str, Entry])
             found = sum(entry.bytes for entry in adapter.values())
             if not sound or not same_dtype or found != size:
                 yield f"shared_layers[{index}]: {task}: {layer} has no adapter of rank {rank} in {size} bytes"
+
+
+def _affine_problems(manifest: Mapping[str, Any], entries: Mapping[str, Entry]) -> Iterator[str]:
+    """Every occurrence of a shared layer with private scales and biases has them, in tensors of so many bytes."""
+    for index, group in enumerate(manifest["shared_layers"]):
+        size = group.get("affine_bytes", 0)
+        for occurrence in group["occurrences"] if size else ():
+            task, layer = occurrence["task"], occurrence["layer"]
+            keys = manifest["tensors"][task]
+            found = {part: entries[key] for part, key in affine_part(keys, layer).items()}
+            own = {part: entries[key] for part, key in own_part(keys, layer).items()}
+            same_dtype = len({entry.dtype for entry in (*own.values(), *found.values())}) == 1
+            is_as_said = same_dtype and sum(entry.bytes for entry in found.values()) == size
+            if not is_as_said or not affine.is_sound(_shapes(own), _shapes(found)):
+                yield f"shared_layers[{index}]: {task}: {layer} has no private scale and bias in {size} bytes"
 
 
 def _shapes(entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:

@@ -15,9 +15,19 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from gemel.results_store.files import ResultsError, sha256_of
-from gemel.results_store.manifest import adapted_layers, read_result
+from gemel.results_store.manifest import Additions, adapted_layers, read_result
 from gemel.results_store.tensors import Entry, read_tensors
-from gemel.sharing.adapters import ATTRIBUTE, adapter_of, max_rank, own_modules, set_adapter, set_rank
+from gemel.sharing import adapters, affine
+from gemel.sharing.adapters import (
+    adapter_of,
+    can_have_affine,
+    give_affine,
+    max_rank,
+    own_modules,
+    set_adapter,
+    set_rank,
+)
+from gemel.sharing.affine import affine_of, set_affine
 from gemel.sharing.memory import named_tensors
 from model_architectures import rebuild
 
@@ -160,28 +170,35 @@ def _on_meta(value: object) -> object:
     return value.to("meta") if isinstance(value, Tensor) and not isinstance(value, _StandIn) else value
 
 
-# ---- adapters -------------------------------------------------------------------------------------------
+# ---- adapters, private scales and biases ----------------------------------------------------------------
 
 
 def _slots_with_adapters(task: str, model: nn.Module, manifest: Mapping, undo: contextlib.ExitStack) -> "_Slots":
-    """The slots of a model after it was given the adapters that the manifest names, and no others."""
-    slots, ranks = _slots(model), adapted_layers(manifest["shared_layers"], task)
-    if ranks or any(f"{ATTRIBUTE}." in name for name in slots.tensors):
-        _set_adapters(task, model, ranks, undo)
+    """The slots of a model with the adapters, scales and biases that the manifest names, and no others."""
+    slots, wanted = _slots(model), adapted_layers(manifest["shared_layers"], task)
+    attributes = (f"{adapters.ATTRIBUTE}.", f"{affine.ATTRIBUTE}.")
+    if wanted or any(attribute in name for name in slots.tensors for attribute in attributes):
+        _set_additions(task, model, wanted, undo)
         return _slots(model)
     return slots
 
 
-def _set_adapters(task: str, model: nn.Module, ranks: Mapping[str, int], undo: contextlib.ExitStack) -> None:
-    """Gives the model an adapter for each of these layers, and removes all others; `undo` restores those of before."""
+def _set_additions(task: str, model: nn.Module, wanted: Mapping[str, Additions], undo: contextlib.ExitStack) -> None:
+    """Gives the model these adapters, scales and biases, and removes all others; `undo` restores those of before."""
     layers = dict(own_modules(model))
-    for name in ranks:
-        if name not in layers or ranks[name] > max_rank(layers[name]):
-            raise ResultsError(f"{task}: {name} can have no adapter of rank {ranks[name]} in this model")
+    for name, added in wanted.items():
+        if name not in layers or added.rank > max_rank(layers[name]):
+            raise ResultsError(f"{task}: {name} can have no adapter of rank {added.rank} in this model")
+        if added.has_affine and not can_have_affine(layers[name]):
+            raise ResultsError(f"{task}: {name} can have no private scale and bias in this model")
     for name, layer in layers.items():
-        if (before := adapter_of(layer)) is not None or name in ranks:
-            undo.callback(set_adapter, layer, before)
-            set_rank(layer, ranks.get(name, 0))
+        added = wanted.get(name, Additions(0, False))
+        if (adapter := adapter_of(layer)) is not None or added.rank:
+            undo.callback(set_adapter, layer, adapter)
+            set_rank(layer, added.rank)
+        if (before := affine_of(layer)) is not None or added.has_affine:
+            undo.callback(set_affine, layer, before)
+            give_affine(layer, added.has_affine)
 
 
 # ---- fitting and placing --------------------------------------------------------------------------------

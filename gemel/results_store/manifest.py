@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from gemel.results_store.agreement import agreement_problems, store_problems
 from gemel.results_store.files import MANIFEST, ResultsError, naming
@@ -99,10 +99,18 @@ def read_result(path: str | Path) -> tuple[dict[str, Any], Store]:
     return manifest, store
 
 
-def adapted_layers(shared_layers: Iterable[Mapping[str, Any]], task: str) -> dict[str, int]:
-    """The task's shared layers that have an adapter -> its rank."""
-    groups = (group for group in shared_layers if group.get("rank"))
-    return {o["layer"]: group["rank"] for group in groups for o in group["occurrences"] if o["task"] == task}
+class Additions(NamedTuple):
+    """What a task has beside the shared parameters of a layer."""
+
+    rank: int  # of its adapter; 0: none
+    has_affine: bool  # a scale and bias
+
+
+def adapted_layers(shared_layers: Iterable[Mapping[str, Any]], task: str) -> dict[str, Additions]:
+    """The task's shared layers that have an adapter, or a scale and bias -> which."""
+    found = ((group, Additions(group.get("rank", 0), bool(group.get("affine_bytes")))) for group in shared_layers)
+    groups = ((group, added) for group, added in found if any(added))
+    return {o["layer"]: added for group, added in groups for o in group["occurrences"] if o["task"] == task}
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -115,6 +115,7 @@ GROUP = {
     "signature": Rule(lambda value: isinstance(value, str) and value != "", "a text"),
     "bytes": _BYTES,
     "occurrences": Rule(_are_occurrences, "two or more of {task, layer}"),
+    "affine_bytes": Rule(lambda value: _is_count(value) and value > 0, "a number of bytes above 0", required=False),
 }
 MEMORY = dict.fromkeys(("unmerged_bytes", "merged_bytes", "saved_bytes", "optimal_saved_bytes"), _BYTES)
 HISTORY = ("seconds", "round", "saved_bytes", "tasks_met")  # of an entry of run.history
@@ -150,6 +151,11 @@ def entry_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
 def adapter_bytes_of(group: Mapping[str, Any]) -> int:
     """Bytes of the adapter that each occurrence of a shared layer has; 0 if it has none."""
     return next((group[key] for key in ADAPTER_KEYS if key in group), 0)
+
+
+def private_bytes_of(group: Mapping[str, Any]) -> int:
+    """Bytes that each occurrence of a shared layer has beside the shared ones: its adapter, scale and bias."""
+    return adapter_bytes_of(group) + group.get("affine_bytes", 0)
 
 
 def short(value: object) -> str:

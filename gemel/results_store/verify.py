@@ -161,7 +161,7 @@ def _same_tensors(path: Path, manifest: dict, store: Store, task: str, damaged: 
     for key, tensor in stored.items():
         if not _same_bits(state[key], tensor):
             return Check(FAIL, f"{path / name}: {key!r} is not the tensor in the store")
-    folded = f", {len(layers)} layers with their adapters folded in" if layers else ""
+    folded = f", {len(layers)} layers with their adapters, scales and biases folded in" if layers else ""
     return Check(OK, f"{path / name}: {len(stored)} tensors, all as in the store{folded}")
 
 

@@ -1,7 +1,7 @@
 """Writing a results folder: every distinct tensor once, and a manifest that says which model uses which.
 
     merged-<sha>.safetensors   the store; keys are named by content, one key per tensor object
-    weights/<task>.pt          full state dict of every task, plain PyTorch, adapters folded in
+    weights/<task>.pt          full state dict of every task, plain PyTorch, adapters, scales and biases folded in
     workload_stats.json        memory saved over time
     in_flight.pt               the round that is not decided yet, while a run lasts
     merged.json                the manifest, replaced last: a folder without it is not a result
@@ -45,6 +45,7 @@ from gemel.results_store.manifest import (
     read_result,
     seal,
 )
+from gemel.results_store.points import points_of
 from gemel.results_store.schema import NORMALISATION
 from gemel.results_store.tensors import (
     BLOCK_BYTES,
@@ -142,7 +143,7 @@ def _is(file: Path, digest: str) -> bool:
 
 
 def _pt_bytes(keys: Mapping[str, str], tensors: Mapping, layers: Iterable[str]) -> memoryview:
-    """The state dict of one task as torch.save writes it, with the adapters of these layers folded in."""
+    """The task's state dict as torch.save writes it, with adapters, scales and biases of these layers folded in."""
     buffer = io.BytesIO()
     torch.save(plain_state({name: tensors[key] for name, key in keys.items()}, layers), buffer)
     return buffer.getbuffer()
@@ -257,6 +258,7 @@ def statistics_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "total_bytes": memory["unmerged_bytes"],
         "optimal_saved_bytes": memory["optimal_saved_bytes"],
         "history": manifest["run"].get("history", []),
+        "points": points_of(manifest),
     }
 
 

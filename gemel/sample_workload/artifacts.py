@@ -11,7 +11,7 @@ from pathlib import Path
 from gemel.sample_workload.camera import CAMERAS
 from gemel.sample_workload.tasks import ANCESTORS, TASKS, Plan
 
-RECIPE = 1  # increase it when drawing or training changes: files of another recipe are made again
+RECIPE = 2  # increase it when drawing or training changes: files of another recipe are made again
 SEED = 0
 PARTIAL, PARTIAL_SECONDS = ".partial-", 24 * 3600.0  # prefix of unfinished files; age at which they are abandoned
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 CANVAS = 384  # pixels a side in which a scene is drawn; frames and crops are scaled from it
 LAMP_FIRST, LAMP_STEP = 7.0, 14.0  # metres along the road: the first street lamp, and between lamps
-CROSSING, HOUSE_WIDTH = 20.0, 11.0  # metres: position along the road, width of a house front
+CROSSING, HOUSE_WIDTH = 16.0, 11.0  # metres: position along the road, width of a house front
 
 
 class Camera(NamedTuple):
@@ -43,19 +43,19 @@ CAMERAS = {
         across=-4.0,
         height=6.5,
         yaw=7.0,
-        pitch=15.5,
-        focal=1.8,
+        pitch=17.0,
+        focal=2.0,
         road=6.6,
         houses=12.0,
-        first=12.0,
-        last=32.0,
+        first=10.5,
+        last=21.0,
         sun=(-0.35, -0.55, 0.75),
         sun_light=(0.72, 0.68, 0.58),
         sky_light=(0.46, 0.49, 0.54),
         sky=((214, 222, 228), (120, 164, 214)),
         haze=120.0,
         night=False,
-        noise=6.0,
+        noise=5.0,
         blur=0.5,
         quality=(45, 85),
     ),
@@ -64,18 +64,18 @@ CAMERAS = {
         height=4.2,
         yaw=62.0,
         pitch=11.0,
-        focal=1.3,
+        focal=1.6,
         road=4.6,
         houses=8.5,
         first=-3.0,
-        last=24.0,
+        last=18.0,
         sun=(0.25, -0.3, 0.9),
         sun_light=(0.50, 0.40, 0.26),
         sky_light=(0.22, 0.25, 0.34),
         sky=((118, 84, 92), (26, 32, 62)),
         haze=140.0,
         night=True,
-        noise=11.0,
+        noise=6.0,
         blur=0.55,
         quality=(35, 75),
     ),

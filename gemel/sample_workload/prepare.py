@@ -1,6 +1,6 @@
 """Prepares the embedded default workload: draws the missing datasets and trains the missing models.
 
-Takes about two minutes on two cores the first time. Writes below sample_data/:
+Takes about 75 CPU seconds the first time, in two processes. Writes below sample_data/:
 
     datasets/<name>_CL, datasets/<name>_OD      the datasets (layouts: docs/datasets.md)
     weights/<task>.pt, weights/<task>.json      the trained models, and their accuracies on val

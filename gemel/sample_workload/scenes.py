@@ -24,12 +24,12 @@ from gemel.sample_workload.camera import (
     project,
 )
 from gemel.sample_workload.objects import BUILDERS, Face, Limb, Part, street_lamp, tree
-from gemel.sample_workload.renderer import Stroke, render, shade_ground, strokes_of
+from gemel.sample_workload.renderer import Stroke, brightened, render, shade_ground, strokes_of
 
-MIN_SIDES = (12, 24)  # canvas pixels, shorter and longer side: smaller objects are not labelled
-MIN_VISIBLE = 0.35  # share of an object that must be visible for it to be labelled
+MIN_SIDES = (24, 44)  # canvas pixels, shorter and longer side: smaller objects are not labelled
+MIN_VISIBLE = 0.5  # share of an object that must be visible for it to be labelled
 EMPTY = 0.08  # share of scenes without traffic
-SHARES = {"car": 0.26, "motorcycle": 0.24, "person": 0.32, "truck": 0.18}
+SHARES = {"car": 0.22, "motorcycle": 0.22, "person": 0.38, "truck": 0.18}
 FOOTPRINTS = {"car": (5.0, 2.1), "motorcycle": (2.4, 0.9), "person": (0.8, 0.8), "truck": (7.2, 2.5)}  # along, across
 ATTEMPTS = 8  # to find a free place for an object, else it is left out
 
@@ -66,8 +66,7 @@ def draw_scene(camera: Camera, rng: np.random.Generator) -> Scene:
     layers.sort(key=lambda layer: -(axes(camera)[2] @ (layer[0].spot - eye(camera))))
     image, owners, counts = render(camera, image, [strokes for _, strokes in layers])
     gain = rng.uniform(0.75, 1.12) * rng.uniform(0.95, 1.05, 3)  # random exposure and white balance
-    image = Image.fromarray(np.clip(np.asarray(image) * gain, 0, 255).astype(np.uint8))
-    return Scene(camera, image, _visible_objects([one for one, _ in layers], owners, counts))
+    return Scene(camera, brightened(image, gain), _visible_objects([one for one, _ in layers], owners, counts))
 
 
 def frame(scene: Scene, size: int, rng: np.random.Generator) -> bytes:
@@ -78,7 +77,7 @@ def frame(scene: Scene, size: int, rng: np.random.Generator) -> bytes:
 def crop(scene: Scene, item: SceneObject, size: int, rng: np.random.Generator) -> bytes:
     """One object with a margin, roughly centred, as a JPEG of size x size pixels."""
     left, top, right, bottom = item.box
-    side = min(max(right - left, bottom - top) * rng.uniform(1.0, 1.4), CANVAS)
+    side = min(max(right - left, bottom - top) * rng.uniform(1.0, 1.25), CANVAS)
     middle = np.array([left + right, top + bottom]) / 2 + side * rng.normal(0, 0.05, 2)
     x, y = np.clip(middle - side / 2, 0, CANVAS - side)
     box = (x, y, x + side, y + side)
@@ -103,10 +102,11 @@ def _visible_objects(placed: list[_Placed], owners: np.ndarray, counts: list[int
     for number, (one, count) in enumerate(zip(placed, counts, strict=True), start=1):
         if one.kind is None:
             continue
-        rows, columns = np.nonzero(owners == number)
-        if len(rows) < max(1, MIN_VISIBLE * count):
+        visible = owners == number
+        if np.count_nonzero(visible) < max(1, MIN_VISIBLE * count):
             continue
-        box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+        rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
+        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
         shorter, longer = sorted((box[2] - box[0], box[3] - box[1]))
         if shorter >= MIN_SIDES[0] and longer >= MIN_SIDES[1]:
             objects.append(SceneObject(one.kind, box))
@@ -124,7 +124,7 @@ def _background(camera: Camera) -> tuple[Image.Image, list[tuple[_Placed, list[S
 def _traffic(camera: Camera, rng: np.random.Generator) -> list[_Placed]:
     """Random objects in view that do not overlap on the ground."""
     placed: list[_Placed] = []
-    for _ in range(rng.integers(3, 10)):
+    for _ in range(rng.integers(4, 11)):
         kind = str(rng.choice(list(SHARES), p=list(SHARES.values())))
         parts = BUILDERS[kind](rng)
         for _ in range(ATTEMPTS):

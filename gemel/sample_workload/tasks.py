@@ -17,9 +17,9 @@ from model_architectures import build, load_weights
 
 SAMPLE_ROOT = Path(__file__).resolve().parents[2] / "sample_data"
 DATASETS_ROOT = SAMPLE_ROOT / "datasets"
-CROP_SIZE, FRAME_SIZE = 48, 128  # pixels a side
-WIDTH = 32  # channels of the first stage, the same in all models
-SHALLOW, DEEP = (1, 1, 1, 1), (2, 2, 2, 2)
+CROP_SIZE, FRAME_SIZE = 40, 128  # pixels a side
+WIDTH = 24  # channels of the first stage, the same in all models
+SHALLOW, DEEP = (1, 1, 1, 1), (1, 1, 2, 1)
 SPLITS = ("train", "val", "test")
 
 
@@ -40,34 +40,35 @@ class SampleTask(NamedTuple):
 class Plan(NamedTuple):
     """How much is drawn and trained; tuples are for train, val and test."""
 
-    scenes: tuple[int, int, int] = (250, 80, 60)  # per camera, one frame each
-    crops: tuple[int, int, int] = (160, 60, 40)  # at most, per camera and class, cut out of the scenes
+    scenes: tuple[int, int, int] = (240, 70, 25)  # per camera, one frame each
+    crops: tuple[int, int, int] = (240, 60, 20)  # at most, per camera and class, cut out of the scenes
     epochs: float = 1.0  # factor for the epochs of every task
 
 
 PLAN = Plan()
 
 
-def _classifier(cameras: tuple, classes: tuple, layers: tuple, rate: float, parent: str | None) -> SampleTask:
+def _classifier(cameras: tuple, classes: tuple, layers: tuple, epochs: int, parent: str | None) -> SampleTask:
+    rate = 4e-3 if parent else 8e-3
     kwargs = {"layers": layers, "width": WIDTH}
-    return SampleTask(cameras, CLASSIFICATION, classes, "slim_resnet", len(classes), kwargs, 8, rate, parent)
+    return SampleTask(cameras, CLASSIFICATION, classes, "slim_resnet", len(classes), kwargs, epochs, rate, parent)
 
 
 def _detector(cameras: tuple, classes: tuple, epochs: int, parent: str) -> SampleTask:
-    kwargs = {"backbone": "slim_resnet", "layers": SHALLOW, "width": WIDTH, "out_channels": 64, "min_size": FRAME_SIZE}
-    return SampleTask(cameras, DETECTION, classes, "fcos_model", len(classes) + 1, kwargs, epochs, 2e-3, parent)
+    kwargs = {"backbone": "slim_resnet", "layers": SHALLOW, "width": WIDTH, "head_convs": 1, "min_size": FRAME_SIZE}
+    return SampleTask(cameras, DETECTION, classes, "fcos_model", len(classes) + 1, kwargs, epochs, 3e-3, parent)
 
 
 MAIN, ELM, VEHICLES = ("main_2nd",), ("elm_1st",), ("car", "motorcycle", "truck")
 ANCESTORS = {
-    "ancestor_resnet18": _classifier(MAIN + ELM, KINDS, DEEP, 2e-3, None),
-    "ancestor_fcos": _detector(MAIN + ELM, KINDS, 5, "ancestor_resnet18"),
+    "ancestor_resnet12": _classifier(MAIN + ELM, KINDS, DEEP, 5, None),
+    "ancestor_fcos": _detector(MAIN + ELM, KINDS, 2, "ancestor_resnet12"),
 }
 TASKS = {
-    "main_2nd_vehicles_resnet10": _classifier(MAIN, VEHICLES, SHALLOW, 1e-3, "ancestor_resnet18"),
-    "elm_1st_street_resnet18": _classifier(ELM, KINDS, DEEP, 1e-3, "ancestor_resnet18"),
-    "main_2nd_traffic_fcos": _detector(MAIN, KINDS, 9, "ancestor_fcos"),
-    "elm_1st_traffic_fcos": _detector(ELM, KINDS, 9, "ancestor_fcos"),
+    "main_2nd_vehicles_resnet10": _classifier(MAIN, VEHICLES, SHALLOW, 8, "ancestor_resnet12"),
+    "elm_1st_street_resnet12": _classifier(ELM, KINDS, DEEP, 8, "ancestor_resnet12"),
+    "main_2nd_traffic_fcos": _detector(MAIN, KINDS, 4, "ancestor_fcos"),
+    "elm_1st_traffic_fcos": _detector(ELM, KINDS, 4, "ancestor_fcos"),
 }
 
 

@@ -16,7 +16,6 @@ from gemel.environment.seeds import seeded
 from gemel.sample_workload.artifacts import SEED, is_current, recipe_digest, replacement_of
 from gemel.sample_workload.datasets import dataset_folders
 from gemel.sample_workload.tasks import (
-    CROP_SIZE,
     FRAME_SIZE,
     Plan,
     SampleTask,
@@ -57,7 +56,9 @@ def train(root: Path, name: str, plan: Plan, methods: Mapping[str, Methods], pos
         if task.parent:
             _inherit(model, torch.load(weights_path(task.parent, root), weights_only=True))
         epochs = max(1, round(task.epochs * plan.epochs))
+        model.to(memory_format=torch.channels_last)  # a fifth quicker
         _fit(model, name, _samples(root, task, "train"), epochs, position)
+        model.to(memory_format=torch.contiguous_format)
     own = methods[task.kind]
     accuracy = own.eval_method(model, _val_loader(task, own.transform, _samples(root, task, "val")))
     with replacement_of(weights_path(name, root)) as unfinished, unfinished.open("wb") as file:
@@ -139,7 +140,7 @@ def _fit(model: nn.Module, name: str, samples: Samples, epochs: int, position: i
     loss_of = _classifier_loss if task.kind == CLASSIFICATION else _detector_loss
     num_samples, batch_size = len(samples[0]), BATCH_SIZES[task.kind]
     num_batches = max(1, num_samples // batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), task.learning_rate, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), task.learning_rate, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, total_steps=epochs * num_batches)
     model.train()
     for _ in tqdm(range(epochs), f"training {name}", leave=False, position=position):
@@ -159,11 +160,15 @@ def _augmented(images: Tensor) -> Tensor:
 
 
 def _classifier_loss(model: nn.Module, images: Tensor, labels: list[Tensor], boxes: list[Tensor]) -> Tensor:
-    """Cross-entropy after a random flip and shift."""
-    if torch.rand(()) < 0.5:
-        images = images.flip(-1)
-    top, left = torch.randint(0, 9, (2,)).tolist()
-    images = nn.functional.pad(images, (4, 4, 4, 4), "reflect")[..., top : top + CROP_SIZE, left : left + CROP_SIZE]
+    """Cross-entropy after a random flip, zoom and shift of every image."""
+    number = len(images)
+    zoom = torch.empty(number, 1, 1).uniform_(0.8, 1.1)
+    mirrored = zoom * torch.where(torch.rand(number, 1, 1) < 0.5, -1, 1)
+    shift = torch.empty(number, 2, 1).uniform_(-0.15, 0.15)
+    straight = torch.zeros(number, 1, 1)
+    rows = [torch.cat([mirrored, straight], 2), torch.cat([straight, zoom], 2)]
+    grid = nn.functional.affine_grid(torch.cat([torch.cat(rows, 1), shift], 2), list(images.shape), align_corners=False)
+    images = nn.functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return nn.functional.cross_entropy(model((images - mean) / std), torch.stack(labels))
 

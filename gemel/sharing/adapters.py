@@ -1,6 +1,7 @@
 """Adapters: low-rank layers, private to one task, whose outputs are added to those of a tied layer.
 
-With an adapter of rank r the layer computes shared(x) + up(down(x)): `down` is a layer of the same kind with r outputs
+With an adapter of rank r the layer computes shared(x) + up(down(x)), where shared(x) is with the private scale and bias
+if it has these as well (affine.py): `down` is a layer of the same kind with r outputs
 (per group of a grouped convolution), `up` maps these to the outputs of the layer. The layer's own parameters stay the
 shared ones; the adapter is a child of the layer, which a forward hook calls, and is moved, copied and saved with it.
 Source: Hu et al., "LoRA", ICLR 2022, who also have one pair of factors for each task beside shared weights.
@@ -14,11 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from gemel.sharing import affine
+from gemel.sharing.affine import Affine, affine_of, set_affine
+
 T = TypeVar("T")
 LinearMap = nn.Linear | _ConvNd  # layers that multiply rows of their inputs by a matrix
 
 ATTRIBUTE = "low_rank"  # the child's name; its tensors are <layer>.low_rank.down.weight and so on
 PARTS = ("down.weight", "down.bias", "up.weight")
+PARAMETERS = ("weight", "bias")  # of a layer that can have an adapter, or a scale and bias
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 KINDS = (nn.Linear, *CONVOLUTIONS)  # of layers that can have an adapter
 
@@ -97,6 +102,24 @@ def set_rank(layer: nn.Module, rank: int) -> None:
     set_adapter(layer, Adapter(as_linear_map(layer), rank) if rank else None)
 
 
+def give_affine(layer: nn.Module, wanted: bool) -> None:
+    """Gives the layer a private scale and bias without effect, unless it has one; not wanted: removes it.
+
+    Raises ValueError for a layer that cannot have one.
+    """
+    if wanted == (affine_of(layer) is not None):
+        return
+    if wanted and not can_have_affine(layer):
+        raise ValueError(f"a private scale and bias for {layer}; allowed: linear layers and convolutions")
+    set_affine(layer, Affine(as_linear_map(layer)) if wanted else None)
+
+
+def can_have_affine(layer: nn.Module) -> bool:
+    """Whether the layer computes torch's own linear map or convolution, so that a scale can be folded into it."""
+    is_kind = any(type(layer).forward is kind.forward for kind in KINDS)
+    return is_kind and (affine_of(layer) is not None or not hasattr(layer, affine.ATTRIBUTE))
+
+
 def max_rank(layer: nn.Module) -> int:
     """The largest rank of an adapter: that of the layer's weight; 0 for a layer that cannot have one."""
     if not any(type(layer).forward is kind.forward for kind in KINDS):
@@ -127,25 +150,30 @@ def rank_within(layer: nn.Module, adapter_budget: float) -> int:
     return min(max_rank(layer), int(adapter_budget * own / adapter_bytes(layer, 1)))
 
 
+def is_addition(module: nn.Module) -> bool:
+    """Whether the module is no part of a model as it was built, but was added to a tied layer."""
+    return isinstance(module, Adapter | Affine)
+
+
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules() without adapters and their submodules: the modules that the model was built with."""
-    adapters: list[str] = []
+    """named_modules() without adapters, private scales and biases: the modules that the model was built with."""
+    added: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, Adapter):
-            adapters.append(name + ".")
-        elif not name.startswith(tuple(adapters)):
+        if is_addition(module):
+            added.append(name + ".")
+        elif not name.startswith(tuple(added)):
             yield name, module
 
 
 def fold(layer: nn.Module) -> None:
-    """Adds the adapter's weights to the layer's own, which must not be shared, and removes it."""
-    adapter = adapter_of(layer)
-    if adapter is None:
+    """Writes scale, bias and adapter into the layer's own parameters, which must not be shared, and removes them."""
+    if adapter_of(layer) is None and affine_of(layer) is None:
         return
-    own = {name: p.detach() for name, p in layer.named_parameters(recurse=False)}
-    for name, values in folded(own, adapter.state_dict()).items():
-        getattr(layer, name).data.copy_(values)
+    for name, values in plain_state(layer.state_dict(), [""]).items():
+        if name in PARAMETERS:
+            getattr(layer, name).data.copy_(values)
     set_adapter(layer, None)
+    set_affine(layer, None)
 
 
 def is_sound(own: Mapping[str, tuple[int, ...]], adapter: Mapping[str, tuple[int, ...]], rank: int) -> bool:
@@ -183,23 +211,38 @@ def folded(own: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dict[str
 
 
 def plain_state(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Tensor]:
-    """A state dict without adapters: those of these layers are added to the layers' weights."""
+    """A state dict in which the private scales, biases and adapters of these layers are in the layers' weights."""
     found = dict(tensors)
     for layer in layers:
-        adapter, prefix = adapter_part(tensors, layer), f"{layer}." if layer else ""
-        found |= {prefix + key: values for key, values in folded(own_part(tensors, layer), adapter).items()}
-        for part in adapter:
-            del found[f"{prefix}{ATTRIBUTE}.{part}"]
+        scale_and_bias, adapter = affine_part(tensors, layer), adapter_part(tensors, layer)
+        own, prefix = own_part(tensors, layer), f"{layer}." if layer else ""
+        if scale_and_bias:
+            own = affine.folded(own, scale_and_bias)
+        if adapter:
+            own = folded(own, adapter)
+        found |= {prefix + key: values for key, values in own.items()}
+        for attribute, parts in ((affine.ATTRIBUTE, scale_and_bias), (ATTRIBUTE, adapter)):
+            for part in parts:
+                del found[f"{prefix}{attribute}.{part}"]
     return found
 
 
 def own_part(tensors: Mapping[str, T], layer: str) -> dict[str, T]:
     """The entries of a layer's weight and bias, by these names, in a mapping by the names of a model's tensors."""
     prefix = f"{layer}." if layer else ""
-    return {part: tensors[prefix + part] for part in ("weight", "bias") if prefix + part in tensors}
+    return {part: tensors[prefix + part] for part in PARAMETERS if prefix + part in tensors}
 
 
 def adapter_part(tensors: Mapping[str, T], layer: str) -> dict[str, T]:
     """The same of a layer's adapter, by the names within the adapter."""
-    prefix = f"{layer}.{ATTRIBUTE}." if layer else f"{ATTRIBUTE}."
-    return {part: tensors[prefix + part] for part in PARTS if prefix + part in tensors}
+    return _child_part(tensors, layer, ATTRIBUTE, PARTS)
+
+
+def affine_part(tensors: Mapping[str, T], layer: str) -> dict[str, T]:
+    """The same of a layer's private scale and bias."""
+    return _child_part(tensors, layer, affine.ATTRIBUTE, affine.PARTS)
+
+
+def _child_part(tensors: Mapping[str, T], layer: str, attribute: str, parts: Iterable[str]) -> dict[str, T]:
+    prefix = f"{layer}.{attribute}." if layer else f"{attribute}."
+    return {part: tensors[prefix + part] for part in parts if prefix + part in tensors}

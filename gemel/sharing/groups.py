@@ -29,6 +29,7 @@ class Group:
     """Occurrences, at most one per task, that can share one set of parameters of `bytes` bytes.
 
     rank: of the private adapter that each occurrence has beside the shared parameters (adapters.py); 0: none.
+    affine_bytes: of the private scale and bias of each occurrence (affine.py); 0: it has none.
     """
 
     signature: str
@@ -36,11 +37,17 @@ class Group:
     occurrences: tuple[Occurrence, ...]
     rank: int = 0
     adapter_bytes: int = 0  # of one occurrence
+    affine_bytes: int = 0
+
+    @property
+    def private_bytes(self) -> int:
+        """Bytes that one occurrence has beside the shared parameters."""
+        return self.adapter_bytes + self.affine_bytes
 
     @property
     def saved_bytes(self) -> int:
-        """What sharing saves, less the bytes of the adapters."""
-        return self.bytes * (len(self.occurrences) - 1) - self.adapter_bytes * len(self.occurrences)
+        """What sharing saves, less the bytes that each occurrence has beside the shared parameters."""
+        return self.bytes * (len(self.occurrences) - 1) - self.private_bytes * len(self.occurrences)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -51,8 +58,11 @@ class Group:
         return replace(self, occurrences=tuple(o for o in self.occurrences if o.task in tasks))
 
     def with_adapters(self, rank: int, adapter_bytes: int) -> "Group":
-        """The group with adapters of that rank, each of adapter_bytes."""
-        return replace(self, rank=rank, adapter_bytes=adapter_bytes)
+        """The group with adapters of that rank, each of adapter_bytes, in place of private scales and biases.
+
+        Both together were better for one workload and worse for another: benchmarks/LOG.md, 2026-11-26 Private scale.
+        """
+        return replace(self, rank=rank, adapter_bytes=adapter_bytes, affine_bytes=0)
 
 
 Configuration = tuple[Group, ...]  # the groups that are tied
@@ -112,7 +122,7 @@ def verified_part(kept: Configuration, trial: Configuration, met: Collection[str
 def joined(*configurations: Configuration) -> Configuration:
     """One configuration that ties all that any of these ties; groups with an occurrence in common become one.
 
-    Such a group has the adapters that it has in the last of the configurations.
+    Such a group has the adapters, and the scales and biases, that it has in the last of the configurations.
     """
     merged: list[Group] = []
     for group in (group for configuration in configurations for group in configuration):
@@ -125,7 +135,8 @@ def joined(*configurations: Configuration) -> Configuration:
 
 
 def reconciled(kept: Configuration, groups: Configuration) -> Configuration:
-    """The groups, changed so that each kept group is a part of one of them; all without adapters.
+    """The groups, changed so that each kept group is a part of one of them; all without adapters,
+    scales and biases.
 
     Of a group that has occurrences in common with kept groups, the others are added to the kept group with which it has
     most in common, except those that are in a kept group already and those of a task that this one holds already.
@@ -140,7 +151,7 @@ def reconciled(kept: Configuration, groups: Configuration) -> Configuration:
         free = [o for o in group.occurrences if o not in tied and o.task not in found[best].tasks]
         found[best] = replace(found[best], occurrences=(*found[best].occurrences, *free))
         tied |= set(free)
-    return ordered(replace(group, rank=0, adapter_bytes=0) for group in (*found, *disjoint))
+    return ordered(replace(group, rank=0, adapter_bytes=0, affine_bytes=0) for group in (*found, *disjoint))
 
 
 def to_plain(configuration: Configuration) -> list[dict]:
@@ -148,6 +159,7 @@ def to_plain(configuration: Configuration) -> list[dict]:
     return [
         {"signature": g.signature, "bytes": g.bytes, "occurrences": [o._asdict() for o in g.occurrences]}
         | ({"rank": g.rank, "adapter_bytes": g.adapter_bytes} if g.rank else {})
+        | ({"affine_bytes": g.affine_bytes} if g.affine_bytes else {})
         for g in configuration
     ]
 
@@ -161,6 +173,7 @@ def from_plain(plain: list[dict]) -> Configuration:
             tuple(Occurrence(o["task"], o["layer"]) for o in g["occurrences"]),
             g.get("rank", 0),
             g.get("adapter_bytes", g.get("residual_bytes", 0)),  # the key of earlier versions
+            g.get("affine_bytes", 0),
         )
         for g in plain
     )

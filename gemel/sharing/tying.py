@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gemel.forward.modes import Models
-from gemel.sharing.adapters import Adapter, adapter_of, own_modules, set_adapter, set_rank
+from gemel.sharing.adapters import Adapter, adapter_of, give_affine, own_modules, set_adapter, set_rank
+from gemel.sharing.affine import Affine, affine_of, set_affine
 from gemel.sharing.groups import Configuration, Group, Occurrence
 from gemel.sharing.initial_weights import INITIAL_WEIGHTS
 
@@ -46,6 +47,7 @@ def retie(models: Models, before: Configuration, after: Configuration, unmerged:
 
     Of a group that splits, the largest part keeps the shared parameters; an occurrence that is in no group of `after`
     gets the weights that it has in its unmerged model. An adapter whose rank changes is replaced by a new one.
+    A private scale and bias begin without effect.
     """
     group_of = {occurrence: group for group in after for occurrence in group.occurrences}
     for group in set(before) - set(after):
@@ -59,9 +61,10 @@ def retie(models: Models, before: Configuration, after: Configuration, unmerged:
             if occurrence not in group_of:
                 _copy(unmerged[occurrence.task].get_submodule(occurrence.layer), _layer(models, occurrence))
     tie(models, after, initial)
-    ranks = {occurrence: group.rank for group in after for occurrence in group.occurrences}
     for occurrence in {o for group in set(before) ^ set(after) for o in group.occurrences}:
-        set_rank(_layer(models, occurrence), ranks.get(occurrence, 0))
+        layer, group_after = _layer(models, occurrence), group_of.get(occurrence)
+        set_rank(layer, 0 if group_after is None else group_after.rank)
+        give_affine(layer, group_after is not None and group_after.affine_bytes > 0)
 
 
 @torch.no_grad()
@@ -73,8 +76,14 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
 
 @torch.no_grad()
 def reset(models: Models, configuration: Configuration, unmerged: Models, initial: str = "mean") -> None:
-    """Sets the weights of tied groups to what the rule makes of their unmerged models' weights."""
+    """Sets the weights of tied groups to what the rule makes of their unmerged models' weights.
+
+    Private scales and biases are then without effect.
+    """
     for group in configuration:
+        for occurrence in group.occurrences:
+            if (affine := affine_of(_layer(models, occurrence))) is not None:
+                affine.reset()
         layers = [_layer(unmerged, occurrence) for occurrence in group.occurrences]
         for key, shared in _layer(models, group.occurrences[0]).named_parameters(recurse=False):
             shared.copy_(INITIAL_WEIGHTS[initial]([getattr(layer, key) for layer in layers], None))
@@ -114,6 +123,7 @@ class Snapshot:
 
     owners: tuple[tuple[nn.Module, str, Tensor], ...]
     adapters: tuple[tuple[nn.Module, Adapter | None], ...]
+    affines: tuple[tuple[nn.Module, Affine | None], ...]
     values: tuple[tuple[Tensor, Tensor], ...]  # (tensor, copy of its values on the CPU)
     flags: tuple[tuple[nn.Parameter, bool], ...]  # requires_grad
     modes: tuple[tuple[nn.Module, bool], ...]  # training
@@ -131,6 +141,7 @@ def take_snapshot(models: nn.Module) -> Snapshot:
     return Snapshot(
         owners=tuple(owners),
         adapters=tuple((module, adapter_of(module)) for _, module in own_modules(models)),
+        affines=tuple((module, affine_of(module)) for _, module in own_modules(models)),
         values=tuple((tensor, tensor.detach().to("cpu", copy=True)) for tensor in distinct),
         flags=tuple((tensor, tensor.requires_grad) for tensor in distinct if isinstance(tensor, nn.Parameter)),
         modes=tuple((module, module.training) for module in models.modules()),
@@ -143,6 +154,9 @@ def restore_snapshot(snapshot: Snapshot) -> None:
     for module, adapter in snapshot.adapters:
         if adapter_of(module) is not adapter:
             set_adapter(module, adapter)
+    for module, affine in snapshot.affines:
+        if affine_of(module) is not affine:
+            set_affine(module, affine)
     for module, key, tensor in snapshot.owners:
         if getattr(module, key) is not tensor:
             setattr(module, key, tensor)

@@ -11,6 +11,9 @@
    Up to here weights are fitted in closed form and not trained, which takes seconds.
 4. Fill in with training: first with adapters, then without, in parts that are halved when they fail.
 
+With a memory goal the search begins with configurations that just reach it (goal.py): one that spares all tasks alike,
+then, while they fail, one for each of the most sensitive tasks that spares this task above all.
+
 Where some tasks met their targets in a failed trial of steps 1 to 3, they keep what they share among themselves. No
 trial is made twice.
 """
@@ -26,6 +29,7 @@ from gemel.sharing.groups import Configuration, Group, find_groups, from_plain, 
 from gemel.sharing.signatures import find_layers
 from gemel.strategies.base import NONE, Ratios, Sensitivity, Strategy
 from gemel.strategies.curves import Curve
+from gemel.strategies.goal import just_enough
 from gemel.thresholds import THRESHOLDS
 
 SEARCH, FILL, TRAIN, DONE = "search", "fill in", "fill in with training", "done"
@@ -37,6 +41,7 @@ FOLLOWING = {
     TRAIN_WITH_ADAPTERS: TRAIN,
     TRAIN: DONE,
 }
+ALL_ALIKE = ""  # spared in the first trial that just reaches the goal
 RISKS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # each task's probability to meet its target
 
 Part = dict[int, tuple[str, ...]]  # what is tried as one: index of a group -> tasks that would join it
@@ -52,6 +57,7 @@ class Adaptive(Strategy):
         self.adapted = [_with_adapters(group, models, adapter_budget) for group in self.groups]
         self.sensitivity: dict[tuple[int, str], float] = {}  # (index of a group, task) -> error at the outputs
         self.misfit: dict[int, float] = {}  # index of a group -> error of its fitted weights, for the worst task
+        self.losses: dict[str, float] = {}  # task -> accuracy / target that a unit of sensitivity is expected to cost
         self.donor: str | None = None  # the task with the highest sum of such errors
         self.curves = {name: Curve() for name in models}
         first = {name: next((layer.name for layer in find_layers(model)), None) for name, model in models.items()}
@@ -63,6 +69,7 @@ class Adaptive(Strategy):
         self.parts: list[Part] = []  # to fill in, in this order
         self.smallest = 0.0  # bytes that a part would have to save to be halved without training
         self.tried: set[str] = set()
+        self.goal_ratios: dict[str, dict[str, float]] = {}  # who was spared -> what that trial reached
 
     @property
     def base(self) -> Configuration:
@@ -112,6 +119,8 @@ class Adaptive(Strategy):
     def propose(self) -> Configuration | None:
         """The next configuration; skips what was tried already, ties nothing new, or is predicted to fail."""
         while self.phase != DONE:
+            if (next_goal := self._next_goal_trial()) is not None:
+                return next_goal[1]
             if self.phase == SEARCH:
                 if (trial := self._most_promising()) is not None:
                     return trial
@@ -125,6 +134,45 @@ class Adaptive(Strategy):
             else:
                 return trial
         return None
+
+    # ---- a memory goal ---------------------------------------------------------------------------------------
+
+    def _spared(self) -> list[str]:
+        """Who is spared in the trials that just reach the goal: all tasks alike, then each of the most sensitive."""
+        most = sorted(self.curves, key=lambda task: (-self.curves[task].slope, task))
+        return [ALL_ALIKE, *most[: THRESHOLDS.search.spared_tasks]]
+
+    def _goal_trial(self, spared: str, base: Configuration) -> Configuration | None:
+        """Ties the base, and just enough to save `goal_saving`; None: nothing saves that."""
+        tied = {occurrence for group in base for occurrence in group.occurrences}
+        costs = {}
+        for i, group in enumerate(self.groups):
+            for o in group.occurrences:
+                if o not in tied:
+                    weight = THRESHOLDS.search.spared_weight if o.task == spared else 1.0
+                    costs[i, o.task] = weight * self._sensitivity_of(i, o.task) * self.losses.get(o.task, 1.0)
+        assert self.goal_saving is not None
+        found = just_enough(self.groups, costs, self.goal_saving)
+        return joined(base, found) if base and found is not None else found
+
+    def _next_goal_trial(self) -> tuple[str, Configuration] | None:
+        """(who is spared, the trial): the next one, first for the task that the last one hurt most."""
+        if self.goal_saving is None or self.phase != SEARCH or saved_bytes(self.kept) >= self.goal_saving:
+            return None
+        reached = next(reversed(self.goal_ratios.values()), {})
+        for spared in sorted(self._spared(), key=lambda name: -1.0 if name == ALL_ALIKE else reached.get(name, 1.0)):
+            if spared not in self.goal_ratios:
+                trial = self._goal_trial(spared, self.base)
+                if trial is not None and self._is_new(trial) and saved_bytes(trial) >= self.goal_saving:
+                    return spared, trial
+        return None
+
+    def closest_to_goal(self) -> tuple[Configuration, Ratios] | None:
+        if not self.goal_ratios or self._next_goal_trial() is not None:
+            return None
+        spared = max(self.goal_ratios, key=lambda name: min(self.goal_ratios[name].values(), default=0.0))
+        trial = self._goal_trial(spared, ())
+        return None if trial is None else (trial, self.goal_ratios[spared])
 
     # ---- the search ------------------------------------------------------------------------------------------
 
@@ -214,12 +262,14 @@ class Adaptive(Strategy):
         losses: Mapping[str, float] = NONE,
     ) -> None:
         """Begins the curve of each task."""
-        index = {group: i for i, group in enumerate(self.groups)}
-        self.sensitivity = {(index[group], task): value for (group, task), value in sensitivity.items()}
+        index = {group.occurrences: i for i, group in enumerate(self.groups)}
+        self.sensitivity = {(index[group.occurrences], task): value for (group, task), value in sensitivity.items()}
         for (group, _), value in misfit.items():
-            self.misfit[index[group]] = max(value, self.misfit.get(index[group], 0.0))
+            i = index[group.occurrences]
+            self.misfit[i] = max(value, self.misfit.get(i, 0.0))
         totals = {task: sum(v for (_, t), v in misfit.items() if t == task) for task in sorted(self.curves)}
         self.donor = max(totals, key=totals.__getitem__, default=None)
+        self.losses = dict(losses)
         for task, curve in self.curves.items():
             total = sum(value for (_, name), value in self.sensitivity.items() if name == task)
             curve.unshared, curve.slope = reached.get(task, 1.0), losses.get(task, 0.0) * total
@@ -227,6 +277,8 @@ class Adaptive(Strategy):
     def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE) -> None:
         trial = self.propose()
         assert trial is not None, "a recorded trial must have been proposed"
+        if (next_goal := self._next_goal_trial()) is not None:
+            self.goal_ratios[next_goal[0]] = {**dict.fromkeys(met, 1.0), **ratios}
         self._observe(trial, met, ratios)
         self.tried.add(self._key(trial))
         self.working = ()
@@ -323,6 +375,8 @@ class Adaptive(Strategy):
             "parts": [[[index, list(tasks)] for index, tasks in part.items()] for part in self.parts],
             "smallest": self.smallest,
             "tried": sorted(self.tried),
+            "losses": self.losses,
+            "goal": {"saving": self.goal_saving, "ratios": self.goal_ratios},
             "adopted": to_plain(self.adopted),
         }
 
@@ -334,6 +388,8 @@ class Adaptive(Strategy):
         self.phase, self.smallest = state["phase"], state["smallest"]
         self.parts = [{index: tuple(tasks) for index, tasks in part} for part in state["parts"]]
         self.tried, self.adopted = set(state["tried"]), from_plain(state["adopted"])
+        self.losses, goal = state.get("losses", {}), state.get("goal", {})
+        self.goal_ratios = goal["ratios"] if goal and goal["saving"] == self.goal_saving else {}  # of this goal only
 
 
 def _with_adapters(group: Group, models: Mapping[str, nn.Module], adapter_budget: float) -> Group:

@@ -23,6 +23,7 @@ class Strategy(ABC):
     """What the merger asks of a strategy; what an earlier run kept (`adopted`) is part of every proposal."""
 
     adopted: Configuration = ()
+    goal_saving: int | None = None  # bytes; the search is over as soon as what is kept saves as many
 
     @property
     @abstractmethod
@@ -91,6 +92,13 @@ class Strategy(ABC):
         the same at the outputs of the group's layer. reached: of each task now. losses: of each task, the accuracy /
         target that a unit of sensitivity is expected to cost.
         """
+
+    def closest_to_goal(self) -> tuple[Configuration, Ratios] | None:
+        """Of trials that save `goal_saving` and that every search tries, whatever its targets, the best one's ratios.
+
+        None as long as there are trials of this kind to try, and of a strategy that has none.
+        """
+        return None
 
     def donor_of(self, group: Group) -> str | None:
         """The task whose weights a group takes as they are; None: they are fitted to all of its tasks."""

@@ -42,14 +42,23 @@ class Curve:
         if share <= low:
             return 1.0
         if failed is None:
-            slope, distance = max(0.0, (self.unshared - ratio) / low) if low else 0.0, share - low
-            slope = (slope * low + self.slope * distance) / share  # the nearer the measured point, the more it counts
+            slope, deviation = self._expected_slope()
+            deviation *= share - low
         else:
             slope = (ratio - failed[1]) / (failed[0] - low)
-            distance = min(share - low, abs(failed[0] - share))
-        limits = THRESHOLDS.search
-        deviation = math.hypot(limits.noise, limits.uncertainty * slope * distance)
-        return _normal_below((ratio - slope * (share - low) - 1) / deviation)
+            deviation = THRESHOLDS.search.uncertainty * slope * min(share - low, abs(failed[0] - share))
+        left = ratio - slope * (share - low) - 1
+        return _normal_below(left / math.hypot(THRESHOLDS.search.noise, deviation))
+
+    def _expected_slope(self) -> tuple[float, float]:
+        """(mean, standard deviation) of the loss per share: what was expected, corrected by all that was measured.
+
+        A line through what is reached with nothing tied, whose slope has a normal prior (Bayesian linear regression).
+        """
+        noise, prior = THRESHOLDS.search.noise, max(THRESHOLDS.search.uncertainty * self.slope, THRESHOLDS.search.noise)
+        precision = prior**-2 + sum((share / noise) ** 2 for share, _ in self.points)
+        weighted = self.slope / prior**2 + sum(x * (self.unshared - ratio) / noise**2 for x, ratio in self.points)
+        return max(0.0, weighted / precision), precision**-0.5
 
     def state(self) -> dict:
         """As JSON values."""
