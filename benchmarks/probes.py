@@ -19,7 +19,7 @@ from gemel.environment.seeds import generator
 from gemel.fitting.batch_norm import reestimate_statistics
 from gemel.forward.batches import Batch
 from gemel.forward.modes import Models
-from gemel.workload import CLASSIFICATION, Task
+from gemel.workload import CLASSIFICATION, Problem, Task, WorkloadError
 
 BATCH_SIZE = {True: 40, False: 4}  # of classifiers and of detectors
 
@@ -52,13 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="selects the images (default: %(default)s)")
 
 
-def open_probe(flags: argparse.Namespace, num_images: int, num_val: int | None = None) -> Probe:
+def open_probe(
+    flags: argparse.Namespace, num_images: int, num_val: int | None = None, names: Sequence[str] | None = None
+) -> Probe:
     """Opens the workload and loads `num_images` train and `num_val` val images per task (None: all) into memory.
 
-    Raises WorkloadError with every problem of the workload.
+    names: of the tasks to open (None: all). Raises WorkloadError with every problem of the workload, and for names of
+    tasks that it does not have.
     """
     workload = open_workload(flags)
-    tasks = workload.tasks
+    tasks = pick_tasks(workload.tasks, names)
     models = nn.ModuleDict({name: task.model for name, task in tasks.items()}).to(workload.device)
     images, val = {}, {}
     for name, task in tasks.items():
@@ -67,6 +70,15 @@ def open_probe(flags: argparse.Namespace, num_images: int, num_val: int | None =
         val[name] = take(task, load_split(task, workload.roots, "val", flags.seed), num_val)
     teachers = {name: copy.deepcopy(model).eval() for name, model in models.items()}
     return Probe(tasks, models, teachers, images, val, workload.device)
+
+
+def pick_tasks(tasks: Mapping[str, Task], names: Sequence[str] | None) -> dict[str, Task]:
+    """The named tasks in the order of the workload; all without names. Raises WorkloadError listing unknown names."""
+    allowed = ", ".join(tasks)
+    unknown = [name for name in names or () if name not in tasks]
+    if unknown:
+        raise WorkloadError([Problem("benchmark", "--tasks", repr(name), allowed) for name in unknown])
+    return {name: task for name, task in tasks.items() if names is None or name in names}
 
 
 def load_split(task: Task, roots: Iterable[Path], split: str, seed: int) -> Subset:

@@ -56,6 +56,7 @@ ELSEWHERE = {
     "python -m benchmarks.strategies": "test_one_command_compares_strategies_in_processes_of_their_own",
     "python -m benchmarks.suite": "test_the_suite_runs_over_its_workloads",
     "python -m benchmarks.ablation": "test_ablation_over_the_grid",
+    "python -m benchmarks.peers": "test_the_command_prints_a_row_per_method",
     "python -m benchmarks.frozen_prefix": "test_a_frozen_prefix_is_measured",
     "python -m benchmarks.detectors": "test_a_detector_is_built_tied_fitted_and_trained",
     "python -m benchmarks.kills": "test_kills_at_small_size",

@@ -10,7 +10,7 @@ from gemel.fitting.batch_norm import is_frozen, match_statistics
 from gemel.fitting.rows import normalisation_behind
 from gemel.fitting.sequential_fit import fit_sequentially
 from gemel.fitting.teacher_samples import StoredBatches, TeacherSamples
-from gemel.forward.modes import state_on_cpu
+from gemel.forward.modes import Models, state_on_cpu
 from gemel.merging.evaluator import Evaluator
 from gemel.merging.images import ImageSampler
 from gemel.merging.options import LEAST_SQUARES
@@ -50,7 +50,7 @@ class WeightFitter:
         groups are fitted again with other weights of the tasks, at most max_fits times; the fit whose worst task is
         best is kept. number: of the round, for the log. All rounds fit on the same sample of images.
         """
-        groups = self._with_donated_weights(groups)
+        groups = donate_weights(self.state.models, self.state.unmerged, groups, self.donor_of)
         container = nn.ModuleDict({name: self.state.models[name] for name in names})
         before = state_on_cpu(container)
         num_pixels = THRESHOLDS.fit.pixels
@@ -94,26 +94,29 @@ class WeightFitter:
         container.load_state_dict(best)
         return reached
 
-    def _with_donated_weights(self, groups: Configuration) -> Configuration:
-        """Gives groups with a donor its weights and the normalisation behind them; returns the groups to be fitted.
 
-        Only where other groups of all its tasks are fitted behind it; else the group is fitted like the others.
-        """
-        models, unmerged = self.state.models, self.state.unmerged
-        donors = {group: donor for group in groups if (donor := self.donor_of(group)) is not None}
-        fitted = [group for group in groups if group not in donors]
-        for group, donor in donors.items():
-            if not set(group.tasks) <= {task for other in fitted for task in other.tasks}:
-                return groups
-            source = next(o.layer for o in group.occurrences if o.task == donor)
-            norm = normalisation_behind(unmerged[donor], source)
-            for o in group.occurrences:
-                layer = models[o.task].get_submodule(o.layer)
-                layer.load_state_dict(unmerged[donor].get_submodule(source).state_dict(), strict=False)
-                own = normalisation_behind(models[o.task], o.layer)
-                if norm is not None and own is not None:
-                    own.load_state_dict(norm.state_dict())
-        return tuple(fitted)
+def donate_weights(
+    models: Models, unmerged: Models, groups: Configuration, donor_of: Callable[[Group], str | None]
+) -> Configuration:
+    """Gives groups with a donor its weights and the normalisation behind them; returns the groups to be fitted.
+
+    Only where other groups of all its tasks are fitted behind it; else the group is fitted like the others. models:
+    tied already.
+    """
+    donors = {group: donor for group in groups if (donor := donor_of(group)) is not None}
+    fitted = [group for group in groups if group not in donors]
+    for group, donor in donors.items():
+        if not set(group.tasks) <= {task for other in fitted for task in other.tasks}:
+            return groups
+        source = next(o.layer for o in group.occurrences if o.task == donor)
+        norm = normalisation_behind(unmerged[donor], source)
+        for o in group.occurrences:
+            layer = models[o.task].get_submodule(o.layer)
+            layer.load_state_dict(unmerged[donor].get_submodule(source).state_dict(), strict=False)
+            own = normalisation_behind(models[o.task], o.layer)
+            if norm is not None and own is not None:
+                own.load_state_dict(norm.state_dict())
+    return tuple(fitted)
 
 
 def refit_frozen_normalisation(state: MergeState, images: ImageSampler, names: Collection[str], number: int) -> None:
