@@ -70,13 +70,13 @@ class SearchThresholds:
 
     # Deviation of accuracy / target between two fits of one configuration (unmeasured).
     noise: float = 0.02
-    # Deviation of an expected loss, relative to it (unmeasured).
+    # Deviation of an expected loss, relative to it ("2026-11-26 A search by expected saving").
     uncertainty: float = 0.6
     # Of the possible saving, expected of a trial (unmeasured).
     worth_a_trial: float = 0.01
-    # Of accuracy / target, per unit of sensitivity, of a classifier before the first trial (unmeasured).
+    # Of accuracy / target, per unit of sensitivity, of a classifier before the first trial ("2026-11-26 A search by").
     classifier_loss: float = 0.3
-    # The same of a detector (unmeasured).
+    # The same of a detector ("2026-11-26 A search by").
     detector_loss: float = 2.0
     # With a memory goal: of so many tasks each is spared in one of the first trials (unmeasured).
     spared_tasks: int = 3
