@@ -8,7 +8,7 @@ gemel/merging/: state.py (the live models, and how to undo), evaluator.py, initi
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -234,7 +234,7 @@ class Merger:
         if outcome.reason == TIME_OVER:
             return False
         self.in_flight = None
-        part = self._verified_part(proposal, outcome)
+        part, outcome = self._verified_part(proposal, outcome)
         ratios = {name: accuracy / self.tasks[name].target_acc for name, accuracy in outcome.accuracies.items()}
         self.strategy.record(outcome.success, outcome.met, ratios)
         if part is not None:
@@ -255,12 +255,35 @@ class Merger:
             update_run(self.results_path, self._run_part())
         return True
 
-    def _verified_part(self, proposal: Configuration, outcome: Outcome) -> Configuration | None:
-        """What can be kept of a failed trial, if that saves more than what is kept already."""
+    def _verified_part(self, proposal: Configuration, outcome: Outcome) -> tuple[Configuration | None, Outcome]:
+        """What can be kept of a failed trial, if that saves more than what is kept already, and who is verified there.
+
+        Tasks some of whose scales, biases or adapters go into the weights, as those layers share nothing any more, are
+        evaluated again.
+        """
         if outcome.success or not self.strategy.keeps_verified_part:
-            return None
-        part = verified_part(self.state.kept, proposal, outcome.verified)
-        return part if saved_bytes(part) > saved_bytes(self.state.kept) else None
+            return None, outcome
+        while True:
+            part = verified_part(self.state.kept, proposal, outcome.verified)
+            if saved_bytes(part) <= saved_bytes(self.state.kept) or self._changes_others(part, outcome.verified):
+                return None, outcome
+            folded = {name: self.state.folded_for(part, name) for name in outcome.verified}
+            with self.clock.interruptible():
+                measured = {n: self.evaluator.measure(n, model) for n, model in folded.items() if model is not None}
+            outcome = replace(outcome, accuracies={**outcome.accuracies, **measured})
+            missed = {name for name, accuracy in measured.items() if accuracy < self.tasks[name].target_acc}
+            if not missed:
+                return part, outcome
+            outcome = replace(outcome, verified=tuple(name for name in outcome.verified if name not in missed))
+
+    def _changes_others(self, part: Configuration, verified: Collection[str]) -> bool:
+        """Whether a task that is not verified would lose a private scale, bias or adapter that it has in what is kept.
+
+        Its layer would share nothing any more, and the weights that take them in were never evaluated.
+        """
+        private = {o for group in part if group.private_bytes for o in group.occurrences}
+        had = {o for group in self.state.kept if group.private_bytes for o in group.occurrences}
+        return any(occurrence.task not in verified for occurrence in had - private)
 
     def _store_kept(self, accuracies: Mapping[str, float]) -> None:
         self.evaluator.keep(accuracies)

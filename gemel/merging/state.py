@@ -13,7 +13,7 @@ from gemel.alignment.permutation import ChannelSpaces, inverse
 from gemel.forward.batches import Batch
 from gemel.forward.modes import state_on_cpu, to_channels_last
 from gemel.results_store.load import load_merged
-from gemel.sharing.adapters import fold, own_modules
+from gemel.sharing.adapters import fold, has_additions, own_modules
 from gemel.sharing.groups import Configuration, affected_tasks, from_plain
 from gemel.sharing.memory import distinct_bytes, named_tensors
 from gemel.sharing.tying import Snapshot, is_tied, reset, restore_snapshot, retie, take_snapshot
@@ -87,7 +87,8 @@ class MergeState:
 
         part: as gemel.sharing.groups.verified_part has it.
         """
-        weights = {name: state_on_cpu(self.models[name]) for name in met}
+        folded = {name: self.folded_for(part, name) for name in met}
+        weights = {name: state_on_cpu(folded[name] or self.models[name]) for name in met}
         trial = self.tied
         self.undo()
         others = set(affected_tasks(self.kept, trial)) - set(met)
@@ -96,6 +97,20 @@ class MergeState:
         for name, values in weights.items():
             self.models[name].load_state_dict(values)
         self.kept = self.tied = part
+
+    def folded_for(self, part: Configuration, name: str) -> nn.Module | None:
+        """A copy of a task's model as it is now, for a part of what is tied; None if the model itself will do.
+
+        Layers that share nothing in the part have their scales, biases and adapters in their own weights.
+        """
+        sharing = {o.layer for group in part if group.private_bytes for o in group.occurrences if o.task == name}
+        added = [layer for layer, module in own_modules(self.models[name]) if has_additions(module)]
+        if not (left := [layer for layer in added if layer not in sharing]):
+            return None
+        copied = copy.deepcopy(self.models[name])
+        for layer in left:
+            fold(copied.get_submodule(layer))
+        return copied
 
     def undo(self) -> None:
         """Brings the models back to what is kept, bit by bit."""

@@ -165,9 +165,14 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def has_additions(layer: nn.Module) -> bool:
+    """Whether a layer has an adapter, or a private scale and bias."""
+    return adapter_of(layer) is not None or affine_of(layer) is not None
+
+
 def fold(layer: nn.Module) -> None:
     """Writes scale, bias and adapter into the layer's own parameters, which must not be shared, and removes them."""
-    if adapter_of(layer) is None and affine_of(layer) is None:
+    if not has_additions(layer):
         return
     for name, values in plain_state(layer.state_dict(), [""]).items():
         if name in PARAMETERS:

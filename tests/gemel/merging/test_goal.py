@@ -87,7 +87,7 @@ def strict(trained_entries, monkeypatch):
 
 def test_what_it_would_take_is_true_when_tried(strict, datasets, tmp_path, capsys):
     entries = strict()
-    goal = goal_of(entries, 1.0)
+    goal = goal_of(entries, 0.85)
     quick = {"memory": goal, "max_epochs": 0.5}
     missed = merge(entries, tmp_path / "first", datasets, **quick)
     needed = missed["run"]["goal"]["would_take"]
@@ -116,13 +116,13 @@ def test_looking_for_what_it_would_take_leaves_the_models_as_they_are(strict, da
 
     monkeypatch.setattr(GoalReplay, "what_it_would_take", compared)
     entries = strict()
-    merge(entries, tmp_path, datasets, memory=goal_of(entries, 1.0), max_epochs=0.5)
+    merge(entries, tmp_path, datasets, memory=goal_of(entries, 0.85), max_epochs=0.5)
     assert len(looked) == 1
 
 
 def test_a_killed_run_finds_the_same(strict, datasets, tmp_path, monkeypatch):
     entries = strict()
-    goal, play = goal_of(entries, 1.0), Merger.play_round
+    goal, play = goal_of(entries, 0.85), Merger.play_round
 
     def until_it_is_known(self, proposal):
         if self.record.would_take is not None:
