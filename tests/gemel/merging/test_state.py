@@ -1,0 +1,43 @@
+"""The live models of a merge: what is kept of a trial, and what is undone."""
+
+import pytest
+import torch
+from pico import merger_of
+
+from gemel.sharing.adapters import has_additions, own_modules
+from gemel.sharing.affine import affine_of
+from gemel.sharing.groups import verified_part
+
+
+@pytest.fixture
+def run(tasks, data, tmp_path):
+    return merger_of(tasks, data, tmp_path / "results", strategy="adaptive", num_threads=1)
+
+
+def additions(model) -> set[str]:
+    return {name for name, module in own_modules(model) if has_additions(module)}
+
+
+@pytest.mark.parametrize("met", [["north_pico"], ["north_pico", "south_pico"]])
+def test_a_part_has_scales_where_it_shares_and_weights_with_them_where_it_does_not(run, met):
+    """A task at target shares a layer with tasks that failed: alone, the layer takes in its private scale and bias."""
+    proposal = run.strategy.propose()
+    private = [group for group in proposal if group.private_bytes]
+    assert any(set(met) < set(group.tasks) for group in private)
+    run.state.begin_trial(proposal, "mean")
+    torch.manual_seed(0)
+    for o in (o for group in private for o in group.occurrences):
+        torch.nn.init.uniform_(affine_of(run.state.models[o.task].get_submodule(o.layer)).scale, 0.5, 2.0)
+    part = verified_part((), proposal, met)
+    shared = {o for group in part if group.private_bytes for o in group.occurrences}
+    assert bool(shared) == (len(met) > 1)
+    images, models = torch.rand(2, 3, 16, 16), run.state.models.eval()
+    with torch.no_grad():
+        before = {task: models[task](images) for task in met}
+        run.state.keep_part(part, met)
+        assert all(torch.allclose(models[task](images), before[task], atol=1e-5) for task in met)
+    for task, model in models.items():
+        assert additions(model) == {o.layer for o in shared if o.task == task}
+    for task in set(models) - set(met):
+        own = models[task].state_dict()
+        assert all(torch.equal(value, own[key]) for key, value in run.state.unmerged[task].state_dict().items())
