@@ -61,9 +61,14 @@ class ChannelMoments(NamedTuple):
 
 
 def channel_moments(values: torch.Tensor) -> ChannelMoments:
-    """Of values [N, channels, ...]."""
+    """Of values [N, channels, ...].
+
+    Two means in turn: torch.var_mean takes 4 to 16 times as long over several dimensions on a CPU.
+    """
+    values = values.detach().float()
     dims = [0, *range(2, values.dim())]
-    var, mean = torch.var_mean(values.detach().float(), dims, correction=0)
+    mean = values.mean(dims)
+    var = (values - mean.view(1, -1, *[1] * (values.dim() - 2))).square_().mean(dims)
     return ChannelMoments(values.numel() // max(1, values.shape[1]), mean, var)
 
 
