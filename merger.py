@@ -29,7 +29,7 @@ from gemel.merging.images import ImageSampler
 from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisation, rule_of
 from gemel.merging.options import LEAST_SQUARES, NO_ALIGNMENT, MergeOptions
 from gemel.merging.records import RunRecord, memory_part, run_part, task_parts
-from gemel.merging.resume import new_strategy
+from gemel.merging.resume import groups_to_tie, new_strategy
 from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_tied
 from gemel.merging.state import MergeState
 from gemel.merging.teachers import FrozenPrefixes, teachers_of
@@ -92,8 +92,8 @@ class Merger:
         Raises WorkloadError if a model is below its own target already, or cannot be trained or evaluated, or if all
         that could be saved is not enough for the memory goal.
         """
-        goal, optimal = self.options.memory, self.record.optimal_saved_bytes
-        problems = goal_problems(goal, self.state.unmerged_bytes, optimal)
+        most = saved_bytes(groups_to_tie(self.options, self.state.models, self.record.groups))
+        problems = goal_problems(self.options.memory, self.state.unmerged_bytes, most)
         if self.is_new and not problems:
             problems = training_problems(self.tasks, self.data, self.state, self.options.seed)
         try:

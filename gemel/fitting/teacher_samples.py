@@ -153,11 +153,13 @@ class TeacherSampler:
             new = {name: wanted[name] for name in names if name in wanted and keys[name] not in self._known}
             sizes = sizes_of(images[task])
             for name in names:
-                found[task, name] = self._known.setdefault(keys[name], LayerSamples(sizes[: layers[name]]))
-            norms = self._norms.setdefault(drawn_from, {})
+                found[task, name] = self._known.get(keys[name]) or LayerSamples(sizes[: layers[name]])
+            norms = dict(self._norms.get(drawn_from, {}))
             if new:
-                self._images.append(images[task])
                 self._draw(task, {name: found[task, name] for name in new}, new, images[task], norms)
+                self._images.append(images[task])
+            self._known |= {keys[name]: found[task, name] for name in names}  # not before: memory may have run out
+            self._norms[drawn_from] = norms
             for name in batch_norms(self.teachers[task]):
                 calls = [of_batch.get(name, []) for of_batch in norms.values()]
                 if calls and all(len(own) == 1 for own in calls):

@@ -18,9 +18,9 @@ MAX_REPLAYS = 6
 STEP = 0.001  # in which tolerances are suggested
 
 
-def goal_problems(goal: int | None, unmerged_bytes: int, optimal_saved_bytes: int) -> list[Problem]:
+def goal_problems(goal: int | None, unmerged_bytes: int, most_saved_bytes: int) -> list[Problem]:
     """A goal (bytes) that is less than what is left when every identical layer is shared."""
-    least = unmerged_bytes - optimal_saved_bytes
+    least = unmerged_bytes - most_saved_bytes
     if goal is None or goal >= least:
         return []
     allowed = f"at least {least} bytes ({_rounded_up(least)}): what is left when every identical layer is shared"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gemel.fitting.least_squares import with_affine
+from gemel.forward.modes import Models
 from gemel.merging.fingerprint import differences
 from gemel.merging.options import LEAST_SQUARES, MergeOptions
 from gemel.results_store.files import ResultsError
@@ -49,13 +50,19 @@ def set_aside(results_path: Path) -> Path:
     raise RuntimeError(f"{results_path}: there are too many earlier results beside it")
 
 
-def new_strategy(options: MergeOptions, models: Mapping, groups: Configuration) -> Strategy:
-    """A strategy that has tried nothing yet.
+def groups_to_tie(options: MergeOptions, models: Models, groups: Configuration) -> Configuration:
+    """The groups as a search ties them.
 
-    Where weights are fitted, a layer without normalisation behind it gets a private scale and bias (with_affine).
+    Where weights are fitted, a layer without normalisation behind it gets a private scale and bias (with_affine), which
+    take a few bytes of what it saves.
     """
+    fits = options.initial_weights == LEAST_SQUARES and options.strategy != STEM
+    return tuple(with_affine(models, group) for group in groups) if fits else groups
+
+
+def new_strategy(options: MergeOptions, models: Models, groups: Configuration) -> Strategy:
+    """A strategy that has tried nothing yet."""
     given: dict[str, Any] = {"adapter_budget": options.adapter_budget} if options.adapter_budget else {}
     if options.strategy != STEM:  # it finds its own groups
-        fits = options.initial_weights == LEAST_SQUARES
-        given["groups"] = tuple(with_affine(models, group) for group in groups) if fits else groups
+        given["groups"] = groups_to_tie(options, models, groups)
     return strategy_class(options.strategy)(models, **given)

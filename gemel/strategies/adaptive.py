@@ -1,4 +1,4 @@
-"""The adaptive strategy: as much at once as one set of weights is predicted to serve, then less or more of it.
+"""The adaptive strategy: what is expected to save most, by the accuracies that were measured so far.
 
 1. Search: of several configurations, from cautious to everything, try the one that is expected to save most, as long
    as that is worth a trial. Of each task the most sensitive layers per byte are released first (a group splits: the
@@ -57,8 +57,8 @@ class Adaptive(Strategy):
         self.adapted = [_with_adapters(group, models, adapter_budget) for group in self.groups]
         self.sensitivity: dict[tuple[int, str], float] = {}  # (index of a group, task) -> error at the outputs
         self.misfit: dict[int, float] = {}  # index of a group -> error of its fitted weights, for the worst task
+        self.donor: str | None = None  # the task with the highest sum of errors of fitted weights
         self.losses: dict[str, float] = {}  # task -> accuracy / target that a unit of sensitivity is expected to cost
-        self.donor: str | None = None  # the task with the highest sum of such errors
         self.curves = {name: Curve() for name in models}
         first = {name: next((layer.name for layer in find_layers(model)), None) for name, model in models.items()}
         self.stems = [all(first[o.task] == o.layer for o in group.occurrences) for group in self.groups]
@@ -207,7 +207,7 @@ class Adaptive(Strategy):
         return {task: curve.probability(self._tied_share(trial, task)) for task, curve in self.curves.items()}
 
     def _expected_saving(self, trial: Configuration) -> float:
-        """Bytes, where tasks that fail go back to what is kept, and the others share among themselves.
+        """Net bytes, where tasks that fail go back to what is kept, and the others share among themselves.
 
         Of n tasks that share a group k meet their targets; the mean of max(0, k - 1) is the sum of the probabilities,
         less 1, and the probability that none does.
@@ -217,7 +217,8 @@ class Adaptive(Strategy):
         saving = 0.0
         for group in trial:
             each = [1.0 if o in tied else probabilities[o.task] for o in group.occurrences]
-            saving += group.bytes * (sum(each) - 1 + math.prod(1 - p for p in each))
+            per_task = group.saved_bytes / (len(each) - 1)
+            saving += per_task * (sum(each) - 1 + math.prod(1 - p for p in each))
         return saving
 
     def _is_worth_a_trial(self, trial: Configuration) -> bool:
@@ -238,7 +239,7 @@ class Adaptive(Strategy):
 
     def _observe(self, trial: Configuration, met: Collection[str], ratios: Ratios) -> None:
         """Adds what an untrained trial without adapters measured to the curves."""
-        if self.phase not in (SEARCH, FILL) or not self.releases_before_training:
+        if self.phase not in (SEARCH, FILL):
             return
         for task in sorted({task for group in trial for task in group.tasks}):
             if task in met:
@@ -300,8 +301,9 @@ class Adaptive(Strategy):
         self.smallest = max(
             THRESHOLDS.fill.worth_a_fit * saved_bytes(self.groups), THRESHOLDS.fill.smallest_part * self._gain(part)
         )
-        least = {WITH_ADAPTERS: THRESHOLDS.fill.worth_adapters, TRAIN_WITH_ADAPTERS: THRESHOLDS.fill.worth_adapters}
-        if self._gain(part) < least.get(phase, THRESHOLDS.fill.worth_training) * saved_bytes(self.groups):
+        limits, has_adapters = THRESHOLDS.fill, phase in (WITH_ADAPTERS, TRAIN_WITH_ADAPTERS)
+        least = limits.worth_adapters if has_adapters else limits.worth_training
+        if self._gain(part) < least * saved_bytes(self.groups):
             self.parts = []
 
     def _missing(self, phase: str) -> Part:
@@ -388,8 +390,8 @@ class Adaptive(Strategy):
         self.phase, self.smallest = state["phase"], state["smallest"]
         self.parts = [{index: tuple(tasks) for index, tasks in part} for part in state["parts"]]
         self.tried, self.adopted = set(state["tried"]), from_plain(state["adopted"])
-        self.losses, goal = state.get("losses", {}), state.get("goal", {})
-        self.goal_ratios = goal["ratios"] if goal and goal["saving"] == self.goal_saving else {}  # of this goal only
+        self.losses, goal = state["losses"], state["goal"]
+        self.goal_ratios = goal["ratios"] if goal["saving"] == self.goal_saving else {}  # of this goal only
 
 
 def _with_adapters(group: Group, models: Mapping[str, nn.Module], adapter_budget: float) -> Group:
