@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from gemel.merging.goal import GoalReplay, goal_problems
 from gemel.merging.images import ImageSampler
 from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisation, rule_of
 from gemel.merging.options import LEAST_SQUARES, NO_ALIGNMENT, MergeOptions
+from gemel.merging.private_training import PrivateTraining
 from gemel.merging.records import RunRecord, memory_part, run_part, task_parts
 from gemel.merging.resume import groups_to_tie, new_strategy
 from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_tied
@@ -82,6 +84,7 @@ class Merger:
         self.evaluator = Evaluator(tasks, data, self.state.unmerged, options.training.screening_images > 0)
         self.prefixes = FrozenPrefixes(self.state, data, self.images, options.memory_per_task(len(tasks)))
         self.is_new = True  # whether the results folder holds nothing of this workload yet
+        self.private_training = self._new_private_training()
         self.in_flight: dict | None = None  # the state of an interrupted round, to resume it
 
     # ---- before the first round ------------------------------------------------------------------------------
@@ -171,6 +174,12 @@ class Merger:
         strategy.goal_saving = None if goal is None else self.state.unmerged_bytes - goal
         return strategy
 
+    def _new_private_training(self) -> PrivateTraining:
+        purpose = ("private", len(self.record.rounds))
+        context = RoundContext(self.state.device, self.options.seed, purpose, self.clock)
+        trained = self.record.private_trainings()
+        return PrivateTraining(self.state, self.evaluator, self.options.training, context, recover, trained)
+
     # ---- the search ------------------------------------------------------------------------------------------
 
     def merge(self) -> dict:
@@ -236,6 +245,7 @@ class Merger:
         self.in_flight = None
         part, outcome = self._verified_part(proposal, outcome)
         ratios = {name: accuracy / self.tasks[name].target_acc for name, accuracy in outcome.accuracies.items()}
+        ratios |= outcome.fitted_ratios
         self.strategy.record(outcome.success, outcome.met, ratios)
         if part is not None:
             self.state.keep_part(part, outcome.verified)
@@ -295,12 +305,14 @@ class Merger:
         """Ties the proposal and recovers accuracy; the state can then be undone or kept."""
         trained = {name: self.tasks[name] for name in affected_tasks(self.state.kept, proposal)}
         continues = self.state.begin_trial(proposal, rule_of(self.options.initial_weights))
+        self.private_training = self._new_private_training()
         try:
             fitted = {}
             if self.in_flight is None:
                 with self.clock.interruptible():
                     fitted = self._initialise(proposal, trained, continues)
-            return self._retrain(proposal, trained, fitted)
+            outcome = self._retrain(proposal, trained, fitted)
+            return replace(outcome, private_training=self.private_training.of_round())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -314,7 +326,8 @@ class Merger:
             return {}
         if continues:
             return self.evaluator.standings(trained)
-        fitter = WeightFitter(self.state, self.evaluator, self.images, self.strategy.donor_of)
+        improve = partial(self.private_training.improve, proposal) if self.strategy.releases_before_training else None
+        fitter = WeightFitter(self.state, self.evaluator, self.images, self.strategy.donor_of, improve)
         if self.record.has_trained or not self.strategy.refits_all_changes:
             new = tuple(group for group in proposal if group not in set(self.state.kept))
             fitted = fitter.fit(new, trained, number, max_fits=2)

@@ -44,7 +44,8 @@ def recover(
         for name in tasks:
             reseed(data[name], context.seed, *context.purpose)
         members = {name: Member.of(task, data[name]) for name, task in tasks.items()}
-        return Round(nn.ModuleDict({name: models[name] for name in tasks}), members, options, context, teachers).run()
+        container = nn.ModuleDict({name: models[name] for name in dict.fromkeys((*tasks, *context.beside))})
+        return Round(container, members, options, context, teachers).run()
 
 
 class Round:

@@ -85,6 +85,16 @@ class SearchThresholds:
 
 
 @dataclass(frozen=True)
+class PrivateTrainingThresholds:
+    """What a short training of private parameters is expected to gain before any was measured."""
+
+    # Of accuracy / target (unmeasured).
+    gain: float = 0.01
+    # In so many steps (unmeasured).
+    steps: int = 20
+
+
+@dataclass(frozen=True)
 class FillThresholds:
     """When what is missing is filled in by parts, with adapters or with training."""
 
@@ -108,6 +118,7 @@ class Thresholds:
     balance: BalanceThresholds = BalanceThresholds()
     sensitivity: SensitivityThresholds = SensitivityThresholds()
     search: SearchThresholds = SearchThresholds()
+    private: PrivateTrainingThresholds = PrivateTrainingThresholds()
     fill: FillThresholds = FillThresholds()
 
 

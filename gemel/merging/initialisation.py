@@ -22,6 +22,8 @@ from gemel.training.outcome import Standing
 
 log = logging.getLogger(__name__)
 
+Improve = Callable[[Mapping[str, Standing], Mapping[str, int]], dict[str, Standing]]
+
 
 def rule_of(initial_weights: str) -> str:
     """The data-free rule that gives a tied layer its first values; least squares starts from the mean."""
@@ -31,7 +33,8 @@ def rule_of(initial_weights: str) -> str:
 class WeightFitter:
     """Fits shared weights in closed form to what each task's unmerged layer does.
 
-    donor_of: the task whose weights a group takes as they are; None: it is fitted.
+    donor_of: the task whose weights a group takes as they are; None: it is fitted. improve: what may follow a fit that
+    misses targets, given where tasks are and on how many images each was fitted; returns where they are then.
     """
 
     def __init__(
@@ -40,8 +43,10 @@ class WeightFitter:
         evaluator: Evaluator,
         images: ImageSampler,
         donor_of: Callable[[Group], str | None],
+        improve: Improve | None = None,
     ):
         self.state, self.evaluator, self.images, self.donor_of = state, evaluator, images, donor_of
+        self.improve = improve
 
     def fit(self, groups: Configuration, names: Collection[str], number: int, max_fits: int) -> dict[str, Standing]:
         """Fits tied groups; returns where each of the named tasks, whose models the trial changes, then is.
@@ -87,6 +92,8 @@ class WeightFitter:
             found = self.evaluator.standings(container)
             ratios = {name: standing.ratio for name, standing in found.items()}
             log.debug("round %d, fit %d with weights %s: %s of the targets", number, attempt, balance.weights, ratios)
+            if self.improve is not None and worst(found) < 1:
+                found = self.improve(found, {name: sum(batches.sizes) for name, batches in images.items()})
             if not best or worst(found) > worst(reached):
                 best, reached = state_on_cpu(container), found
             if worst(reached) >= 1 or balance.update(ratios) < THRESHOLDS.fit.refit_from:

@@ -38,6 +38,10 @@ class RunRecord:
         """Whether a kept round has changed weights by training."""
         return any(row["kept"] and row["steps"] for row in self.rounds)
 
+    def private_trainings(self) -> list[dict]:
+        """What the short trainings after fits gained in all rounds."""
+        return [gained for row in self.rounds for gained in row.get("private_training", [])]
+
     def add_round(
         self,
         proposal: Configuration,
@@ -69,6 +73,7 @@ class RunRecord:
             "optimal_saved_bytes": self.optimal_saved_bytes,
             "steps": outcome.steps,
             "samples": outcome.samples,
+            "private_training": outcome.private_training,
             "seconds": seconds,
         }
         self.rounds.append(row)
@@ -80,7 +85,8 @@ class RunRecord:
             {
                 "seconds": clock.seconds,
                 "cpu_seconds": clock.cpu_seconds,
-                "steps": sum(row["steps"] for row in self.rounds),
+                "steps": sum(row["steps"] for row in self.rounds)
+                + sum(gained["steps"] for gained in self.private_trainings()),
                 "samples": sum(row["samples"] for row in self.rounds),
                 "round": len(self.rounds),
                 "saved_bytes": saved_bytes(kept),

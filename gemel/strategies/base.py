@@ -39,7 +39,7 @@ class Strategy(ABC):
         """Says how the last proposal ended.
 
         kept: the whole proposal met its targets. met: the tasks that met their target in the trial. ratios: of the
-        tasks whose weights the trial changed.
+        tasks whose weights the trial changed, before a short training that followed a fit.
         """
 
     @abstractmethod

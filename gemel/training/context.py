@@ -22,6 +22,7 @@ class RoundContext:
     fitted: Mapping[str, Standing] = field(default_factory=dict)
     # Accuracy on TaskData.screen from which on all of val is evaluated; a task without an entry has no screening.
     screen_targets: Mapping[str, float] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()  # tasks that are not trained, but hold parameters which this round may train
     prefixes: Mapping[str, Prefix] = field(default_factory=dict)  # of the tasks whose first layers stay as they are
     save: Callable[[dict, bool], None] | None = None  # (state of the round, whether the run ends here)
     saved: dict | None = None  # the state of an interrupted round, to resume it

@@ -1,6 +1,6 @@
 """How a round of training ended."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 MET, GIVEN_UP, EPOCHS_SPENT, UNTRAINED = "met", "given up", "epochs spent", "needs training"
@@ -24,6 +24,12 @@ class Outcome:
     steps: int
     samples: int
     verified: tuple[str, ...] = ()  # tasks of `met` that were evaluated on all of val with the weights as they are now
+    private_training: list[dict] = field(default_factory=list)  # what short trainings after fits gained, by task
+
+    @property
+    def fitted_ratios(self) -> dict[str, float]:
+        """Accuracy / target of the tasks that were trained shortly after the fit, as the fit had left them."""
+        return {gained["task"]: gained["before"] for gained in self.private_training}
 
     @property
     def success(self) -> bool:
