@@ -83,7 +83,7 @@ def test_crowds_are_not_trained_on_and_do_not_count(tmp_path, task):
     assert data.screen is data.val
 
 
-def test_a_transform_that_loses_crowd_flags_is_refused(tmp_path):
+def test_a_transform_that_loses_crowd_flags_is_refused(tmp_path, task):
     def halved(image, target):
         image, target = to_tensor(image, target)
         return image, {**target, "boxes": target["boxes"][:0], "labels": target["labels"][:0]}
