@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from gemel.environment.imports import prefer
@@ -30,6 +30,7 @@ READING_KEYS = ("background_class", "labels", "num_classes", "class_ids", "exif_
 OPTIONAL_KEYS = ("dataset", "tolerance", "batch_size", *READING_KEYS)
 IN_ORDER, AS_NUMBERED = "in_order", "as_numbered"  # class_ids: what the ids of a COCO file mean
 DEFAULT_TOLERANCE = 0.95
+OWN_MODEL = "a model of its own for every task (copy.deepcopy)"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -118,11 +119,11 @@ def load_model_dict(path: str | Path) -> dict:
     if not file.is_file() or file.suffix != ".py":
         got = f"{path}, which is no file" if not file.is_file() else f"{path}, whose name does not end in .py"
         raise WorkloadError([Problem("workload", "--workload", got, allowed)])
-    prefer(file.parent)
     loaded = sys.modules.get(file.stem)
     if loaded is not None and getattr(loaded, "__file__", None) != str(file):
         got = f"{path}, whose name is that of a module in use here"
         raise WorkloadError([Problem("workload", "--workload", got, "another file name")])
+    prefer(file.parent)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None, "the spec of a Python file"
     module = importlib.util.module_from_spec(spec)
@@ -132,6 +133,8 @@ def load_model_dict(path: str | Path) -> dict:
         create = getattr(module, "create_model_dict", None)
         if callable(create):
             return create()
+    except WorkloadError:
+        raise
     except Exception as error:  # a user's file may raise anything
         sys.modules.pop(file.stem, None)
         raise WorkloadError([Problem("workload", "--workload", _where_it_failed(file, error), allowed)]) from error
@@ -190,8 +193,17 @@ def _record(name: str, entry: Mapping, tolerance: float) -> Task:
         tolerance=float(tolerance if own_tolerance is None else own_tolerance),
         dataset=entry.get("dataset") or name.rsplit("_", 1)[0] + DATASET_SUFFIX[kind],
         batch_size=None if entry.get("batch_size") is None else int(entry["batch_size"]),
-        reading=Reading(**{key: entry[key] for key in READING_KEYS if entry.get(key) is not None}),
+        reading=_reading(entry),
     )
+
+
+def _reading(entry: Mapping) -> Reading:
+    given = {key: entry[key] for key in READING_KEYS if entry.get(key) is not None}
+    if "num_classes" in given:
+        given["num_classes"] = int(given["num_classes"])
+    if isinstance(given.get("class_ids"), Mapping):  # plain values, as the results folder holds them
+        given["class_ids"] = {name: int(number) for name, number in given["class_ids"].items()}
+    return Reading(**given)
 
 
 def _name_problems(name: object) -> list[Problem]:
@@ -219,12 +231,12 @@ def _clashes(model_dict: Mapping) -> list[Problem]:
 
 def _shared_models(tasks: Mapping[str, Task]) -> list[Problem]:
     """Models of two tasks with a common parameter or buffer, or one whose values lie in the same memory."""
-    owner: dict[int, str] = {}
+    owner: dict[tuple, str] = {}
     problems = []
     for task in tasks.values():
         tensors = [*task.model.parameters(), *task.model.buffers()]
-        keys = {id(tensor): tensor for tensor in tensors}
-        keys |= {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if tensor.numel()}
+        keys: dict[tuple, Tensor] = {("object", id(tensor)): tensor for tensor in tensors}
+        keys |= {("memory", t.device, t.untyped_storage().data_ptr()): t for t in tensors if t.numel()}
         others: dict[str, str] = {}  # task -> what of it is shared
         for key, tensor in keys.items():
             other = owner.setdefault(key, task.name)
@@ -232,7 +244,7 @@ def _shared_models(tasks: Mapping[str, Task]) -> list[Problem]:
                 others.setdefault(other, "parameters" if isinstance(tensor, nn.Parameter) else "buffers")
         for other, what in sorted(others.items()):
             got = f"{what} that are also those of {other}"
-            problems.append(Problem(task.name, "model", got, "a model of its own for every task (copy.deepcopy)"))
+            problems.append(Problem(task.name, "model", got, OWN_MODEL))
     return problems
 
 
