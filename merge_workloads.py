@@ -189,6 +189,8 @@ def _checked_tasks(
         allowed = "a folder in which nothing of yours would be overwritten"
         problems.append(Problem("options", "results", f"{results_path}, which holds {name} of something else", allowed))
     if problems:
+        if said := console.dataset_notes(notes):
+            print(said, flush=True)
         raise WorkloadError(problems)
     return tasks
 

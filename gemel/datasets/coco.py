@@ -40,10 +40,11 @@ from gemel.datasets.records import (
 )
 
 NAME = "COCO JSON"
-SPLIT_FILE = re.compile(r"(?:instances_)?(train|val|test)[^.]*\.json")
+SPLIT_FILE = re.compile(r"(?:instances_)?(train|val|test)[^.]*\.json", re.IGNORECASE)
 SUFFIXES = sorted(IMAGE_SUFFIXES)
 IN_SPLIT = "_annotations.coco.json"
 PIXELS = 1.0  # a box that exceeds the image by at most this is clipped
+BACKSLASHES = "a backslash in the name of an image was read as a slash"
 EMPTY_BOX = "a box without width or height was left out"
 UNUSED = "an image that the annotation file does not name was left out"
 NO_SIZE = "the size of an image was read from the image, as its entry has none"
@@ -61,7 +62,7 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {split: [] for split in SPLIT_FOLDERS}
     for file in visible(folder / "annotations"):
         if match := SPLIT_FILE.fullmatch(file.name):
-            found[match[1]].append(file)
+            found[match[1].lower()].append(file)
     for split, names in SPLIT_FOLDERS.items():
         found[split] += [file for name in names if (file := folder / name / IN_SPLIT).is_file()]
     return found
@@ -212,6 +213,9 @@ class _Reader:
         if not isinstance(entry, dict):
             return self._fault(place, shown(entry), "a dictionary with id and file_name")
         key, name = entry.get("id"), entry.get("file_name")
+        if isinstance(name, str) and "\\" in name:  # of Windows
+            name = name.replace("\\", "/")
+            self.coco.repairs[BACKSLASHES] += 1
         if type(key) is not int and type(key) is not str:
             self._fault(f"{place}.id", shown(key), "a whole number or a string")
         elif key in self.images:
@@ -248,13 +252,13 @@ class _Reader:
             key, got, allowed = wrong
             self._fault(f"{place}.{key}", got, allowed)
             return None
-        image, crowd = self.images[entry["image_id"]], entry.get("iscrowd", 0)
+        image, crowd = self.images[entry["image_id"]], entry.get("iscrowd") or 0
         return image, *entry["bbox"], entry["category_id"], crowd, index
 
     def _wrong_value(self, entry: dict, seen: set[int | str]) -> tuple[str, str, str] | None:
         """(key, what it is, what is allowed) of the first wrong value of an annotation; adds its id to `seen`."""
         key, image, category = entry.get("id"), entry.get("image_id"), entry.get("category_id")
-        box, crowd = entry.get("bbox"), entry.get("iscrowd", 0)
+        box, crowd = entry.get("bbox"), entry.get("iscrowd") or 0
         if type(key) is not int and type(key) is not str:
             return "id", shown(key), "a whole number or a string"
         if key in seen:

@@ -186,6 +186,15 @@ def file_exists(path: Path) -> bool:
         return False
 
 
+def is_turned(image: Path) -> bool:
+    """Whether an image has an EXIF orientation by which it is turned or mirrored; False if it cannot be read."""
+    try:
+        with Image.open(image) as opened:
+            return opened.getexif().get(ORIENTATION, 1) in range(2, 9)
+    except Exception:  # Pillow raises many types on broken files; the check of images reports them
+        return False
+
+
 def header_size(image: Path, turned: bool = True) -> tuple[int, int] | None:
     """(width, height), read from the header alone; None if it cannot be read. turned: after EXIF orientation."""
     try:

@@ -71,7 +71,7 @@ def workload_table(tasks: Mapping[str, Task], models: Models, groups: Configurat
 
 def dataset_notes(notes: Mapping[str, Sequence[str]]) -> str:
     """What was passed over or put right in the datasets, a line each; "" if there is nothing to say."""
-    lines = [f"  {name}: {line}" for name, found in notes.items() for line in found]
+    lines = [f"  {name}: {line.removeprefix('1 times: ')}" for name, found in notes.items() for line in found]
     return "\n".join(["of the datasets:", *lines]) if lines else ""
 
 
