@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
+from gemel.datasets import class_folders
 from gemel.datasets.cache import SampleCache
 from gemel.datasets.checks import check
 from gemel.datasets.folders import dataset_class_names, find_dataset, open_split
@@ -62,7 +63,7 @@ def open_task(
             **worker_options(dataset, num_workers or 0),
         )
 
-    has_test = (folder / "test").is_dir() if layout is None else "test" in layout.splits
+    has_test = class_folders.has_test(task, folder) if layout is None else "test" in layout.splits
     test = loader("test") if has_test else None
     names = dataset_class_names(task, folder, layout)
     val = loader("val")

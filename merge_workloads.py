@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import contextlib
 import os
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,14 @@ from typing import Any
 import torch
 import torchvision
 
-import dataset_manager
-from eval_methods import classification_eval, frcnn_eval
 from gemel.datasets.folders import SampleError, find_datasets
 from gemel.datasets.loaders import TaskData
 from gemel.environment.clock import Clock
 from gemel.environment.device import pick_device
+from gemel.environment.imports import CHECKOUT, imported_from
 from gemel.environment.interrupts import Interrupts
 from gemel.environment.threads import choose_num_threads, num_threads_set
-from gemel.merging import console
+from gemel.merging import console, earlier_merges
 from gemel.merging.fingerprint import fingerprint
 from gemel.merging.options import MergeOptions, read_options
 from gemel.merging.plan import plan
@@ -43,12 +43,16 @@ from gemel.results_store.manifest import has_results, json_bytes
 from gemel.results_store.points import points_of
 from gemel.results_store.write import foreign_files
 from gemel.sample_workload.prepare import prepare
-from gemel.sample_workload.tasks import DATASETS_ROOT, PLAN, SAMPLE_ROOT, Plan, unmerged_acc, weights_path
+from gemel.sample_workload.tasks import PLAN, SAMPLE_ROOT, Plan, dataset_roots, unmerged_acc, weights_path
 from gemel.sample_workload.training import Methods
 from gemel.workload import Problem, Task, WorkloadError, load_model_dict, read_workload
-from merger import Merger
 from model_architectures import build, load_weights
-from transforms import classification_transforms, detection_transforms
+
+with imported_from(CHECKOUT):  # not a file of the same name beside the script that imports this one
+    import dataset_manager
+    from eval_methods import classification_eval, frcnn_eval
+    from merger import Merger
+    from transforms import classification_transforms, detection_transforms
 
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -115,9 +119,9 @@ def merge_workload(
     chosen, problems = read_options(options)
     interrupts = Interrupts()
     clock = Clock(chosen.time_budget, interrupts)
-    results_path = Path(os.path.abspath(results_path))  # "." would follow the folder that --fresh sets aside
-    roots = [Path(datasets) if datasets else dataset_manager.DEFAULT_ROOT, DATASETS_ROOT]
-    tasks = _checked_tasks(model_dict, chosen, roots, results_path, problems)
+    notes: dict[str, list[str]] = {}
+    roots, results_path = _paths(model_dict, datasets, results_path)
+    tasks = _checked_tasks(model_dict, chosen, roots, results_path, problems, notes)
     device = pick_device(chosen.device)
     data = _open_data(tasks, roots, device, chosen)
     mark = fingerprint(tasks, find_datasets(tasks, roots), chosen.deciding)
@@ -125,8 +129,13 @@ def merge_workload(
         stack.enter_context(lock(results_path))
         previous = None if chosen.fresh else previous_manifest(results_path, mark)
         stack.enter_context(num_threads_set(_num_threads(chosen, previous)))
+        models = {name: task.model for name, task in tasks.items()}
+        earlier_merges.remember(models)
+        stack.callback(earlier_merges.note_as_left, models)
         merger = Merger(tasks, data, chosen, device, results_path, clock, _started_with(chosen, device, datasets), mark)
         print(console.workload_table(tasks, merger.state.models, merger.record.groups), end="\n\n", flush=True)
+        if said := console.dataset_notes(notes):
+            print(said, end="\n\n", flush=True)
         if previous is not None:
             print("\n".join(merger.resume(previous)), flush=True)
         if previous is not None and merger.record.finished:
@@ -145,16 +154,43 @@ def merge_workload(
     return manifest
 
 
+def _paths(model_dict: object, datasets: Any, results_path: Any) -> tuple[list[Path], Path]:
+    """(where datasets are looked for, the results folder). Raises WorkloadError for what is no path."""
+    wrong = [
+        Problem("options", key, repr(value), "the path of a folder")
+        for key, value in (("datasets", datasets or ""), ("results_path", results_path))
+        if not isinstance(value, str | os.PathLike)
+    ]
+    if wrong:
+        raise WorkloadError(wrong)
+    found = Path(datasets).expanduser() if datasets else dataset_manager.DEFAULT_ROOT
+    names = [name for name in model_dict if isinstance(name, str)] if isinstance(model_dict, Mapping) else []
+    # "." as results would follow the folder that --fresh sets aside
+    return dataset_roots(names, found), Path(os.path.abspath(os.path.expanduser(results_path)))
+
+
 def _checked_tasks(
-    model_dict: dict, options: MergeOptions, roots: list[Path], results_path: Path, problems: list[Problem]
+    model_dict: dict,
+    options: MergeOptions,
+    roots: list[Path],
+    results_path: Path,
+    problems: list[Problem],
+    notes: dict[str, list[str]],
 ) -> dict[str, Task]:
-    """The validated tasks. Raises WorkloadError with the problems given and all those of dictionary and datasets."""
+    """The validated tasks. Raises WorkloadError with the problems given and all those of dictionary and datasets.
+
+    notes: gets what is no problem of a dataset but should be known, by task.
+    """
+    if isinstance(model_dict, Mapping):
+        earlier_merges.restore(entry.get("model") for entry in model_dict.values() if isinstance(entry, Mapping))
     tasks, found = read_workload(model_dict, options.tolerance)
-    problems = found + problems + dataset_manager.check(tasks, roots)
+    problems = found + problems + dataset_manager.check(tasks, roots, notes)
     for name in foreign_files(results_path, tasks):
         allowed = "a folder in which nothing of yours would be overwritten"
         problems.append(Problem("options", "results", f"{results_path}, which holds {name} of something else", allowed))
     if problems:
+        if said := console.dataset_notes(notes):
+            print(said, flush=True)
         raise WorkloadError(problems)
     return tasks
 

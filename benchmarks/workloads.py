@@ -14,7 +14,7 @@ import torch
 import dataset_manager
 from gemel.environment import DEVICES
 from gemel.environment.device import pick_device
-from gemel.sample_workload.tasks import DATASETS_ROOT
+from gemel.sample_workload.tasks import dataset_roots
 from gemel.workload import Problem, Task, WorkloadError, load_model_dict, read_workload
 from merge_workloads import EXIT_DONE, EXIT_INTERRUPTED, EXIT_WRONG_INPUT, create_sample_model_dict
 
@@ -33,7 +33,7 @@ class Workload:
     @property
     def roots(self) -> list[Path]:
         """Folders that hold datasets; a task's dataset is taken from the first one that has it."""
-        return _roots(self.datasets)
+        return _roots(self.datasets, self.tasks)
 
     def folder_of(self, task: Task) -> Path:
         """The dataset folder of a task."""
@@ -69,14 +69,14 @@ def open_workload(flags: argparse.Namespace, tolerance: float | None = None) -> 
         device = pick_device(flags.device)
     except ValueError as error:
         problems.append(Problem("benchmark", "--device", str(error), "a device that torch sees"))
-    problems += dataset_manager.check(tasks, _roots(flags.datasets))
+    problems += dataset_manager.check(tasks, _roots(flags.datasets, tasks))
     if problems:
         raise WorkloadError(problems)
     return Workload(_absolute(flags.workload), _absolute(flags.datasets), tasks, device)
 
 
-def _roots(datasets: str | None) -> list[Path]:
-    return [Path(datasets) if datasets else dataset_manager.DEFAULT_ROOT, DATASETS_ROOT]
+def _roots(datasets: str | None, tasks: Iterable[str]) -> list[Path]:
+    return dataset_roots(tasks, Path(datasets) if datasets else dataset_manager.DEFAULT_ROOT)
 
 
 def _absolute(path: str | None) -> str | None:

@@ -50,14 +50,14 @@ def evaluations_of(workload: str, datasets: str | None, device: "torch.device") 
     import dataset_manager
     from gemel.evaluation.eval_method import evaluate
     from gemel.results_store.verify import DatasetMissing, Evaluation
-    from gemel.sample_workload.tasks import DATASETS_ROOT
+    from gemel.sample_workload.tasks import dataset_roots
     from gemel.training.options import TrainingOptions
     from gemel.workload import Task, WorkloadError, load_model_dict, read_workload
 
     tasks, problems = read_workload(load_model_dict(workload))
     if problems:
         raise WorkloadError(problems)
-    roots = [Path(datasets) if datasets else dataset_manager.DEFAULT_ROOT, DATASETS_ROOT]
+    roots = dataset_roots(tasks, Path(datasets).expanduser() if datasets else dataset_manager.DEFAULT_ROOT)
 
     def evaluation_of(task: Task) -> Evaluation:
         def accuracy(model, manifest) -> float:

@@ -9,22 +9,28 @@ import importlib.util
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from gemel.environment.imports import prefer
 
 CLASSIFICATION = "image_classification"
 DETECTION = "object_detection"
 DATASET_SUFFIX = {CLASSIFICATION: "_CL", DETECTION: "_OD"}
 REQUIRED_KEYS = ("model", "task", "eval_method", "transforms", "unmerged_acc")
-OPTIONAL_KEYS = ("dataset", "tolerance", "batch_size", "background_class", "labels")
+READING_KEYS = ("background_class", "labels", "num_classes", "class_ids", "exif_orientation")
+OPTIONAL_KEYS = ("dataset", "tolerance", "batch_size", *READING_KEYS)
+IN_ORDER, AS_NUMBERED = "in_order", "as_numbered"  # class_ids: what the ids of a COCO file mean
 DEFAULT_TOLERANCE = 0.95
+OWN_MODEL = "a model of its own for every task (copy.deepcopy)"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -50,6 +56,28 @@ class WorkloadError(ValueError):
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a task's dataset is read: its optional keys of the same names (docs/datasets.md).
+
+    num_classes: outputs of the model, the background counted; None: as far as the model shows it. class_ids: IN_ORDER,
+    AS_NUMBERED, the model's class id of every class name, or None: by the dataset alone where that is unambiguous.
+    exif_orientation: whether images are turned as it says.
+    """
+
+    background_class: bool = True
+    labels: bool = True
+    num_classes: int | None = None
+    class_ids: str | Mapping[str, int] | None = None
+    exif_orientation: bool = True
+
+    def changes(self) -> dict[str, Any]:
+        """The keys that differ from their defaults, but for the two that every fingerprint has."""
+        default = Reading()
+        found = {key: getattr(self, key) for key in READING_KEYS[2:]}
+        return {key: value for key, value in found.items() if value != getattr(default, key)}
+
+
+@dataclass(frozen=True)
 class Task:
     """One entry of the dictionary: a model, its dataset, its eval method, and its accuracy before merging."""
 
@@ -63,8 +91,17 @@ class Task:
     tolerance: float
     dataset: str  # name of the dataset folder
     batch_size: int | None  # None: the trainer's default for the kind
-    background_class: bool  # detectors: whether label 0 of the model means background
-    labels: bool = True  # whether the train images have labels; val images always have them
+    reading: Reading = field(default_factory=Reading)
+
+    @property
+    def background_class(self) -> bool:
+        """Of a detector: whether label 0 of the model means background."""
+        return self.reading.background_class
+
+    @property
+    def labels(self) -> bool:
+        """Whether the train images have labels; val images always have them."""
+        return self.reading.labels
 
     @property
     def target_acc(self) -> float:
@@ -73,24 +110,43 @@ class Task:
 
 
 def load_model_dict(path: str | Path) -> dict:
-    """The task dictionary of a workload file; executes the file. Raises WorkloadError if it defines none."""
-    file = Path(os.path.abspath(path))  # as in __file__, so that a second load is recognised
+    """The task dictionary of a workload file; executes the file. Raises WorkloadError if it defines none, or fails.
+
+    From then on the names of Python files in the same folder mean these, not files of the checkout.
+    """
+    file = Path(os.path.abspath(os.path.expanduser(path)))  # as in __file__, so that a second load is recognised
     allowed = "a Python file that defines create_model_dict()"
-    if not file.is_file():
-        raise WorkloadError([Problem("workload", "--workload", f"{path}, which is no file", allowed)])
+    if not file.is_file() or file.suffix != ".py":
+        got = f"{path}, which is no file" if not file.is_file() else f"{path}, whose name does not end in .py"
+        raise WorkloadError([Problem("workload", "--workload", got, allowed)])
     loaded = sys.modules.get(file.stem)
     if loaded is not None and getattr(loaded, "__file__", None) != str(file):
         got = f"{path}, whose name is that of a module in use here"
         raise WorkloadError([Problem("workload", "--workload", got, "another file name")])
+    prefer(file.parent)
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None, "the spec of an existing file"
+    assert spec is not None and spec.loader is not None, "the spec of a Python file"
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module  # loader processes import the file under this name, from this folder
-    sys.path.append(str(file.parent))
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "create_model_dict", None)):
-        raise WorkloadError([Problem("workload", "--workload", f"{path} without it", allowed)])
-    return module.create_model_dict()
+    try:
+        spec.loader.exec_module(module)
+        create = getattr(module, "create_model_dict", None)
+        if callable(create):
+            return create()
+    except WorkloadError:
+        raise
+    except Exception as error:  # a user's file may raise anything
+        sys.modules.pop(file.stem, None)
+        raise WorkloadError([Problem("workload", "--workload", _where_it_failed(file, error), allowed)]) from error
+    raise WorkloadError([Problem("workload", "--workload", f"{path} without it", allowed)])
+
+
+def _where_it_failed(file: Path, error: Exception) -> str:
+    """The error of a user's file, with the line of that file in which it arose."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(file) else (lines or [None])[-1]
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__} in {file}{f' line {line}' if line else ''}: {' '.join(text.split())[:500]}"
 
 
 def read_workload(model_dict: object, tolerance: float | None = None) -> tuple[dict[str, Task], list[Problem]]:
@@ -126,7 +182,6 @@ def _record(name: str, entry: Mapping, tolerance: float) -> Task:
     kind = canonical_kind(entry["task"])
     assert kind is not None, "the entry is valid"
     own_tolerance = entry.get("tolerance")
-    background_class = entry.get("background_class")
     return Task(
         name=name,
         model=entry["model"],
@@ -138,9 +193,17 @@ def _record(name: str, entry: Mapping, tolerance: float) -> Task:
         tolerance=float(tolerance if own_tolerance is None else own_tolerance),
         dataset=entry.get("dataset") or name.rsplit("_", 1)[0] + DATASET_SUFFIX[kind],
         batch_size=None if entry.get("batch_size") is None else int(entry["batch_size"]),
-        background_class=True if background_class is None else background_class,
-        labels=entry.get("labels") is not False,
+        reading=_reading(entry),
     )
+
+
+def _reading(entry: Mapping) -> Reading:
+    given = {key: entry[key] for key in READING_KEYS if entry.get(key) is not None}
+    if "num_classes" in given:
+        given["num_classes"] = int(given["num_classes"])
+    if isinstance(given.get("class_ids"), Mapping):  # plain values, as the results folder holds them
+        given["class_ids"] = {name: int(number) for name, number in given["class_ids"].items()}
+    return Reading(**given)
 
 
 def _name_problems(name: object) -> list[Problem]:
@@ -167,14 +230,21 @@ def _clashes(model_dict: Mapping) -> list[Problem]:
 
 
 def _shared_models(tasks: Mapping[str, Task]) -> list[Problem]:
-    """Models of two tasks with a common parameter, which would be shared without being a group."""
-    owner: dict[int, str] = {}
+    """Models of two tasks with a common parameter or buffer, or one whose values lie in the same memory."""
+    owner: dict[tuple, str] = {}
     problems = []
     for task in tasks.values():
-        others = {owner.setdefault(id(p), task.name) for p in task.model.parameters()} - {task.name}
-        for other in sorted(others):
-            got = f"parameters that are also those of {other}"
-            problems.append(Problem(task.name, "model", got, "a model of its own for every task (copy.deepcopy)"))
+        tensors = [*task.model.parameters(), *task.model.buffers()]
+        keys: dict[tuple, Tensor] = {("object", id(tensor)): tensor for tensor in tensors}
+        keys |= {("memory", t.device, t.untyped_storage().data_ptr()): t for t in tensors if t.numel()}
+        others: dict[str, str] = {}  # task -> what of it is shared
+        for key, tensor in keys.items():
+            other = owner.setdefault(key, task.name)
+            if other != task.name:
+                others.setdefault(other, "parameters" if isinstance(tensor, nn.Parameter) else "buffers")
+        for other, what in sorted(others.items()):
+            got = f"{what} that are also those of {other}"
+            problems.append(Problem(task.name, "model", got, OWN_MODEL))
     return problems
 
 
@@ -192,6 +262,9 @@ def _entry_problems(name: str, entry: object) -> list[Problem]:
         "batch_size": _check_batch_size,
         "background_class": _check_flag,
         "labels": _check_flag,
+        "num_classes": _check_count,
+        "class_ids": _check_class_ids,
+        "exif_orientation": _check_flag,
     }
     problems = [Problem(name, key, "nothing", _ALLOWED[key]) for key in REQUIRED_KEYS if key not in entry]
     for key in entry:
@@ -217,6 +290,9 @@ _ALLOWED = {
     "batch_size": "a whole number of at least 2",
     "background_class": "True or False",
     "labels": "True or False (the images of train have none)",
+    "num_classes": "the number of the model's outputs, the background counted: a whole number of at least 1",
+    "class_ids": f"{IN_ORDER!r}, {AS_NUMBERED!r}, or a dictionary {{class name: class id of the model from 0}}",
+    "exif_orientation": "True or False (images are not turned as their EXIF orientation says)",
 }
 
 
@@ -269,7 +345,26 @@ def _check_dataset(value: object) -> str | None:
 
 
 def _check_batch_size(value: object) -> str | None:
-    return None if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 2 else _describe(value)
+    return None if _is_whole(value) and int(value) >= 2 else _describe(value)
+
+
+def _check_count(value: object) -> str | None:
+    return None if _is_whole(value) and value >= 1 else _describe(value)
+
+
+def _check_class_ids(value: object) -> str | None:
+    if not isinstance(value, Mapping):
+        return None if value in (IN_ORDER, AS_NUMBERED) else _describe(value)
+    if not value:
+        return "an empty dictionary"
+    wrong = [key for key, number in value.items() if not isinstance(key, str) or not _is_whole(number) or number < 0]
+    if wrong:
+        return f"{wrong[0]!r}: {_describe(value[wrong[0]])}"
+    return None if len(set(value.values())) == len(value) else "one class id for two classes"
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_flag(value: object) -> str | None:

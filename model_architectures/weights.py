@@ -2,7 +2,6 @@
 
 import copy
 import os
-import pickle
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -10,13 +9,14 @@ from typing import Any
 import torch
 import torchvision
 from torch import nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torchvision.models import WeightsEnum
 
+from model_architectures.checkpoints import Candidate, read_candidates, say_what_was_taken
 from model_architectures.darknet_weights import from_port, load_darknet
 from model_architectures.yolov3 import YOLOv3
 
 AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # auxiliary classifiers of inception_v3 and googlenet
+DOES_NOT_FIT = "the weights do not fit the model"
 MAX_SHOWN = 8  # lines per kind of problem
 
 
@@ -39,70 +39,52 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
-    """Loads a state dict (.pt, .pth) into `model` in place, and returns the model.
+def load_weights(model: nn.Module, path: str | os.PathLike, entry: str | None = None) -> nn.Module:
+    """Loads a state dict (.pt, .pth, .ckpt, .safetensors) into `model` in place, and returns the model.
 
-    The file may hold the state dict itself, {"state_dict": ...} or {"model": ...}; its keys may begin with "module.".
-    Only tensors are read, no code is run. Files in torchvision's older layouts load as in torchvision; auxiliary
+    The file may hold the state dict itself, or a dictionary with one as "state_dict", "model", "model_state_dict",
+    "net", "ema" or any other key (entry: which, where several fit); the keys of the state dict may have a prefix, such
+    as "module." or "_orig_mod.", which is taken off if then everything fits. What was taken is logged where there was a
+    choice. Only tensors are read, no code is run. Files in torchvision's older layouts load as there; auxiliary
     classifiers are skipped if the model was built without them. For a YOLOv3 the file may also be one of Darknet
     (.weights) or a state dict of the common PyTorch implementations (darknet_weights.py).
     Raises ValueError naming the file if it cannot be read safely, holds no state dict or does not fit the model (with
     the missing keys, unexpected keys and different shapes). The model is unchanged when it raises.
     """
+    path = os.path.expanduser(path)
     if isinstance(model, YOLOv3) and str(path).endswith(".weights"):
         return load_darknet(model, path)
-    state: Any = _read_state_dict(path)  # with `_metadata`, as state_dict() gives it
+    own: Any = model.state_dict()
+    tried = [_tried(model, own, candidate) for candidate in read_candidates(path, own, entry)]
+    fitting = [candidate for candidate, problems in tried if not problems]
+    if not fitting:
+        problems = min((problems for _, problems in tried), key=len)
+        known = not problems[0].startswith(" ")  # a state dict of a YOLOv3 of no known kind
+        raise ValueError(f"{path}: {problems[0]}" if known else "\n".join([f"{path}: {DOES_NOT_FIT}", *problems]))
+    taken, *others = fitting
+    say_what_was_taken(path, taken, [other for other in others if not _same(taken.state, other.state)])
+    model.load_state_dict(taken.state)
+    return model
+
+
+def _tried(model: nn.Module, own: Any, candidate: Candidate) -> tuple[Candidate, list[str]]:
+    """(the candidate as it would be loaded, its problems)."""
+    state = candidate.state
     if isinstance(model, YOLOv3):
         try:
             state = from_port(model, state)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            return candidate, [str(error)]
     if getattr(model, "aux_logits", None) is False:
         for key in [key for key in state if key.startswith(AUXILIARY)]:
             del state[key]
-    own: Any = model.state_dict()
     if not hasattr(state, "_metadata") and state.keys() == own.keys():
         state._metadata = own._metadata  # MNASNet reads its layout version from here
-    problems = _problems(model, state)
-    if problems:
-        raise ValueError("\n".join([f"{path}: the weights do not fit the model", *problems]))
-    model.load_state_dict(state)
-    return model
+    return candidate._replace(state=state), _problems(model, state)
 
 
-def _read_state_dict(path: str | os.PathLike) -> OrderedDict[str, torch.Tensor]:
-    """The state dict in a file, without wrappers. Raises ValueError naming the file."""
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = "it holds more than tensors; allowed: a file as torch.save(model.state_dict(), path) writes it"
-        raise ValueError(f"{path}: cannot be read as weights: {reason}") from error
-    except Exception as error:  # the unpickler may raise anything on a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: cannot be read as weights: {reason}") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    if not isinstance(content, dict) or not content or not all(_is_entry(*entry) for entry in content.items()):
-        raise ValueError(f"{path}: got {_describe(content)}; allowed: a state dict, which maps names to tensors")
-    state: Any = OrderedDict(content)
-    if hasattr(content, "_metadata"):
-        state._metadata = content._metadata
-    if all(key.startswith("module.") for key in state):  # saved from DataParallel
-        consume_prefix_in_state_dict_if_present(state, "module.")
-    return state
-
-
-def _is_entry(key: Any, value: Any) -> bool:
-    return isinstance(key, str) and isinstance(value, torch.Tensor)
-
-
-def _describe(content: Any) -> str:
-    if not isinstance(content, dict):
-        return f"a {type(content).__name__}"
-    entries = ", ".join(f"{key}: {type(value).__name__}" for key, value in list(content.items())[:MAX_SHOWN])
-    return f"a dictionary of {entries}" if content else "an empty dictionary"
+def _same(first: Any, second: Any) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def _problems(model: nn.Module, state: Any) -> list[str]:

@@ -19,7 +19,10 @@ PIXELS = "4 finite numbers: x, y, width, height in pixels"
 COCO_BOX = "[x, y, width, height] in pixels, inside the image, neither side negative"
 CORNERS = "one <bndbox> with finite numbers xmin, ymin, xmax, ymax"
 STEMS = "stems of images with an annotation file, each once, one per line"
-SUFFIXES = "images (.bmp, .jpeg, .jpg, .png, .webp) that exist"
+SUFFIXES = (
+    "images (.avif, .bmp, .dib, .gif, .j2k, .jfif, .jp2, .jpe, .jpeg, .jpg, .pbm, .pgm, .png, .pnm, .ppm, .tga, .tif, "
+    ".tiff, .webp) that exist"
+)
 
 
 def put(file, content):

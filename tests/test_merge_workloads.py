@@ -2,17 +2,22 @@
 
 import argparse
 import copy
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from pico import PicoNet
+from pico import PicoNet, write_classification
 
 import merge_workloads
 from gemel.merging.flags import parse_duration, parse_size
+from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import read_manifest
+from gemel.results_store.verify import OK, SKIP, verify
+from gemel.sample_workload.tasks import dataset_roots
 from gemel.workload import WorkloadError
 from merge_workloads import main, merge_workload
 
@@ -234,3 +239,48 @@ def test_any_other_failure_is_exit_code_1(workload_file, datasets, tmp_path):
     command = [sys.executable, str(ROOT / "merge_workloads.py"), "--workload", workload_file(0.01)]
     command += ["--datasets", str(datasets), "--results", str(blocked / "results"), "--device", "cpu"]
     assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 1
+
+
+# ---- paths, and what is said of datasets --------------------------------------------------------------------
+
+
+def test_what_was_passed_over_is_printed_under_the_table(entries, datasets, tmp_path, capsys):
+    shutil.copytree(datasets, tmp_path / "datasets")
+    (tmp_path / "datasets" / "north_CL" / "train" / "class0" / "raw.heic").write_bytes(b"x")
+    merge_workload(
+        {"north_pico": entries["north_pico"]}, tmp_path / "out", datasets=tmp_path / "datasets", device="cpu"
+    )
+    table, said, _ = capsys.readouterr().out.split("\n\n", 2)
+    assert "in all; sharing every identical layer would save" in table
+    what = "a file .heic was passed over, as it is no image (such as class0/raw.heic)"
+    assert said.splitlines() == ["of the datasets:", f"  north_pico: {what}"]
+
+
+def test_a_tilde_is_the_home_folder(entries, datasets, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    os.symlink(datasets, tmp_path / "data")
+    merge_workload({"north_pico": entries["north_pico"]}, "~/out", datasets="~/data", device="cpu")
+    assert (tmp_path / "out" / "merged.json").is_file() and not (tmp_path / "~").exists()
+    assert set(load_merged("~/out", {"north_pico": PicoNet(3)})) == {"north_pico"}
+    assert {check.status for check in verify("~/out")} <= {OK, SKIP}
+
+
+@pytest.mark.parametrize("paths", [{"datasets": 3}, {"results_path": None}, {"results_path": 7, "datasets": 3}])
+def test_what_is_no_path(entries, datasets, paths):
+    with pytest.raises(WorkloadError) as error:
+        merge_workload(entries, **{"datasets": datasets, **paths})
+    assert [problem.key for problem in error.value.problems] == sorted(paths)
+    assert all(problem.allowed == "the path of a folder" for problem in error.value.problems)
+
+
+def test_only_the_embedded_default_looks_for_datasets_where_they_are_drawn(entries, tmp_path, monkeypatch):
+    """A user's dataset that is missing must not be another of the same name, which was drawn."""
+    drawn = write_classification(tmp_path / "drawn", "main_2nd_vehicles_CL")
+    monkeypatch.setattr("gemel.sample_workload.tasks.DATASETS_ROOT", drawn.parent)
+    mine = {"main_2nd_vehicles_pico": entries["north_pico"]}
+    with pytest.raises(WorkloadError) as error:
+        merge_workload(mine, tmp_path / "out", datasets=tmp_path)
+    assert f"got no folder 'main_2nd_vehicles_CL' in {tmp_path};" in str(error.value)
+    assert dataset_roots(["main_2nd_vehicles_resnet10"], tmp_path) == [tmp_path, drawn.parent]
+    assert dataset_roots(["main_2nd_vehicles_resnet10", "x_y"], tmp_path) == [tmp_path]

@@ -6,6 +6,7 @@ through the task's transforms and its model.
 
 import difflib
 import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,22 +14,32 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from gemel.datasets.class_folders import class_names, has_test, labelled_split, left_out_test, read_split
 from gemel.datasets.folders import (
     FolderDataset,
-    class_names,
-    classification_samples,
     describe,
     find_dataset,
-    labelled_split,
     load_image,
     open_split,
     wrong_size,
 )
-from gemel.datasets.layouts import open_layout
-from gemel.datasets.records import IMAGE_SUFFIXES, Fault, Layout, Objects, Source, Split, visible
+from gemel.datasets.image_notes import image_notes
+from gemel.datasets.layouts import num_outputs, open_layout
+from gemel.datasets.marked_boxes import misplaced
+from gemel.datasets.records import (
+    IMAGE_SUFFIXES,
+    NO_FILE,
+    Fault,
+    Layout,
+    Objects,
+    Source,
+    Split,
+    header_size,
+    split_folder,
+    visible,
+)
 from gemel.forward.modes import device_of, evaluation_mode, logits_of
 from gemel.workload import CLASSIFICATION, Problem, Task
-from model_architectures import num_classes_of
 
 MAX_LISTED = 10  # problems of one kind per task
 MAX_DECODED = 32  # images per split
@@ -40,14 +51,24 @@ SAMPLE_CONTRACT = {
 log = logging.getLogger(__name__)
 
 
-def check(tasks: Mapping[str, Task], roots: Sequence[Path]) -> list[Problem]:
+def check(tasks: Mapping[str, Task], roots: Sequence[Path], notes: dict[str, list[str]] | None = None) -> list[Problem]:
     """All problems of the datasets, transforms and class counts of all tasks; [] if there are none.
 
-    roots: the folders that hold datasets; a task's dataset is taken from the first that has it. Raises nothing: an
-    exception of a user's transform or model is a problem. Models keep their modes. Repairs, such as clipping a box that
-    exceeds its image by rounding, are counted and logged as warnings.
+    roots: the folders that hold datasets; a task's dataset is taken from the first that has it. notes: gets, by task,
+    what is no problem but should be known, such as files that were passed over and boxes that were clipped, each with
+    its count; without it this is logged as warnings. Raises nothing: an exception of a user's transform or model is a
+    problem. Models keep their modes.
     """
-    return [problem for task in tasks.values() for problem in _capped(_task_problems(task, roots))]
+    problems: list[Problem] = []
+    for name, task in tasks.items():
+        repairs: Counter[str] = Counter()
+        problems += _capped(_task_problems(task, roots, repairs))
+        lines = [f"{count} times: {what}" for what, count in (+repairs).items()]
+        if notes is not None:
+            notes[name] = lines
+        for line in lines if notes is None else ():
+            log.warning("%s: dataset: %s", name, line)
+    return problems
 
 
 def _capped(problems: Iterable[Problem]) -> Iterator[Problem]:
@@ -64,27 +85,24 @@ def _capped(problems: Iterable[Problem]) -> Iterator[Problem]:
             yield Problem(found[0].task, "dataset", f"{more} more problems of this kind", allowed)
 
 
-def _task_problems(task: Task, roots: Sequence[Path]) -> list[Problem]:
+def _task_problems(task: Task, roots: Sequence[Path], repairs: Counter) -> list[Problem]:
     """The problems of one task; transforms and model are tried only if its files have none."""
     folder = find_dataset(task, roots)
     if folder is None:
         return [_missing_dataset(task, roots)]
     layout = None if task.kind == CLASSIFICATION else open_layout(task, folder)
     if layout is None:
-        problems = [p for split in _splits(folder) for p in _classification_problems(task, folder, split)]
+        splits = ["train", "val", *(["test"] if has_test(task, folder) else [])]
+        repairs += left_out_test(task, folder)
+        problems = [p for split in splits for p in _classification_problems(task, folder, split, repairs)]
     else:
-        problems = _detection_problems(task, folder, layout)
+        problems = _detection_problems(task, folder, layout, repairs)
     outputs = None
     if not problems:
         problems, outputs = _dry_run(task, folder, layout)
     if task.kind == CLASSIFICATION:
-        outputs = num_classes_of(task.model) if outputs is None else outputs
-        problems += _class_count(task, class_names(folder, labelled_split(task)), outputs)
+        problems += _class_count(task, class_names(task, folder), outputs)
     return problems
-
-
-def _splits(folder: Path) -> list[str]:
-    return ["train", "val", "test"] if (folder / "test").is_dir() else ["train", "val"]
 
 
 def _missing_dataset(task: Task, roots: Sequence[Path]) -> Problem:
@@ -102,15 +120,14 @@ def _missing_dataset(task: Task, roots: Sequence[Path]) -> Problem:
 # ---- images -----------------------------------------------------------------------------------------------
 
 
-def _classification_problems(task: Task, folder: Path, split: str) -> Iterator[Problem]:
-    names = class_names(folder, labelled_split(task))
-    images = [path for path, _ in classification_samples(task, folder, split)]
+def _classification_problems(task: Task, folder: Path, split: str, repairs: Counter) -> Iterator[Problem]:
+    found = read_split(task, folder, split)
+    images = [path for path, _ in found.samples]
     has_labels = task.labels or split != "train"
     yield from _count_problems(task, folder, split, images, f"{split}/<class>/*.jpg" if has_labels else "train/*.jpg")
-    for path in visible(folder / split):
-        if has_labels and path.is_dir() and path.name not in names and names:
-            allowed = f"the class folders of {labelled_split(task)}: {', '.join(names)}"
-            yield Problem(task.name, f"dataset {split}", f"a class folder {path.name!r}", allowed)
+    yield from (_as_problem(task, folder, fault) for fault in found.faults)
+    repairs += found.repairs
+    repairs += image_notes(images, task.reading.exif_orientation)
     yield from _image_problems(task, folder, images)
 
 
@@ -119,9 +136,10 @@ def _count_problems(task: Task, folder: Path, split: str, images: Sequence[Path]
     if len(images) >= needed:
         return
     in_folder = pattern.startswith(f"{split}/")
-    beside = ", ".join(path.name for path in visible(folder / split)[:5]) if in_folder and not images else ""
+    place = split_folder(folder, split)
+    beside = ", ".join(path.name for path in visible(place)[:5]) if in_folder and not images else ""
     got = f"{len(images) or 'no'} image{'s' * (len(images) != 1)}"
-    got = "no such folder" if in_folder and not (folder / split).is_dir() else got
+    got = "no such folder" if in_folder and not place.is_dir() else got
     got += f" (the folder holds {beside})" if beside else ""
     allowed = f"at least {needed} image{'s' * (needed > 1)} as {pattern} ({', '.join(sorted(IMAGE_SUFFIXES))})"
     yield Problem(task.name, f"dataset {split}", got, allowed)
@@ -134,10 +152,10 @@ def _image_problems(
     allowed = "images that can be decoded"
     sample = set(_evenly_spread(images, MAX_DECODED))
     for path in images:
-        error = _file_error(path) or (_decode_error(path) if path in sample else None)
+        error = _file_error(path) or (_decode_error(task, path) if path in sample else None)
         if error:
             yield _as_problem(task, folder, Fault(path, "", error, allowed))
-        elif path in sample and sources and (wrong := _wrong_size(path, sources[path])):
+        elif path in sample and sources and (wrong := _wrong_size(task, path, sources[path])):
             file = sources[path].file
             allowed_size = f"the size that {file.name if file else 'its annotation'} states"
             yield _as_problem(task, folder, Fault(path, "", wrong, allowed_size))
@@ -157,20 +175,25 @@ def _file_error(path: Path) -> str | None:
         return _message(error)
 
 
-def _decode_error(path: Path) -> str | None:
+def _decode_error(task: Task, path: Path) -> str | None:
     try:
-        load_image(path)
+        load_image(path, task.reading.exif_orientation)
     except Exception as error:  # Pillow's decoders raise many types on broken files
         return _message(error)
     return None
 
 
-def _wrong_size(path: Path, source: Source) -> str | None:
+def _wrong_size(task: Task, path: Path, source: Source) -> str | None:
+    """What is wrong with the stated size, and whether that comes of turning the image, or of not turning it."""
     try:
         objects = source.read()
     except OSError:
         return None
-    return wrong_size(load_image(path), objects) if objects.size else None
+    turned = task.reading.exif_orientation
+    wrong = wrong_size(load_image(path, turned), objects) if objects.size else None
+    if wrong and header_size(path, not turned) == objects.size:
+        wrong += f", as its EXIF orientation is {'' if turned else 'not '}followed (exif_orientation: {not turned})"
+    return wrong
 
 
 def _message(error: BaseException) -> str:
@@ -181,16 +204,14 @@ def _message(error: BaseException) -> str:
 # ---- annotations ------------------------------------------------------------------------------------------
 
 
-def _detection_problems(task: Task, folder: Path, layout: Layout) -> list[Problem]:
+def _detection_problems(task: Task, folder: Path, layout: Layout, repairs: Counter) -> list[Problem]:
     """The problems of all splits; missing images and objects are reported only if nothing else could explain them."""
     splits = {name: open_them() for name, open_them in layout.splits.items()}
     faults = [*layout.faults, *(fault for split in splits.values() for fault in split.faults)]
     problems = [_as_problem(task, folder, fault) for fault in faults]
-    repairs = Counter(layout.repairs)
+    repairs += layout.repairs
     for name, split in splits.items():
         problems += _split_problems(task, folder, layout, name, split, bool(faults), repairs)
-    for repair, count in (+repairs).items():
-        log.warning("%s: dataset: %d times: %s", task.name, count, repair)
     return problems
 
 
@@ -208,9 +229,10 @@ def _split_problems(
     images = [image for image, _ in split.samples]
     if not has_faults:
         yield from _count_problems(task, folder, name, images, layout.images.format(split=name))
-    repairs += split.repairs
-    num_boxes = 0
     is_labelled = task.labels or name != "train"
+    repairs += split.repairs if is_labelled else Counter({**split.repairs, NO_FILE: 0})
+    repairs += image_notes(images, task.reading.exif_orientation)
+    num_boxes = 0
     for _, source in split.samples if is_labelled else ():
         try:
             objects = source.read()
@@ -224,7 +246,7 @@ def _split_problems(
         for fault in [*objects.faults, *_class_faults(task, layout, source, objects)]:
             yield _as_problem(task, folder, fault)
     if images and is_labelled and not num_boxes and not has_faults:
-        beside = ", ".join(path.name for path in visible(folder / name))
+        beside = ", ".join(path.name for path in visible(split_folder(folder, name)))
         got = "no image with an object" + (f" (the folder holds {beside})" if beside else "")
         allowed = f"objects in {layout.objects.format(split=name)}: without any, mAP is undefined"
         yield Problem(task.name, f"dataset {name}", got, allowed)
@@ -233,16 +255,15 @@ def _split_problems(
 
 def _class_faults(task: Task, layout: Layout, source: Source, objects: Objects) -> Iterator[Fault]:
     """Objects of a class for which the model has no output."""
-    outputs = num_classes_of(task.model)
-    if outputs is None:
-        return
-    num_classes = outputs - task.background_class
+    outputs = num_outputs(task)
+    num_classes = math.inf if outputs is None else outputs - task.background_class
     for box in objects.boxes:
         if not 0 <= box.class_id < num_classes:
             named = 0 <= box.class_id < len(layout.class_names)
             got = f"class id {box.class_id}{f' ({layout.class_names[box.class_id]})' if named else ''}"
+            allowed = "class ids from 0" if outputs is None else f"class ids 0 to {num_classes - 1}"
             assert source.file is not None, "objects come from a file"
-            yield Fault(source.file, box.place, got, f"class ids 0 to {num_classes - 1}, the classes of the model")
+            yield Fault(source.file, box.place, got, f"{allowed}, the classes of the model")
 
 
 # ---- transforms and model ---------------------------------------------------------------------------------
@@ -265,10 +286,21 @@ def _dry_run(task: Task, folder: Path, layout: Layout | None) -> tuple[list[Prob
             got = f"images of {' and '.join(sorted(shapes))}"
             problems.append(Problem(task.name, f"transforms {split}", got, "one size for all images of a batch"))
         first[split] = samples[0]
+        problems += _marked_box_problems(task, dataset, split)
     if problems:
         return problems, None
     tried = [_forward(task, image, split) for split, image in first.items()]
     return [problem for problem, _ in tried if problem][:1], tried[-1][1]  # one: both mostly fail for the same reason
+
+
+def _marked_box_problems(task: Task, dataset: FolderDataset, split: str) -> Iterator[Problem]:
+    """A transform that moves the objects of an image and not their boxes, or the other way round."""
+    size = header_size(dataset.samples[0][0], dataset.turned)
+    if task.kind == CLASSIFICATION or size is None or not dataset.moves_boxes:
+        return
+    if (got := misplaced(dataset.transform, size, dataset.first_label)) is not None:
+        allowed = "a transform of (image, target) that moves the boxes with the image, as XYXY in pixels of its result"
+        yield Problem(task.name, f"transforms {split}", got, allowed)
 
 
 def _samples_to_try(dataset: FolderDataset) -> list[int]:
@@ -312,12 +344,16 @@ def _forward(task: Task, image: torch.Tensor, split: str) -> tuple[Problem | Non
 
 
 def _class_count(task: Task, names: list[str], outputs: int | None) -> list[Problem]:
-    """A problem if there are more class folders than outputs of the model."""
-    if outputs is None or len(names) <= outputs:
-        return []
-    got = f"{len(names)} class folders ({', '.join(names[:20])})"
-    return [
-        Problem(
-            task.name, f"dataset {labelled_split(task)}", got, f"at most {outputs}, the number of outputs of the model"
+    """A problem if there are more classes than outputs of the model, or other outputs than the task states."""
+    stated = task.reading.num_classes
+    problems = []
+    if outputs is not None and stated is not None and outputs != stated:
+        problems.append(
+            Problem(task.name, "num_classes", str(stated), f"{outputs}, the number of outputs of the model")
         )
-    ]
+    outputs = num_outputs(task) if outputs is None else outputs
+    if outputs is not None and len(names) > outputs:
+        got = f"{len(names)} class folders ({', '.join(names[:20])})"
+        allowed = f"at most {outputs}, the number of outputs of the model"
+        problems.append(Problem(task.name, f"dataset {labelled_split(task)}", got, allowed))
+    return problems

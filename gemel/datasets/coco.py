@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gemel.datasets.numbering import Numbering, category_labels
 from gemel.datasets.records import (
     BYTE_ORDER_MARK,
     IMAGE_SUFFIXES,
     MIN_SIDE,
+    SPLIT_FOLDERS,
     Box,
     Fault,
     Layout,
@@ -31,21 +33,22 @@ from gemel.datasets.records import (
     header_size,
     is_image,
     is_number,
+    names_by_id,
     shown,
     visible,
+    without_copies,
 )
 
 NAME = "COCO JSON"
-SPLIT_FILE = re.compile(r"(?:instances_)?(train|val|test)[^.]*\.json")
+SPLIT_FILE = re.compile(r"(?:instances_)?(train|val|test)[^.]*\.json", re.IGNORECASE)
 SUFFIXES = sorted(IMAGE_SUFFIXES)
 IN_SPLIT = "_annotations.coco.json"
-SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 PIXELS = 1.0  # a box that exceeds the image by at most this is clipped
+BACKSLASHES = "a backslash in the name of an image was read as a slash"
 EMPTY_BOX = "a box without width or height was left out"
 UNUSED = "an image that the annotation file does not name was left out"
 NO_SIZE = "the size of an image was read from the image, as its entry has none"
 BOX = "[x, y, width, height] in pixels, inside the image, neither side negative"
-NO_CATEGORY = "N/A"  # the name of a class id without a category, as in torchvision
 
 
 def evidence(folder: Path) -> str | None:
@@ -59,16 +62,16 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {split: [] for split in SPLIT_FOLDERS}
     for file in visible(folder / "annotations"):
         if match := SPLIT_FILE.fullmatch(file.name):
-            found[match[1]].append(file)
+            found[match[1].lower()].append(file)
     for split, names in SPLIT_FOLDERS.items():
         found[split] += [file for name in names if (file := folder / name / IN_SPLIT).is_file()]
     return found
 
 
-def open_layout(folder: Path, num_outputs: int | None, first_label: int) -> Layout:
-    """The layout of the folder; reads the categories of the train split.
+def open_layout(folder: Path, numbering: Numbering, turned: bool) -> Layout:
+    """The layout of the folder; reads the annotations of the train split.
 
-    num_outputs: of the model, None if unknown; first_label: the label of class id 0 (see `class_ids`).
+    turned: whether an image whose size is not stated has the size that its EXIF orientation gives it.
     """
     files = _split_files(folder)
     faults = [
@@ -80,44 +83,25 @@ def open_layout(folder: Path, num_outputs: int | None, first_label: int) -> Layo
         if not files[split]:
             where = f"annotations/instances_{split}*.json or {'|'.join(SPLIT_FOLDERS[split])}/{IN_SPLIT}"
             faults.append(Fault(folder, split, "no annotation file", where))
-    names = _categories(files["train"])
-    ids = class_ids(names, num_outputs, first_label)
+    train = _of_train(files["train"])
+    labels, wrong, repairs = category_labels(train.categories, set(train.category_ids.tolist()), numbering)
+    if wrong:
+        faults.append(Fault(files["train"][0], "categories", *wrong))
+    ids = {category: label - numbering.first_label for category, label in labels.items()}
     return Layout(
         NAME,
         {
-            split: partial(_split, folder, split, paths[0], names, ids) if paths else Split
+            split: partial(_split, folder, split, paths[0], train.categories, ids, turned) if paths else Split
             for split, paths in files.items()
             if paths or split != "test"
         },
         images="images that the JSON file names",
         objects="its JSON file",
-        class_names=_class_names(names, ids),
+        class_names=tuple(names_by_id({train.categories[category]: number for category, number in ids.items()})),
         crowds=True,
         faults=faults,
+        repairs=repairs,
     )
-
-
-def _categories(train: Sequence[Path]) -> dict[int, str]:
-    """The categories of the train split, which count for all splits; {} if they have a fault."""
-    coco = read(train[0]) if train else CocoFile()
-    return {} if any(fault.place.startswith("categories") for fault in coco.faults) else coco.categories
-
-
-def class_ids(categories: Mapping[int, str], num_outputs: int | None, first_label: int) -> dict[int, int]:
-    """Category id -> class id: 0, 1, 2, ... in the order of the category ids.
-
-    If the number of labels then differs from the number of outputs, but the highest category id fits it, the category
-    ids are the labels: torchvision's COCO detectors have 91 outputs for 80 categories with ids up to 90.
-    """
-    ordered = sorted(categories)
-    if num_outputs is not None and ordered and len(ordered) + first_label != num_outputs == ordered[-1] + 1:
-        return {category: category - first_label for category in ordered}
-    return {category: index for index, category in enumerate(ordered)}
-
-
-def _class_names(categories: Mapping[int, str], ids: Mapping[int, int]) -> tuple[str, ...]:
-    by_class = {ids[category]: name for category, name in categories.items()}
-    return tuple(by_class.get(index, NO_CATEGORY) for index in range(max(by_class, default=-1) + 1))
 
 
 # ---- one file ---------------------------------------------------------------------------------------------
@@ -229,6 +213,9 @@ class _Reader:
         if not isinstance(entry, dict):
             return self._fault(place, shown(entry), "a dictionary with id and file_name")
         key, name = entry.get("id"), entry.get("file_name")
+        if isinstance(name, str) and "\\" in name:  # of Windows
+            name = name.replace("\\", "/")
+            self.coco.repairs[BACKSLASHES] += 1
         if type(key) is not int and type(key) is not str:
             self._fault(f"{place}.id", shown(key), "a whole number or a string")
         elif key in self.images:
@@ -265,13 +252,13 @@ class _Reader:
             key, got, allowed = wrong
             self._fault(f"{place}.{key}", got, allowed)
             return None
-        image, crowd = self.images[entry["image_id"]], entry.get("iscrowd", 0)
+        image, crowd = self.images[entry["image_id"]], entry.get("iscrowd") or 0
         return image, *entry["bbox"], entry["category_id"], crowd, index
 
     def _wrong_value(self, entry: dict, seen: set[int | str]) -> tuple[str, str, str] | None:
         """(key, what it is, what is allowed) of the first wrong value of an annotation; adds its id to `seen`."""
         key, image, category = entry.get("id"), entry.get("image_id"), entry.get("category_id")
-        box, crowd = entry.get("bbox"), entry.get("iscrowd", 0)
+        box, crowd = entry.get("bbox"), entry.get("iscrowd") or 0
         if type(key) is not int and type(key) is not str:
             return "id", shown(key), "a whole number or a string"
         if key in seen:
@@ -297,6 +284,12 @@ class _Reader:
         coco.crowds, coco.index = table[:, 6].astype(bool), table[:, 7].astype(np.int64)
 
 
+def _of_train(files: Sequence[Path]) -> CocoFile:
+    """What the train split states, whose categories count for all splits; empty if they have a fault."""
+    coco = read(files[0]) if files else CocoFile()
+    return CocoFile() if any(fault.place.startswith("categories") for fault in coco.faults) else coco
+
+
 # ---- one split --------------------------------------------------------------------------------------------
 
 
@@ -317,10 +310,12 @@ class CocoObjects(NamedTuple):
             Box(f"annotations[{int(index)}]", int(class_id), (x1, y1, x2, y2), bool(crowd))
             for x1, y1, x2, y2, class_id, crowd, index in self.rows.tolist()
         ]
-        return Objects(boxes, size=self.size)
+        return without_copies(Objects(boxes, size=self.size))
 
 
-def _split(folder: Path, split: str, file: Path, names: Mapping[int, str], ids: Mapping[int, int]) -> Split:
+def _split(
+    folder: Path, split: str, file: Path, names: Mapping[int, str], ids: Mapping[int, int], turned: bool
+) -> Split:
     coco = read(file)
     found = Split(faults=list(coco.faults), repairs=Counter(coco.repairs))
     wrong = [category for category, name in coco.categories.items() if names.get(category) != name]
@@ -331,7 +326,7 @@ def _split(folder: Path, split: str, file: Path, names: Mapping[int, str], ids: 
         return found
     images = _image_folder(folder, split, file, coco.names)
     paths = _image_paths(images, file, coco.names, found)
-    rows, starts = _rows(file, coco, _sizes(file, coco, paths, found), ids, found)
+    rows, starts = _rows(file, coco, _sizes(file, coco, paths, found, turned), ids, found)
     for index, path in enumerate(paths):
         if path is not None:
             found.samples.append((path, CocoObjects(file, coco.sizes[index], rows[starts[index] : starts[index + 1]])))
@@ -374,12 +369,12 @@ def _image_paths(images: Path, file: Path, names: Sequence[str], found: Split) -
     return paths
 
 
-def _sizes(file: Path, coco: CocoFile, paths: Sequence[Path | None], found: Split) -> np.ndarray:
+def _sizes(file: Path, coco: CocoFile, paths: Sequence[Path | None], found: Split, turned: bool) -> np.ndarray:
     """float64 [images, 2]: width and height that the file states, else those of the image; NaN if neither is known."""
     sizes = list(coco.sizes)
     for index, path in enumerate(paths):
         if sizes[index] is None and path is not None:
-            sizes[index] = header_size(path)
+            sizes[index] = header_size(path, turned)
             found.repairs[NO_SIZE] += 1
             if sizes[index] is None:
                 got = "no width and height, and an image that cannot be read"
@@ -411,6 +406,6 @@ def _rows(file: Path, coco: CocoFile, sizes: np.ndarray, ids: Mapping[int, int],
         width, height = size[row]
         got = f"{shown(coco.boxes[row].tolist())} in an image of {width:g} x {height:g}"
         found.faults.append(Fault(file, f"annotations[{coco.index[row]}].bbox", got, BOX))
-    class_ids = np.array([ids[category] for category in coco.category_ids.tolist()], dtype=np.float64)
+    class_ids = np.array([ids.get(category, -1) for category in coco.category_ids.tolist()], dtype=np.float64)
     rows = np.column_stack([corners, class_ids, coco.crowds, coco.index])[keep]
     return rows, np.searchsorted(image[keep], np.arange(len(coco.names) + 1))

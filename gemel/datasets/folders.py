@@ -17,11 +17,11 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from gemel.datasets.cache import SampleCache
+from gemel.datasets.class_folders import class_names, read_split
 from gemel.datasets.layouts import open_layout
-from gemel.datasets.records import Layout, Objects, Source, Split, image_files, visible
+from gemel.datasets.records import Layout, Objects, Source, Split
 from gemel.workload import CLASSIFICATION, Task
 
-NO_LABEL = -1  # of train images without labels
 PER_BOX = ("labels", "area", "iscrowd")  # keys of a target with one value per box
 
 
@@ -49,53 +49,34 @@ def open_split(
     """
     transform = task.train_transform if split == "train" and not plain else task.val_transform
     if task.kind == CLASSIFICATION:
-        return ClassificationFolder(task.name, classification_samples(task, folder, split), transform)
+        return ClassificationFolder(task, read_split(task, folder, split).samples, transform)
     layout = layout or open_layout(task, folder)
     found = layout.splits.get(split, Split)()
     if faults := [*layout.faults, *found.faults]:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise ValueError(f"{task.name}: dataset: {faults[0]}{more}")
     if split == "train" and not task.labels:
-        return UnlabelledDetectionFolder(task.name, found.samples, transform, int(task.background_class))
+        return UnlabelledDetectionFolder(task, found.samples, transform)
     crowds = None if not layout.crowds else "dropped" if split == "train" else "marked"
-    return DetectionFolder(task.name, found.samples, transform, int(task.background_class), crowds)
+    return DetectionFolder(task, found.samples, transform, crowds)
 
 
 def dataset_class_names(task: Task, folder: Path, layout: Layout | None = None) -> tuple[str, ...]:
     """The class names by class id, without the background; () if the dataset has no names."""
     if task.kind == CLASSIFICATION:
-        return tuple(class_names(folder, labelled_split(task)))
+        return tuple(class_names(task, folder))
     return (layout or open_layout(task, folder)).class_names
 
 
-def labelled_split(task: Task) -> str:
-    """The split whose class folders define the classes of a classification task."""
-    return "train" if task.labels else "val"
+def load_image(path: Path, turned: bool = True) -> Image.Image:
+    """The image as 8-bit RGB; turned: as its EXIF orientation says, as boxes are usually drawn on the turned image.
 
-
-def class_names(folder: Path, split: str = "train") -> list[str]:
-    """The class names in the order of the labels, for all splits: the sorted class folders of one split."""
-    return [path.name for path in visible(folder / split) if path.is_dir()]
-
-
-def classification_samples(task: Task, folder: Path, split: str) -> list[tuple[Path, int]]:
-    """(image, label) of one split; train images without labels may lie in any folder below train and get NO_LABEL."""
-    if split == "train" and not task.labels:
-        below = [path for path in sorted((folder / split).rglob("*")) if path.is_dir()]
-        return [(path, NO_LABEL) for place in [folder / split, *below] for path in image_files(place)]
-    return labelled_images(folder / split, class_names(folder, labelled_split(task)))
-
-
-def labelled_images(split: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
-    """(image, label) of one split; labels are indices into `names`, also if the split has no folder for some class."""
-    return [(path, label) for label, name in enumerate(names) for path in image_files(split / name)]
-
-
-def load_image(path: Path) -> Image.Image:
-    """The image as 8-bit RGB, rotated by its EXIF orientation, as boxes are usually drawn on the rotated image."""
+    Of a file with several images or pages, the first.
+    """
     with Image.open(path) as image:
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
+        if turned:
+            ImageOps.exif_transpose(image, in_place=True)
         return (_eight_bits(image) if image.mode.startswith("I") else image).convert("RGB")
 
 
@@ -120,9 +101,15 @@ class FolderDataset(Dataset):
     Subclasses define `read`. Raises SampleError on any failure.
     """
 
-    def __init__(self, task: str, samples: list[tuple], transform: Callable) -> None:
-        self.task, self.samples, self.transform = task, samples, transform
+    def __init__(self, task: Task, samples: list[tuple], transform: Callable) -> None:
+        self.task, self.samples, self.transform = task.name, samples, transform
+        self.turned, self.first_label = task.reading.exif_orientation, int(task.background_class)
         self.cache: SampleCache | None = None
+
+    @property
+    def moves_boxes(self) -> bool:
+        """Whether the transform is given boxes that must stay with their objects."""
+        return False
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -134,13 +121,13 @@ class FolderDataset(Dataset):
         """The samples of one batch; keys with seeds use the first seed for the whole batch."""
         if not isinstance(keys[0], tuple):
             return [self._fixed_sample(index) for index in keys]
-        with _transform_seed(keys[0][1]):
+        with transform_seed(keys[0][1]):
             return [self._sample(index) for index, _ in keys]
 
     def _fixed_sample(self, index: int) -> tuple:
         if self.cache is not None and (known := self.cache.get(index)) is not None:
             return known
-        with _transform_seed(index):
+        with transform_seed(index):
             sample = self._sample(index)
         if self.cache is not None:
             self.cache.put(index, sample)
@@ -167,7 +154,7 @@ class ClassificationFolder(FolderDataset):
 
     def read(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        return plain_image(self.transform(load_image(path))), label
+        return plain_image(self.transform(load_image(path, self.turned))), label
 
 
 class DetectionFolder(FolderDataset):
@@ -176,15 +163,17 @@ class DetectionFolder(FolderDataset):
     crowds: "dropped", "marked" by the target's "iscrowd", or None if the format has no crowds.
     """
 
-    def __init__(
-        self, task: str, samples: list[tuple], transform: Callable, first_label: int, crowds: str | None = None
-    ) -> None:
+    def __init__(self, task: Task, samples: list[tuple], transform: Callable, crowds: str | None = None) -> None:
         super().__init__(task, samples, transform)
-        self.first_label, self.crowds = first_label, crowds
+        self.crowds = crowds
+
+    @property
+    def moves_boxes(self) -> bool:
+        return True
 
     def read(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         path, source = self.samples[index]
-        image, objects = load_image(path), objects_of(source)
+        image, objects = load_image(path, self.turned), objects_of(source)
         if wrong := wrong_size(image, objects):
             raise ValueError(f"got {wrong}, as {source.file} states")
         result = self.transform(image, self._target(index, objects, image.width, image.height))
@@ -213,8 +202,12 @@ class DetectionFolder(FolderDataset):
 class UnlabelledDetectionFolder(DetectionFolder):
     """A DetectionFolder whose targets have no objects, whether there are annotations or not."""
 
+    @property
+    def moves_boxes(self) -> bool:
+        return False
+
     def read(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        image = load_image(self.samples[index][0])
+        image = load_image(self.samples[index][0], self.turned)
         result = self.transform(image, self._target(index, Objects(), image.width, image.height))
         return plain_image(result[0]), checked_target(result[1])
 
@@ -278,7 +271,7 @@ def describe(value: object) -> str:
 
 
 @contextlib.contextmanager
-def _transform_seed(seed: int) -> Iterator[None]:
+def transform_seed(seed: int) -> Iterator[None]:
     """Seeds the generators that transforms use (torch on the CPU, random, numpy) and restores them.
 
     Unlike gemel.environment.seeds.seeded it leaves the CUDA generators alone, which would start CUDA in every process.

@@ -183,7 +183,7 @@ class SameSizeBatches(Sampler):
 
 def image_sizes(dataset: FolderDataset, num_samples: int = 4) -> list[tuple[int, int] | None]:
     """The sizes of the images as they are stored, or (None, ...) if the transform brings a few of them to one size."""
-    sizes = [header_size(sample[0]) for sample in dataset.samples]
+    sizes = [header_size(sample[0], dataset.turned) for sample in dataset.samples]
     first = {size: index for index, size in reversed([*enumerate(sizes)])}
     shown = [tuple(dataset[index][0].shape) for index in list(first.values())[:num_samples]] if len(first) > 1 else []
     return sizes if len(set(shown)) > 1 else [None] * len(sizes)

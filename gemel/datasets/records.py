@@ -3,21 +3,31 @@
 Boxes are (x1, y1, x2, y2) relative to the image's width and height, in [0, 1], for all formats; class ids count from 0.
 """
 
+import os
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeGuard
 
 from PIL import Image
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+IMAGE_SUFFIXES = {  # raster images that Pillow decodes by itself
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".tga"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"),
+}
+SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+NOT_DATA = "__MACOSX"  # the folder of file attributes in an archive made on macOS
 MIN_SIDE = 1e-7  # relative to the image; a shorter side is 0 in float32 pixels
 ROUNDING = 1e-5  # relative to the image: rounding to six decimals, which is not reported
 CLIPPED = "a box that exceeded the image by rounding was clipped to it"
 BYTE_ORDER_MARK = "a byte order mark was skipped"
 WINDOWS_LINES = "Windows line ends were read as line ends"
+COPIES = "an object that stands twice in an image, with the same class and box, was taken once"
+NO_FILE = "an image without an annotation file was taken as one without objects"
+NO_CLASS = "N/A"  # the name of a class id without a class, as in torchvision
+NO_TEST = "the test split was left out, as it has no image with {}"
 AREA = "boxes with a width and a height above 0"
 MAX_TEXT_BYTES = 256 << 20  # a list of a million images
 ORIENTATION = 0x0112  # EXIF
@@ -118,6 +128,42 @@ def image_files(folder: Path) -> list[Path]:
     return [path for path in visible(folder) if is_image(path)]
 
 
+def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """(folder, its files sorted by name) for a folder and all folders below it, links followed, but for hidden ones.
+
+    Each folder comes once, also where links lead in a circle.
+    """
+    entered = {os.path.realpath(folder)}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        inner = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders) if name[0] != "."}
+        folders[:] = [name for name, real in inner.items() if real not in entered and name != NOT_DATA]
+        entered.update(inner.values())
+        yield Path(parent), [Path(parent, name) for name in sorted(files) if name[0] != "."]
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The images in the folder and in all folders below it."""
+    return [path for _, files in walk(folder) for path in files if is_image(path)]
+
+
+def passed_over(paths: Iterable[Path], why: str) -> Counter:
+    """How many files of each suffix were passed over, each named by its first; why: such as "as it is no image"."""
+    by_suffix: dict[str, list[Path]] = {}
+    for path in paths:
+        by_suffix.setdefault(path.suffix.lower(), []).append(path)
+    counts: Counter[str] = Counter()
+    for suffix, found in by_suffix.items():
+        example = f"{found[0].parent.name}/{found[0].name}"
+        counts[f"a file {suffix or 'without a suffix'} was passed over, {why} (such as {example})"] = len(found)
+    return counts
+
+
+def split_folder(folder: Path, split: str) -> Path:
+    """The folder of a split, whose name may be written in capitals, and be valid or validation for val."""
+    there = {path.name.lower(): path for path in reversed(visible(folder)) if path.is_dir()}
+    return next((there[name] for name in SPLIT_FOLDERS[split] if name in there), folder / split)
+
+
 def read_text(file: Path) -> tuple[str, Counter, list[Fault]]:
     """(text with Unix line ends, repairs, faults) of a UTF-8 file of at most MAX_TEXT_BYTES."""
     content = file.read_bytes()
@@ -140,14 +186,34 @@ def file_exists(path: Path) -> bool:
         return False
 
 
-def header_size(image: Path) -> tuple[int, int] | None:
-    """(width, height) after EXIF orientation, read from the header alone; None if it cannot be read."""
+def is_turned(image: Path) -> bool:
+    """Whether an image has an EXIF orientation by which it is turned or mirrored; False if it cannot be read."""
     try:
         with Image.open(image) as opened:
-            turned = opened.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-            return opened.size[::-1] if turned else opened.size
+            return opened.getexif().get(ORIENTATION, 1) in range(2, 9)
+    except Exception:  # Pillow raises many types on broken files; the check of images reports them
+        return False
+
+
+def header_size(image: Path, turned: bool = True) -> tuple[int, int] | None:
+    """(width, height), read from the header alone; None if it cannot be read. turned: after EXIF orientation."""
+    try:
+        with Image.open(image) as opened:
+            swapped = turned and opened.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+            return opened.size[::-1] if swapped else opened.size
     except Exception:  # Pillow raises many types on broken files; the check of images reports them
         return None
+
+
+def without_copies(objects: Objects) -> Objects:
+    """The objects with every copy (the same class and the same box) removed and counted, as Ultralytics does."""
+    once: dict[tuple, Box] = {}
+    for box in objects.boxes:
+        once.setdefault((box.class_id, box.corners, box.crowd), box)
+    if len(once) < len(objects.boxes):
+        objects.repairs[COPIES] += len(objects.boxes) - len(once)
+        objects.boxes = list(once.values())
+    return objects
 
 
 # ---- values -----------------------------------------------------------------------------------------------
@@ -185,6 +251,12 @@ def clip_box(corners: Corners, tolerance: Sequence[float], repairs: Counter) -> 
         return None
     repairs[CLIPPED] += max(over_x, over_y) > ROUNDING
     return inside
+
+
+def names_by_id(ids: Mapping[str, int]) -> list[str]:
+    """The class names by class id; NO_CLASS where there is none."""
+    named = {number: name for name, number in ids.items()}
+    return [named.get(number, NO_CLASS) for number in range(max(named, default=-1) + 1)]
 
 
 def is_empty(corners: Sequence[float]) -> bool:

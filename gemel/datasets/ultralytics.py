@@ -8,8 +8,8 @@ Source: docs.ultralytics.com/datasets/detect. Paths may be absolute or outside t
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,30 @@ from typing import Any
 import yaml
 from yaml.constructor import SafeConstructor
 
-from gemel.datasets.records import Fault, Layout, Source, Split, file_exists, is_image, read_text, shown, visible
+from gemel.datasets.records import (
+    NO_FILE,
+    SPLIT_FOLDERS,
+    Fault,
+    Layout,
+    Split,
+    file_exists,
+    is_image,
+    passed_over,
+    read_text,
+    shown,
+    visible,
+    walk,
+)
 from gemel.datasets.yolo import MAX_CLASS_ID, TextFile, annotation_files, orphan_faults, stem_faults
 
 NAME = "data.yaml"
 SUFFIXES = {".yaml", ".yml"}
-SPLITS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}  # our name -> keys of the yaml file
 PLACE = "a folder of images, a text file with an image per line, or a list of these"
 TRAIN_KEY = re.compile(r"^train\s*:", re.MULTILINE)
 MAX_YAML, MAX_DEPTH = 1 << 20, 20
 MOVED = "the 'path' of the yaml file does not exist here, so the folder of the yaml file was used"
+ELSEWHERE = "a path of the yaml file does not exist here, so {} below the dataset's folder was used"
+NO_TEST = "the test split was left out, as what the yaml file names does not exist"
 
 
 @dataclass(frozen=True)
@@ -61,14 +75,17 @@ def open_layout(folder: Path) -> Layout:
     if faults:
         return _refused(faults)
     class_names, num_classes, faults = _class_names(about)
+    keypoints, more = _num_keypoint_values(about)
     root, moved, path_faults = _root(about)
     repairs[MOVED] += moved
-    faults += path_faults
+    faults += [*more, *path_faults]
     splits: dict[str, Callable[[], Split]] = {}
-    for split, keys in SPLITS.items():
+    for split, keys in SPLIT_FOLDERS.items():  # a key is called as a folder is
         key = next((key for key in keys if about.values.get(key) not in (None, "", [])), None)
-        if key:
-            splits[split] = partial(_split, about, root, key, num_classes)
+        if key and split == "test" and _is_missing(about, root, key):
+            repairs[NO_TEST] += 1
+        elif key:
+            splits[split] = partial(_split, about, root, key, TextFile(None, num_classes, True, keypoints))
         elif split != "test":
             splits[split] = Split
             faults.append(about.fault(split, "nothing", PLACE))
@@ -163,6 +180,7 @@ def _class_names(about: Description) -> tuple[tuple[str, ...], int | None, list[
             faults.append(about.fault("names", "nothing", "the names of the classes, or their number as nc"))
         return (), count, faults
     if isinstance(names, dict):
+        names = {int(key) if _is_id(key) else key: name for key, name in names.items()}
         if set(names) != set(range(len(names))) or any(type(key) is not int for key in names):
             faults.append(about.fault("names", shown(list(names)), "the class ids 0, 1, 2, ... without gaps"))
             return (), count, faults
@@ -176,6 +194,22 @@ def _class_names(about: Description) -> tuple[tuple[str, ...], int | None, list[
     if count is not None and count != len(names):
         faults.append(about.fault("nc", str(count), f"{len(names)}, the number of names"))
     return tuple(map(str, names)), len(names), faults
+
+
+def _is_id(key: object) -> bool:
+    """Whether a key of `names` is a class id that is written as text, such as '0'."""
+    return isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 and str(int(key)) == key
+
+
+def _num_keypoint_values(about: Description) -> tuple[int, list[Fault]]:
+    """(numbers of keypoints behind the box in a line, faults), from `kpt_shape`: [keypoints, 2 or 3 values of each]."""
+    shape = about.values.get("kpt_shape")
+    if shape is None:
+        return 0, []
+    whole = isinstance(shape, list) and len(shape) == 2 and all(type(value) is int for value in shape)
+    if whole and 0 < shape[0] < 10_000 and shape[1] in (2, 3):
+        return shape[0] * shape[1], []
+    return 0, [about.fault("kpt_shape", shown(shape), "[number of keypoints, 2 or 3]")]
 
 
 # ---- paths ------------------------------------------------------------------------------------------------
@@ -200,8 +234,8 @@ def _joined(base: Path, path: str) -> Path:
     return Path(os.path.normpath(base / path))
 
 
-def _entries(about: Description, root: Path, key: str) -> Iterator[Path | Fault]:
-    """The folders and list files of one split, or faults of its entries."""
+def _entries(about: Description, root: Path, key: str, repairs: Counter | None = None) -> Iterator[Path | Fault]:
+    """The folders and list files of one split, or faults of its entries; repairs: counts paths of another machine."""
     value = about.values[key]
     for entry in value if isinstance(value, list) else [value]:
         if not isinstance(entry, str) or not entry or "\0" in entry:
@@ -210,14 +244,39 @@ def _entries(about: Description, root: Path, key: str) -> Iterator[Path | Fault]
         tried = [_joined(root, entry)]
         if entry.startswith("../"):  # Roboflow writes ../train/images for train/images, and Ultralytics accepts it
             tried.append(_joined(root, entry[3:]))
-        found = next((path for path in tried if path.is_dir() or file_exists(path)), None)
+        found = _first_there(tried)
+        if found is None and (found := _first_there(_tails(root, entry, key))) and repairs is not None:
+            repairs[ELSEWHERE.format(found.relative_to(root).as_posix())] += 1
         yield found or about.fault(key, f"{shown(entry)}, which does not exist in {root}", PLACE)
 
 
-def _split(about: Description, root: Path, key: str, num_classes: int | None) -> Split:
-    """Finds the images of one split and their annotation files."""
+def _first_there(paths: Iterable[Path]) -> Path | None:
+    return next((path for path in paths if path.is_dir() or file_exists(path)), None)
+
+
+def _tails(root: Path, entry: str, key: str) -> Iterator[Path]:
+    """What a path of another machine, or of Windows, may mean here: its longest end that names the split."""
+    names = next(folders for folders in SPLIT_FOLDERS.values() if key in folders)
+    parts = [part for part in entry.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    for start in range(len(parts)):
+        tail = parts[start:]
+        if any(part.lower().startswith(names) for part in tail):
+            yield root.joinpath(*tail)
+            for name in names:  # such as valid for val
+                yield root.joinpath(*(name if part.lower() in names else part for part in tail))
+
+
+def _is_missing(about: Description, root: Path, key: str) -> bool:
+    """Whether the entries of a split are texts, none of which exists here."""
+    value = about.values[key]
+    texts = all(isinstance(entry, str) for entry in (value if isinstance(value, list) else [value]))
+    return texts and all(isinstance(entry, Fault) for entry in _entries(about, root, key))
+
+
+def _split(about: Description, root: Path, key: str, lines: TextFile) -> Split:
+    """Finds the images of one split and their annotation files; lines: how each of these files is read."""
     split, images = Split(), []
-    for entry in _entries(about, root, key):
+    for entry in _entries(about, root, key, split.repairs):
         if isinstance(entry, Fault):
             split.faults.append(entry)
         elif entry.is_dir():
@@ -227,24 +286,24 @@ def _split(about: Description, root: Path, key: str, num_classes: int | None) ->
         else:
             split.faults.append(about.fault(key, shown(entry.name), PLACE))
     split.faults += _repeated_images(images)
-    split.samples = [(image, _source(image, num_classes)) for image in images]
+    files = _label_files(images)
+    split.samples = [(image, replace(lines, file=files.get(image))) for image in images]
+    split.repairs[NO_FILE] += len(images) - len(files)
     return split
 
 
 def _folder_images(folder: Path, split: Split) -> list[Path]:
     """The images in a folder and its subfolders; an annotation file without an image is a fault."""
     images = []
-    entered = {os.path.realpath(folder)}
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        inner = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders) if name[0] != "."}
-        folders[:] = [name for name, real in inner.items() if real not in entered]  # a link may lead to a parent folder
-        entered.update(inner.values())
-        here = [Path(parent, name) for name in sorted(files)]
-        here = [path for path in here if is_image(path)]
-        labels = label_file(Path(parent, "any.jpg")).parent
+    others: list[Path] = []
+    for parent, files in walk(folder):
+        here = [path for path in files if is_image(path)]
+        labels = label_file(parent / "any.jpg").parent
         split.faults += stem_faults(here)
-        split.faults += orphan_faults(annotation_files(labels), here) if labels != Path(parent) else []
+        split.faults += orphan_faults(annotation_files(labels), here) if labels != parent else []
         images += here
+        others += [path for path in files if not is_image(path) and path.suffix.lower() != ".txt"]
+    split.repairs += passed_over(others, "as it is no image")
     return images
 
 
@@ -285,6 +344,15 @@ def label_file(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def _source(image: Path, num_classes: int | None) -> Source:
-    file = label_file(image)
-    return TextFile(file if os.path.lexists(file) else None, num_classes, polygons=True)
+def _label_files(images: Iterable[Path]) -> dict[Path, Path]:
+    """The annotation file of every image that has one; the suffix may be written in capitals."""
+    listed: dict[Path, dict[str, Path]] = {}
+    found = {}
+    for image in images:
+        file = label_file(image)
+        if file.parent not in listed:
+            there = sorted(annotation_files(file.parent), key=lambda path: path.suffix == ".txt")
+            listed[file.parent] = {path.stem: path for path in there}
+        if file.stem in listed[file.parent]:
+            found[image] = listed[file.parent][file.stem]
+    return found

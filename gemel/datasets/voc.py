@@ -18,9 +18,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 from xml.parsers import expat
 
+from gemel.datasets.numbering import Numbering, name_labels
 from gemel.datasets.records import (
     AREA,
     BYTE_ORDER_MARK,
+    NO_FILE,
+    SPLIT_FOLDERS,
     Box,
     Corners,
     Fault,
@@ -30,22 +33,26 @@ from gemel.datasets.records import (
     clip_box,
     header_size,
     image_files,
+    images_below,
     is_empty,
+    is_image,
     is_number,
+    names_by_id,
+    passed_over,
     read_text,
     shown,
     visible,
+    walk,
+    without_copies,
 )
-from gemel.datasets.yolo import orphan_faults, stem_faults
+from gemel.datasets.yolo import orphan_faults, path_below, stem_faults
 
 NAME = "Pascal VOC XML"
-SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 CLASSES_FILE = "classes.txt"
 MAX_XML_BYTES = 4 << 20  # of one image
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 PIXELS = 1.0  # a box that exceeds the image by at most this is clipped
 NO_SIZE = "the size of an image was read from the image, as its annotation has none"
-NO_FILE = "an image without an annotation file was taken as one without objects"
 INSIDE = "boxes inside the image, in pixels from 1"
 
 
@@ -57,45 +64,56 @@ def evidence(folder: Path) -> str | None:
     return None
 
 
-def open_layout(folder: Path) -> Layout:
-    """The layout of the folder; without a classes.txt it reads all train annotations for the class names."""
+def open_layout(folder: Path, numbering: Numbering, turned: bool) -> Layout:
+    """The layout of the folder; without a classes.txt it reads all annotations for the class names.
+
+    turned: whether an image whose size is not stated has the size that its EXIF orientation gives it.
+    """
     in_folders = evidence(folder) != "Annotations/*.xml"
     pairs_of = partial(_folder_pairs if in_folders else _listed_pairs, folder)
     there = [
         split
-        for split, names in SPLIT_FOLDERS.items()
+        for split in SPLIT_FOLDERS
         if split != "test" or (folder / ("test" if in_folders else "ImageSets/Main/test.txt")).exists()
     ]
-    names, faults = _class_names(folder, pairs_of("train", Split()))
-    ids = {name: index for index, name in enumerate(names)}
+    labels, faults, repairs = _class_labels(folder, {split: pairs_of(split, Split()) for split in there}, numbering)
+    ids = {name: label - numbering.first_label for name, label in labels.items()}
     return Layout(
         NAME,
-        {split: partial(_split, pairs_of, split, ids) for split in there},
+        {split: partial(_split, pairs_of, split, ids, turned) for split in there},
         images="{split}/*.jpg" if in_folders else "images that ImageSets/Main/{split}.txt lists",
         objects="XML files named after the images",
-        class_names=names,
+        class_names=tuple(names_by_id(ids)),
         crowds=True,
         faults=faults,
+        repairs=repairs,
     )
 
 
-def _split(pairs_of: Callable, split: str, ids: Mapping[str, int]) -> Split:
+def _split(pairs_of: Callable, split: str, ids: Mapping[str, int], turned: bool) -> Split:
     found = Split()
-    found.samples = [(image, XmlFile(file, image, ids)) for image, file in pairs_of(split, found)]
+    found.samples = [(image, XmlFile(file, image, ids, turned)) for image, file in pairs_of(split, found)]
     return found
 
 
-def _class_names(folder: Path, pairs: list[tuple[Path, Path | None]]) -> tuple[tuple[str, ...], list[Fault]]:
-    """(class names, faults): the lines of classes.txt if it exists, else the sorted names in the train split."""
-    if not (folder / CLASSES_FILE).is_file():
-        return tuple(sorted({name for _, file in pairs if file for name in _names_in(file)})), []
-    text, _, faults = read_text(folder / CLASSES_FILE)
-    names = [line.strip() for line in text.rstrip("\n").split("\n")]
-    for number, name in enumerate(names, start=1):
-        if not name or name in names[: number - 1]:
-            got = f"{shown(name)} again" if name else "an empty line"
-            faults.append(Fault(folder / CLASSES_FILE, f"line {number}", got, "one class name per line"))
-    return tuple(dict.fromkeys(filter(None, names))), faults
+def _class_labels(
+    folder: Path, pairs: Mapping[str, list[tuple[Path, Path | None]]], numbering: Numbering
+) -> tuple[dict[str, int], list[Fault], Counter]:
+    """(class name -> label, faults, what is to be said): by the lines of classes.txt, if it exists, else by names."""
+    file = folder / CLASSES_FILE
+    if file.is_file() and not isinstance(numbering.wanted, Mapping):
+        text, _, faults = read_text(file)
+        names = [line.strip() for line in text.rstrip("\n").split("\n")]
+        for number, name in enumerate(names, start=1):
+            if not name or name in names[: number - 1]:
+                got = f"{shown(name)} again" if name else "an empty line"
+                faults.append(Fault(file, f"line {number}", got, "one class name per line"))
+        found = dict.fromkeys(filter(None, names))
+        return {name: numbering.first_label + index for index, name in enumerate(found)}, faults, Counter()
+    occur = {split: {name for _, file in of if file for name in _names_in(file)} for split, of in pairs.items()}
+    elsewhere = {name for split, names in occur.items() if split != "train" for name in names}
+    labels, wrong, said = name_labels(occur["train"], elsewhere, numbering)
+    return labels, [Fault(folder, "", *wrong)] if wrong else [], said
 
 
 def _names_in(file: Path) -> tuple[str, ...]:
@@ -124,12 +142,15 @@ def _folder_pairs(folder: Path, split: str, found: Split) -> list[tuple[Path, Pa
         found.faults.append(Fault(folder, "", f"{len(there) or 'no'} folders {names}", f"one folder {names}"))
     if not there:
         return []
-    images = image_files(there[0])
-    files = [path for path in visible(there[0]) if path.suffix.lower() == ".xml"]
-    found.faults += [*stem_faults(images), *orphan_faults(files, images)]
-    by_stem = {path.stem: path for path in files}
-    found.repairs += Counter({NO_FILE: sum(image.stem not in by_stem for image in images)})
-    return [(image, by_stem.get(image.stem)) for image in images]
+    images = images_below(there[0])
+    others = [path for _, paths in walk(there[0]) for path in paths if not is_image(path)]
+    files = [path for path in others if path.suffix.lower() == ".xml"]
+    key = path_below(there[0])
+    found.faults += [*stem_faults(images, key), *orphan_faults(files, images, key, key)]
+    by_key = {key(path): path for path in files}
+    found.repairs += Counter({NO_FILE: sum(key(image) not in by_key for image in images)})
+    found.repairs += passed_over((path for path in others if path.suffix.lower() != ".xml"), "as it is no image")
+    return [(image, by_key.get(key(image))) for image in images]
 
 
 def _listed_pairs(folder: Path, split: str, found: Split) -> list[tuple[Path, Path | None]]:
@@ -142,6 +163,8 @@ def _listed_pairs(folder: Path, split: str, found: Split) -> list[tuple[Path, Pa
     found.repairs += repairs
     found.faults += faults
     images = {path.stem: path for path in image_files(folder / "JPEGImages")}
+    others = [path for path in visible(folder / "JPEGImages") if not is_image(path)]
+    found.repairs += passed_over(others, "as it is no image")
     files = {path.stem: path for path in visible(folder / "Annotations") if path.suffix.lower() == ".xml"}
     pairs: list[tuple[Path, Path | None]] = []
     seen: set[str] = set()
@@ -158,6 +181,7 @@ def _listed_pairs(folder: Path, split: str, found: Split) -> list[tuple[Path, Pa
         else:
             pairs.append((images[stem], files[stem]))
         seen.add(stem)
+    found.faults += stem_faults([path for path in image_files(folder / "JPEGImages") if path.stem in seen])
     return pairs
 
 
@@ -234,6 +258,7 @@ class XmlFile:
     file: Path | None
     image: Path
     ids: Mapping[str, int]
+    turned: bool = True
 
     def content(self) -> bytes:
         """The bytes of the file, for a fingerprint."""
@@ -253,7 +278,7 @@ class XmlFile:
         if size is not None:
             for item in root.all("object"):
                 self._add(objects, item, size)
-        return objects
+        return without_copies(objects)
 
     def _fault(self, objects: Objects, element: Element, got: str, allowed: str) -> None:
         assert self.file is not None
@@ -270,7 +295,7 @@ class XmlFile:
             got = f"the size {shown(stated[0].text('width'))} x {shown(stated[0].text('height'))}"
             self._fault(objects, stated[0], got, "one <size> with whole numbers of pixels from 1")
             return None
-        size = header_size(self.image)
+        size = header_size(self.image, self.turned)
         objects.repairs[NO_SIZE] += size is not None
         if size is None:
             self._fault(objects, root, "no <size>, and an image that cannot be read", "images that can be decoded")

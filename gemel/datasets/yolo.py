@@ -4,8 +4,8 @@ A text file has a line `class x_center y_center width height` per object, relati
 """
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,22 +13,28 @@ from pathlib import Path
 from gemel.datasets.records import (
     AREA,
     MIN_SIDE,
+    NO_FILE,
     Box,
     Fault,
     Layout,
     Objects,
-    Source,
     Split,
     clip_box,
-    image_files,
+    images_below,
+    is_image,
+    passed_over,
     read_text,
+    split_folder,
     visible,
+    walk,
+    without_copies,
 )
 
 NAME = "train/{images,annotations}"
 CLASSES_FILE = "classes.txt"  # labelling tools write the class names beside the annotations
 OUTSIDE_TOLERANCE = (1e-3, 1e-3)  # x, y: a box that exceeds the image by less is clipped
 MAX_CLASS_ID = 1 << 31
+OUTLINES = "the outline of an object was replaced by the box around it"
 FIVE_NUMBERS = "5 numbers: class x_center y_center width height"
 INSIDE = "boxes inside the image, relative to its width and height"
 
@@ -38,12 +44,14 @@ class TextFile:
     """The objects of one image in a text file; without a file, or in an empty file, there are none.
 
     num_classes: if the dataset states it. polygons: whether a line may also be an outline `class x y x y x y ...`,
-    which becomes the box around it.
+    which becomes the box around it. keypoints: numbers that may follow the box in a line, and are not read; where there
+    are any, no line is an outline.
     """
 
     file: Path | None
     num_classes: int | None = None
     polygons: bool = False
+    keypoints: int = 0
 
     def content(self) -> bytes:
         """The bytes of the file, for a fingerprint."""
@@ -58,18 +66,21 @@ class TextFile:
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 self._add(objects, self.file, f"line {number}", line)
-        return objects
+        return without_copies(objects)
 
     def _add(self, objects: Objects, file: Path, place: str, line: str) -> None:
         """Adds the object of one line, or what is wrong with the line."""
-        values, allowed = _numbers(line, self.polygons)
+        values, allowed = _numbers(line, self.polygons, self.keypoints)
         if values is None:
             objects.faults.append(Fault(file, place, repr(line.strip()[:80]), allowed))
             return
         fault = self._class_fault(values[0])
         if fault is not None:
             objects.faults.append(Fault(file, place, f"class id {line.split()[0][:20]}", fault))
-        box = _outline_box(values[1:]) if len(values) > 5 else values[1:]
+        is_outline = len(values) > 5 and not self.keypoints
+        if is_outline:
+            objects.repairs[OUTLINES] += 1
+        box = _outline_box(values[1:]) if is_outline else values[1:5]
         x, y, width, height = box
         corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
         inside = clip_box(corners, OUTSIDE_TOLERANCE, objects.repairs)
@@ -89,12 +100,15 @@ class TextFile:
         return None
 
 
-def _numbers(line: str, polygons: bool) -> tuple[list[float] | None, str]:
+def _numbers(line: str, polygons: bool, keypoints: int) -> tuple[list[float] | None, str]:
     """(numbers of a line, or None if they are wrong; what is allowed)."""
     words = line.split()
-    is_outline = polygons and len(words) >= 7 and len(words) % 2 == 1
+    is_longer = polygons and len(words) >= 7 and len(words) % 2 == 1
     allowed = FIVE_NUMBERS + (", or a class and the x y of 3 or more points" if polygons else "")
-    if (len(words) != 5 and not is_outline) or not line.isascii() or "_" in line:  # float() would take 1_0
+    if keypoints:
+        is_longer = len(words) == 5 + keypoints
+        allowed = f"{FIVE_NUMBERS}, and none or {keypoints} of the keypoints, as kpt_shape says"
+    if (len(words) != 5 and not is_longer) or not line.isascii() or "_" in line:  # float() would take 1_0
         return None, allowed
     try:
         values = [float(word) for word in words]
@@ -114,25 +128,41 @@ def _outline_box(points: Sequence[float]) -> list[float]:
 
 def evidence(folder: Path) -> str | None:
     """The folder by which this layout is recognised; None if it is missing."""
-    return "train/annotations" if (folder / "train" / "annotations").is_dir() else None
+    return "train/annotations" if (split_folder(folder, "train") / "annotations").is_dir() else None
 
 
 def open_layout(folder: Path) -> Layout:
     """The layout of the folder; reads no annotation file."""
-    splits = ["train", "val", "test"] if (folder / "test").is_dir() else ["train", "val"]
+    folders = {split: split_folder(folder, split) for split in ("train", "val", "test")}
     return Layout(
         NAME,
-        {split: partial(_split, folder / split) for split in splits},
+        {split: partial(_split, path) for split, path in folders.items() if split != "test" or path.is_dir()},
         images="{split}/images/*.jpg",
         objects="{split}/annotations/<stem of the image>.txt",
     )
 
 
 def _split(split: Path) -> Split:
-    images, files = image_files(split / "images"), annotation_files(split / "annotations")
-    by_stem = {path.stem: path for path in files}
-    samples: list[tuple[Path, Source]] = [(image, TextFile(by_stem.get(image.stem))) for image in images]
-    return Split(samples, [*stem_faults(images), *orphan_faults(files, images)], Counter())
+    """Images and annotation files of a split, at any depth, paired by their paths without suffix."""
+    images = images_below(split / "images")
+    files = [path for parent, _ in walk(split / "annotations") for path in annotation_files(parent)]
+    image_key, file_key = path_below(split / "images"), path_below(split / "annotations")
+    by_key = {file_key(path): path for path in files}
+    found = Split(faults=[*stem_faults(images, image_key), *orphan_faults(files, images, file_key, image_key)])
+    found.samples = [(image, TextFile(by_key.get(image_key(image)))) for image in images]
+    found.repairs[NO_FILE] += sum(image_key(image) not in by_key for image in images)
+    others = [path for _, paths in walk(split / "images") for path in paths if not is_image(path)]
+    found.repairs += passed_over(others, "as it is no image")
+    return found
+
+
+def path_below(folder: Path) -> Callable[[Path], str]:
+    """A function that gives the path of a file below the folder, without its suffix."""
+    return lambda path: path.relative_to(folder).with_suffix("").as_posix()
+
+
+def _stem(path: Path) -> str:
+    return path.stem
 
 
 def annotation_files(folder: Path) -> list[Path]:
@@ -140,25 +170,35 @@ def annotation_files(folder: Path) -> list[Path]:
     return [path for path in visible(folder) if path.suffix.lower() == ".txt" and not path.is_dir()]
 
 
-def stem_faults(images: Sequence[Path]) -> list[Fault]:
-    """A fault for each stem that several images of one folder have: they would share an annotation file."""
-    by_stem: dict[str, list[Path]] = defaultdict(list)
+def stem_faults(images: Sequence[Path], key: Callable[[Path], str] = _stem) -> list[Fault]:
+    """A fault for each key that several images have: they would share an annotation file. key: by default the stem."""
+    by_key: dict[str, list[Path]] = defaultdict(list)
     for path in images:
-        by_stem[path.stem].append(path)
+        by_key[key(path)].append(path)
     return [
         Fault(
             paths[0], "", f"the same stem as {', '.join(path.name for path in paths[1:])}", "one image for every stem"
         )
-        for paths in by_stem.values()
+        for paths in by_key.values()
         if len(paths) > 1
     ]
 
 
-def orphan_faults(files: Sequence[Path], images: Sequence[Path]) -> list[Fault]:
-    """A fault for each annotation file of one folder without an image."""
-    stems = {path.stem for path in images}
-    return [
-        Fault(path, "", f"no image {path.stem}.*", "annotation files named after an image")
-        for path in files
-        if path.stem not in stems and path.name != CLASSES_FILE
-    ]
+def orphan_faults(
+    files: Sequence[Path],
+    images: Sequence[Path],
+    file_key: Callable[[Path], str] = _stem,
+    image_key: Callable[[Path], str] = _stem,
+) -> list[Fault]:
+    """A fault for each annotation file without an image of the same key; keys: by default the stem."""
+    keys = {image_key(path) for path in images}
+    orphans = [path for path in files if file_key(path) not in keys and path.name != CLASSES_FILE]
+    folders = sorted({image.parent for image in images}) if orphans else []
+    beside = {path.stem: path.name for folder in folders for path in visible(folder) if not is_image(path)}
+    allowed = "annotation files named after an image"
+    faults = []
+    for path in orphans:
+        near = beside.get(path.stem, path.name)
+        unread = f", but {near}, which cannot be read" if near != path.name else ""
+        faults.append(Fault(path, "", f"no image {file_key(path)}.*{unread}", allowed))
+    return faults

@@ -41,10 +41,24 @@ def evaluate(task: Task, loader: Iterable, model: nn.Module | None = None) -> fl
             loader = again
 
 
+def _layout_of(model: object) -> dict[str, str]:
+    """Tensor name -> dtype, shape and device: what an eval method must leave as it is."""
+    tensors = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else {}
+    return {name: f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}" for name, tensor in tensors.items()}
+
+
 def _evaluate_once(task: Task, loader: Iterable, model: nn.Module | None) -> float:
+    model = task.model if model is None else model
+    before = _layout_of(model)
     printed = io.StringIO()  # pycocotools prints many lines
     with contextlib.redirect_stdout(printed):
-        value = task.eval_method(task.model if model is None else model, loader)
+        value = task.eval_method(model, loader)
+    if changed := before.items() ^ _layout_of(model).items():
+        name = min(changed)[0]
+        raise ValueError(
+            f"{task.name}: eval_method: changed {name} of the model from {before.get(name)} to "
+            f"{_layout_of(model).get(name)}; allowed: to read the model as it is, or a copy of it"
+        )
     if printed.getvalue():
         log.debug("%s: eval_method printed:\n%s", task.name, printed.getvalue())
     try:

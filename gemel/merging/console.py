@@ -69,6 +69,12 @@ def workload_table(tasks: Mapping[str, Task], models: Models, groups: Configurat
     return f"{table(header, rows)}\n{last}"
 
 
+def dataset_notes(notes: Mapping[str, Sequence[str]]) -> str:
+    """What was passed over or put right in the datasets, a line each; "" if there is nothing to say."""
+    lines = [f"  {name}: {line.removeprefix('1 times: ')}" for name, found in notes.items() for line in found]
+    return "\n".join(["of the datasets:", *lines]) if lines else ""
+
+
 def plan_table(groups: Configuration, total_bytes: int, limit: int = 20) -> str:
     """What could be saved, by unit of equal signature and tasks, largest first."""
     units = gemel_units(groups)

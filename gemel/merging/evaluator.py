@@ -1,6 +1,6 @@
 """The accuracies of a workload: of the unmerged models, on the screening subset, merged, and reloaded from disk."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import nn
@@ -10,6 +10,7 @@ from gemel.datasets.folders import SampleError
 from gemel.datasets.loaders import TaskData
 from gemel.environment.clock import Clock
 from gemel.evaluation.eval_method import evaluate
+from gemel.merging.diagnosis import explanations
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
 from gemel.workload import DETECTION, Problem, Task
@@ -64,7 +65,7 @@ class Evaluator:
                 on_test = evaluate(task, test)
                 self.accuracy[name].unmerged_test = self.accuracy[name].merged_test = on_test
             if measured < task.target_acc:
-                problems.append(_below_its_target(task, measured))
+                problems.append(_below_its_target(task, measured, explanations(task, self.data[name].val, measured)))
         return problems
 
     def screen_targets(self, names: Iterable[str]) -> dict[str, float]:
@@ -153,10 +154,11 @@ class Evaluator:
         self.accuracy = {name: Accuracy(**state[name]) for name in names}
 
 
-def _below_its_target(task: Task, measured: float) -> Problem:
+def _below_its_target(task: Task, measured: float, found: Sequence[str]) -> Problem:
     got = (
         f"an unmerged model that reaches {measured:.4f} on val, {task.target_acc - measured:.4f} below its "
-        f"target {task.target_acc:.4f} ({task.tolerance:g} x unmerged_acc {task.unmerged_acc:g})"
+        f"target {task.target_acc:.4f} ({task.tolerance:g} x unmerged_acc {task.unmerged_acc:g}). Measured: "
+        f"{'; '.join(found)}"
     )
     allowed = "the accuracy that the model has on the val split"
     if task.kind == DETECTION:

@@ -61,6 +61,7 @@ def _of_task(task: Task, folder: Path) -> dict:
         "batch_size": task.batch_size,
         "background_class": task.background_class,
         "labels": task.labels,
+        **task.reading.changes(),
     }
 
 

@@ -5,6 +5,7 @@ are not written belong to the disk cache. Training in place works: it copies the
 """
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -60,6 +61,7 @@ def load_merged(
     architecture in the manifest and no model was handed in, or if tensors do not fit the model. Models handed in are
     then unchanged.
     """
+    results_path = os.path.expanduser(results_path)
     manifest, store = read_result(results_path)
     if verify and sha256_of(store.file) != manifest["files"][store.file.name]:
         raise ResultsError(f"{store.file}: its sha256 is not the one in the manifest: the file is damaged")

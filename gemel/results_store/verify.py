@@ -58,7 +58,7 @@ def verify(
     device: torch.device | str = "cpu",
 ) -> Iterator[Check]:
     """Checks a results folder; evaluations: by task, for those that are evaluated again. Raises nothing."""
-    return _checks(Path(results_path), evaluations or {}, torch.device(device))
+    return _checks(Path(results_path).expanduser(), evaluations or {}, torch.device(device))
 
 
 def _checks(path: Path, evaluations: Mapping[str, Evaluation], device: torch.device) -> Iterator[Check]:

@@ -6,6 +6,7 @@ trained on its own camera, so the weights differ but are related, as those of fi
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +71,11 @@ TASKS = {
     "main_2nd_traffic_fcos": _detector(MAIN, KINDS, 4, "ancestor_fcos"),
     "elm_1st_traffic_fcos": _detector(ELM, KINDS, 4, "ancestor_fcos"),
 }
+
+
+def dataset_roots(tasks: Iterable[str], datasets: Path) -> list[Path]:
+    """Where datasets of these tasks are looked for: `datasets`; for the embedded default also where they are drawn."""
+    return [datasets, *([DATASETS_ROOT] if set(tasks) <= set(TASKS) else [])]
 
 
 def load_trained(name: str, root: Path = SAMPLE_ROOT) -> nn.Module:

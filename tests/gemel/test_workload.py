@@ -154,6 +154,18 @@ def test_one_model_in_two_tasks(entry):
     assert not read_workload({"a_net": entry, "b_net": {**entry, "model": copy.deepcopy(entry["model"])}})[1]
 
 
+def test_buffers_and_memory_of_two_tasks(entry):
+    """A table that two models hold; and weights assigned from one state dict, which training would write for both."""
+    other = {**entry, "model": copy.deepcopy(entry["model"])}
+    other["model"].bn1.running_mean = entry["model"].bn1.running_mean
+    (problem,) = read_workload({"a_net": entry, "b_net": other})[1]
+    assert problem.got == "buffers that are also those of a_net"
+    other = {**entry, "model": copy.deepcopy(entry["model"])}
+    other["model"].load_state_dict(entry["model"].state_dict(), assign=True)
+    (problem,) = read_workload({"a_net": entry, "b_net": other})[1]
+    assert problem.got == "parameters that are also those of a_net"
+
+
 @pytest.mark.parametrize("value", [{}, None, [1], "tasks"])
 def test_what_is_no_dictionary_of_tasks(value):
     tasks, (problem,) = read_workload(value)

@@ -6,6 +6,5 @@ from layout_samples import task_of
 
 @pytest.fixture
 def task(monkeypatch):
-    monkeypatch.setattr("gemel.datasets.checks.num_classes_of", lambda model: model.num_classes)
     monkeypatch.setattr("gemel.datasets.layouts.num_classes_of", lambda model: model.num_classes)
     return task_of()

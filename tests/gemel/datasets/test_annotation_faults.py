@@ -33,7 +33,7 @@ def task():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("gemel.datasets.checks.num_classes_of", lambda model: model.num_classes)
+    monkeypatch.setattr("gemel.datasets.layouts.num_classes_of", lambda model: model.num_classes)
     return tmp_path / "street_OD"
 
 

@@ -16,7 +16,7 @@ def counted(monkeypatch):
     """The files that are decoded from now on."""
     read = []
     load = dataset_folders.load_image
-    monkeypatch.setattr(dataset_folders, "load_image", lambda path: read.append(path) or load(path))
+    monkeypatch.setattr(dataset_folders, "load_image", lambda path, turned: read.append(path) or load(path, turned))
     return read
 
 

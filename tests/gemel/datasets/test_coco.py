@@ -83,7 +83,7 @@ def test_crowds_are_not_trained_on_and_do_not_count(tmp_path, task):
     assert data.screen is data.val
 
 
-def test_a_transform_that_loses_crowd_flags_is_refused(tmp_path):
+def test_a_transform_that_loses_crowd_flags_is_refused(tmp_path, task):
     def halved(image, target):
         image, target = to_tensor(image, target)
         return image, {**target, "boxes": target["boxes"][:0], "labels": target["labels"][:0]}
@@ -134,3 +134,25 @@ def test_a_json_file_is_parsed_once(tmp_path, task, monkeypatch):
     assert len(parsed) == 2
     change_coco(folder, "val", lambda content: content["annotations"].clear())
     assert len(lines_of(task, folder)) == 1
+
+
+def test_names_as_other_systems_and_tools_write_them(tmp_path, task, caplog):
+    """Backslashes, subsets in capitals, and `iscrowd: null` have one meaning."""
+    folder = tmp_path / "street_OD"
+    write_coco(folder)
+    before = [target["boxes"].tolist() for _, target in targets_of(task, folder, "train")]
+
+    def change(content):
+        for image in content["images"]:
+            image["file_name"] = "images\\Train\\" + image["file_name"]
+        for entry in content["annotations"]:
+            entry["iscrowd"] = None
+
+    change_coco(folder, "train", change)
+    (folder / "images").mkdir()
+    (folder / "train2017").rename(folder / "images" / "Train")
+    (folder / "annotations" / "instances_train2017.json").rename(folder / "annotations" / "instances_Train.json")
+    with caplog.at_level(logging.WARNING):
+        assert lines_of(task, folder) == []
+    assert "3 times: a backslash in the name of an image was read as a slash" in caplog.text
+    assert [target["boxes"].tolist() for _, target in targets_of(task, folder, "train")] == before

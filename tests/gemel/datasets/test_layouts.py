@@ -20,7 +20,9 @@ def test_every_layout_gives_the_same_samples(tmp_path, task, name, caplog):
     WRITERS[name](folder)
     with caplog.at_level(logging.WARNING):
         assert lines_of(task, folder) == []
-    assert caplog.text == ""
+    missing = "2 times: an image without an annotation file was taken as one without objects"
+    found = [record.getMessage() for record in caplog.records]
+    assert found == ([f"street_pico: dataset: {missing}"] if name == "yaml" else [])
     for split, images in TRUTH.items():
         dataset = open_split(task, folder, split)
         assert [path.stem for path, _ in dataset.samples] == list(images)

@@ -7,6 +7,7 @@ import pytest
 from format_samples import WRITERS
 from layout_samples import lines_of, targets_of
 
+from dataset_manager import check
 from gemel.datasets.ultralytics import label_file
 from gemel.merging.fingerprint import dataset_digest
 
@@ -59,3 +60,70 @@ def test_outlines_become_boxes_and_folders_are_searched(tmp_path, task):
     assert lines_of(task, folder) == []
     (_, target), _ = sorted(targets_of(task, folder, "val"), key=lambda pair: -len(pair[1]["labels"]))
     assert target["boxes"].tolist() == [[10, 5, 20, 15]]
+
+
+# ---- as exports and other machines write it -----------------------------------------------------------------
+
+
+def notes_of(task, folder):
+    notes = {}
+    assert check({task.name: task}, [folder.parent], notes) == []
+    return notes[task.name]
+
+
+def rewrite(folder, text):
+    (folder / "data.yaml").write_text(text)
+
+
+HEAD = "names: [car, person]\n"
+NO_TEST = "1 times: the test split was left out, as what the yaml file names does not exist"
+TRAIN = "1 times: a path of the yaml file does not exist here, so train/images below the dataset's folder was used"
+VALID = "1 times: a path of the yaml file does not exist here, so valid/images below the dataset's folder was used"
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("train: ../train/images\nval: ../valid/images\ntest: ../test/images\n", [NO_TEST]),
+        ("train: train/images\nval: valid/images\ntest: [test-dev.txt, more]\n", [NO_TEST]),
+        ("train: /content/x-1/train/images\nval: /content/x-1/valid/images\n", [TRAIN, VALID]),
+        ("train: x-1/train/images\nval: x-1/valid/images\n", [TRAIN, VALID]),
+        ("train: train\\images\nval: ..\\valid\\images\n", [TRAIN, VALID]),
+        ("train: train/images\nval: val/images\n", [VALID]),
+        ("train: train/images\nvalid: valid/images\n", []),
+    ],
+)
+def test_paths_whose_meaning_is_plain(tmp_path, task, text, said):
+    folder = tmp_path / "street_OD"
+    WRITERS["yaml_roboflow"](folder)
+    rewrite(folder, HEAD + text)
+    assert notes_of(task, folder) == said
+    assert [len(target["labels"]) for _, target in targets_of(task, folder, "train")] == [1, 2, 0]
+
+
+@pytest.mark.parametrize("path", ["/content/x/images", "../other/photos", "/images", "vallue/images"])
+def test_paths_whose_meaning_is_not(tmp_path, task, path):
+    """A folder `images` of another split, or of all, must not be taken."""
+    folder = tmp_path / "street_OD"
+    WRITERS["yaml_roboflow"](folder)
+    (folder / "images").mkdir()
+    rewrite(folder, f"{HEAD}train: train/images\nval: {path}\n")
+    (line,) = lines_of(task, folder)
+    assert f"val: got '{path}', which does not exist in" in line
+
+
+@pytest.mark.parametrize("names", ["{'0': car, '1': person}", '{"1": person, "0": car}', "{0: car, '1': person}"])
+def test_class_ids_as_text(tmp_path, task, names):
+    folder = tmp_path / "street_OD"
+    WRITERS["yaml"](folder)
+    rewrite(folder, f"train: images/train\nval: images/val\nnames: {names}\n")
+    assert lines_of(task, folder) == []
+    assert [target["labels"].tolist() for _, target in targets_of(task, folder, "train")] == [[1], [2, 1], []]
+
+
+@pytest.mark.parametrize("names", ["{'0': car, '01': person}", "{'0': car, 'x': person}", "{'0': car, 0: person}"])
+def test_class_ids_that_are_none(tmp_path, task, names):
+    folder = tmp_path / "street_OD"
+    WRITERS["yaml"](folder)
+    rewrite(folder, f"train: images/train\nval: images/val\nnames: {names}\n")
+    assert any(" names: got " in line or "'0' again" in line for line in lines_of(task, folder))

@@ -1,5 +1,6 @@
 """Running an eval method: what it returns and prints."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -52,3 +53,14 @@ def test_a_dead_loader_process_is_replaced_once():
     with pytest.raises(RuntimeError, match="killed by signal"):
         evaluate(task, loader_of(4))
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("change", [torch.nn.Module.double, lambda m: m.add_module("extra", torch.nn.Linear(1, 1))])
+def test_a_method_that_changes_the_model_is_named(tasks, data, change):
+    def eval_method(model, loader):
+        change(model)
+        return 0.5
+
+    task = dataclasses.replace(tasks["north_pico"], eval_method=eval_method)
+    with pytest.raises(ValueError, match="north_pico: eval_method: changed .* of the model from .*; allowed: to read"):
+        evaluate(task, data["north_pico"].val)
