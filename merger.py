@@ -6,7 +6,6 @@ gemel/merging/: state.py (the live models, and how to undo), evaluator.py, initi
 """
 
 import contextlib
-import copy
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -19,7 +18,7 @@ from gemel.alignment.matching import BY_ACTIVATIONS, BY_ORDER, match_groups
 from gemel.datasets.loaders import TaskData
 from gemel.environment.clock import Clock, TimeOver
 from gemel.environment.failures import is_out_of_memory
-from gemel.forward.modes import to_channels_last
+from gemel.forward.modes import deep_copy
 from gemel.merging import console
 from gemel.merging.check import training_problems
 from gemel.merging.evaluator import Evaluator
@@ -27,6 +26,7 @@ from gemel.merging.fingerprint import task_changes
 from gemel.merging.goal import GoalReplay, goal_problems
 from gemel.merging.images import ImageSampler
 from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisation, rule_of
+from gemel.merging.layout import can_be_channels_last
 from gemel.merging.options import LEAST_SQUARES, NO_ALIGNMENT, MergeOptions
 from gemel.merging.records import RunRecord, memory_part, run_part, task_parts
 from gemel.merging.resume import groups_to_tie, new_strategy
@@ -76,6 +76,8 @@ class Merger:
         self.tasks, self.data, self.options = tasks, data, options
         self.results_path, self.clock = results_path, clock
         self.state = MergeState(tasks, device)
+        if can_be_channels_last(tasks, data, self.state.unmerged, options.seed):
+            self.state.use_channels_last()
         self.images = ImageSampler(tasks, data, options.seed, device, options.fit_memory)
         self.record = RunRecord(started_with, fingerprint, self._match_groups())
         self.strategy = self._new_strategy()
@@ -102,6 +104,7 @@ class Merger:
             allowed = "more seconds than measuring the unmerged models takes"
             problems = [Problem("options", "time_budget", repr(self.options.time_budget), allowed)]
         if problems:
+            self.state.hand_back()
             raise WorkloadError(problems)
 
     def resume(self, manifest: Mapping) -> list[str]:
@@ -131,7 +134,7 @@ class Merger:
         self.record.would_take = goal["would_take"] if goal and goal["bytes"] == self.options.memory else None
         self.record.finished = run["finished"]
         if self.record.finished:
-            self.state.restore_channel_order()
+            self.state.hand_back()
             return
         checkpoint = read_checkpoint(self.results_path)
         if checkpoint is not None and checkpoint["round"] == len(self.record.rounds):
@@ -187,7 +190,7 @@ class Merger:
                 self._search()
         finally:
             self.state.undo()
-            self.state.restore_channel_order()
+            self.state.hand_back()
         return self.confirm()
 
     def _search(self) -> None:
@@ -199,6 +202,8 @@ class Merger:
             return
         with self.clock.interruptible():
             self._align_channels()
+        update_run(self.results_path, self._run_part())  # a killed run goes on in this order of channels
+        with self.clock.interruptible():
             if self.strategy.needs_sensitivity:
                 predicted = sensitivity_if_all_were_tied(self.state, self.images, self.record.groups)
                 self.strategy.set_sensitivity(*predicted, self.evaluator.ratios(), expected_losses(self.tasks))
@@ -362,9 +367,9 @@ class Merger:
         What was loaded must be, bit by bit, what was judged when it was kept: the same tensors compute the same. Raises
         RuntimeError if it is not.
         """
-        copies = copy.deepcopy(dict(self.state.models.items()))
+        copies = dict(deep_copy(self.state.models).items())
         reloaded = load_merged(self.results_path, copies, self.state.device, verify=True)
-        to_channels_last(nn.ModuleDict(reloaded), self.state.device)
+        self.state.lay_out(nn.ModuleDict(reloaded))
         if (different := self.state.difference_to(reloaded)) is not None:
             raise RuntimeError(f"{different}: reloaded from {self.results_path} it is not what was judged")
         with self.clock.interrupts.immediate():

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from gemel.datasets.loaders import TaskData
 from gemel.environment.failures import is_out_of_memory
 from gemel.fitting.batch_norm import freeze_statistics
+from gemel.forward.modes import release_graphs
 from gemel.training.batches import Batches, split
 from gemel.training.distillation import Teacher
 from gemel.training.early_stopping import Progress, loss_weight
@@ -82,6 +83,7 @@ class JointStep:
         self.shared, private = shared_and_private(models)
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW([*self.shared, *private], lr=options.learning_rate, fused=fused or None)
+        release_graphs(models)
         self.averaged = AveragedModel(models, multi_avg_fn=self._move_average, use_buffers=True)
         self.samples = 0
 
