@@ -63,8 +63,8 @@ def settings_of(module: nn.Module) -> dict[str, object]:
     """
     own = {key: value for key, value in vars(module).items() if key not in NO_SETTINGS}
     if _is_of_torch(module):
-        constructors = (vars(kind).get("__init__") for kind in type(module).__mro__)
-        known = {name for made in constructors if hasattr(made, "__code__") for name in made.__code__.co_names}
+        codes = (getattr(vars(kind).get("__init__"), "__code__", None) for kind in type(module).__mro__)
+        known = {name for code in codes if code is not None for name in code.co_names}
         own = {key: value for key, value in own.items() if key in known or _replaces_a_method(module, key)}
     functions = {key: getattr(value, "__func__", value) for key, value in own.items() if isinstance(value, FUNCTIONS)}
     return {key: value for key, value in own.items() if is_plain(value)} | functions
