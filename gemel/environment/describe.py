@@ -125,12 +125,18 @@ def _is_filled(cell: types.CellType) -> bool:
 
 
 def _of_code(code: types.CodeType) -> str:
-    """Instructions, names and constants; those of inner functions as well."""
-    constants = [_of_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts[1:]]
-    first = code.co_consts[:1]  # the documentation string of a function, else a constant like the others
-    if not (first and isinstance(first[0], str) and code.co_name != "<lambda>"):
-        constants += [_of_code(c) if isinstance(c, types.CodeType) else repr(c) for c in first]
+    """Instructions, names and constants, without a documentation string; those of inner functions as well."""
+    has_text = code.co_name != "<lambda>" and bool(code.co_consts) and isinstance(code.co_consts[0], str)
+    constants = [_of_constant(constant) for constant in code.co_consts[has_text:]]
     return f"{code.co_code.hex()} {code.co_names} {code.co_varnames} {constants}"
+
+
+def _of_constant(constant: object) -> str:
+    if isinstance(constant, types.CodeType):
+        return _of_code(constant)
+    if isinstance(constant, tuple):
+        return f"({', '.join(map(_of_constant, constant))})"
+    return str(sorted(map(repr, constant))) if isinstance(constant, frozenset) else repr(constant)
 
 
 def _global_names(function: types.FunctionType) -> list[str]:
