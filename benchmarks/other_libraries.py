@@ -4,9 +4,9 @@
     python -m benchmarks.other_libraries vit swin       # those whose names contain one of these words
 
 Needs timm and transformers, which are no dependencies: `pip install timm transformers` in an environment of your own.
-Each pair has two and three classes of random images of 64 x 64 pixels, and is merged with the default strategy. The line
-says whether the run came to its normal end, what was saved, and whether the models that are loaded from the folder put
-out what the merged ones do, bit by bit or up to the rounding of another memory layout.
+Each pair has two and three classes of random images of 64 x 64 pixels, and is merged with the default strategy. The
+line says whether the run came to its normal end, what was saved, and whether the models that are loaded from the folder
+put out what the merged ones do, up to the rounding of another memory layout.
 """
 
 import argparse
@@ -66,8 +66,10 @@ MAKERS = {
     "timm convnext_atto": of_timm("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 16, 32)),
     "timm vit_tiny": of_timm("vit_tiny_patch16_224", **VIT),
     "timm deit_tiny_distilled": of_timm("deit_tiny_distilled_patch16_224", **VIT),
-    "timm swin_tiny": of_timm("swin_tiny_patch4_window7_224", img_size=SIZE, window_size=4, embed_dim=24, depths=(1, 1)),
-    "timm efficientnet_b0": of_timm("efficientnet_b0", channel_multiplier=0.25),
+    "timm swin_tiny": of_timm(
+        "swin_tiny_patch4_window7_224", img_size=SIZE, window_size=4, embed_dim=24, depths=(1, 1)
+    ),
+    "timm efficientnet_b0": of_timm("efficientnet_b0"),
     "timm mobilenetv4_conv_small": of_timm("mobilenetv4_conv_small_050"),
     "timm mobilenetv3_small": of_timm("mobilenetv3_small_050"),
     "timm tf_mobilenetv3 (Conv2dSame)": of_timm("tf_mobilenetv3_small_minimal_100"),
@@ -140,7 +142,8 @@ def line_of(make: Callable[[int], nn.Module], root: Path, results: Path) -> str:
     end = "normal end" if manifest["run"]["finished"] else "not finished"
     reloaded = "reloaded equal" if worst <= ROUNDING else f"RELOADED DIFFERENT by {worst:.2g}"
     saved = memory["saved_bytes"] / max(1, memory["optimal_saved_bytes"])
-    return f"{end}, {len(manifest['run']['rounds'])} rounds, saved {saved:.1%} of the optimal, {reloaded}, {seconds:.0f} CPU s"
+    rounds = len(manifest["run"]["rounds"])
+    return f"{end}, {rounds} rounds, saved {saved:.1%} of the optimal, {reloaded}, {seconds:.0f} CPU s"
 
 
 def _logits(output: Any) -> torch.Tensor:

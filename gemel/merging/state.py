@@ -71,6 +71,7 @@ class MergeState:
         self.models = nn.ModuleDict({name: task.model for name, task in tasks.items()}).to(device)
         self.channels_last = False
         self.given_frozen = {name: frozen_parameters(model) for name, model in self.models.items()}
+        self._came_frozen = {n for n, m in self.models.items() if not any(p.requires_grad for p in m.parameters())}
         self._frozen = {name: _frozen_in_training(name, model) for name, model in self.models.items()}
         self.unmerged = _copies(self.models).eval().requires_grad_(False)
         freeze(self.models, self._frozen)
@@ -146,9 +147,13 @@ class MergeState:
         self.tied, self._undo = self.kept, None
 
     def hand_back(self) -> None:
-        """Freezes the parameters that came frozen, and gives models that share nothing their own order of channels."""
+        """Freezes the parameters that came frozen, and gives models that share nothing their own order of channels.
+
+        Of a model that came frozen as a whole, private scales, biases and adapters are frozen as well.
+        """
         self.restore_channel_order()
-        freeze(self.models, self.given_frozen)
+        own = {name: [key for key, _ in model.named_parameters()] for name, model in self.models.items()}
+        freeze(self.models, {n: self.given_frozen[n] if n not in self._came_frozen else own[n] for n in own})
 
     @property
     def continued_trial(self) -> Configuration | None:

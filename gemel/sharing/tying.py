@@ -61,7 +61,7 @@ def retie(models: Models, before: Configuration, after: Configuration, unmerged:
             if occurrence not in staying:
                 untie(models, occurrence)
             if occurrence not in group_of:
-                _copy(unmerged[occurrence.task].get_submodule(occurrence.layer), _layer(models, occurrence))
+                copy_parameters(unmerged[occurrence.task].get_submodule(occurrence.layer), _layer(models, occurrence))
     tie(models, after, initial)
     for occurrence in {o for group in set(before) ^ set(after) for o in group.occurrences}:
         layer, group_after = _layer(models, occurrence), group_of.get(occurrence)
@@ -85,7 +85,8 @@ def freeze(models: Models, frozen: Mapping[str, Collection[str]]) -> None:
 
 
 @torch.no_grad()
-def _copy(source: nn.Module, target: nn.Module) -> None:
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Copies the parameters that a layer owns itself, not those of its children, into another layer's, in place."""
     own = dict(target.named_parameters(recurse=False))
     for key, parameter in source.named_parameters(recurse=False):
         own[key].copy_(parameter)
