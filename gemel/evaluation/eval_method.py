@@ -54,9 +54,9 @@ def _after(error: BaseException, loader: DataLoader, deaths: int) -> DataLoader 
     """The loader to repeat an evaluation with; None if that is of no use."""
     if is_out_of_memory(error):
         return with_half_batches(loader)
-    if is_worker_death(error) and loader.num_workers:
-        return restarted(loader) if deaths == 1 else restarted(loader, num_workers=0)
-    return None
+    if is_worker_death(error) and deaths == 1:
+        return restarted(loader)
+    return restarted(loader, num_workers=0) if is_worker_death(error) and loader.num_workers else None
 
 
 def _evaluate_once(task: Task, loader: Iterable, model: nn.Module | None) -> float:
