@@ -31,6 +31,7 @@ from gemel.environment.clock import Clock
 from gemel.environment.device import pick_device
 from gemel.environment.imports import CHECKOUT, imported_from
 from gemel.environment.interrupts import Interrupts
+from gemel.environment.processes import raise_in_a_loader_process
 from gemel.environment.threads import choose_num_threads, num_threads_set
 from gemel.merging import console, earlier_merges
 from gemel.merging.fingerprint import fingerprint
@@ -116,6 +117,7 @@ def merge_workload(
     any field of gemel.training.options.TrainingOptions, such as learning_rate or max_epochs.
     Raises WorkloadError, before anything is written or trained, with every problem of the input.
     """
+    raise_in_a_loader_process()
     chosen, problems = read_options(options)
     interrupts = Interrupts()
     clock = Clock(chosen.time_budget, interrupts)

@@ -6,7 +6,7 @@ gemel/merging/: state.py (the live models, and how to undo), evaluator.py, initi
 """
 
 import contextlib
-import copy
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -14,21 +14,22 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from gemel.alignment.matching import BY_ACTIVATIONS, BY_ORDER, match_groups
 from gemel.datasets.loaders import TaskData
 from gemel.environment.clock import Clock, TimeOver
 from gemel.environment.failures import is_out_of_memory
-from gemel.forward.modes import to_channels_last
 from gemel.merging import console
+from gemel.merging.architecture import Architectures
 from gemel.merging.check import training_problems
 from gemel.merging.evaluator import Evaluator
 from gemel.merging.fingerprint import task_changes
 from gemel.merging.goal import GoalReplay, goal_problems
 from gemel.merging.images import ImageSampler
 from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisation, rule_of
+from gemel.merging.layout import can_be_channels_last
 from gemel.merging.options import LEAST_SQUARES, NO_ALIGNMENT, MergeOptions
+from gemel.merging.out_of_memory import on_fewer_images
 from gemel.merging.private_training import PrivateTraining
 from gemel.merging.records import RunRecord, memory_part, run_part, task_parts
 from gemel.merging.resume import groups_to_tie, new_strategy
@@ -36,7 +37,8 @@ from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_t
 from gemel.merging.state import MergeState
 from gemel.merging.teachers import FrozenPrefixes, teachers_of
 from gemel.results_store.checkpoint import drop_checkpoint, read_checkpoint, write_checkpoint
-from gemel.results_store.load import load_merged
+from gemel.results_store.files import first_line
+from gemel.results_store.manifest import read_manifest
 from gemel.results_store.write import statistics_of, update_run, write_results
 from gemel.sharing.groups import (
     Configuration,
@@ -55,6 +57,8 @@ from gemel.workload import Problem, Task, WorkloadError
 from trainer import recover
 
 CHECKPOINT_SHARE = 0.05  # of the time that writing the state of a round in flight may take
+
+log = logging.getLogger(__name__)
 
 
 class Merger:
@@ -78,11 +82,14 @@ class Merger:
         self.tasks, self.data, self.options = tasks, data, options
         self.results_path, self.clock = results_path, clock
         self.state = MergeState(tasks, device)
+        if can_be_channels_last(tasks, data, self.state.unmerged, options.seed):
+            self.state.use_channels_last()
         self.images = ImageSampler(tasks, data, options.seed, device, options.fit_memory)
         self.record = RunRecord(started_with, fingerprint, self._match_groups())
         self.strategy = self._new_strategy()
         self.evaluator = Evaluator(tasks, data, self.state.unmerged, options.training.screening_images > 0)
         self.prefixes = FrozenPrefixes(self.state, data, self.images, options.memory_per_task(len(tasks)))
+        self.architectures = Architectures(self.state, self.images)
         self.is_new = True  # whether the results folder holds nothing of this workload yet
         self.private_training = self._new_private_training()
         self.in_flight: dict | None = None  # the state of an interrupted round, to resume it
@@ -105,6 +112,7 @@ class Merger:
             allowed = "more seconds than measuring the unmerged models takes"
             problems = [Problem("options", "time_budget", repr(self.options.time_budget), allowed)]
         if problems:
+            self.state.hand_back()
             raise WorkloadError(problems)
 
     def resume(self, manifest: Mapping) -> list[str]:
@@ -134,7 +142,7 @@ class Merger:
         self.record.would_take = goal["would_take"] if goal and goal["bytes"] == self.options.memory else None
         self.record.finished = run["finished"]
         if self.record.finished:
-            self.state.restore_channel_order()
+            self.state.hand_back()
             return
         checkpoint = read_checkpoint(self.results_path)
         if checkpoint is not None and checkpoint["round"] == len(self.record.rounds):
@@ -196,7 +204,10 @@ class Merger:
                 self._search()
         finally:
             self.state.undo()
-            self.state.restore_channel_order()
+            self.state.hand_back()
+        stored = read_manifest(self.results_path)["tasks"]
+        if any(task["permuted"] and name not in self.state.order.applied for name, task in stored.items()):
+            self.store()  # it was stored beside tasks that share, and has its own order of channels again
         return self.confirm()
 
     def _search(self) -> None:
@@ -208,9 +219,12 @@ class Merger:
             return
         with self.clock.interruptible():
             self._align_channels()
+        update_run(self.results_path, self._run_part())  # a killed run goes on in this order of channels
+        with self.clock.interruptible():
             if self.strategy.needs_sensitivity:
                 predicted = sensitivity_if_all_were_tied(self.state, self.images, self.record.groups)
-                self.strategy.set_sensitivity(*predicted, self.evaluator.ratios(), expected_losses(self.tasks))
+                if predicted is not None:
+                    self.strategy.set_sensitivity(*predicted, self.evaluator.ratios(), expected_losses(self.tasks))
         while True:
             self.clock.raise_if_over()
             self._see_what_the_goal_would_take()
@@ -232,8 +246,13 @@ class Merger:
         closest = self.strategy.closest_to_goal() if fits and self.record.would_take is None else None
         if closest is not None:
             replay = GoalReplay(self.state, self.evaluator, self.images, self.strategy.donor_of)
-            with self.clock.interruptible():
-                found = replay.what_it_would_take(closest[0], closest[1], len(self.record.rounds))
+            found = None
+            try:
+                with self.clock.interruptible():
+                    found = replay.what_it_would_take(closest[0], closest[1], len(self.record.rounds))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
             self.record.would_take = found or {}
 
     def play_round(self, proposal: Configuration) -> bool:
@@ -277,9 +296,14 @@ class Merger:
             part = verified_part(self.state.kept, proposal, outcome.verified)
             if saved_bytes(part) <= saved_bytes(self.state.kept) or self._changes_others(part, outcome.verified):
                 return None, outcome
-            folded = {name: self.state.folded_for(part, name) for name in outcome.verified}
-            with self.clock.interruptible():
-                measured = {n: self.evaluator.measure(n, model) for n, model in folded.items() if model is not None}
+            try:
+                folded = {name: self.state.folded_for(part, name) for name in outcome.verified}
+                with self.clock.interruptible():
+                    measured = {n: self.evaluator.measure(n, model) for n, model in folded.items() if model is not None}
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return None, outcome
             outcome = replace(outcome, accuracies={**outcome.accuracies, **measured})
             missed = {name for name, accuracy in measured.items() if accuracy < self.tasks[name].target_acc}
             if not missed:
@@ -316,6 +340,7 @@ class Merger:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            log.warning("out of memory in a round, which is undone: %s", first_line(error))
             return Outcome(OUT_OF_MEMORY, {name: 0.0 for name in trained}, (), 0, 0)
 
     def _initialise(self, proposal: Configuration, trained: Mapping[str, Task], continues: bool) -> dict[str, Standing]:
@@ -364,20 +389,22 @@ class Merger:
     def _align_channels(self) -> None:
         groups, method = self.record.groups, self.options.alignment
         if method != NO_ALIGNMENT and groups and self.state.needs_alignment():
-            images = self.images.of_groups(groups, THRESHOLDS.sensitivity.alignment_pixels, "align")
-            self.state.align_channels(groups, images, method, self.options.seed)
+
+            def align(num_pixels: int, max_batch: float) -> None:
+                images = self.images.of_groups(groups, num_pixels, "align", max_batch=max_batch)
+                self.state.align_channels(groups, images, method, self.options.seed)
+
+            on_fewer_images("the alignment of channels", THRESHOLDS.sensitivity.alignment_pixels, align)
 
     # ---- storing ---------------------------------------------------------------------------------------------
 
     def confirm(self) -> dict:
-        """Loads the result from disk into copies of the models and closes the manifest.
+        """Loads the result from disk as a user will and closes the manifest.
 
         What was loaded must be, bit by bit, what was judged when it was kept: the same tensors compute the same. Raises
         RuntimeError if it is not.
         """
-        copies = copy.deepcopy(dict(self.state.models.items()))
-        reloaded = load_merged(self.results_path, copies, self.state.device, verify=True)
-        to_channels_last(nn.ModuleDict(reloaded), self.state.device)
+        reloaded = self.architectures.reload(self.results_path, self.store)
         if (different := self.state.difference_to(reloaded)) is not None:
             raise RuntimeError(f"{different}: reloaded from {self.results_path} it is not what was judged")
         with self.clock.interrupts.immediate():
@@ -387,7 +414,7 @@ class Merger:
     def store(self) -> dict:
         """Writes the workload as it is now; returns the manifest."""
         manifest = {
-            "tasks": task_parts(self.evaluator, self.state, self.options),
+            "tasks": task_parts(self.evaluator, self.state, self.options, self.architectures.recorded()),
             "shared_layers": to_plain(self.state.kept),
             "memory": memory_part(self.state, self.record),
             "run": self._run_part(),

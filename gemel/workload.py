@@ -303,6 +303,8 @@ def _check_model(model: object) -> str | None:
     if not isinstance(model, nn.Module):
         return _describe(model)
     tensors = [*model.named_parameters(), *model.named_buffers()]
+    if scripted := [name or "itself" for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]:
+        return f"a module with TorchScript in it ({scripted[0]}); hand in the module that was scripted"
     if not any(True for _ in model.parameters()):
         return "a module without parameters"
     if lazy := [key for key, tensor in tensors if isinstance(tensor, UninitializedParameter | UninitializedBuffer)]:

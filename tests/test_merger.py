@@ -14,7 +14,7 @@ from dataset_manager import open_task
 from eval_methods import classification_eval
 from gemel.environment import clock as clock_module
 from gemel.evaluation.eval_method import evaluate
-from gemel.merging import evaluator
+from gemel.merging import architecture, evaluator
 from gemel.merging.plan import plan
 from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import read_manifest
@@ -148,7 +148,7 @@ def test_an_error_in_a_round_leaves_the_models_and_the_folder_as_they_were(entri
 
 
 def test_a_reloaded_tensor_that_is_not_what_was_judged_is_an_error(entries, datasets, tmp_path, monkeypatch):
-    honest = merger.load_merged
+    honest = architecture.load_merged
 
     def another_bit(*args, **kwargs):
         loaded = honest(*args, **kwargs)
@@ -156,7 +156,7 @@ def test_a_reloaded_tensor_that_is_not_what_was_judged_is_an_error(entries, data
             loaded["south_pico"].bn1.running_var[0].mul_(1 + 2e-7)
         return loaded
 
-    monkeypatch.setattr(merger, "load_merged", another_bit)
+    monkeypatch.setattr(architecture, "load_merged", another_bit)
     with pytest.raises(RuntimeError, match="south_pico: bn1.running_var: reloaded from .* is not what was judged"):
         merge(entries, tmp_path / "results", datasets, strategy="all")
 

@@ -4,6 +4,7 @@ import logging
 import math
 import multiprocessing
 import pickle
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +100,8 @@ def restarted(loader: DataLoader, **changes: Any) -> DataLoader:
         options["persistent_workers"] = loader.persistent_workers
         options["multiprocessing_context"] = loader.multiprocessing_context
     options |= changes
+    if not options["num_workers"]:
+        options = {k: v for k, v in options.items() if k not in ("persistent_workers", "multiprocessing_context")}
     if isinstance(loader.batch_sampler, SameSizeBatches):
         size = changes.get("batch_size", loader.batch_sampler.batch_size)
         options["batch_sampler"] = SameSizeBatches(loader.batch_sampler.sizes, size)
@@ -219,9 +222,12 @@ def worker_options(dataset: FolderDataset, num_workers: int) -> dict[str, Any]:
     if num_workers == 0:
         return {"num_workers": 0}
     try:
-        pickle.dumps(dataset)
+        content = pickle.dumps(dataset)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         log.warning("%s: loads in the main process, as its transforms cannot be pickled: %s", dataset.task, error)
+        return {"num_workers": 0}
+    if b"__main__" in content and not hasattr(sys.modules["__main__"], "__file__"):
+        log.warning("%s: loads in the main process, as its transforms are defined in a notebook", dataset.task)
         return {"num_workers": 0}
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return {"num_workers": num_workers, "persistent_workers": True, "multiprocessing_context": "spawn"}

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import math
+import weakref
 from collections.abc import Iterable
 
 from torch import nn
@@ -15,30 +16,47 @@ from gemel.workload import Task
 
 log = logging.getLogger(__name__)
 
+# Loader -> the one that took its place, with smaller batches or without processes. While the first one is alive.
+_working: weakref.WeakKeyDictionary[DataLoader, DataLoader] = weakref.WeakKeyDictionary()
+
 
 def evaluate(task: Task, loader: Iterable, model: nn.Module | None = None) -> float:
     """The task's accuracy in [0, 1] on a loader or a list of batches; model: evaluated instead of the task's own.
 
-    When a process of a DataLoader dies, the evaluation is repeated once with new processes; when memory is exhausted,
-    with half the batch size, down to one image. Raises ValueError if the eval method does not return a number in
-    [0, 1], and the failure itself if it is not repeated.
+    When a process of a DataLoader dies, the evaluation is repeated with new processes, and when one dies again, without
+    any; when memory is exhausted, with half the batch size, down to one image. Later evaluations with this loader begin
+    with what worked. Raises ValueError if the eval method does not return a number in [0, 1], and the failure itself if
+    it is not repeated.
     """
-    may_restart = True
+    current, deaths = loader, 0
+    if isinstance(loader, DataLoader):
+        current = _working.get(loader, loader)
     while True:
         try:
-            return _evaluate_once(task, loader, model)
+            accuracy = _evaluate_once(task, current, model)
         except (RuntimeError, MemoryError) as error:
-            again = None
-            if isinstance(loader, DataLoader) and is_out_of_memory(error):
-                again = with_half_batches(loader)
-            elif isinstance(loader, DataLoader) and is_worker_death(error) and may_restart:
-                again, may_restart = restarted(loader), False
+            deaths += is_worker_death(error)
+            again = _after(error, current, deaths) if isinstance(current, DataLoader) else None
             if again is None:
                 raise
             log.warning(
-                "%s: repeats the evaluation with batches of %d, after: %s", task.name, batch_size_of(again), error
+                "%s: repeats the evaluation with batches of %d and %d loader processes, after: %s",
+                *(task.name, batch_size_of(again), again.num_workers, error),
             )
-            loader = again
+            current = again
+        else:
+            if isinstance(loader, DataLoader) and isinstance(current, DataLoader) and current is not loader:
+                _working[loader] = current
+            return accuracy
+
+
+def _after(error: BaseException, loader: DataLoader, deaths: int) -> DataLoader | None:
+    """The loader to repeat an evaluation with; None if that is of no use."""
+    if is_out_of_memory(error):
+        return with_half_batches(loader)
+    if is_worker_death(error) and deaths == 1:
+        return restarted(loader)
+    return restarted(loader, num_workers=0) if is_worker_death(error) and loader.num_workers else None
 
 
 def _layout_of(model: object) -> dict[str, str]:

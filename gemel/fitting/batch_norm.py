@@ -113,6 +113,18 @@ def freeze_statistics(model: nn.Module) -> None:
         layer.eval()
 
 
+@contextlib.contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Within, batch normalisation is in eval mode; afterwards every layer has the mode it had."""
+    modes = [(layer, layer.training) for layer in _batch_norms(model)]
+    freeze_statistics(model)
+    try:
+        yield
+    finally:
+        for layer, training in modes:
+            layer.training = training
+
+
 @torch.no_grad()
 def match_statistics(
     model: nn.Module, teacher: nn.Module, batches: list, device: torch.device, frozen_only: bool = False

@@ -24,6 +24,7 @@ from gemel.fitting.rows import (
     matrix_of,
     module_behind,
     normalisation_behind,
+    row_itemsize,
     set_matrix,
     shape_of,
 )
@@ -138,7 +139,7 @@ def row_quota(layer: LinearMap, positions: int, num_tasks: int, max_bytes: float
     groups, inputs, _ = shape_of(layer)
     quota = positions if groups == 1 else min(positions, max(MIN_ROWS, ROWS_PER_INPUT * inputs))
     quota = quota if inputs <= MAX_SYSTEM else min(quota, MAX_SYSTEM // num_tasks)
-    row_bytes = num_tasks * groups * inputs * layer.weight.element_size()
+    row_bytes = num_tasks * groups * inputs * row_itemsize(layer)
     return quota if min(quota, inputs) * row_bytes <= max_bytes else max(1, int(max_bytes // row_bytes))
 
 
@@ -160,7 +161,7 @@ def parts_of(models: Models, block: Sequence[Group], positions: int) -> list[lis
         layer = linear_map_at(models[group.occurrences[0].task], group.occurrences[0].layer)
         num_groups, inputs, outputs = shape_of(layer)
         rows = row_quota(layer, positions, len(group.tasks)) * len(group.tasks)
-        needed = 2 * rows * num_groups * (inputs + outputs) * layer.weight.element_size()
+        needed = 2 * rows * num_groups * (inputs + outputs) * row_itemsize(layer)
         if held + needed > MAX_ROWS_BYTES:
             parts.append([])
             held = 0
@@ -331,7 +332,7 @@ def _on_common_scale(
     deviations = torch.stack([(s.yy / s.num_rows).sqrt() for s in sampled.values()])
     deviations = deviations.clamp_min(1e-12).clamp_min(1e-3 * deviations.mean((1, 2), keepdim=True))
     gains = [
-        torch.ones_like(d) if norms[t].weight is None else norms[t].weight.detach().view_as(d)
+        torch.ones_like(d) if norms[t].weight is None else norms[t].weight.detach().to(d.dtype).view_as(d)
         for t, d in zip(sampled, deviations, strict=True)
     ]
     weights = torch.stack(gains).square()

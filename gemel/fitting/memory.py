@@ -178,6 +178,7 @@ def predicted_peak(
     held = 0.0
     for task, layers in waiting.items():
         own = footprints[task].layers
-        held += max((own[name].waiting * sum(sizes[task][:count]) for name, count in layers.items()), default=0.0)
+        called = {name: count for name, count in layers.items() if name in own}  # the others are no places to wait at
+        held += max((own[name].waiting * sum(sizes[task][:count]) for name, count in called.items()), default=0.0)
     moving = (footprints[task].peak * max(sizes[task]) for task in waiting)
     return held + max(moving, default=0.0)

@@ -81,8 +81,11 @@ def _best_scale(sums: Moments, matrix: Tensor) -> Tensor:
 
 
 def shares_of(weights: Tensor) -> Tensor:
-    """The weights [tasks, groups, o] scaled so that the sum over the tasks is 1 in every channel."""
-    weights = weights.clamp_min(1e-9 * weights.amax())
+    """The weights [tasks, groups, o] scaled so that the sum over the tasks is 1 in every channel.
+
+    Equal where all are 0, as of a layer before normalisation with a gain of 0 (a residual branch before its training).
+    """
+    weights = weights.clamp_min((1e-9 * weights.amax()).clamp_min(1e-30))
     return weights / weights.sum(0, keepdim=True)
 
 

@@ -17,7 +17,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from gemel.forward.batches import Batch, run
 from gemel.forward.hooks import hooked
-from gemel.sharing.adapters import KINDS, LinearMap, as_linear_map, is_addition, own_modules
+from gemel.sharing.adapters import (
+    KINDS,
+    LinearMap,
+    as_linear_map,
+    is_addition,
+    own_modules,
+    owns_its_weight,
+)
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -39,8 +46,11 @@ class Rows(NamedTuple):
 
 
 def is_linear_map(layer: nn.Module) -> TypeGuard[LinearMap]:
-    """Whether the layer computes torch's own linear map or (transposed) convolution, of any dimension."""
-    return any(type(layer).forward is kind.forward for kind in (*KINDS, *TRANSPOSED))
+    """Whether the layer computes torch's own linear map or (transposed) convolution, of any dimension.
+
+    Its weight must be a parameter of its own: one that is computed from others (weight_norm, pruning) cannot be set.
+    """
+    return owns_its_weight(layer) and any(type(layer).forward is kind.forward for kind in (*KINDS, *TRANSPOSED))
 
 
 def normalisation_behind(model: nn.Module, name: str) -> _BatchNorm | None:
@@ -55,9 +65,13 @@ def normalisation_behind(model: nn.Module, name: str) -> _BatchNorm | None:
 
 
 def module_behind(model: nn.Module, name: str) -> nn.Module | None:
-    """The module without children that is registered next after a layer, or None."""
+    """The module without children that is registered next after a layer; None behind a layer that has children itself.
+
+    Such a layer (a class token in the module that holds all blocks of a transformer) has no place in the order.
+    """
     leaves = (pair for pair in own_modules(model) if all(map(is_addition, pair[1].children())))
-    next(pair for pair in leaves if pair[0] == name)
+    if next((pair for pair in leaves if pair[0] == name), None) is None:
+        return None
     return next(leaves, ("", None))[1]
 
 
@@ -86,9 +100,9 @@ def shape_of(layer: LinearMap) -> tuple[int, int, int]:
 
 
 def matrix_of(layer: LinearMap) -> Tensor:
-    """The matrix [groups, d, o] by which the layer multiplies its rows; a copy."""
+    """The matrix [groups, d, o] by which the layer multiplies its rows; a copy, in `solvable` precision."""
     groups, _, width = shape_of(layer)
-    weight = layer.weight.detach()
+    weight = solvable(layer.weight.detach())
     if isinstance(layer, TRANSPOSED):
         taps = weight.flip(tuple(range(2, weight.dim()))).reshape(groups, -1, width, weight[0, 0].numel())
         matrix = taps.transpose(2, 3).reshape(groups, -1, width)
@@ -96,7 +110,12 @@ def matrix_of(layer: LinearMap) -> Tensor:
         matrix = weight.reshape(groups, width, -1).transpose(1, 2)
     if layer.bias is None:
         return matrix.clone()
-    return torch.cat([matrix, layer.bias.detach().reshape(groups, 1, width)], 1)
+    return torch.cat([matrix, solvable(layer.bias.detach()).reshape(groups, 1, width)], 1)
+
+
+def solvable(tensor: Tensor) -> Tensor:
+    """The tensor in a precision in which systems can be solved: float32 in the place of half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -114,21 +133,27 @@ def set_matrix(layer: LinearMap, matrix: Tensor) -> None:
         weight.copy_(matrix.transpose(1, 2).reshape(weight.shape))
 
 
+def row_itemsize(layer: LinearMap) -> int:
+    """Bytes of one value of the layer's rows."""
+    return torch.promote_types(layer.weight.dtype, torch.float32).itemsize
+
+
 def input_rows(layer: LinearMap, inputs: Tensor, shape: Sequence[int], picked: Tensor) -> Tensor:
-    """[groups, n, d]: the windows of the input for the picked positions of an output of that shape."""
+    """[groups, n, d]: the windows of the input for the picked positions of an output of that shape, `solvable`."""
     if isinstance(layer, nn.Linear):
         rows = inputs.reshape(-1, layer.in_features)[picked].unsqueeze(0)
     else:
         rows = _windows(layer, _batched(layer, inputs), shape[-len(layer.kernel_size) :], picked)
+    rows = solvable(rows)
     return rows if layer.bias is None else torch.cat([rows, torch.ones_like(rows[..., :1])], 2)
 
 
 def output_rows(layer: LinearMap, outputs: Tensor, picked: Tensor) -> Tensor:
-    """[groups, n, o]: the layer's outputs at the picked positions."""
+    """[groups, n, o]: the layer's outputs at the picked positions, `solvable`."""
     groups, _, width = shape_of(layer)
     if not isinstance(layer, nn.Linear):
         outputs = _batched(layer, outputs).movedim(1, -1)
-    return outputs.reshape(-1, groups, width)[picked].transpose(0, 1)
+    return solvable(outputs.reshape(-1, groups, width)[picked].transpose(0, 1))
 
 
 class Positions(Protocol):

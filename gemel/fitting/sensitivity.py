@@ -6,7 +6,6 @@ measured (benchmarks/LOG.md, 2026-11-24 Holding back a little).
 """
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -19,7 +18,7 @@ from gemel.fitting.ridge import solve_ridge
 from gemel.fitting.rows import Rows, collect_rows, is_linear_map, is_normalised, linear_map_at, matrix_of
 from gemel.forward.batches import Batch, run, to_device
 from gemel.forward.hooks import hooked
-from gemel.forward.modes import Models, device_of, logits_of
+from gemel.forward.modes import Models, deep_copy, device_of, logits_of
 from gemel.sharing.groups import Configuration, Group
 from gemel.sharing.signatures import find_layers
 
@@ -140,7 +139,7 @@ def response(
     """
     scores: Sensitivity = {}
     for task in dict.fromkeys(task for group in groups for task in group.tasks):
-        model = copy.deepcopy(teachers[task])
+        model = deep_copy(teachers[task])
         names = _output_layers(model, images[task][0])
         expected = _responses(model, images[task], names)
         for group in groups:

@@ -1,39 +1,111 @@
 """What is checked of a workload before anything is trained or written, beside the dictionary and the datasets."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
+from gemel.datasets.folders import SampleError
 from gemel.datasets.loaders import TaskData, batch_size_of, num_samples
+from gemel.datasets.records import header_size
+from gemel.environment.failures import is_out_of_memory
 from gemel.environment.seeds import seeded
 from gemel.merging.state import MergeState
 from gemel.sharing.tying import restore_snapshot, take_snapshot
 from gemel.training.distillation import Teacher
 from gemel.training.losses import task_losses
 from gemel.workload import Problem, Task
+from model_architectures import num_classes_of
+
+MAX_SIZES = 256  # headers that are read of a split, to find the extreme sizes
+ALLOWED = "a model that is trained as torchvision's are: logits, or a dict of losses from (images, targets)"
 
 
 def training_problems(
     tasks: Mapping[str, Task], data: Mapping[str, TaskData], state: MergeState, seed: int
 ) -> list[Problem]:
-    """What makes the losses of a task impossible to compute on the first images of train; models stay as they are."""
+    """What keeps a task from being trained: losses and gradients are computed as a step of training computes them.
+
+    On images of train that cover its sizes and its classes (`telling_samples`). Models stay as they are.
+    """
     problems = []
-    allowed = "a model that is trained as torchvision's are: logits, or a dict of losses from (images, targets)"
     for name, task in tasks.items():
-        train = data[name].train
-        snapshot = take_snapshot(task.model)
-        teacher = None if task.labels else Teacher(task.model, state.unmerged[name], [])
-        try:
-            with torch.no_grad(), seeded(seed, "trial", name):
-                count = min(batch_size_of(train), num_samples(train))
-                batch = train.collate_fn([train.dataset[i] for i in range(count)])
-                task.model.train()
-                task_losses(task, batch, state.device, teacher)
-        except Exception as error:  # a user's model may raise anything
+        error = training_error(task, data[name], state.unmerged[name], seed)
+        if error is not None:
             got = f"{type(error).__name__} in training: {' '.join(str(error).split())[:300]}"
-            problems.append(Problem(name, "model", got, allowed))
-        finally:
-            restore_snapshot(snapshot)
-            if teacher is not None:
-                teacher.close()
+            problems.append(Problem(name, "model", got, ALLOWED))
     return problems
+
+
+def training_error(
+    task: Task, data: TaskData, unmerged: nn.Module, seed: int, num_images: int | None = None
+) -> Exception | None:
+    """What a training pass over the task's telling samples raises; None if it works. The model stays as it is.
+
+    num_images: only so many of them.
+    """
+    train = data.train
+    snapshot = take_snapshot(task.model)
+    teacher = None if task.labels else Teacher(task.model, unmerged, [])
+    try:
+        with seeded(seed, "trial", task.name):
+            indices = telling_samples(task, train)[:num_images]
+            size = min(batch_size_of(train), num_samples(train))
+            for start in range(0, len(indices), size):
+                part = indices[start : start + size]
+                part += [i for i in range(num_samples(train)) if i not in part][: size - len(part)]
+                _backward(task, train, part, teacher)
+    except SampleError:
+        raise
+    except Exception as error:  # a user's model may raise anything
+        return error
+    finally:
+        restore_snapshot(snapshot)
+        if teacher is not None:
+            teacher.close()
+    return None
+
+
+def _backward(task: Task, train: DataLoader, indices: list[int], teacher: Teacher | None) -> None:
+    """Losses and gradients on some samples of train, in smaller batches where memory runs out."""
+    task.model.train()
+    device = next(task.model.parameters()).device
+    try:
+        batch = train.collate_fn([train.dataset[i] for i in indices])
+        losses = task_losses(task, batch, device, teacher)
+        total = sum(losses.values(), torch.zeros((), device=device))
+        if not total.requires_grad:
+            raise ValueError(f"the loss ({', '.join(losses) or 'no entries'}) depends on no parameter that is trained")
+        total.backward()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(indices) < 4:  # batch normalisation needs two images
+            raise
+        for half in (indices[: len(indices) // 2], indices[len(indices) // 2 :]):
+            _backward(task, train, half, teacher)
+
+
+def telling_samples(task: Task, train: DataLoader) -> list[int]:
+    """Indices of samples of train that cover what differs: the lowest and the highest class, extreme sizes, the last.
+
+    Where the number of a detector's outputs cannot be seen, all annotations are read for that.
+    """
+    samples = train.dataset.samples  # type: ignore[attr-defined]
+    step = -(-len(samples) // MAX_SIZES)
+    sizes = {index: size for index in range(0, len(samples), step) if (size := header_size(samples[index][0]))}
+    found = [0, len(samples) - 1]
+    for measure in (lambda size: size[0], lambda size: size[1], lambda size: size[0] / size[1]):
+        by_measure = sorted(sizes, key=lambda index: measure(sizes[index]))
+        found += [by_measure[0], by_measure[-1]] if by_measure else []
+    classes = dict(_classes(task, samples))
+    found += [classes[label] for label in (min(classes), max(classes))] if classes else []
+    return list(dict.fromkeys(found))
+
+
+def _classes(task: Task, samples: list) -> Iterator[tuple[int, int]]:
+    """(class, index of a sample that has it)."""
+    for index, (_, truth) in enumerate(samples):
+        if isinstance(truth, int):
+            yield truth, index
+        elif task.labels and num_classes_of(task.model) is None:
+            yield from ((box.class_id, index) for box in truth.read().boxes)

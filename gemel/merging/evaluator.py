@@ -69,7 +69,10 @@ class Evaluator:
         return problems
 
     def screen_targets(self, names: Iterable[str]) -> dict[str, float]:
-        """What the unmerged models reach on the screening subset, times the tolerance; measured when first needed."""
+        """What the unmerged models reach on the screening subset, times the tolerance; measured when first needed.
+
+        Without those whose subset is all of val, and those that reach nothing on it.
+        """
         if not self.screening:
             return {}
         names = list(names)
@@ -77,7 +80,7 @@ class Evaluator:
             data = self.data[name]
             if name not in self.unmerged_on_screen and data.screen is not data.val:
                 self.unmerged_on_screen[name] = evaluate(self.tasks[name], data.screen, self.unmerged[name])
-        measured = (name for name in names if name in self.unmerged_on_screen)
+        measured = (name for name in names if self.unmerged_on_screen.get(name))  # where it is 0 it says nothing
         return {name: self.tasks[name].tolerance * self.unmerged_on_screen[name] for name in measured}
 
     # ---- the merged models -----------------------------------------------------------------------------------
@@ -89,8 +92,8 @@ class Evaluator:
         found = {}
         for name in names:
             task, data = self.tasks[name], self.data[name]
-            accuracy = evaluate(task, data.screen)
-            whole = data.screen is data.val
+            whole = name not in targets
+            accuracy = evaluate(task, data.val if whole else data.screen)
             found[name] = Standing(accuracy / targets.get(name, task.target_acc), accuracy if whole else None)
         if min(standing.ratio for standing in found.values()) >= THRESHOLDS.fit.full_validation_from:
             for name in (name for name, standing in found.items() if standing.accuracy is None):

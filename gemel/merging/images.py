@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -11,6 +12,8 @@ from gemel.merging.fit_samples import FitSamples, memory_of_fits
 from gemel.sharing.groups import Configuration
 from gemel.thresholds import FIT_PIXELS, THRESHOLDS
 from gemel.workload import CLASSIFICATION, Task
+
+FEW = 4
 
 
 class ImageSampler:
@@ -28,17 +31,20 @@ class ImageSampler:
         self.of_fits = FitSamples(self._of_fit, memory_of_fits(device, fit_memory), len(tasks), seed)
 
     def of_groups(
-        self, configuration: Configuration, num_pixels: int, *purpose: object, max_images: int = MAX_PLAIN_IMAGES
+        self, configuration: Configuration, num_pixels: int, *purpose: object, **limits: Any
     ) -> dict[str, list[Batch]]:
-        """Batches of images of every task in the configuration, as many as have about `num_pixels` pixels."""
+        """Batches of images of every task in the configuration, as many as have about `num_pixels` pixels.
+
+        limits: max_batch and max_images, as of `plain_images`.
+        """
         names = (task for group in configuration for task in group.tasks)
-        return self.of_tasks(names, num_pixels, *purpose, max_images=max_images)
+        return self.of_tasks(names, num_pixels, *purpose, **limits)
 
     def of_tasks(
-        self, names: Iterable[str], num_pixels: int, *purpose: object, max_images: int = MAX_PLAIN_IMAGES
+        self, names: Iterable[str], num_pixels: int, *purpose: object, **limits: Any
     ) -> dict[str, list[Batch]]:
         """The same of the named tasks; a detector gets its share of the pixels."""
-        return {name: self._draw(name, num_pixels, *purpose, max_images=max_images) for name in dict.fromkeys(names)}
+        return {name: self._draw(name, num_pixels, *purpose, **limits) for name in dict.fromkeys(names)}
 
     def _of_fit(self, name: str, num_pixels: int, max_batch: float) -> list[Batch]:
         return self._draw(name, num_pixels, "fit", max_batch=max_batch)
@@ -62,6 +68,10 @@ class ImageSampler:
             max_batch=max_batch,
             max_images=max_images,
         )
+
+    def few_of(self, name: str, *purpose: object) -> Batch:
+        """A few images of a task, as one batch of its loader."""
+        return plain_images(self.data[name], 0, self.seed, *purpose)[0][:FEW]
 
     def first_of(self, name: str, count: int, *purpose: object) -> torch.Tensor:
         """The first images [N, C, H, W] of a classifier's sample, on the device."""

@@ -17,6 +17,7 @@ from gemel.merging.options import LEAST_SQUARES
 from gemel.merging.state import MergeState
 from gemel.merging.task_weights import TaskWeights
 from gemel.sharing.groups import Configuration, Group
+from gemel.sharing.tying import copy_parameters
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
 
@@ -118,8 +119,7 @@ def donate_weights(
         source = next(o.layer for o in group.occurrences if o.task == donor)
         norm = normalisation_behind(unmerged[donor], source)
         for o in group.occurrences:
-            layer = models[o.task].get_submodule(o.layer)
-            layer.load_state_dict(unmerged[donor].get_submodule(source).state_dict(), strict=False)
+            copy_parameters(unmerged[donor].get_submodule(source), models[o.task].get_submodule(o.layer))
             own = normalisation_behind(models[o.task], o.layer)
             if norm is not None and own is not None:
                 own.load_state_dict(norm.state_dict())

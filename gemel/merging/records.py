@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 from gemel.environment.clock import Clock
 from gemel.fitting.batch_norm import is_frozen
+from gemel.merging.architecture import Recorded
 from gemel.merging.evaluator import Evaluator
 from gemel.merging.goal import goal_part
 from gemel.merging.options import LEAST_SQUARES, MergeOptions
@@ -13,7 +14,6 @@ from gemel.sharing.groups import Configuration, saved_bytes, to_plain
 from gemel.sharing.memory import Memory, distinct_bytes
 from gemel.strategies.base import Strategy
 from gemel.training.outcome import Outcome
-from model_architectures import architecture_of
 
 
 @dataclass
@@ -126,14 +126,17 @@ def run_part(
     }
 
 
-def task_parts(evaluator: Evaluator, state: MergeState, options: MergeOptions) -> dict[str, dict]:
+def task_parts(
+    evaluator: Evaluator, state: MergeState, options: MergeOptions, recorded: Mapping[str, Recorded]
+) -> dict[str, dict]:
     """The `tasks` part of the manifest: what was measured of every task, and what its stored tensors are."""
     return {
         name: {
             "task": task.kind,
             "class_names": list(evaluator.data[name].class_names) or None,
             "frozen_normalisation": _frozen_normalisation(name, state, options),
-            "architecture": architecture_of(state.unmerged[name]),  # task.model may have adapters by now
+            "architecture": recorded[name].architecture,
+            "architecture_note": recorded[name].note,
             "permuted": name in state.order.applied,
             "unmerged_acc": task.unmerged_acc,
             "measured_unmerged_acc": evaluator.accuracy[name].unmerged,

@@ -7,6 +7,7 @@ from gemel.environment.seeds import generator
 from gemel.fitting.importance import importance_of_layers
 from gemel.fitting.sensitivity import Sensitivity, predict_sensitivity
 from gemel.merging.images import ImageSampler
+from gemel.merging.out_of_memory import on_fewer_images
 from gemel.merging.state import MergeState
 from gemel.sharing.groups import Configuration, joined
 from gemel.sharing.signatures import find_layers
@@ -17,14 +18,24 @@ from gemel.workload import CLASSIFICATION, Task
 
 def sensitivity_if_all_were_tied(
     state: MergeState, images: ImageSampler, groups: Configuration
-) -> tuple[Sensitivity, Sensitivity]:
+) -> tuple[Sensitivity, Sensitivity] | None:
     """(error at the outputs of the model, misfit of the layer) of every group and task if the weights were fitted.
 
     Errors are relative to the variance of the outputs, and larger ones than that count as much. The models stay as they
-    are.
+    are. None if memory runs out on single images.
     """
+    return on_fewer_images(
+        "the prediction of sensitivity",
+        THRESHOLDS.sensitivity.pixels,
+        lambda num_pixels, max_batch: _sensitivity(state, images, groups, num_pixels, max_batch),
+    )
+
+
+def _sensitivity(
+    state: MergeState, images: ImageSampler, groups: Configuration, num_pixels: int, max_batch: float
+) -> tuple[Sensitivity, Sensitivity]:
     limits, purpose = THRESHOLDS.sensitivity, "foresee"
-    drawn = images.of_groups(groups, limits.pixels, purpose, max_images=limits.images)
+    drawn = images.of_groups(groups, num_pixels, purpose, max_batch=max_batch, max_images=limits.images)
     source = generator(images.seed, purpose)
     with _all_tied(state, groups):
         misfit = predict_sensitivity(

@@ -1,6 +1,6 @@
 """The live models of a merge: what is tied now, how to undo a trial, and the order of each model's channels."""
 
-import copy
+import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,17 +11,28 @@ from torch import Tensor, nn
 from gemel.alignment.align import align, apply_permutations, permutations_of
 from gemel.alignment.permutation import ChannelSpaces, inverse
 from gemel.forward.batches import Batch
-from gemel.forward.modes import state_on_cpu, to_channels_last
+from gemel.forward.modes import deep_copy, state_on_cpu, to_channels_last
 from gemel.results_store.load import load_merged
 from gemel.sharing.adapters import fold, has_additions, own_modules
 from gemel.sharing.groups import Configuration, affected_tasks, from_plain
 from gemel.sharing.memory import distinct_bytes, named_tensors
-from gemel.sharing.tying import Snapshot, is_tied, reset, restore_snapshot, retie, take_snapshot
-from gemel.workload import Task
+from gemel.sharing.tying import (
+    Snapshot,
+    freeze,
+    frozen_parameters,
+    is_tied,
+    reset,
+    restore_snapshot,
+    retie,
+    take_snapshot,
+)
+from gemel.workload import Problem, Task, WorkloadError
 
 Permutations = dict[
     str, list[int]
 ]  # channel space -> what was at permutation[i] is at i (gemel.alignment.align.permutations_of)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -58,13 +69,28 @@ class MergeState:
     def __init__(self, tasks: Mapping[str, Task], device: torch.device):
         self.device = device
         self.models = nn.ModuleDict({name: task.model for name, task in tasks.items()}).to(device)
-        to_channels_last(self.models, device)
-        self.unmerged = copy.deepcopy(self.models).eval().requires_grad_(False)
+        self.channels_last = False
+        self.given_frozen = {name: frozen_parameters(model) for name, model in self.models.items()}
+        self._came_frozen = {n for n, m in self.models.items() if not any(p.requires_grad for p in m.parameters())}
+        self._frozen = {name: _frozen_in_training(name, model) for name, model in self.models.items()}
+        self.unmerged = _copies(self.models).eval().requires_grad_(False)
+        freeze(self.models, self._frozen)
         self.unmerged_bytes = distinct_bytes(self.models)
         self.kept: Configuration = ()  # tied in the last trial that was kept
         self.tied: Configuration = ()  # tied now: more than `kept` within a trial, and where the next one continues it
         self.order = ChannelOrder()
         self._undo: Snapshot | None = None  # of what is kept, while the models hold something else
+
+    def use_channels_last(self) -> None:
+        """From now on the weights are laid out channels-last where that is quicker (on a CPU)."""
+        self.channels_last = True
+        self.lay_out(self.models)
+        self.lay_out(self.unmerged)
+
+    def lay_out(self, models: nn.ModuleDict) -> None:
+        """Gives models that were loaded the layout of the live ones."""
+        if self.channels_last:
+            to_channels_last(models, self.device)
 
     # ---- trials ----------------------------------------------------------------------------------------------
 
@@ -74,6 +100,7 @@ class MergeState:
         if self._undo is None:
             self._undo = take_snapshot(self._container(affected_tasks(self.kept, proposal)))
         retie(self.models, self.tied, proposal, self.unmerged, initial)
+        freeze(self.models, self._frozen)
         self.tied = proposal
         return continues
 
@@ -94,6 +121,7 @@ class MergeState:
         others = set(affected_tasks(self.kept, trial)) - set(met)
         weights |= {name: state_on_cpu(self.models[name]) for name in others}
         retie(self.models, self.kept, part, self.unmerged)
+        freeze(self.models, self._frozen)
         for name, values in weights.items():
             self.models[name].load_state_dict(values)
         self.kept = self.tied = part
@@ -107,7 +135,7 @@ class MergeState:
         added = [layer for layer, module in own_modules(self.models[name]) if has_additions(module)]
         if not (left := [layer for layer in added if layer not in sharing]):
             return None
-        copied = copy.deepcopy(self.models[name])
+        copied = deep_copy(self.models[name])
         for layer in left:
             fold(copied.get_submodule(layer))
         return copied
@@ -117,6 +145,15 @@ class MergeState:
         if self._undo is not None:
             restore_snapshot(self._undo)
         self.tied, self._undo = self.kept, None
+
+    def hand_back(self) -> None:
+        """Freezes the parameters that came frozen, and gives models that share nothing their own order of channels.
+
+        Of a model that came frozen as a whole, private scales, biases and adapters are frozen as well.
+        """
+        self.restore_channel_order()
+        own = {name: [key for key, _ in model.named_parameters()] for name, model in self.models.items()}
+        freeze(self.models, {n: self.given_frozen[n] if n not in self._came_frozen else own[n] for n in own})
 
     @property
     def continued_trial(self) -> Configuration | None:
@@ -141,7 +178,7 @@ class MergeState:
         What they compute stays the same. A model that was aligned once stays as it is.
         """
         fixed = self.sharing() | set(self.order.permutations)
-        aligned = copy.deepcopy(self.unmerged)  # so that an interrupt leaves no model half aligned
+        aligned = deep_copy(self.unmerged)  # so that an interrupt leaves no model half aligned
         done = align(aligned, groups, images, method=method, seed=seed, fixed=fixed)
         self.unmerged.load_state_dict(aligned.state_dict())
         self.order.spaces.update(done.found)
@@ -169,7 +206,7 @@ class MergeState:
         Stored models that share nothing may be in either order: the manifest says of each whether it is `permuted`.
         """
         load_merged(results_path, {name: self.models[name] for name in names}, self.device, tasks=names, verify=True)
-        to_channels_last(self.models, self.device)
+        self.lay_out(self.models)
         sharing = {o["task"] for group in manifest["shared_layers"] for o in group["occurrences"]}
         recorded = manifest["run"]["permutations"]
         self.order.permutations = {name: recorded[name] for name in names if name in recorded}
@@ -178,6 +215,7 @@ class MergeState:
                 self.order.applied.add(name)
             apply_permutations(self.unmerged[name], self.order.permutations[name])
             self.order.apply(name, self.models[name])
+        freeze(self.models, self._frozen)
 
     def set_kept(self, kept: Configuration) -> None:
         """Says what the loaded models have tied."""
@@ -212,6 +250,31 @@ class MergeState:
 
     def _container(self, names: Iterable[str]) -> nn.ModuleDict:
         return nn.ModuleDict({name: self.models[name] for name in names})
+
+
+def _copies(models: nn.ModuleDict) -> nn.ModuleDict:
+    """Copies of the models. Raises WorkloadError with every model that cannot be copied."""
+    copies, problems = nn.ModuleDict(), []
+    for name, model in models.items():
+        try:
+            copies[name] = deep_copy(model)
+        except Exception as error:  # a user's model may hold anything: a lock, a file, a generator
+            got = f"a model that cannot be copied: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            problems.append(Problem(name, "model", got, "a model of which copy.deepcopy makes a copy"))
+    if problems:
+        raise WorkloadError(problems)
+    return copies
+
+
+def _frozen_in_training(name: str, model: nn.Module) -> list[str]:
+    """The parameters that are not trained: those that came frozen, unless all did, as of a model that is deployed."""
+    frozen = frozen_parameters(model)
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return frozen
+    log.warning(
+        "%s: all parameters are frozen; they are trained where that is needed, and frozen again at the end", name
+    )
+    return []
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -32,6 +32,8 @@ from gemel.sharing.affine import affine_of, set_affine
 from gemel.sharing.memory import named_tensors
 from model_architectures import rebuild
 
+NOT_BUILT = "they were not built by model_architectures.build"
+
 
 def load_merged(
     results_path: str | Path,
@@ -99,9 +101,10 @@ def _modules(
     """A module per task: the one handed in, or one built from its architecture."""
     entries = manifest["tasks"]
     if unknown := [task for task in wanted if task not in models and entries[task]["architecture"] is None]:
+        notes = {entries[task].get("architecture_note") or NOT_BUILT for task in unknown}
         raise ResultsError(
             f"{results_path}: no model was handed in for {', '.join(unknown)}, and the manifest holds no architecture "
-            "(they were not built by model_architectures.build): use load_merged(path, models={task: module, ...})"
+            f"({'; '.join(sorted(notes))}): use load_merged(path, models={{task: module, ...}})"
         )
     modules = {}
     for task in wanted:

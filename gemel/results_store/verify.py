@@ -18,7 +18,7 @@ from gemel.results_store.manifest import adapted_layers, read_manifest, read_res
 from gemel.results_store.tensors import Store, raw_bytes, read_tensors
 from gemel.sharing.adapters import plain_state
 from gemel.sharing.memory import distinct_bytes
-from gemel.sharing.signatures import signature_of
+from gemel.sharing.signatures import has_signature
 
 OK, SKIP, FAIL = "ok", "skip", "FAIL"
 ACCURACY_MARGIN = 0.005  # another device or number of threads rounds differently, and an image or two may flip
@@ -222,7 +222,8 @@ def _tie_checks(path: Path, manifest: dict, loaded: Mapping[str, nn.Module]) -> 
         checked += 1
         tensors = [tuple(map(id, layer.parameters(recurse=False))) for layer in layers]
         explained.update(tensors[0])
-        if len(set(tensors)) != 1 or any(signature_of(layer) != group["signature"] for layer in layers):
+        agree = all(has_signature(loaded[task], layer, group["signature"]) for task, layer in places)
+        if len(set(tensors)) != 1 or not agree:
             wrong.append(", ".join(f"{task}: {layer}" for task, layer in places))
     for where in wrong:
         yield Check(FAIL, f"{path}: not one and the same layer after loading: {where}")

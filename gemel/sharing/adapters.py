@@ -114,15 +114,21 @@ def give_affine(layer: nn.Module, wanted: bool) -> None:
     set_affine(layer, Affine(as_linear_map(layer)) if wanted else None)
 
 
+def owns_its_weight(layer: nn.Module) -> bool:
+    """Whether the layer's weight and bias are parameters of its own, not computed from others."""
+    weight, bias = (vars(layer).get("_parameters", {}).get(key) for key in PARAMETERS)
+    return weight is not None and (bias is not None or getattr(layer, "bias", None) is None)
+
+
 def can_have_affine(layer: nn.Module) -> bool:
     """Whether the layer computes torch's own linear map or convolution, so that a scale can be folded into it."""
-    is_kind = any(type(layer).forward is kind.forward for kind in KINDS)
+    is_kind = owns_its_weight(layer) and any(type(layer).forward is kind.forward for kind in KINDS)
     return is_kind and (affine_of(layer) is not None or not hasattr(layer, affine.ATTRIBUTE))
 
 
 def max_rank(layer: nn.Module) -> int:
     """The largest rank of an adapter: that of the layer's weight; 0 for a layer that cannot have one."""
-    if not any(type(layer).forward is kind.forward for kind in KINDS):
+    if not owns_its_weight(layer) or not any(type(layer).forward is kind.forward for kind in KINDS):
         return 0
     if adapter_of(layer) is None and hasattr(layer, ATTRIBUTE):
         return 0

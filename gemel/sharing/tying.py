@@ -6,7 +6,7 @@ once, and `.to()` moves it once. `load_state_dict(assign=True)` and `deepcopy` o
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ def tie(
     """Ties every group of the configuration; groups that are tied already keep their parameters as they are.
 
     initial: the name of a data-free rule (initial_weights.py). task_weights: those of the tasks in it (default: equal).
+    A parameter that any of the tasks has frozen (requires_grad) is frozen once it is shared.
     """
     for group in configuration:
         weights = None if task_weights is None else [task_weights[task] for task in group.tasks]
@@ -37,7 +38,8 @@ def tie(
             if all(p is parameters[0] for p in parameters):
                 continue
             values = INITIAL_WEIGHTS[initial](parameters, weights)
-            shared = nn.Parameter(torch.empty_like(parameters[0]).copy_(values))  # keeps the memory layout
+            trained = all(p.requires_grad for p in parameters)
+            shared = nn.Parameter(torch.empty_like(parameters[0]).copy_(values), trained)  # keeps the memory layout
             for occurrence, parameter in zip(group.occurrences, parameters, strict=True):
                 replace_parameter(models[occurrence.task], parameter, shared)
 
@@ -59,7 +61,7 @@ def retie(models: Models, before: Configuration, after: Configuration, unmerged:
             if occurrence not in staying:
                 untie(models, occurrence)
             if occurrence not in group_of:
-                _copy(unmerged[occurrence.task].get_submodule(occurrence.layer), _layer(models, occurrence))
+                copy_parameters(unmerged[occurrence.task].get_submodule(occurrence.layer), _layer(models, occurrence))
     tie(models, after, initial)
     for occurrence in {o for group in set(before) ^ set(after) for o in group.occurrences}:
         layer, group_after = _layer(models, occurrence), group_of.get(occurrence)
@@ -67,8 +69,24 @@ def retie(models: Models, before: Configuration, after: Configuration, unmerged:
         give_affine(layer, group_after is not None and group_after.affine_bytes > 0)
 
 
+def frozen_parameters(model: nn.Module) -> list[str]:
+    """The names of the parameters that are not to be trained (requires_grad)."""
+    named = model.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in named if parameter.is_floating_point() and not parameter.requires_grad]
+
+
+def freeze(models: Models, frozen: Mapping[str, Collection[str]]) -> None:
+    """Makes all parameters trainable but those that are named for any of the tasks that hold them."""
+    named = {task: dict(models[task].named_parameters(remove_duplicate=False)) for task in models}
+    ids = {id(named[task][name]) for task, names in frozen.items() for name in names if name in named[task]}
+    for parameter in (parameter for own in named.values() for parameter in own.values()):
+        if parameter.is_floating_point():
+            parameter.requires_grad_(id(parameter) not in ids)
+
+
 @torch.no_grad()
-def _copy(source: nn.Module, target: nn.Module) -> None:
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Copies the parameters that a layer owns itself, not those of its children, into another layer's, in place."""
     own = dict(target.named_parameters(recurse=False))
     for key, parameter in source.named_parameters(recurse=False):
         own[key].copy_(parameter)

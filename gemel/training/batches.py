@@ -8,8 +8,6 @@ from torch import Tensor
 from gemel.datasets.loaders import ShuffledKeys, TaskData, batch_size_of, restarted
 from gemel.environment.failures import is_worker_death
 
-RESTARTS = 3  # of the workers of one task in one pass; more often than that is no accident
-
 log = logging.getLogger(__name__)
 
 
@@ -29,19 +27,18 @@ class Batches:
         return self.loader.sampler
 
     def next(self) -> tuple:
-        """The next batch; dead loader processes are started again, at the batch they owed."""
-        for _ in range(RESTARTS):
+        """The next batch; a dead loader process is started again at the batch it owed, once; then there is none."""
+        for is_second in (False, True):
             try:
                 return self._take()
             except RuntimeError as error:
-                if not is_worker_death(error):
+                if not is_worker_death(error) or not self.loader.num_workers:
                     raise
-                log.warning("%s: a loader process died and is started again: %s", self.task, str(error).splitlines()[0])
-                self.loader = restarted(self.loader)
+                then = "samples are loaded in the main process" if is_second else "it is started again"
+                log.warning("%s: a loader process died; %s: %s", self.task, then, str(error).splitlines()[0])
+                self.loader = restarted(self.loader, **({"num_workers": 0} if is_second else {}))
                 self.load_state(self.state())
-        raise RuntimeError(
-            f"{self.task}: its loader processes died {RESTARTS} times at one batch; see the system's log"
-        )
+        return self._take()
 
     def state(self) -> dict:
         began = self.sampler.generator.get_state() if self.pass_began is None else self.pass_began

@@ -6,7 +6,6 @@ in its batch, and necks read the outputs of early layers.
 """
 
 import contextlib
-import copy
 import itertools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gemel.environment.seeds import seeded
 from gemel.forward.hooks import EndForward, hooked, run_until_end
-from gemel.forward.modes import evaluating
+from gemel.forward.modes import deep_copy, evaluating
 
 MIN_SHARE = 0.15  # of a model's multiplications before the cut: with less, reading a stored output takes as long
 
@@ -111,7 +110,7 @@ class Cuts:
         before = _skippable(self.calls, first, len(self.images))
         if not before:
             return None
-        probe = copy.deepcopy(self.model)
+        probe = deep_copy(self.model)
         with torch.no_grad(), evaluating(probe):
             for end in range(len(before), 0, -1):
                 cut = Cut(before[end - 1][0].name, {call.name: shape[1:] for call, shape in before[:end]})
@@ -193,7 +192,7 @@ def _is_sufficient(model: nn.Module, cut: Cut, images: Tensor) -> bool:
         if not _is_close(_rest(model, cut, output, nan), model(images)):
             return False
         with seeded(0, "cut"):  # dropout draws
-            trained = copy.deepcopy(model).train()  # a copy: its statistics change
+            trained = deep_copy(model).train()  # a copy: its statistics change
             return _is_finite(_rest(trained, cut, output, nan))
     except Exception:  # a user's forward may raise anything when modules are skipped
         return False

@@ -73,8 +73,7 @@ class Teacher:
         if torch.is_tensor(logits) and torch.is_tensor(taught):
             ours, theirs = logits.log_softmax(1), taught.log_softmax(1)
             losses["probabilities"] = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-        self.own.clear()
-        self.taught.clear()
+        self.clear()
         return losses
 
     @torch.no_grad()
@@ -90,6 +89,11 @@ class Teacher:
         self.taught.clear()
         certain = [output["scores"] >= MIN_SCORE for output in found]
         return [{key: o[key][keep] for key in ("boxes", "labels")} for o, keep in zip(found, certain, strict=True)]
+
+    def clear(self) -> None:
+        """Forgets what was recorded in a pass whose losses are not computed."""
+        self.own.clear()
+        self.taught.clear()
 
     def close(self) -> None:
         self.own.remove()

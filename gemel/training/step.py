@@ -3,6 +3,7 @@
 A tied parameter is in the optimizer once, so it is stepped once, with the sum of its tasks' gradients.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from gemel.datasets.loaders import TaskData
 from gemel.environment.failures import is_out_of_memory
-from gemel.fitting.batch_norm import freeze_statistics
+from gemel.fitting.batch_norm import freeze_statistics, frozen_statistics
+from gemel.forward.modes import release_graphs
 from gemel.training.batches import Batches, split
 from gemel.training.distillation import Teacher
 from gemel.training.early_stopping import Progress, loss_weight
@@ -80,8 +82,10 @@ class JointStep:
         self.models, self.options, self.schedule = models, options, schedule
         self.device, self.teachers = device, teachers
         self.shared, private = shared_and_private(models)
+        trained = [*self.shared, *private] or [nn.Parameter(torch.zeros(1, device=device))]  # all may be frozen
         fused = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW([*self.shared, *private], lr=options.learning_rate, fused=fused or None)
+        self.optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, fused=fused or None)
+        release_graphs(models)
         self.averaged = AveragedModel(models, multi_avg_fn=self._move_average, use_buffers=True)
         self.samples = 0
 
@@ -127,12 +131,16 @@ class JointStep:
             try:
                 for part in split(batch, member.num_parts):
                     loss = self._loss(member, part) * (len(part[0]) / len(batch[0]))
-                    loss.backward()
+                    if loss.requires_grad:  # not where all that this stage trains is in other models
+                        loss.backward()
                     total += loss.detach()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                member.num_parts *= 2
+                most = len(batch[0])  # more parts than images: it cannot be split further
+                member.num_parts = min(2 * member.num_parts, most) if member.num_parts < most else most + 1
+                if (teacher := self.teachers.get(member.task.name)) is not None:
+                    teacher.clear()
                 size = math.ceil(len(batch[0]) / member.num_parts)
                 log.warning("%s: out of memory; continues with %d images at a time", member.task.name, size)
                 self.optimizer.zero_grad(set_to_none=True)
@@ -140,9 +148,9 @@ class JointStep:
         return total
 
     def _loss(self, member: Member, batch: tuple) -> Tensor:
-        if len(batch[0]) == 1:
-            freeze_statistics(member.task.model)  # a batch of one has no variance; a split batch is all the same size
-        losses = task_losses(member.task, batch, self.device, self.teachers.get(member.task.name))
+        model, teacher = member.task.model, self.teachers.get(member.task.name)
+        with frozen_statistics(model) if len(batch[0]) == 1 else contextlib.nullcontext():  # one has no variance
+            losses = task_losses(member.task, batch, self.device, teacher)
         weight = loss_weight(member.progress.accuracy, member.progress.target)
         total = sum(self.options.weight_of(name, member.task) * loss for name, loss in losses.items())
         return weight * torch.as_tensor(total)

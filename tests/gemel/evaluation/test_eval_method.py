@@ -64,3 +64,32 @@ def test_a_method_that_changes_the_model_is_named(tasks, data, change):
     task = dataclasses.replace(tasks["north_pico"], eval_method=eval_method)
     with pytest.raises(ValueError, match="north_pico: eval_method: changed .* of the model from .*; allowed: to read"):
         evaluate(task, data["north_pico"].val)
+
+
+def test_processes_that_die_again_are_done_without(caplog):
+    """Once more with new ones, then in the main process; not for ever."""
+    used = []
+
+    def dies(model, loader):
+        used.append(loader.num_workers)
+        if loader.num_workers:
+            raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+        return 0.5
+
+    loader = DataLoader(TensorDataset(torch.arange(8)), batch_size=4, num_workers=2, persistent_workers=True)
+    task = SimpleNamespace(name="a_x", model=None, eval_method=dies)
+    assert evaluate(task, loader) == 0.5 and used == [2, 2, 0] and "0 loader processes" in caplog.text
+    assert evaluate(task, loader) == 0.5 and used == [2, 2, 0, 0], "what worked is not found out again"
+
+
+def test_what_fits_the_memory_is_remembered():
+    sizes = []
+
+    def fits(model, loader):
+        sizes.append(loader.batch_size)
+        if loader.batch_size > 3:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+        return 0.5
+
+    loader, task = loader_of(6), SimpleNamespace(name="a_x", model=None, eval_method=fits)
+    assert [evaluate(task, loader) for _ in range(2)] == [0.5, 0.5] and sizes == [6, 3, 3]

@@ -6,7 +6,8 @@ import torchvision
 from pico import PicoNet
 from torch import nn
 
-from gemel.sharing.signatures import find_layers, is_normalisation, signature_of
+from gemel.sharing.groups import find_groups
+from gemel.sharing.signatures import find_layers, has_signature, is_normalisation, layer_signature, signature_of
 
 
 def names_of(model: nn.Module) -> list[str]:
@@ -52,3 +53,83 @@ def test_a_parameter_used_twice_in_a_model_is_one_layer():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[1].weight = model[0].weight
     assert names_of(model) == ["0"]
+
+
+class Scaled(nn.Module):
+    """A layer of a user that prints none of its settings."""
+
+    def __init__(self, factor, act=torch.relu):
+        super().__init__()
+        self.factor, self.act = factor, act
+        self.weight = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x):
+        return self.act(x @ self.weight * self.factor)
+
+
+class Strided(nn.Conv2d):
+    """A convolution of a user with a setting of its own."""
+
+    def __init__(self, *args, pad):
+        super().__init__(*args)
+        self.pad = pad
+
+
+def with_other_forward(layer):
+    layer.forward = lambda x: x
+    return layer
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 4)),
+        (Scaled(1.0), Scaled(5.0)),
+        (Scaled(1.0), Scaled(1.0, torch.tanh)),
+        (Strided(4, 4, 3, pad=0), Strided(4, 4, 3, pad=1)),
+        (nn.Conv2d(4, 4, 3), with_other_forward(nn.Conv2d(4, 4, 3))),
+    ],
+)
+def test_settings_that_are_not_printed_count(one, other):
+    assert signature_of(one) != signature_of(other)
+
+
+def test_marks_of_other_programs_do_not_count():
+    marked, printed = nn.Linear(4, 4), signature_of(nn.Linear(4, 4))
+    marked.i, marked._is_hf_initialized = 7, True
+    assert (
+        signature_of(marked)
+        == printed
+        == "Linear(in_features=4, out_features=4, bias=True): " + ("weight float32[4, 4], bias float32[4]")
+    )
+    assert signature_of(Scaled(1.0)) == signature_of(Scaled(1.0))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_is_computed_is_shared_by_layers_of_one_kind(norm):
+    def model(stride):
+        return nn.Sequential(norm(nn.Conv2d(4, 4, 3, stride=stride)))
+
+    assert find_groups({"a_x": model(1), "b_x": model(2)}) == ()
+    (*_, group) = find_groups({"a_x": model(1), "b_x": model(1)})
+    assert has_signature(model(1), group.occurrences[0].layer, group.signature)
+    assert not has_signature(model(2), group.occurrences[0].layer, group.signature)
+
+
+def test_scripted_layers_are_left_out():
+    assert find_layers(torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 3)))) == []
+
+
+def test_signatures_of_earlier_results_are_recognised():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    recorded, *_ = layer_signature(model, "0").split("; ")
+    assert recorded != layer_signature(model, "0") and has_signature(model, "0", recorded)

@@ -1,11 +1,22 @@
+import copy
+
 import pytest
 import torch
 from pico import PicoDetector, PicoNet
 from torch import nn
 
-from gemel.sharing.groups import Occurrence, find_groups, saved_bytes
+from gemel.sharing.groups import Occurrence, find_groups, restrict, saved_bytes
 from gemel.sharing.memory import Memory, distinct_bytes, distinct_tensors
-from gemel.sharing.tying import is_tied, restore_snapshot, take_snapshot, tie, untie
+from gemel.sharing.tying import (
+    freeze,
+    frozen_parameters,
+    is_tied,
+    restore_snapshot,
+    retie,
+    take_snapshot,
+    tie,
+    untie,
+)
 from model_architectures import build
 
 
@@ -173,3 +184,20 @@ def test_a_tied_parameter_keeps_its_layout_in_memory(models):
     untie(models, groups[0].occurrences[0])
     for model in models.values():
         assert model.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_layers_that_came_frozen_stay_frozen():
+    """A shared layer is frozen if any of its tasks has frozen it; the other layers are trained."""
+    models = nn.ModuleDict({"a_x": PicoNet(), "b_x": PicoNet(), "c_x": PicoNet()})
+    models["a_x"].conv1.requires_grad_(False)
+    given = {name: frozen_parameters(model) for name, model in models.items()}
+    assert given == {"a_x": ["conv1.weight", "conv1.bias"], "b_x": [], "c_x": []}
+    unmerged, groups = copy.deepcopy(models), find_groups(models)
+    tie(models, groups)
+    freeze(models, given)
+    assert {name for name, p in models["b_x"].named_parameters() if not p.requires_grad} == set(given["a_x"])
+    only = restrict(groups, ["b_x", "c_x"])
+    retie(models, groups, only, unmerged)
+    freeze(models, given)
+    assert frozen_parameters(models["a_x"]) == given["a_x"]
+    assert frozen_parameters(models["b_x"]) == frozen_parameters(models["c_x"]) == []

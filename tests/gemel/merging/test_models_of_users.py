@@ -1,0 +1,193 @@
+"""Models as people have them: other layouts, precisions and kinds of layers merge, reload and are handed back right."""
+
+import threading
+
+import pytest
+import torch
+from pico import CPU, PicoNet, classification_entry, fit
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import VisionTransformer
+
+from dataset_manager import open_task
+from gemel.datasets.loaders import num_samples
+from gemel.evaluation.eval_method import evaluate
+from gemel.merging.check import telling_samples, training_problems
+from gemel.merging.layout import can_be_channels_last
+from gemel.merging.state import MergeState
+from gemel.results_store.load import load_merged
+from gemel.workload import WorkloadError, read_workload
+from merge_workloads import merge_workload
+
+
+class Flattened(nn.Module):
+    """Looks at strides: `view` behind a convolution."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8 * 14 * 14, num_classes)
+
+    def forward(self, images):
+        features = F.relu(self.conv(images))
+        return self.fc(features.view(len(images), -1))
+
+
+class Volume(nn.Module):
+    """A convolution in three dimensions."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv, self.fc = nn.Conv3d(3, 8, (1, 3, 3)), nn.Linear(8, num_classes)
+
+    def forward(self, images):
+        return self.fc(F.relu(self.conv(images[:, :, None])).mean((2, 3, 4)))
+
+
+class Token(nn.Module):
+    """A parameter in the module that has all layers as children."""
+
+    def __init__(self, num_classes, norm=lambda layer: layer):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, 1, 1))
+        self.conv, self.fc = norm(nn.Conv2d(3, 8, 3)), nn.Linear(8, num_classes)
+
+    def forward(self, images):
+        return self.fc(F.relu(self.conv(images * self.scale)).mean((2, 3)))
+
+
+class Half(PicoNet):
+    """In half precision inside."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.bfloat16()
+
+    def forward(self, images):
+        return super().forward(images.bfloat16()).float()
+
+
+def vit(num_classes):
+    sizes = {"image_size": 16, "patch_size": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
+    return VisionTransformer(**sizes, num_classes=num_classes)
+
+
+KINDS = {
+    "view": Flattened,
+    "Conv3d": Volume,
+    "vision transformer": vit,
+    "weight_norm": lambda k: Token(k, nn.utils.parametrizations.weight_norm),
+    "weight_norm by a hook": lambda k: Token(k, nn.utils.weight_norm),
+    "bfloat16": Half,
+    "frozen": lambda k: PicoNet(k).requires_grad_(False),
+}
+
+
+def entries_of(make, datasets, steps=40) -> dict:
+    torch.manual_seed(0)
+    entries = {name: classification_entry(make(k), batch_size=6) for name, k in (("north_x", 3), ("south_x", 4))}
+    for name, task in read_workload(entries)[0].items():
+        data = open_task(task, [datasets], device=CPU, seed=0, batch_size=6)
+        if any(p.requires_grad and p.dtype == torch.float32 for p in task.model.parameters()):
+            fit(task.model, data.train, steps)
+        entries[name]["unmerged_acc"] = max(0.05, evaluate(task, data.val))
+    return entries
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_models_of_many_kinds_merge(kind, datasets, tmp_path):
+    make = KINDS[kind]
+    entries = entries_of(make, datasets)
+    manifest = merge_workload(
+        entries, tmp_path / "r", datasets=datasets, device="cpu", tolerance=0.5, max_epochs=1.0, screening_images=0
+    )
+    assert manifest["run"]["finished"] and all(task["met"] for task in manifest["tasks"].values())
+    loaded = load_merged(tmp_path / "r", {"north_x": make(3), "south_x": make(4)})
+    images = torch.rand(2, 3, 16, 16)
+    for name, entry in entries.items():
+        assert torch.allclose(loaded[name](images), entry["model"].eval()(images), atol=1e-4), name
+        assert manifest["tasks"][name]["architecture_note"].startswith("it was not built")
+    if kind == "frozen":
+        assert not any(p.requires_grad for entry in entries.values() for p in entry["model"].parameters())
+
+
+@pytest.mark.parametrize("make, works", [(Flattened, False), (PicoNet, True), (Volume, True)])
+def test_channels_last_is_tried_first(make, works, datasets):
+    """And the layout of the models, tried or refused, is then the one that they came with."""
+    entries = entries_of(make, datasets, steps=1)
+    tasks, _ = read_workload(entries)
+    data = {name: open_task(t, [datasets], device=CPU, seed=0, batch_size=6) for name, t in tasks.items()}
+    unmerged = {name: task.model for name, task in tasks.items()}
+    assert can_be_channels_last(tasks, data, unmerged, seed=0) is works
+    assert all(p.is_contiguous() for task in tasks.values() for p in task.model.parameters())
+
+
+def test_models_that_cannot_be_copied_are_listed_before_anything_is_written(datasets, tmp_path):
+    entries = entries_of(PicoNet, datasets, steps=1)
+    entries["north_x"]["model"].lock = threading.Lock()
+    with pytest.raises(WorkloadError, match="north_x: model: got a model that cannot be copied: TypeError"):
+        merge_workload(entries, tmp_path / "r", datasets=datasets, device="cpu", tolerance=0.5)
+    assert not (tmp_path / "r").exists()
+    entries["north_x"]["model"] = torch.jit.script(PicoNet(3))
+    _, problems = read_workload(entries)
+    assert "TorchScript" in problems[0].got and problems[0].task == "north_x"
+
+
+class Raises(PicoNet):
+    """A model whose backward pass, or whose loss for the last class, fails."""
+
+    def __init__(self, num_classes, at):
+        super().__init__(num_classes)
+        self.at = at
+
+    def forward(self, images):
+        out = super().forward(images)
+        if self.at == "gradient":
+            out.register_hook(self.fail)
+        if self.at == "no gradient":
+            return out.detach()
+        return out[:, :-1] if self.training and self.at == "last class" else out
+
+    def fail(self, gradient):
+        raise RuntimeError("no gradient here")
+
+
+@pytest.mark.parametrize(
+    "at, message",
+    [
+        ("gradient", "no gradient here"),
+        ("no gradient", "no parameter that is trained"),
+        ("last class", "out of bounds"),
+    ],
+)
+def test_the_dry_run_is_a_step_of_training(at, message, datasets):
+    """Of the 24 images of train the first batch holds one class alone; the last class is tried as well."""
+    entries = {"north_x": classification_entry(Raises(3, at), batch_size=6)}
+    tasks, _ = read_workload(entries)
+    data = {name: open_task(t, [datasets], device=CPU, seed=0, batch_size=6) for name, t in tasks.items()}
+    state = MergeState(tasks, CPU)
+    before = {key: value.clone() for key, value in tasks["north_x"].model.state_dict().items()}
+    (problem,) = training_problems(tasks, data, state, seed=0)
+    assert problem.task == "north_x" and message in problem.got
+    assert all(torch.equal(value, before[key]) for key, value in tasks["north_x"].model.state_dict().items())
+
+
+def test_the_samples_that_are_tried_cover_sizes_and_classes(tasks, data):
+    train = data["north_pico"].train
+    chosen = telling_samples(tasks["north_pico"], train)
+    assert {train.dataset.samples[i][1] for i in chosen} >= {0, 2} and num_samples(train) - 1 in chosen
+    assert len(chosen) < 12
+
+
+def test_a_screening_subset_on_which_the_unmerged_model_is_always_wrong(entries, datasets, tmp_path):
+    """All of val is then evaluated instead of it."""
+
+    def rare(model, loader):
+        return 0.0 if len(loader.dataset) <= 4 else 0.5
+
+    entries = {name: entry for name, entry in entries.items() if name != "east_pico"}
+    entries["north_pico"] |= {"eval_method": rare, "unmerged_acc": 0.5}
+    manifest = merge_workload(
+        entries, tmp_path / "r", datasets=datasets, device="cpu", tolerance=0.5, screening_images=4
+    )
+    assert manifest["memory"]["saved_bytes"] > 0 and manifest["tasks"]["north_pico"]["merged_acc"] == 0.5
