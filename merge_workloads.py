@@ -16,7 +16,9 @@ if __name__ == "__main__":
     parse_arguments()  # before torch is imported, so that --help and a wrong flag answer at once
 
 import contextlib
+import logging
 import os
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,17 @@ from gemel.datasets.folders import SampleError, find_datasets
 from gemel.datasets.loaders import TaskData
 from gemel.environment.clock import Clock
 from gemel.environment.device import pick_device
+from gemel.environment.events import emit, listening, warnings_as_events
 from gemel.environment.interrupts import Interrupts
 from gemel.environment.threads import choose_num_threads, num_threads_set
 from gemel.merging import console
 from gemel.merging.fingerprint import fingerprint
 from gemel.merging.options import MergeOptions, read_options
 from gemel.merging.plan import plan
+from gemel.merging.progress import Progress
 from gemel.merging.resume import previous_manifest, set_aside
+from gemel.merging.run_log import RunLog
+from gemel.report.page import write_report
 from gemel.results_store import files
 from gemel.results_store.files import ResultsError, lock
 from gemel.results_store.manifest import has_results, json_bytes
@@ -50,7 +56,20 @@ from merger import Merger
 from model_architectures import build, load_weights
 from transforms import classification_transforms, detection_transforms
 
+log = logging.getLogger(__name__)
+
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+NOT_OPTIONS = (
+    "workload",
+    "results",
+    "plan",
+    "check",
+    "html",
+    "json",
+    "debug",
+)  # flags that merge_workload does not take
 
 
 def create_sample_model_dict(root: Path = SAMPLE_ROOT, plan: Plan = PLAN) -> dict:
@@ -116,33 +135,59 @@ def merge_workload(
     interrupts = Interrupts()
     clock = Clock(chosen.time_budget, interrupts)
     results_path = Path(os.path.abspath(results_path))  # "." would follow the folder that --fresh sets aside
+    progress = Progress(clock, chosen.quiet)
+    with progress, listening(progress, RunLog(results_path, clock)), warnings_as_events():
+        manifest = _merge(model_dict, results_path, datasets, chosen, problems, clock, progress.say)
+    if chosen.pareto is not None:
+        files.write(Path(chosen.pareto), [json_bytes({"points": points_of(manifest)})])
+    _write_report(results_path)
+    print("\n" + console.closing_report(manifest, chosen.per_class, chosen.memory), flush=True)
+    return manifest
+
+
+def _merge(
+    model_dict: dict,
+    results_path: Path,
+    datasets: str | Path | None,
+    chosen: MergeOptions,
+    problems: list[Problem],
+    clock: Clock,
+    say: Callable[[str], None],
+) -> dict:
+    """`merge_workload` with its options read; say: prints lines. Returns the manifest."""
+    emit("doing", what="checking the dictionary and the datasets")
     roots = [Path(datasets) if datasets else dataset_manager.DEFAULT_ROOT, DATASETS_ROOT]
     tasks = _checked_tasks(model_dict, chosen, roots, results_path, problems)
     device = pick_device(chosen.device)
     data = _open_data(tasks, roots, device, chosen)
     mark = fingerprint(tasks, find_datasets(tasks, roots), chosen.deciding)
-    with contextlib.ExitStack() as stack, interrupts.deferred():
+    with contextlib.ExitStack() as stack, clock.interrupts.deferred():
         stack.enter_context(lock(results_path))
         previous = None if chosen.fresh else previous_manifest(results_path, mark)
         stack.enter_context(num_threads_set(_num_threads(chosen, previous)))
         merger = Merger(tasks, data, chosen, device, results_path, clock, _started_with(chosen, device, datasets), mark)
-        print(console.workload_table(tasks, merger.state.models, merger.record.groups), end="\n\n", flush=True)
+        say(console.workload_table(tasks, merger.state.models, merger.record.groups) + "\n")
         if previous is not None:
-            print("\n".join(merger.resume(previous)), flush=True)
+            say("\n".join(merger.resume(previous)))
         if previous is not None and merger.record.finished:
             manifest = merger.confirm() if chosen.per_class else previous
         else:
             merger.preflight()
             if chosen.fresh and has_results(results_path):
-                print(f"the earlier result is kept in {set_aside(results_path)}")
+                say(f"the earlier result is kept in {set_aside(results_path)}")
                 stack.enter_context(lock(results_path))
             if not merger.record.groups:
-                print("nothing to merge: no two tasks have an identical layer; the models are stored as they are")
+                say("nothing to merge: no two tasks have an identical layer; the models are stored as they are")
             manifest = merger.merge()
-    if chosen.pareto is not None:
-        files.write(Path(chosen.pareto), [json_bytes({"points": points_of(manifest)})])
-    print("\n" + console.closing_report(manifest, chosen.per_class, chosen.memory), flush=True)
     return manifest
+
+
+def _write_report(results_path: Path) -> None:
+    """results/report.html. A report that cannot be made is a warning: the result is complete without it."""
+    try:
+        write_report(results_path)
+    except Exception as error:
+        log.warning("no report: %s: %s (python -m gemel report makes it later)", type(error).__name__, error)
 
 
 def _checked_tasks(
@@ -207,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
         if flags.plan:
             print(plan(model_dict, flags.tolerance)[0])
         else:
-            chosen = {key: value for key, value in vars(flags).items() if key not in ("workload", "results", "plan")}
+            chosen = {key: value for key, value in vars(flags).items() if key not in NOT_OPTIONS}
             manifest = merge_workload(model_dict, flags.results, **chosen)
             return EXIT_DONE if console.fits(manifest, flags.memory) else EXIT_FAILED
     except WorkloadError as error:

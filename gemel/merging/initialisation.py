@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
+from gemel.environment.events import emit
 from gemel.environment.failures import is_out_of_memory
 from gemel.fitting.batch_norm import is_frozen, match_statistics
 from gemel.fitting.rows import normalisation_behind
@@ -86,6 +87,7 @@ class WeightFitter:
             )
             found = self.evaluator.standings(container)
             ratios = {name: standing.ratio for name, standing in found.items()}
+            emit("fit", round=number + 1, attempt=attempt, ratios=ratios)
             log.debug("round %d, fit %d with weights %s: %s of the targets", number, attempt, balance.weights, ratios)
             if not best or worst(found) > worst(reached):
                 best, reached = state_on_cpu(container), found
