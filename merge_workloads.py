@@ -3,6 +3,7 @@
     python merge_workloads.py                                   # the embedded default, minutes on two cores
     python merge_workloads.py --workload mine.py --datasets DIR # mine.py defines create_model_dict()
     python merge_workloads.py --workload mine.py --plan         # what could be saved; trains nothing
+    python merge_workloads.py --workload mine.py --check        # tries what a merge needs; trains nothing
     python merge_workloads.py --workload mine.py --memory 2GiB  # stops as soon as the parameters fit
 
 Put your own tasks into create_sample_model_dict(), or into a file of your own.
@@ -15,9 +16,12 @@ from gemel.merging.flags import parse_arguments
 if __name__ == "__main__":
     parse_arguments()  # before torch is imported, so that --help and a wrong flag answer at once
 
+import argparse
 import contextlib
 import logging
 import os
+import shlex
+import traceback
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -38,11 +42,14 @@ from gemel.environment.threads import choose_num_threads, num_threads_set
 from gemel.merging import console
 from gemel.merging.fingerprint import fingerprint
 from gemel.merging.options import MergeOptions, read_options
-from gemel.merging.plan import plan
+from gemel.merging.plan import plan, plan_of
 from gemel.merging.progress import Progress
+from gemel.merging.rehearsal import rehearsal_text, rehearse
 from gemel.merging.resume import previous_manifest, set_aside
 from gemel.merging.run_log import RunLog
+from gemel.report.check_page import check_page
 from gemel.report.page import write_report
+from gemel.report.plan_page import writable_problems, write_plan
 from gemel.results_store import files
 from gemel.results_store.files import ResultsError, lock
 from gemel.results_store.manifest import has_results, json_bytes
@@ -240,31 +247,71 @@ def _started_with(options: MergeOptions, device: torch.device, datasets: str | P
     return {
         "flags": {**flags, **vars(options.training)},
         "versions": {"python": sys.version.split()[0], **versions},
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def check_workload(
+    model_dict: dict,
+    results_path: str | Path = "results",
+    html: str | Path | None = None,
+    datasets: str | Path | None = None,
+    **options: Any,
+) -> int:
+    """Tries on a sample what merge_workload does, prints what was found, and returns the number of problems.
+
+    html: a file for the same as a page, with images of train as the models get them. Nothing else is written. Raises
+    WorkloadError as merge_workload does.
+    """
+    chosen, problems = read_options(options)
+    problems += writable_problems(None, None if html is None else str(html))
+    roots = [Path(datasets) if datasets else dataset_manager.DEFAULT_ROOT, DATASETS_ROOT]
+    progress = Progress(Clock(), chosen.quiet)
+    with progress, listening(progress), warnings_as_events():
+        emit("doing", what="checking the dictionary and the datasets")
+        tasks = _checked_tasks(model_dict, chosen, roots, Path(results_path), problems)
+        device = pick_device(chosen.device)
+        data = _open_data(tasks, roots, device, chosen)
+        found = rehearse(tasks, data, chosen, device, Path(os.path.abspath(results_path)))
+    print(rehearsal_text(found))
+    if html is not None:
+        page = check_page(found, {name: data[name].class_names for name in tasks})
+        files.write(Path(html), [page.encode()])
+    return found.num_problems
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The script with these arguments (None: those of the shell); returns its exit code."""
     flags = parse_arguments(arguments)
     try:
-        model_dict = load_model_dict(flags.workload) if flags.workload else create_sample_model_dict()
-        if flags.plan:
-            print(plan(model_dict, flags.tolerance)[0])
-        else:
-            chosen = {key: value for key, value in vars(flags).items() if key not in NOT_OPTIONS}
-            manifest = merge_workload(model_dict, flags.results, **chosen)
-            return EXIT_DONE if console.fits(manifest, flags.memory) else EXIT_FAILED
+        return _run(flags)
     except WorkloadError as error:
-        print(error, file=sys.stderr)
-        return EXIT_WRONG_INPUT
+        code, text = EXIT_WRONG_INPUT, str(error)
     except (ResultsError, SampleError) as error:  # a disk that is full, a dataset that went away: no bug of ours
-        print(f"{error}\nwhat was kept is stored, and the same command resumes there", file=sys.stderr)
-        return EXIT_FAILED
+        code, text = EXIT_FAILED, f"{error}\nwhat was kept is stored, and the same command resumes there"
     except KeyboardInterrupt:
-        print("\ninterrupted; what was kept is stored, and the same command resumes there", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return EXIT_DONE
+        code, text = EXIT_INTERRUPTED, "\ninterrupted; what was kept is stored, and the same command resumes there"
+    if flags.debug:
+        traceback.print_exc()
+    print(text, file=sys.stderr)
+    return code
+
+
+def _run(flags: argparse.Namespace) -> int:
+    """Does what the flags ask for."""
+    if problems := writable_problems(flags.json, flags.html):
+        raise WorkloadError(problems)
+    model_dict = load_model_dict(flags.workload) if flags.workload else create_sample_model_dict()
+    if flags.plan:
+        print(plan(model_dict, flags.tolerance, flags.memory)[0])
+        write_plan(plan_of(model_dict, flags.tolerance), flags.memory, flags.json, flags.html)
+        return EXIT_DONE
+    chosen = {key: value for key, value in vars(flags).items() if key not in NOT_OPTIONS}
+    if flags.check:
+        return EXIT_WRONG_INPUT if check_workload(model_dict, flags.results, flags.html, **chosen) else EXIT_DONE
+    manifest = merge_workload(model_dict, flags.results, **chosen)
+    return EXIT_DONE if console.fits(manifest, flags.memory) else EXIT_FAILED
 
 
 if __name__ == "__main__":

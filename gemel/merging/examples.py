@@ -26,7 +26,8 @@ MIN_SCORE, MAX_BOXES, SAME_BOX = 0.5, 20, 0.5  # detections that are shown, and 
 
 
 def examples_of(tasks: Mapping[str, Task], data: Mapping[str, TaskData], unmerged: Models, merged: Models) -> dict:
-    """Per task, {"looked_at": number of images, "shown": [{"image": JPEG in base64, "disagreement": 0 to 1, ...}]}.
+    """Per task, {"looked_at": number of images, "shown": [{"image": JPEG in base64, "width", "height",
+    "disagreement": 0 to 1, ...}]}.
 
     Of a classifier each also has `label`, and `unmerged` and `merged` as {"class", "probability"}; of a detector these
     are lists of {"box": x1, y1, x2, y2 relative to the image, "class", "score"}. The disagreement of classifiers is
@@ -39,7 +40,7 @@ def examples_of(tasks: Mapping[str, Task], data: Mapping[str, TaskData], unmerge
         emit("doing", what=f"comparing what the models say about images of val: {name}")
         looked_at = _compare(task, data[name], unmerged[name], merged[name])
         looked_at.sort(key=lambda example: -example["disagreement"])
-        shown = [{**e, "image": _jpeg(e["image"], side)} for e in looked_at[:count]]
+        shown = [{**example, **thumbnail(example["image"], side)} for example in looked_at[:count]]
         found[name] = {"looked_at": len(looked_at), "shown": shown}
     return found
 
@@ -55,8 +56,8 @@ def _compare(task: Task, data: TaskData, unmerged: nn.Module, merged: nn.Module)
             example = {"label": int(target), **_classified(*said)}
         else:
             first = int(task.background_class)
-            said = [_detected(run(model, [image]), image.shape, first) for model in (unmerged, merged)]
-            example = {"unmerged": said[0], "merged": said[1], "disagreement": _detections_differ(*said)}
+            before, after = (_detected(run(model, [image]), image.shape, first) for model in (unmerged, merged))
+            example = {"unmerged": before, "merged": after, "disagreement": _detections_differ(before, after)}
         examples.append({"image": image, **example})
     return examples
 
@@ -101,7 +102,7 @@ def _detections_differ(first: list[dict], second: list[dict]) -> float:
     return round(1 - 2 * same / (len(first) + len(second)), 4)
 
 
-def _jpeg(image: Tensor, side: int) -> str:
+def thumbnail(image: Tensor, side: int) -> dict[str, Any]:
     """A thumbnail, brightness stretched to the full range, since how the input was normalised is not known."""
     values = image.detach().float().cpu()[:3]
     values = values.expand(3, -1, -1) if values.shape[0] == 1 else values
@@ -111,4 +112,5 @@ def _jpeg(image: Tensor, side: int) -> str:
     picture.thumbnail((side, side))
     written = io.BytesIO()
     picture.save(written, "JPEG", quality=70)
-    return base64.b64encode(written.getvalue()).decode()
+    encoded = base64.b64encode(written.getvalue()).decode()
+    return {"image": encoded, "width": picture.width, "height": picture.height}

@@ -82,9 +82,11 @@ class WeightFitter:
         balance = TaskWeights(images)
         for attempt in range(max_fits):
             container.load_state_dict(before)
+            emit("doing", what="fitting weights in closed form" if not attempt else f"fitting again ({attempt + 1})")
             fit_sequentially(
                 models, unmerged, groups, images, teacher_samples=teacher_samples, task_weights=balance.weights
             )
+            emit("doing", what="evaluating the fitted weights")
             found = self.evaluator.standings(container)
             ratios = {name: standing.ratio for name, standing in found.items()}
             emit("fit", round=number + 1, attempt=attempt, ratios=ratios)

@@ -83,9 +83,6 @@ class Progress:
         self.round, self.round_began = round, time.monotonic()
         self._on_doing(f"trying {what}")
 
-    def _on_fit(self, attempt: int, **more: Any) -> None:
-        self._on_doing(f"fitted {attempt + 1} time{'s' * (attempt > 0)}, evaluated")
-
     def _on_step(self, step: int, max_steps: int) -> None:
         self.doing = f"training, step {step} of at most {max_steps}"
 

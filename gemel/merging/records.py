@@ -58,8 +58,9 @@ class RunRecord:
         """
         new = [group for group in proposal if group not in set(before)]
         largest = max(new, key=lambda group: group.saved_bytes)
+        number = len(self.rounds) + 1
         row = {
-            "round": len(self.rounds) + 1,
+            "round": number,
             "what": largest.signature.split(":")[0],
             "num_new_groups": len(new),
             "tasks": sorted({task for group in new for task in group.tasks}),
@@ -79,7 +80,7 @@ class RunRecord:
             "ended_at": ended_at,
         }
         self.rounds.append(row)
-        add_attempts(self.attempts, row["round"], proposal, kept)
+        add_attempts(self.attempts, number, proposal, kept)
         return row
 
     def add_history(self, clock: Clock, kept: Configuration, num_met: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from gemel.environment.units import MIB
 from gemel.report.html import Html, as_html
@@ -22,7 +23,7 @@ from gemel.report.style import COLOURS
 PLACEHOLDERS = {
     name: f"#0{i:x}0b0c" for i, name in enumerate(COLOURS)
 }  # what matplotlib draws with -> the page's colour
-SETTINGS = {
+SETTINGS: Any = {  # matplotlib names the keys one by one in its types
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "font.family": "sans-serif",
@@ -71,7 +72,7 @@ def accuracy_chart(accuracies: Mapping[str, Sequence[tuple]], targets: Mapping[s
         figure.patch.set_alpha(0)
         grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
         for panel, (task, target) in zip(grid.flat, targets.items(), strict=False):
-            _accuracy_panel(panel, task, accuracies[task], target, 96 // columns)
+            _accuracy_panel(panel, task, accuracies[task], target, 116 // columns)
         for panel in grid.flat[len(targets) :]:
             panel.set_axis_off()
         for panel in grid[-1]:
@@ -85,11 +86,12 @@ def _accuracy_panel(axes: Axes, task: str, points: Sequence[tuple], target: floa
         chosen = [(number, accuracy) for number, accuracy, was_kept in points if was_kept == kept]
         colour = PLACEHOLDERS[face] if face else "none"
         if chosen:
-            axes.scatter(*zip(*chosen, strict=True), s=12, facecolor=colour, edgecolor=PLACEHOLDERS[edge], linewidth=1)
+            numbers, reached = zip(*chosen, strict=True)
+            axes.scatter(numbers, reached, s=12, facecolor=colour, edgecolor=PLACEHOLDERS[edge], linewidth=1)
     axes.axhline(target, color=PLACEHOLDERS["muted"], linestyle="--", linewidth=0.8)
     axes.set_ylim(0, 1.05)
     axes.set_yticks((0, 0.5, 1))
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=4)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     shown = task if len(task) <= letters else f"{task[: letters - 1]}…"
     axes.set_title(shown, fontsize=7, loc="left", color=PLACEHOLDERS["ink"])
 

@@ -36,19 +36,18 @@ def _classified(example: Mapping[str, Any], names: Sequence[str]) -> str:
         for what in ("unmerged", "merged")
     ]
     truth = f"it is {_name(example['label'], names)}"
-    picture = f'<svg viewBox="0 0 100 100" role="img" aria-label="{as_html(truth)}">{_image(example["image"])}</svg>'
+    picture = picture(example, truth, "")
     return _card(picture, [truth, *said], example)
 
 
 def _detected(example: Mapping[str, Any], names: Sequence[str]) -> str:
     boxes = "".join(
-        _box(found["box"], what, f"{what}: {_name(found['class'], names)} {float(found['score']):.2f}")
+        _box(found, what, f"{what}: {_name(found['class'], names)} {float(found['score']):.2f}", _size(example))
         for what in ("unmerged", "merged")
         for found in example[what]
     )
     said = [f"{what}: {_counted(example[what], names)}" for what in ("unmerged", "merged")]
-    label = as_html("; ".join(said))
-    picture = f'<svg viewBox="0 0 100 100" role="img" aria-label="{label}">{_image(example["image"])}{boxes}</svg>'
+    picture = picture(example, "; ".join(said), boxes)
     return _card(picture, said, example)
 
 
@@ -62,20 +61,31 @@ def _card(picture: str, lines: Sequence[str], example: Mapping[str, Any]) -> Htm
     return Html(f'<div class="card">{picture}<p>{text}</p></div>')
 
 
-def _image(encoded: str) -> str:
-    """The picture; raises ValueError if it is no JPEG in base64."""
+def picture(example: Mapping[str, Any], label: str, boxes: str) -> str:
+    """The image with boxes over it; raises ValueError if it is no JPEG in base64."""
+    encoded, (width, height) = example["image"], _size(example)
     try:
         content = base64.b64decode(encoded, validate=True)
     except binascii.Error as error:
         raise ValueError("not base64") from error
     if len(encoded) > MAX_IMAGE or content[:2] != b"\xff\xd8":
         raise ValueError("not a small JPEG")
-    data = f"data:image/jpeg;base64,{encoded}"
-    return f'<image href="{data}" width="100" height="100" preserveAspectRatio="none"/>'
+    image = f'<image href="data:image/jpeg;base64,{encoded}" width="{width}" height="{height}"/>'
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{as_html(label)}">{image}{boxes}</svg>'
 
 
-def _box(box: Sequence[float], what: str, said: str) -> str:
-    x1, y1, x2, y2 = (100 * float(value) for value in box)
+def label_box(found: Mapping[str, Any], names: Sequence[str], example: Mapping[str, Any]) -> str:
+    """A labelled box over an image; found: its box, relative to the image, and its class."""
+    return _box(found, "labelled", _name(found["class"], names), _size(example))
+
+
+def _size(example: Mapping[str, Any]) -> tuple[int, int]:
+    """Width and height in pixels."""
+    return max(1, int(example["width"])), max(1, int(example["height"]))
+
+
+def _box(found: Mapping[str, Any], what: str, said: str, size: tuple[int, int]) -> str:
+    x1, y1, x2, y2 = (float(value) * size[i % 2] for i, value in enumerate(found["box"]))
     dashes = ' stroke-dasharray="3 2"' if what == "unmerged" else ""
     colour = "#ffd60a" if what == "unmerged" else "#00e5ff"
     place = f'x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}"'

@@ -29,7 +29,7 @@ def map_css(num_groups: int) -> str:
     """Rules for a map with so many groups."""
     groups = range(min(num_groups, MOST_HIGHLIGHTED))
     hover = "".join(f".map:has(.g{i}:hover) rect:not(.g{i}){{opacity:.2}}" for i in groups)
-    fills = "".join(f".g{i}{{fill:hsl({i * HUE_STEP % 360:.0f} 60% 52%)}}" for i in range(num_groups))
+    fills = "".join(f".map .g{i}{{fill:hsl({i * HUE_STEP % 360:.0f} 60% 52%)}}" for i in range(num_groups))
     return f".map rect{{fill:var(--private)}}{fills}.map .a{{stroke:var(--adapter);stroke-width:2}}{hover}"
 
 

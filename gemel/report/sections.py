@@ -128,7 +128,7 @@ def memory(record: Record) -> Html:
         for name, task in record.memory.items()
     ]
     whole = record.manifest["memory"]
-    rows.append(("all", mib(whole["unmerged_bytes"]), *("" for _ in range(3)), mib(whole["merged_bytes"])))
+    rows.append(("all", mib(whole["unmerged_bytes"]), "", "", "", mib(whole["merged_bytes"])))
     numbers = table(("model", "before", "private", "adapters", "its part of shared", "after"), rows, "Memory by model")
     chart = memory_chart(record.memory, caption)
     return section("Memory", Html(f"<p>{keys}</p>"), figure(chart, caption, numbers))
@@ -212,8 +212,8 @@ def card(record: Record) -> Html:
 
 
 def _data(record: Record) -> list[str]:
+    """The dataset of each task, with the digest of its files."""
     marks = record.manifest["run"].get("fingerprint", {}).get("tasks", {})
     return [
-        f"{name}: {str(mark.get('data', mark) if isinstance(mark, dict) else mark)[:16]}"
-        for name, mark in marks.items()
+        f"{name}: {mark['dataset']}" for name, mark in marks.items() if isinstance(mark, dict) and "dataset" in mark
     ]

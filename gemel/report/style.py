@@ -33,7 +33,7 @@ figure{margin:0 0 1em}figcaption,caption{font-size:.9rem;text-align:left;padding
 svg text{fill:var(--ink)}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3em .7em .3em 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-td,th{overflow-wrap:normal}
+td,th{overflow-wrap:normal;min-width:4.5em}tbody th{min-width:8em}td{max-width:34em}
 thead th{color:var(--muted);font-weight:600}
 tbody th{font-weight:400}
 details{margin:.4em 0}summary{cursor:pointer;color:var(--shared)}
