@@ -58,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(error, file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:  # a box that only loads results has no more than that needs
+        print(f"{error}: this command needs a checkout with requirements.txt installed", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -142,8 +142,8 @@ def _train(task: Task, batch: Any, device: torch.device, seed: int) -> Finding:
             module.training = training
         if teacher is not None:
             teacher.close()
-    said = ", ".join(f"{name} {float(loss):.3g}" for name, loss in losses.items())
-    if not all(math.isfinite(float(loss)) for loss in losses.values()):
+    said = ", ".join(f"{name} {float(loss.detach()):.3g}" for name, loss in losses.items())
+    if not all(math.isfinite(float(loss.detach())) for loss in losses.values()):
         return Finding(PROBLEM, task.name, f"a loss is not finite: {said}; look at the train transform and the labels")
     if not reached:
         return Finding(PROBLEM, task.name, "no parameter gets a gradient; set requires_grad of those to be trained")
@@ -178,9 +178,10 @@ def _whole(
         yield Finding(OK, "", f"sharing every identical layer would save {mib(optimal)} of {mib(total)}")
     else:
         yield Finding(NOTE, "", "no two tasks have an identical layer: there is nothing to merge")
-    yield Finding(
-        NOTE, "", f"evaluating all of val takes about {duration(seconds)}; a round at least two to three times"
+    text = (
+        f"evaluating all tasks once takes about {duration(seconds)}; a first round, a fit and evaluations, a few times"
     )
+    yield Finding(NOTE, "", f"{text} that")
     needs = 2 * total + memory_of_fits(device, options.fit_memory) + options.cache_bytes
     text = f"memory: at most about {mib(needs)} (models twice, fit_memory, cache_bytes)"
     there = total_memory(device) or _memory_of_this_machine()

@@ -36,8 +36,7 @@ def _classified(example: Mapping[str, Any], names: Sequence[str]) -> str:
         for what in ("unmerged", "merged")
     ]
     truth = f"it is {_name(example['label'], names)}"
-    picture = picture(example, truth, "")
-    return _card(picture, [truth, *said], example)
+    return _card(picture(example, truth, ""), [truth, *said], example)
 
 
 def _detected(example: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -47,8 +46,7 @@ def _detected(example: Mapping[str, Any], names: Sequence[str]) -> str:
         for found in example[what]
     )
     said = [f"{what}: {_counted(example[what], names)}" for what in ("unmerged", "merged")]
-    picture = picture(example, "; ".join(said), boxes)
-    return _card(picture, said, example)
+    return _card(picture(example, "; ".join(said), boxes), said, example)
 
 
 def _counted(found: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
@@ -56,9 +54,9 @@ def _counted(found: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     return ", ".join(f"{called.count(name)} {name}" for name in dict.fromkeys(called)) or "nothing"
 
 
-def _card(picture: str, lines: Sequence[str], example: Mapping[str, Any]) -> Html:
+def _card(drawn: str, lines: Sequence[str], example: Mapping[str, Any]) -> Html:
     text = "<br>".join(as_html(line) for line in (*lines, f"disagreement {float(example['disagreement']):.2f}"))
-    return Html(f'<div class="card">{picture}<p>{text}</p></div>')
+    return Html(f'<div class="card">{drawn}<p>{text}</p></div>')
 
 
 def picture(example: Mapping[str, Any], label: str, boxes: str) -> str:
