@@ -29,9 +29,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="start anew; an earlier result is kept aside")
     parser.add_argument("--quiet", action="store_true", help="print the closing tables alone")
     parser.add_argument("--debug", action="store_true", help="on an error, print where in the code it came from")
-    parser.add_argument(
-        "--check", action="store_true", help="try everything that a merge needs; train and write nothing"
-    )
+    parser.add_argument("--check", action="store_true", help="try what a merge needs; train and write nothing")
     parser.add_argument("--html", metavar="FILE.html", help="with --plan or --check: write it as a page as well")
     parser.add_argument("--json", metavar="FILE.json", help="with --plan: write it as JSON as well")
     parser.add_argument("--plan", action="store_true", help="print what could be saved; train nothing")

@@ -7,6 +7,7 @@ dark. Text stays text.
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,8 @@ SETTINGS: Any = {  # matplotlib names the keys one by one in its types
     "grid.color": PLACEHOLDERS["line"],
 }
 WIDTH = 8.0  # inches at 72 points
-PANEL_COLUMNS, PANEL_HEIGHT = 4, 1.35
+PANEL_COLUMNS, PANEL_HEIGHT, LETTERS = 4, 1.35, 116  # of a row of panels
+MOST_MARKS = 200  # points that have a mark each
 
 
 def saving_chart(
@@ -63,16 +65,21 @@ def saving_chart(
 def accuracy_chart(accuracies: Mapping[str, Sequence[tuple]], targets: Mapping[str, float], label: str) -> Html:
     """One panel a task: accuracy in each round, filled where kept, against the target.
 
-    accuracies: task -> (round, accuracy, whether it was kept), round 0 being the unmerged model.
+    accuracies: task -> (round, accuracy, whether it was kept), round 0 being the unmerged model. Where there are many
+    points, those that were not kept are a line.
     """
     columns = min(PANEL_COLUMNS if len(targets) > 3 else 2, len(targets))
     rows = math.ceil(len(targets) / columns)
+    marks = sum(map(len, accuracies.values())) <= MOST_MARKS
     with mpl.rc_context({**SETTINGS, "font.size": 7}):
         figure = Figure(figsize=(WIDTH, PANEL_HEIGHT * rows + 0.3), layout="constrained")
         figure.patch.set_alpha(0)
-        grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for panel, (task, target) in zip(grid.flat, targets.items(), strict=False):
-            _accuracy_panel(panel, task, accuracies[task], target, 116 // columns)
+            _accuracy_panel(panel, accuracies[task], target, marks)
+            letters = LETTERS // columns
+            shown = task if len(task) <= letters else f"{task[: letters - 1]}…"
+            panel.set_title(shown, fontsize=7, loc="left", color=PLACEHOLDERS["ink"])
         for panel in grid.flat[len(targets) :]:
             panel.set_axis_off()
         for panel in grid[-1]:
@@ -80,20 +87,20 @@ def accuracy_chart(accuracies: Mapping[str, Sequence[tuple]], targets: Mapping[s
         return _svg(figure, "accuracy", label)
 
 
-def _accuracy_panel(axes: Axes, task: str, points: Sequence[tuple], target: float, letters: int) -> None:
+def _accuracy_panel(axes: Axes, points: Sequence[tuple], target: float, marks: bool) -> None:
     axes.patch.set_alpha(0)
-    for kept, face, edge in ((True, "good", "good"), (False, None, "bad")):
-        chosen = [(number, accuracy) for number, accuracy, was_kept in points if was_kept == kept]
-        colour = PLACEHOLDERS[face] if face else "none"
+    kept, undone = ([point[:2] for point in points if point[2] == which] for which in (True, False))
+    if undone and not marks:
+        axes.plot(*zip(*undone, strict=True), color=PLACEHOLDERS["bad"], linewidth=0.8)
+    for chosen, face, edge in ((kept, "good", "good"), (undone if marks else [], None, "bad")):
         if chosen:
             numbers, reached = zip(*chosen, strict=True)
+            colour = PLACEHOLDERS[face] if face else "none"
             axes.scatter(numbers, reached, s=12, facecolor=colour, edgecolor=PLACEHOLDERS[edge], linewidth=1)
     axes.axhline(target, color=PLACEHOLDERS["muted"], linestyle="--", linewidth=0.8)
     axes.set_ylim(0, 1.05)
     axes.set_yticks((0, 0.5, 1))
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    shown = task if len(task) <= letters else f"{task[: letters - 1]}…"
-    axes.set_title(shown, fontsize=7, loc="left", color=PLACEHOLDERS["ink"])
 
 
 def memory_chart(memory: Mapping[str, TaskMemory], label: str) -> Html:
@@ -128,18 +135,37 @@ def _svg(figure: Figure, prefix: str, label: str) -> Html:
     written = io.StringIO()
     figure.savefig(written, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = written.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = text[text.index("<svg") :].replace("xlink:href", "href")
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", text)
+    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)
+    text = _with_classes(re.sub(r"font-family: [^;\"]*;? ?", "", _without_idle_parts(text)), prefix)
     for name, colour in PLACEHOLDERS.items():
         text = text.replace(colour, f"var(--{name})")
-    text = re.sub(r"\s*\n\s*", "\n", re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2))
-    text = re.sub(
-        r'<svg [^>]*viewBox="([^"]+)"[^>]*>',
-        rf'<svg viewBox="\1" role="img" aria-label="{as_html(label)}">',
-        text,
-        count=1,
-    )
-    return Html(text.strip().replace("xlink:href", "href"))
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    opening = rf'<svg viewBox="\1" role="img" aria-label="{as_html(label)}">'
+    return Html(re.sub(r'<svg [^>]*viewBox="([^"]+)"[^>]*>', opening, text, count=1).strip())
+
+
+def _without_idle_parts(text: str) -> str:
+    """The same without what is not seen: panels without a colour, groups of one, line breaks within paths."""
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    text = re.sub(r"\n([LMCz])", r"\1", text)
+    text = re.sub(r'<path [^>]*style="fill: none; opacity: 0"/>\n', "", text)
+    while True:
+        shorter = re.sub(r"<g>\n((?:<(?:path|use|text)\b[^>]*/>|<text\b[^>]*>[^<]*</text>)?)\n?</g>", r"\1", text)
+        if shorter == text:
+            return text
+        text = shorter
+
+
+def _with_classes(text: str, prefix: str) -> str:
+    """The same with classes in place of styles that occur often; matplotlib repeats them at every mark and tick."""
+    counts = Counter(re.findall(r'style="([^"]+)"', text))
+    often = {style: f"{prefix}-{i}" for i, (style, count) in enumerate(counts.most_common()) if count > 2}
+    text = re.sub(r'style="([^"]+)"', lambda m: f'class="{often[m[1]]}"' if m[1] in often else m[0], text)
+    rules = "".join(f".{name}{{{style}}}" for style, name in often.items())
+    end = text.index(">", text.index("<svg")) + 1
+    return f"{text[:end]}<style>{rules}</style>{text[end:]}"

@@ -98,12 +98,19 @@ def the_map(record: Record) -> Html:
             layer_name(group["signature"]),
             number(f"shared_layers.{i - 1}.bytes", group["bytes"], mib(group["bytes"])),
             mib(private_bytes_of(group)) if private_bytes_of(group) else "-",
-            _named(group["occurrences"], None),
+            _of_tasks(group["occurrences"], len(record.manifest["tasks"])),
         )
         for i, group in enumerate(groups, 1)
     ]
-    picture = layer_map(record.layers, groups, caption)
+    picture = layer_map(record.layers, caption)
     return section("Which layers are one", figure(picture, caption, table(header, rows, "Every shared layer")))
+
+
+def _of_tasks(occurrences: list[Mapping[str, str]], num_tasks: int) -> str:
+    """Layers that are one, with their tasks, or that these are all tasks."""
+    names = {occurrence["layer"] for occurrence in occurrences}
+    everywhere = len(occurrences) == num_tasks > 2 and len(names) == 1
+    return f"{names.pop()} of all {num_tasks} tasks" if everywhere else _named(occurrences, None)
 
 
 def _named(occurrences: list[Mapping[str, str]], most: int | None = MOST_NAMED) -> str:
