@@ -284,16 +284,21 @@ def check_workload(
 def main(arguments: list[str] | None = None) -> int:
     """The script with these arguments (None: those of the shell); returns its exit code."""
     flags = parse_arguments(arguments)
+    resumes = "what was kept is stored, and the same command resumes there"
     try:
         return _run(flags)
     except WorkloadError as error:
-        code, text = EXIT_WRONG_INPUT, str(error)
+        return _say(error, str(error), EXIT_WRONG_INPUT, flags.debug)
     except (ResultsError, SampleError) as error:  # a disk that is full, a dataset that went away: no bug of ours
-        code, text = EXIT_FAILED, f"{error}\nwhat was kept is stored, and the same command resumes there"
-    except KeyboardInterrupt:
-        code, text = EXIT_INTERRUPTED, "\ninterrupted; what was kept is stored, and the same command resumes there"
-    if flags.debug:
-        traceback.print_exc()
+        return _say(error, f"{error}\n{resumes}", EXIT_FAILED, flags.debug)
+    except KeyboardInterrupt as error:
+        return _say(error, f"\ninterrupted; {resumes}", EXIT_INTERRUPTED, flags.debug)
+
+
+def _say(error: BaseException, text: str, code: int, debug: bool) -> int:
+    """Prints what went wrong, after where in the code if that is asked for; returns the exit code."""
+    if debug:
+        traceback.print_exception(error)
     print(text, file=sys.stderr)
     return code
 

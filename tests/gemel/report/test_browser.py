@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from results_samples import pico_models, write
@@ -81,7 +82,7 @@ def test_no_page_scrolls_sideways_on_a_telephone_or_a_screen(pages, tmp_path):
 
 @pytest.mark.skipif("AXE" not in os.environ, reason="AXE does not name axe.min.js")
 def test_axe_finds_nothing(pages, tmp_path):
-    script = open(os.environ["AXE"]).read()
+    script = Path(os.environ["AXE"]).read_text()
     for page in pages:
         text = page.read_text().replace(POLICY, "").replace("<details>", "<details open>")
         (tmp_path / "axe.html").write_text(f"{text}<script>{script}</script>{AXE_RUN}")
