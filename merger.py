@@ -188,7 +188,7 @@ class Merger:
             self.store()
             drop_checkpoint(self.results_path)
         number, about = len(self.record.groups), self.strategy.about_to_do
-        emit("search begins", about_to_do=f"{number} groups of identical layers; {self.options.strategy}: {about}.")
+        emit("search begins", about_to_do=f"{number} groups of identical layers; {self.options.strategy}: {about}")
         try:
             with contextlib.suppress(TimeOver):
                 self._search()

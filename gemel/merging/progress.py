@@ -1,6 +1,6 @@
 """What a person sees while a merge runs: rows, and on a terminal one status line that never stands still.
 
-    round 3: training, step 40 of at most 300, 12 s; at most 1:20 left of the time budget
+    round 3: training, step 40 of at most 300, 12 s; about 0:20 more; budget: 1:20 left
 
 Events (gemel/environment/events.py) tell what is going on. A thread of its own writes the status: each second on a
 terminal, where it is overwritten in place; each minute as a line of its own where the output is a file.
@@ -102,8 +102,10 @@ class Progress:
     def status(self) -> str:
         """What is being done, for how long, and what is known of the time that is left."""
         where = f"round {self.round}: " if self.round is not None else ""
-        parts = [f"{where}{self.doing}, {time.monotonic() - self.since:.0f} s", *self._left()]
-        return "; ".join(parts)
+        known = "; ".join([f"{time.monotonic() - self.since:.0f} s", *self._left()])
+        room = WIDTH - 1 - len(where) - len(known) - 2  # times are never cut, a long name is
+        doing = self.doing if len(self.doing) <= room else f"{self.doing[: room - 2]}.."
+        return f"{where}{doing}, {known}"
 
     def _left(self) -> list[str]:
         """From the rounds of this run before, and from the time budget; nothing where neither is known."""
@@ -111,10 +113,10 @@ class Progress:
         if self.round is not None and self.seconds_of_rounds:
             more = statistics.median(self.seconds_of_rounds[-5:]) - (time.monotonic() - self.round_began)
             if more > 0:
-                found.append(f"about {clock_time(more)} to its end, by the rounds before")
+                found.append(f"about {clock_time(more)} more")
         if not math.isinf(self.clock.deadline):
             left = max(0.0, self.clock.deadline - time.monotonic())
-            found.append(f"at most {clock_time(left)} left of the time budget")
+            found.append(f"budget: {clock_time(left)} left")
         return found
 
     def _keep_showing(self) -> None:
@@ -122,7 +124,7 @@ class Progress:
         while not self._over.wait(interval):
             with self._lock:
                 text = self.status()
-                shown = f"{CLEAR}{text[: WIDTH - 1]}" if self.on_terminal else f"{text}\n"
+                shown = f"{CLEAR}{text}" if self.on_terminal else f"{text}\n"
                 self._write(shown)
 
     def _clear(self) -> None:

@@ -51,13 +51,12 @@ FOLLOWING = {
     TRAIN_WITH_ADAPTERS: TRAIN,
     TRAIN: DONE,
 }
-ABOUT_TO_DO = {
-    SEARCH: "first predicts how much sharing each group hurts each task; then ties what is expected to save most, with "
-    "weights in closed form, and releases what is too sensitive",
-    FILL: "ties what is still missing, in smaller parts, with weights in closed form",
-    WITH_ADAPTERS: "ties what is still missing with a small private adapter per task",
-    TRAIN_WITH_ADAPTERS: "trains what is still missing, with a small private adapter per task",
-    TRAIN: "trains what is still missing, in parts that are halved when they fail",
+ABOUT_TO_DO = {  # in the next rounds; short enough for one line
+    SEARCH: "predicts how much sharing hurts, then ties what saves most",
+    FILL: "ties what is missing, in smaller parts",
+    WITH_ADAPTERS: "ties what is missing, with small private adapters",
+    TRAIN_WITH_ADAPTERS: "trains what is missing, with small private adapters",
+    TRAIN: "trains what is missing, in ever smaller parts",
     DONE: "everything was tried",
 }
 ALL_ALIKE = ""  # spared in the first trial that just reaches the goal

@@ -37,7 +37,7 @@ class Strategy(ABC):
     @property
     def about_to_do(self) -> str:
         """What the next rounds do, in words, for the line above their table."""
-        return "each round ties more groups and trains; it is kept if every task meets its target"
+        return "each round ties more groups and trains"
 
     @abstractmethod
     def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE) -> None:

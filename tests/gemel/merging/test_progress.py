@@ -26,8 +26,10 @@ def test_the_status_knows_the_round_the_rounds_before_and_the_budget():
     shown.seconds_of_rounds += [30.0, 50.0, 40.0]
     shown("step", {"step": 7, "max_steps": 90})
     text = shown.status()
-    assert text.startswith("round 3: training, step 7 of at most 90") and "about 0:40 to its end" in text
-    assert "at most 1:40 left of the time budget" in text
+    assert text.startswith("round 3: training, step 7 of at most 90") and "about 0:40 more" in text
+    assert text.endswith("budget: 1:40 left")
+    shown("doing", {"what": "evaluating " + "a_long_name_" * 9})
+    assert len(shown.status()) < module.WIDTH and shown.status().endswith("budget: 1:40 left")
     assert "left" not in Progress(Clock(), stream=io.StringIO()).status()
 
 
