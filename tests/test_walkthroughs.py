@@ -1,10 +1,12 @@
 """The walkthroughs in docs/, each followed to its end: files written as shown, commands run as written, in order."""
 
+import ast
 import json
 import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +129,7 @@ def test_classifiers_and_a_third_task(folder, capsys):
     assert Path("results/report.html").is_file()
 
 
+@pytest.mark.exhaustive
 def test_a_detector_with_an_export(folder, capsys):
     datasets = folder.parent / "datasets"
     write_detection(datasets, "station_people_OD", 2, seed=1)
@@ -142,7 +145,7 @@ def test_a_detector_with_an_export(folder, capsys):
     exec(compile(code, "two_detectors", "exec"), names)
     names["load_weights"] = lambda model, path: model
     names["ACCURACIES"].update(crossing_people=0.5, station_people=0.5)
-    train(names["create_model_dict"](), datasets, 150)
+    train(names["create_model_dict"](), datasets, 70)
     follow(steps, capsys)
     manifest = read_manifest("results")
     assert all(task["met"] for task in manifest["tasks"].values()) and Path("check.html").is_file()
@@ -185,6 +188,27 @@ def test_a_box_without_the_training_code(folder, capsys):
     assert done.returncode == 0, done.stderr
     merged, alone = map(int, re.search(r"(\d+) bytes in place of (\d+)", done.stdout).groups())
     assert merged < 0.8 * alone
+
+
+def test_the_notebook(monkeypatch, capsys):
+    """Every cell in order, in docs/, as a notebook runs them."""
+    file = ROOT / "docs" / "first_merge.ipynb"
+    notebook = json.loads(file.read_text())
+    assert notebook["nbformat"] == 4 and len(file.read_bytes()) < 60_000
+    monkeypatch.chdir(file.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    names: dict = {}
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        tree = ast.parse("".join(cell["source"]))
+        *body, last = tree.body
+        shown = last.value if isinstance(last, ast.Expr) else None
+        exec(compile(ast.Module(body if shown else tree.body, []), str(file), "exec"), names)
+        value = eval(compile(ast.Expression(shown), str(file), "eval"), names) if shown else None
+        is_map = any("text/html" in output.get("data", {}) for output in cell["outputs"])
+        assert not is_map or value._repr_html_().count("<svg") == 1
+    shutil.rmtree(names["folder"])
+    assert capsys.readouterr().out.endswith("True False\n") and not list(file.parent.glob("results*"))
 
 
 def test_links_of_the_walkthroughs_lead_somewhere():

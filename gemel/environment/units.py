@@ -4,7 +4,9 @@ MIB = 1 << 20
 
 
 def mib(num_bytes: float) -> str:
-    """Bytes as MiB; from 10,000 MiB on as GiB."""
+    """Bytes as MiB; below a hundredth of one as KiB, from 10,000 MiB on as GiB."""
+    if 0 < num_bytes < MIB / 100:
+        return f"{num_bytes / 1024:.2f} KiB"
     return f"{num_bytes / MIB:.2f} MiB" if num_bytes < 10_000 * MIB else f"{num_bytes / MIB / 1024:.2f} GiB"
 
 

@@ -9,6 +9,10 @@ class Html(str):
 
     __slots__ = ()
 
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        return str(self)
+
 
 def as_html(value: object) -> Html:
     """A value as HTML: text is escaped."""

@@ -1,10 +1,12 @@
 """The map: which layers of which models are one. Own drawing: a row a model, layers by depth, width by bytes."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from gemel.environment.units import mib
 from gemel.report.html import Html, as_html
-from gemel.report.record import Layer
+from gemel.report.record import Layer, read_record
+from gemel.report.style import COLOURS
 
 WIDTH, PITCH, BAR, LABEL = 1000, 38, 18, 13  # of a row, in units of the picture
 TOP, LEAST_WIDTH = LABEL + 3, 0.7
@@ -21,6 +23,15 @@ def layer_map(layers: Mapping[str, Sequence[Layer]], label: str) -> Html:
     return Html(
         f'<svg class="map" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{as_html(label)}">{rows}</svg>'
     )
+
+
+def map_of(results_path: str | Path) -> Html:
+    """The map of a results folder by itself, for a notebook. Raises ResultsError if the folder holds no result."""
+    record = read_record(results_path)
+    light = "".join(f"--{name}:{colours[0]};" for name, colours in COLOURS.items())
+    css = f".alone{{{light}}}{map_css(len(record.manifest['shared_layers']))}"
+    drawn = layer_map(record.layers, "Layers of one colour are one set of weights; grey ones are private")
+    return Html(f'<style>{css}</style><div class="alone">{drawn}</div>')
 
 
 def map_css(num_groups: int) -> str:
