@@ -3,6 +3,7 @@
     python merge_workloads.py                                   # the embedded default, minutes on two cores
     python merge_workloads.py --workload mine.py --datasets DIR # mine.py defines create_model_dict()
     python merge_workloads.py --workload mine.py --plan         # what could be saved; trains nothing
+    python merge_workloads.py --workload mine.py --check        # tries what a merge needs; trains nothing
     python merge_workloads.py --workload mine.py --memory 2GiB  # stops as soon as the parameters fit
 
 Put your own tasks into create_sample_model_dict(), or into a file of your own.
@@ -15,9 +16,13 @@ from gemel.merging.flags import parse_arguments
 if __name__ == "__main__":
     parse_arguments()  # before torch is imported, so that --help and a wrong flag answer at once
 
+import argparse
 import contextlib
+import logging
 import os
-from collections.abc import Mapping
+import shlex
+import traceback
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,7 @@ from gemel.datasets.folders import SampleError, find_datasets
 from gemel.datasets.loaders import TaskData
 from gemel.environment.clock import Clock
 from gemel.environment.device import pick_device
+from gemel.environment.events import emit, listening, warnings_as_events
 from gemel.environment.imports import CHECKOUT, imported_from
 from gemel.environment.interrupts import Interrupts
 from gemel.environment.processes import raise_in_a_loader_process
@@ -36,8 +42,14 @@ from gemel.environment.threads import choose_num_threads, num_threads_set
 from gemel.merging import console, earlier_merges
 from gemel.merging.fingerprint import fingerprint
 from gemel.merging.options import MergeOptions, read_options
-from gemel.merging.plan import plan
+from gemel.merging.plan import plan, plan_of
+from gemel.merging.progress import Progress
+from gemel.merging.rehearsal import rehearsal_text, rehearse
 from gemel.merging.resume import previous_manifest, set_aside
+from gemel.merging.run_log import RunLog
+from gemel.report.check_page import check_page
+from gemel.report.page import write_report
+from gemel.report.plan_page import writable_problems, write_plan
 from gemel.results_store import files
 from gemel.results_store.files import ResultsError, lock
 from gemel.results_store.manifest import has_results, json_bytes
@@ -55,7 +67,20 @@ with imported_from(CHECKOUT):  # not a file of the same name beside the script t
     from merger import Merger
     from transforms import classification_transforms, detection_transforms
 
+log = logging.getLogger(__name__)
+
 EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+NOT_OPTIONS = (
+    "workload",
+    "results",
+    "plan",
+    "check",
+    "html",
+    "json",
+    "debug",
+)  # flags that merge_workload does not take
 
 
 def create_sample_model_dict(root: Path = SAMPLE_ROOT, plan: Plan = PLAN) -> dict:
@@ -121,13 +146,35 @@ def merge_workload(
     chosen, problems = read_options(options)
     interrupts = Interrupts()
     clock = Clock(chosen.time_budget, interrupts)
-    notes: dict[str, list[str]] = {}
     roots, results_path = _paths(model_dict, datasets, results_path)
+    progress = Progress(clock, chosen.quiet)
+    with progress, listening(progress, RunLog(results_path, clock)), warnings_as_events():
+        manifest = _merge(model_dict, results_path, roots, datasets, chosen, problems, clock, progress.say)
+    if chosen.pareto is not None:
+        files.write(Path(chosen.pareto), [json_bytes({"points": points_of(manifest)})])
+    _write_report(results_path)
+    print("\n" + console.closing_report(manifest, chosen.per_class, chosen.memory), flush=True)
+    return manifest
+
+
+def _merge(
+    model_dict: dict,
+    results_path: Path,
+    roots: list[Path],
+    datasets: str | Path | None,
+    chosen: MergeOptions,
+    problems: list[Problem],
+    clock: Clock,
+    say: Callable[[str], None],
+) -> dict:
+    """`merge_workload` with its options read; say: prints lines. Returns the manifest."""
+    emit("doing", what="checking the dictionary and the datasets")
+    notes: dict[str, list[str]] = {}
     tasks = _checked_tasks(model_dict, chosen, roots, results_path, problems, notes)
     device = pick_device(chosen.device)
     data = _open_data(tasks, roots, device, chosen)
     mark = fingerprint(tasks, find_datasets(tasks, roots), chosen.deciding)
-    with contextlib.ExitStack() as stack, interrupts.deferred():
+    with contextlib.ExitStack() as stack, clock.interrupts.deferred():
         stack.enter_context(lock(results_path))
         previous = None if chosen.fresh else previous_manifest(results_path, mark)
         stack.enter_context(num_threads_set(_num_threads(chosen, previous)))
@@ -135,24 +182,21 @@ def merge_workload(
         earlier_merges.remember(models)
         stack.callback(earlier_merges.note_as_left, models)
         merger = Merger(tasks, data, chosen, device, results_path, clock, _started_with(chosen, device, datasets), mark)
-        print(console.workload_table(tasks, merger.state.models, merger.record.groups), end="\n\n", flush=True)
+        say(console.workload_table(tasks, merger.state.models, merger.record.groups) + "\n")
         if said := console.dataset_notes(notes):
-            print(said, end="\n\n", flush=True)
+            say(said + "\n")
         if previous is not None:
-            print("\n".join(merger.resume(previous)), flush=True)
+            say("\n".join(merger.resume(previous)))
         if previous is not None and merger.record.finished:
             manifest = merger.confirm() if chosen.per_class else previous
         else:
             merger.preflight()
             if chosen.fresh and has_results(results_path):
-                print(f"the earlier result is kept in {set_aside(results_path)}")
+                say(f"the earlier result is kept in {set_aside(results_path)}")
                 stack.enter_context(lock(results_path))
             if not merger.record.groups:
-                print("nothing to merge: no two tasks have an identical layer; the models are stored as they are")
+                say("nothing to merge: no two tasks have an identical layer; the models are stored as they are")
             manifest = merger.merge()
-    if chosen.pareto is not None:
-        files.write(Path(chosen.pareto), [json_bytes({"points": points_of(manifest)})])
-    print("\n" + console.closing_report(manifest, chosen.per_class, chosen.memory), flush=True)
     return manifest
 
 
@@ -169,6 +213,14 @@ def _paths(model_dict: object, datasets: Any, results_path: Any) -> tuple[list[P
     names = [name for name in model_dict if isinstance(name, str)] if isinstance(model_dict, Mapping) else []
     # "." as results would follow the folder that --fresh sets aside
     return dataset_roots(names, found), Path(os.path.abspath(os.path.expanduser(results_path)))
+
+
+def _write_report(results_path: Path) -> None:
+    """results/report.html. A report that cannot be made is a warning: the result is complete without it."""
+    try:
+        write_report(results_path)
+    except Exception as error:
+        log.warning("no report: %s: %s (python -m gemel report makes it later)", type(error).__name__, error)
 
 
 def _checked_tasks(
@@ -233,31 +285,79 @@ def _started_with(options: MergeOptions, device: torch.device, datasets: str | P
     return {
         "flags": {**flags, **vars(options.training)},
         "versions": {"python": sys.version.split()[0], **versions},
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def check_workload(
+    model_dict: dict,
+    results_path: str | Path = "results",
+    html: str | Path | None = None,
+    datasets: str | Path | None = None,
+    **options: Any,
+) -> int:
+    """Tries on a sample what merge_workload does, prints what was found, and returns the number of problems.
+
+    html: a file for the same as a page, with images of train as the models get them. Nothing else is written. Raises
+    WorkloadError as merge_workload does.
+    """
+    chosen, problems = read_options(options)
+    problems += writable_problems(None, None if html is None else str(html))
+    roots, results = _paths(model_dict, datasets, results_path)
+    notes: dict[str, list[str]] = {}
+    progress = Progress(Clock(), chosen.quiet)
+    with progress, listening(progress), warnings_as_events():
+        emit("doing", what="checking the dictionary and the datasets")
+        tasks = _checked_tasks(model_dict, chosen, roots, results, problems, notes)
+        device = pick_device(chosen.device)
+        data = _open_data(tasks, roots, device, chosen)
+        found = rehearse(tasks, data, chosen, device, results)
+    if said := console.dataset_notes(notes):
+        print(said, end="\n\n")
+    print(rehearsal_text(found))
+    if html is not None:
+        page = check_page(found, {name: data[name].class_names for name in tasks})
+        files.write(Path(html), [page.encode()])
+    return found.num_problems
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The script with these arguments (None: those of the shell); returns its exit code."""
     flags = parse_arguments(arguments)
+    resumes = "what was kept is stored, and the same command resumes there"
     try:
-        model_dict = load_model_dict(flags.workload) if flags.workload else create_sample_model_dict()
-        if flags.plan:
-            print(plan(model_dict, flags.tolerance)[0])
-        else:
-            chosen = {key: value for key, value in vars(flags).items() if key not in ("workload", "results", "plan")}
-            manifest = merge_workload(model_dict, flags.results, **chosen)
-            return EXIT_DONE if console.fits(manifest, flags.memory) else EXIT_FAILED
+        return _run(flags)
     except WorkloadError as error:
-        print(error, file=sys.stderr)
-        return EXIT_WRONG_INPUT
+        return _say(error, str(error), EXIT_WRONG_INPUT, flags.debug)
     except (ResultsError, SampleError) as error:  # a disk that is full, a dataset that went away: no bug of ours
-        print(f"{error}\nwhat was kept is stored, and the same command resumes there", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was kept is stored, and the same command resumes there", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return EXIT_DONE
+        return _say(error, f"{error}\n{resumes}", EXIT_FAILED, flags.debug)
+    except KeyboardInterrupt as error:
+        return _say(error, f"\ninterrupted; {resumes}", EXIT_INTERRUPTED, flags.debug)
+
+
+def _say(error: BaseException, text: str, code: int, debug: bool) -> int:
+    """Prints what went wrong, after where in the code if that is asked for; returns the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    print(text, file=sys.stderr)
+    return code
+
+
+def _run(flags: argparse.Namespace) -> int:
+    """Does what the flags ask for."""
+    if problems := writable_problems(flags.json, flags.html):
+        raise WorkloadError(problems)
+    model_dict = load_model_dict(flags.workload) if flags.workload else create_sample_model_dict()
+    if flags.plan:
+        print(plan(model_dict, flags.tolerance, flags.memory)[0])
+        write_plan(plan_of(model_dict, flags.tolerance), flags.memory, flags.json, flags.html)
+        return EXIT_DONE
+    chosen = {key: value for key, value in vars(flags).items() if key not in NOT_OPTIONS}
+    if flags.check:
+        return EXIT_WRONG_INPUT if check_workload(model_dict, flags.results, flags.html, **chosen) else EXIT_DONE
+    manifest = merge_workload(model_dict, flags.results, **chosen)
+    return EXIT_DONE if console.fits(manifest, flags.memory) else EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -14,15 +14,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from gemel.alignment.matching import BY_ACTIVATIONS, BY_ORDER, match_groups
 from gemel.datasets.loaders import TaskData
 from gemel.environment.clock import Clock, TimeOver
+from gemel.environment.events import emit
 from gemel.environment.failures import is_out_of_memory
-from gemel.merging import console
 from gemel.merging.architecture import Architectures
 from gemel.merging.check import training_problems
 from gemel.merging.evaluator import Evaluator
+from gemel.merging.examples import examples_of
 from gemel.merging.fingerprint import task_changes
 from gemel.merging.goal import GoalReplay, goal_problems
 from gemel.merging.images import ImageSampler
@@ -36,9 +38,10 @@ from gemel.merging.resume import groups_to_tie, new_strategy
 from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_tied
 from gemel.merging.state import MergeState
 from gemel.merging.teachers import FrozenPrefixes, teachers_of
+from gemel.results_store import files
 from gemel.results_store.checkpoint import drop_checkpoint, read_checkpoint, write_checkpoint
 from gemel.results_store.files import first_line
-from gemel.results_store.manifest import read_manifest
+from gemel.results_store.manifest import json_bytes, read_manifest
 from gemel.results_store.write import statistics_of, update_run, write_results
 from gemel.sharing.groups import (
     Configuration,
@@ -198,7 +201,8 @@ class Merger:
         if self.is_new:
             self.store()
             drop_checkpoint(self.results_path)
-        print(console.round_header(), flush=True)
+        number, about = len(self.record.groups), self.strategy.about_to_do
+        emit("search begins", about_to_do=f"{number} groups of identical layers; {self.options.strategy}: {about}")
         try:
             with contextlib.suppress(TimeOver):
                 self._search()
@@ -218,9 +222,11 @@ class Merger:
         if self._fits():
             return
         with self.clock.interruptible():
+            emit("doing", what="aligning channels")
             self._align_channels()
         update_run(self.results_path, self._run_part())  # a killed run goes on in this order of channels
         with self.clock.interruptible():
+            emit("doing", what="predicting how much sharing hurts")
             if self.strategy.needs_sensitivity:
                 predicted = sensitivity_if_all_were_tied(self.state, self.images, self.record.groups)
                 if predicted is not None:
@@ -228,6 +234,7 @@ class Merger:
         while True:
             self.clock.raise_if_over()
             self._see_what_the_goal_would_take()
+            emit("doing", what="choosing what to try next")
             proposal = self.strategy.propose()
             if proposal is None:
                 self.record.finished = True
@@ -258,6 +265,7 @@ class Merger:
     def play_round(self, proposal: Configuration) -> bool:
         """Tries one configuration, keeps or undoes it, and stores; False if the time ran out before it was decided."""
         began, before = time.monotonic(), self.strategy.kept
+        self._say_what_begins(proposal)
         outcome = self._try(proposal)
         if outcome.reason == TIME_OVER:
             return False
@@ -275,14 +283,23 @@ class Merger:
             self.state.undo()
         kept_for = list(outcome.accuracies) if outcome.success else list(outcome.verified) if part else []
         seconds = time.monotonic() - began
-        row = self.record.add_round(proposal, before, self.strategy.kept, outcome, kept_for, seconds)
-        print(console.round_row(row), flush=True)
+        targets = {name: self.tasks[name].target_acc for name in sorted(outcome.accuracies)}
+        kept, now = self.strategy.kept, self.clock.seconds
+        row = self.record.add_round(proposal, before, kept, outcome, kept_for, seconds, targets, now)
+        emit("kept" if row["kept"] else OUT_OF_MEMORY if row["reason"] == OUT_OF_MEMORY else "undone", row=row)
         if kept_for:
             self._store_kept({name: outcome.accuracies[name] for name in kept_for})
         else:
             self._save_checkpoint(None)
             update_run(self.results_path, self._run_part())
         return True
+
+    def _say_what_begins(self, proposal: Configuration) -> None:
+        new = [group for group in proposal if group not in set(self.strategy.kept)]
+        tasks = sorted({task for group in new for task in group.tasks})
+        what = f"{len(new)} group{'s' * (len(new) != 1)} of {len(tasks)} tasks"
+        saving = saved_bytes(proposal)
+        emit("round begins", round=len(self.record.rounds) + 1, what=what, tasks=tasks, would_save_bytes=saving)
 
     def _verified_part(self, proposal: Configuration, outcome: Outcome) -> tuple[Configuration | None, Outcome]:
         """What can be kept of a failed trial, if that saves more than what is kept already, and who is verified there.
@@ -404,12 +421,24 @@ class Merger:
         What was loaded must be, bit by bit, what was judged when it was kept: the same tensors compute the same. Raises
         RuntimeError if it is not.
         """
+        emit("doing", what="loading what was written, and comparing it with what was judged")
         reloaded = self.architectures.reload(self.results_path, self.store)
         if (different := self.state.difference_to(reloaded)) is not None:
             raise RuntimeError(f"{different}: reloaded from {self.results_path} it is not what was judged")
         with self.clock.interrupts.immediate():
             self.evaluator.measure_reloaded(reloaded, self.options.per_class)
-        return self.store()
+            self._write_examples(reloaded)
+        manifest = self.store()
+        emit("run ends", finished=self.record.finished, saved_bytes=manifest["memory"]["saved_bytes"])
+        return manifest
+
+    def _write_examples(self, reloaded: Mapping[str, nn.Module]) -> None:
+        """For the report; where the models give what cannot be shown, a warning: the result is complete without."""
+        try:
+            found = examples_of(self.tasks, self.data, self.state.unmerged, reloaded)
+            files.write(self.results_path / files.EXAMPLES, [json_bytes(found)])
+        except Exception as error:  # a user's model may put out anything
+            log.warning("no examples for the report: %s: %s", type(error).__name__, error)
 
     def store(self) -> dict:
         """Writes the workload as it is now; returns the manifest."""

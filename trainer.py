@@ -9,10 +9,10 @@ import itertools
 from collections.abc import Mapping
 
 from torch import nn
-from tqdm import tqdm
 
 from gemel.datasets.loaders import TaskData, reseed
 from gemel.environment.clock import TimeOver
+from gemel.environment.events import emit
 from gemel.environment.interrupts import Interrupted
 from gemel.environment.seeds import random_state, seeded, set_random_state
 from gemel.fitting.batch_norm import reestimate_statistics
@@ -68,23 +68,19 @@ class Round:
 
     def run(self) -> Outcome:
         """Trains and validates in turn until the round is decided."""
-        schedule = self.schedule
-        with tqdm(total=schedule.max_steps, desc="retraining", unit="step", leave=False, disable=None) as bar:
-            try:
-                with self.context.clock.interruptible():
-                    self._begin()
-            except TimeOver:
-                self.reason = TIME_OVER
-            bar.update(schedule.step)
-            while self.reason is None:
-                self.train(bar)
-                if self.reason is None:
-                    self.validate()
-                bar.set_postfix_str(self._summary())
+        try:
+            with self.context.clock.interruptible():
+                self._begin()
+        except TimeOver:
+            self.reason = TIME_OVER
+        while self.reason is None:
+            self.train()
+            if self.reason is None:
+                self.validate()
         self.training.finish()
         return self._outcome()
 
-    def train(self, bar: tqdm) -> None:
+    def train(self) -> None:
         """Steps until the next validation is due, the time is over or the user asks for an end."""
         self.training.begin_stage(list(self.members.values()))
         while self.schedule.step < self.schedule.next_validation and self.reason is None:
@@ -96,7 +92,7 @@ class Round:
                 self.reason = TIME_OVER
                 return
             self.reason = self.training.step(self.validation.active)
-            bar.update()
+            emit("step", step=self.schedule.step, max_steps=self.schedule.max_steps)
 
     def validate(self) -> None:
         """Validates and saves; where that is cut short, the state from before it is saved, and it is done again."""
@@ -152,6 +148,3 @@ class Round:
         now = self.schedule.step
         verified = tuple(name for name in met if self.members[name].progress.validated[-1][0] == now)
         return Outcome(self.reason or "", accuracies, met, now, self.training.samples, verified)
-
-    def _summary(self) -> str:
-        return " ".join(f"{m.progress.accuracy:.3f}/{m.progress.target:.3f}" for m in self.members.values())

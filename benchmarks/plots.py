@@ -14,7 +14,7 @@ from benchmarks.conditions import Bench
 from benchmarks.runs import Result
 from benchmarks.suite_summary import MOMENTS, Curve, by_workload, over_seeds, share_at, strategies_of
 from benchmarks.summary import of_variant, spent, variants_of
-from gemel.merging.console import MIB
+from gemel.environment.units import MIB
 
 COLOURS = (
     "#0072b2",

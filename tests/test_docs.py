@@ -397,10 +397,12 @@ def test_every_key_of_the_manifest_is_described(box):
     manifest = read_manifest(box / "results")
     said = set(re.findall(r"`([^`\s]+)`", (ROOT / "docs" / "results.md").read_text()))
     parts = [manifest, manifest["run"], manifest["memory"], manifest["store"], *manifest["tasks"].values()]
-    parts += [*manifest["shared_layers"], *manifest["run"]["history"]]
+    parts += [*manifest["shared_layers"], *manifest["run"]["history"], *manifest["run"]["not_shared"]]
     assert not {key for part in parts for key in part} - said
     files = {path.name for path in (box / "results").iterdir()} - {manifest["store"]["file"]}
-    assert files <= {"weights", "merged.json", "workload_stats.json"}
+    assert files == {
+        *("weights", "merged.json", "workload_stats.json", "log.jsonl", "examples.json", "report.html"),
+    }
 
 
 def test_rooms_stand_on_their_floors():

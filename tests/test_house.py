@@ -38,6 +38,7 @@ MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_FIELDS = 450, 60, 8, 12
 FLAGS = {
     *("--workload", "--datasets", "--results", "--tolerance", "--strategy", "--device"),
     *("--time-budget", "--fresh", "--per-class", "--plan", "--seed", "--memory", "--pareto"),
+    *("--check", "--html", "--json", "--quiet", "--debug"),
 }
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()

@@ -1,41 +1,42 @@
 """The tables that people read: the workload and what it could save, one row per round, the closing report.
 
-Every function returns text; merger.py and merge_workloads.py print it.
+Every function returns text of at most 100 columns, in which nothing is cut; merger.py and merge_workloads.py print it.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
+from gemel.environment.units import duration, layer_name, mib, share
 from gemel.forward.modes import Models
 from gemel.results_store.points import points_of
 from gemel.sharing.groups import Configuration, saved_bytes
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.signatures import find_layers
 from gemel.strategies.baselines import gemel_units
+from gemel.training.outcome import OUT_OF_MEMORY
 from gemel.workload import Task
 
-MIB = 1 << 20
 COUNTS = ("images", "objects")  # of a class, among its measures
+WIDTH = 100  # columns of a terminal that every line fits
 ROUND_COLUMNS = (
     ("round", 5),
-    ("tied", 34),
-    ("at target", 24),
+    ("tied", 22),
+    ("at target", 28),
     ("saved", 10),
     ("of optimal", 10),
     ("steps", 6),
-    ("time", 7),
+    ("time", 6),
 )
+BELOW = "below target"
+MOST_MISSED = 3  # tasks below target that a round names
 
 
-def mib(num_bytes: int) -> str:
-    """Bytes as MiB."""
-    return f"{num_bytes / MIB:.2f} MiB"
-
-
-def share(part: float, whole: float) -> str:
-    """A percentage; 0 of 0 is 100 %."""
-    return f"{100 * part / whole if whole else 100:.1f} %"
+def wrap(text: str, indent: str = "  ") -> str:
+    """The text in lines of at most 100 columns; those after its first one are indented."""
+    lines = textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -43,6 +44,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     aligned = ("left", *("right" for _ in header[1:]))
     text = tabulate(rows, header, tablefmt="simple", colalign=aligned if rows else None, disable_numparse=True)
     return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def fit_table(header: Sequence[str], rows: Sequence[Sequence[object]], optional: Sequence[str] = ()) -> str:
+    """A table of at most 100 columns: optional columns are left out, then names continue on a second line."""
+    header, rows = list(header), [list(row) for row in rows]
+    left_out = list(optional)
+    while (text := table(header, rows)) and _width(text) > WIDTH and left_out:
+        index = header.index(left_out.pop(0))
+        header, rows = [*header[:index], *header[index + 1 :]], [[*row[:index], *row[index + 1 :]] for row in rows]
+    too_wide = _width(text) - WIDTH
+    if too_wide <= 0:
+        return text
+    first = max(10, max(len(str(row[0])) for row in rows) - too_wide)
+    return table(header, [["\n".join(textwrap.wrap(str(row[0]), first)), *row[1:]] for row in rows])
+
+
+def _width(text: str) -> int:
+    return max(map(len, text.splitlines()), default=0)
 
 
 def workload_table(tasks: Mapping[str, Task], models: Models, groups: Configuration) -> str:
@@ -66,7 +85,7 @@ def workload_table(tasks: Mapping[str, Task], models: Models, groups: Configurat
     total, optimal = distinct_bytes(models), saved_bytes(groups)
     header = ("task", "kind", "model", "layers", "size", "shareable", "unmerged", "target")
     last = f"{mib(total)} in all; sharing every identical layer would save {mib(optimal)} ({share(optimal, total)})"
-    return f"{table(header, rows)}\n{last}"
+    return f"{fit_table(header, rows, ('layers', 'kind', 'model'))}\n{wrap(last)}"
 
 
 def dataset_notes(notes: Mapping[str, Sequence[str]]) -> str:
@@ -79,10 +98,9 @@ def plan_table(groups: Configuration, total_bytes: int, limit: int = 20) -> str:
     """What could be saved, by unit of equal signature and tasks, largest first."""
     units = gemel_units(groups)
     rows = [
-        (_shorten(unit[0].signature.split(":")[0], 70), len(unit), len(unit[0].tasks), mib(saved_bytes(unit)))
-        for unit in units[:limit]
+        (layer_name(unit[0].signature), len(unit), len(unit[0].tasks), mib(saved_bytes(unit))) for unit in units[:limit]
     ]
-    text = table(("identical layers", "groups", "tasks", "could save"), rows)
+    text = fit_table(("identical layers", "groups", "tasks", "could save"), rows)
     rest = units[limit:]
     more = f"\nand {len(rest)} more, {mib(sum(map(saved_bytes, rest)))}" if rest else ""
     optimal = saved_bytes(groups)
@@ -90,26 +108,40 @@ def plan_table(groups: Configuration, total_bytes: int, limit: int = 20) -> str:
 
 
 def round_header() -> str:
-    return "  ".join([*(_fit(title, width) for title, width in ROUND_COLUMNS), "below target"])
+    return "  ".join(title.ljust(width) for title, width in ROUND_COLUMNS).rstrip()
 
 
 def round_row(row: Mapping) -> str:
-    """One round, as RunRecord.add_round records it, in fixed columns; last, the tasks below their targets."""
+    """One round, as RunRecord.add_round records it, in fixed columns; below it, the tasks that missed their targets."""
     groups = f"{row['num_new_groups']} group{'s' * (row['num_new_groups'] != 1)}"
-    tied = f"{groups}, {len(row['tasks'])} tasks: {row['what']}"
     verdict = f"{len(row['met'])}/{len(row['trained'])} {_verdict(row)}"
     cells = (
         str(row["round"]),
-        tied,
+        f"{groups}, {len(row['tasks'])} tasks",
         verdict,
         mib(row["saved_bytes"]),
         share(row["saved_bytes"], row["optimal_saved_bytes"]),
         str(row["steps"]),
-        f"{row['seconds']:.0f} s",
+        duration(row["seconds"]),
     )
-    line = "  ".join(_fit(cell, width) for cell, (_, width) in zip(cells, ROUND_COLUMNS, strict=True))
+    line = "  ".join(cell.ljust(width) for cell, (_, width) in zip(cells, ROUND_COLUMNS, strict=True)).rstrip()
+    return "\n".join([line, *_missed(row)])
+
+
+def _missed(row: Mapping) -> list[str]:
+    """Which tasks are below their targets and how far, the furthest first; a task never evaluated is only named."""
     below = [task for task in row["trained"] if task not in row["met"]]
-    return f"{line}  {', '.join(below)}".rstrip()
+    targets = row.get("targets", {})
+    reached = {task: row["accuracies"][task] for task in below if task in targets and row["reason"] != OUT_OF_MEMORY}
+    below.sort(key=lambda task: reached[task] / targets[task] if task in reached else 0.0)
+    said = [f"{task} {reached[task]:.3f} of {targets[task]:.3f}" if task in reached else task for task in below]
+    more = [f"and {len(said) - MOST_MISSED} more"] if len(said) > MOST_MISSED else []
+    return [_indented(f"{BELOW}: {', '.join([*said[:MOST_MISSED], *more])}")] if said else []
+
+
+def _indented(text: str) -> str:
+    indent = " " * (ROUND_COLUMNS[0][1] + 2)
+    return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _verdict(row: Mapping) -> str:
@@ -179,7 +211,8 @@ def closing_table(manifest: Mapping) -> str:
         f"memory {mib(unmerged)} -> {mib(memory['merged_bytes'])}: saved {mib(saved)} ({share(saved, unmerged)}), "
         f"{share(saved, optimal)} of the optimal {mib(optimal)}, in {manifest['run']['seconds']:.0f} s"
     )
-    return f"{table(('task', 'unmerged', 'target', 'merged', 'met', 'on the test split'), rows)}\n{last}"
+    header = ("task", "unmerged", "target", "merged", "met", "on the test split")
+    return f"{fit_table(header, rows)}\n{wrap(last)}"
 
 
 def per_class_table(manifest: Mapping) -> str:
@@ -193,12 +226,4 @@ def per_class_table(manifest: Mapping) -> str:
             count = next((str(before[key]) for key in COUNTS if key in before), "-")
             values = (f"{key} {value:.3f} -> {after[key]:.3f}" for key, value in before.items() if key not in COUNTS)
             rows.append((name, called, count, "  ".join(values)))
-    return table(("task", "class", "on val", "unmerged -> merged"), rows)
-
-
-def _fit(text: str, width: int) -> str:
-    return _shorten(text, width).ljust(width)
-
-
-def _shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 2] + ".."
+    return fit_table(("task", "class", "on val", "unmerged -> merged"), rows)

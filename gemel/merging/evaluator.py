@@ -1,14 +1,14 @@
 """The accuracies of a workload: of the unmerged models, on the screening subset, merged, and reloaded from disk."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import nn
-from tqdm import tqdm
 
 from gemel.datasets.folders import SampleError
 from gemel.datasets.loaders import TaskData
 from gemel.environment.clock import Clock
+from gemel.environment.events import emit
 from gemel.evaluation.eval_method import evaluate
 from gemel.merging.diagnosis import explanations
 from gemel.thresholds import THRESHOLDS
@@ -48,7 +48,7 @@ class Evaluator:
         Raises Interrupted or TimeOver.
         """
         problems = []
-        for name, task in self._with_bar("evaluating the unmerged models"):
+        for name, task in self._shown("evaluating the unmerged models"):
             if name in self.accuracy:
                 continue
             try:
@@ -110,7 +110,7 @@ class Evaluator:
 
         The test split only of tasks whose weights were changed by a kept round since it was measured.
         """
-        for name, task in self._with_bar("evaluating what was written"):
+        for name, task in self._shown("evaluating what was written"):
             accuracy, data = self.accuracy[name], self.data[name]
             if data.test is not None and accuracy.merged_test is None:
                 accuracy.merged_test = evaluate(task, data.test, reloaded[name])
@@ -145,8 +145,11 @@ class Evaluator:
         first = int(task.kind == DETECTION and task.background_class)
         return {str(label - first): {"unmerged": before[label], "merged": after[label]} for label in before}
 
-    def _with_bar(self, title: str) -> tqdm:
-        return tqdm(self.tasks.items(), desc=title, unit="task", leave=False, disable=None)
+    def _shown(self, title: str) -> Iterator[tuple[str, Task]]:
+        """The tasks; each is said to begin."""
+        for number, (name, task) in enumerate(self.tasks.items(), 1):
+            emit("doing", what=f"{title}: {name} ({number} of {len(self.tasks)})")
+            yield name, task
 
     # ---- resuming --------------------------------------------------------------------------------------------
 

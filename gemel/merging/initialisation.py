@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
+from gemel.environment.events import emit
 from gemel.environment.failures import is_out_of_memory
 from gemel.fitting.batch_norm import is_frozen, match_statistics
 from gemel.fitting.rows import normalisation_behind
@@ -87,11 +88,14 @@ class WeightFitter:
         balance = TaskWeights(images)
         for attempt in range(max_fits):
             container.load_state_dict(before)
+            emit("doing", what="fitting weights in closed form" if not attempt else f"fitting again ({attempt + 1})")
             fit_sequentially(
                 models, unmerged, groups, images, teacher_samples=teacher_samples, task_weights=balance.weights
             )
+            emit("doing", what="evaluating the fitted weights")
             found = self.evaluator.standings(container)
             ratios = {name: standing.ratio for name, standing in found.items()}
+            emit("fit", round=number + 1, attempt=attempt, ratios=ratios)
             log.debug("round %d, fit %d with weights %s: %s of the targets", number, attempt, balance.weights, ratios)
             if self.improve is not None and worst(found) < 1:
                 found = self.improve(found, {name: sum(batches.sizes) for name, batches in images.items()})

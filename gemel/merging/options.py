@@ -55,6 +55,7 @@ class MergeOptions:
     memory: bytes of the merged workload's parameters at which the search is over; without it everything is tried.
     pareto: a .json file that the points of memory against accuracy are written to.
     fresh: start anew although the folder holds a result, which is kept aside.
+    quiet: only the closing tables are printed.
     per_class: every task is also judged class by class.
     initial_weights: of a tied layer: "least_squares", "mean", "similar" or "first".
     alignment: how channels of models trained apart are aligned first: by "weights", "activations" or "none".
@@ -80,6 +81,7 @@ class MergeOptions:
     pareto: str | Path | None = None
     fresh: bool = False
     per_class: bool = False
+    quiet: bool = False
     seed: int = 0
     # None in, and then what is best for the strategy.
     initial_weights: str = None  # type: ignore[assignment]
@@ -166,6 +168,7 @@ def _problems(given: Mapping[str, Any]) -> list[Problem]:
         "tolerance": (lambda v: v is None or (_is_number(v) and 0 < v <= 1), "a number in (0, 1]"),
         "fresh": (lambda v: isinstance(v, bool), "True or False"),
         "per_class": (lambda v: isinstance(v, bool), "True or False"),
+        "quiet": (lambda v: isinstance(v, bool), "True or False"),
     }
     for key, (is_right, what) in checks.items():
         if not is_right(options[key]):

@@ -10,6 +10,7 @@ from gemel.merging.evaluator import Evaluator
 from gemel.merging.goal import goal_part
 from gemel.merging.options import LEAST_SQUARES, MergeOptions
 from gemel.merging.state import MergeState
+from gemel.merging.why_not import GOAL_REACHED, TIME_OVER, Attempts, add_attempts, not_shared
 from gemel.sharing.groups import Configuration, saved_bytes, to_plain
 from gemel.sharing.memory import Memory, distinct_bytes
 from gemel.strategies.base import Strategy
@@ -26,6 +27,7 @@ class RunRecord:
     rounds: list[dict] = field(default_factory=list)
     history: list[dict] = field(default_factory=list)  # one entry per kept round
     finished: bool = False  # whether everything was tried
+    attempts: Attempts = field(default_factory=dict)  # what was tied in a round and could not be kept
     would_take: dict | None = None  # what the memory goal would take (GoalReplay); {}: not found; None: not looked for
 
     @property
@@ -50,21 +52,26 @@ class RunRecord:
         outcome: Outcome,
         kept_for: list[str],
         seconds: float,
+        targets: Mapping[str, float],
+        ended_at: float,
     ) -> dict:
         """Adds the record of a round. before, kept: what was kept before the round, and after it.
 
+        targets: of the tasks whose weights the trial changed. ended_at: seconds since the run began.
         kept_for: the tasks that keep what they share in the trial: all of them, some of them, or none.
         """
         new = [group for group in proposal if group not in set(before)]
         largest = max(new, key=lambda group: group.saved_bytes)
+        number = len(self.rounds) + 1
         row = {
-            "round": len(self.rounds) + 1,
+            "round": number,
             "what": largest.signature.split(":")[0],
             "num_new_groups": len(new),
             "tasks": sorted({task for group in new for task in group.tasks}),
             "trained": sorted(outcome.accuracies),
             "met": list(outcome.met),
             "accuracies": outcome.accuracies,
+            "targets": dict(targets),
             "kept": bool(kept_for),
             "kept_for": sorted(kept_for),
             "reason": outcome.reason,
@@ -75,8 +82,10 @@ class RunRecord:
             "samples": outcome.samples,
             "private_training": outcome.private_training,
             "seconds": seconds,
+            "ended_at": ended_at,
         }
         self.rounds.append(row)
+        add_attempts(self.attempts, number, proposal, kept)
         return row
 
     def add_history(self, clock: Clock, kept: Configuration, num_met: int) -> None:
@@ -97,6 +106,13 @@ class RunRecord:
     def load_rounds(self, run: Mapping) -> None:
         """Continues the record of an earlier run; run: that part of its manifest."""
         self.rounds, self.history = run["rounds"], run["history"]
+        self.attempts = run.get("attempts", {})
+
+    def not_shared(self, strategy: Strategy, fits: bool) -> list[dict]:
+        """Why each group that is not wholly shared is not. fits: whether a memory goal ended the search."""
+        untried = None if self.finished else GOAL_REACHED if fits else TIME_OVER
+        predicted = strategy.predicted_sensitivity()
+        return not_shared(self.groups, strategy.kept, self.rounds, self.attempts, predicted, untried)
 
 
 def run_part(
@@ -108,6 +124,7 @@ def run_part(
     state: MergeState,
 ) -> dict:
     """The `run` part of the manifest: how the run was started, and everything that a later run needs to resume it."""
+    merged_bytes = state.unmerged_bytes - saved_bytes(state.kept)
     return {
         **record.started_with,
         "strategy": options.strategy,
@@ -115,12 +132,14 @@ def run_part(
         "seconds": clock.seconds,
         "cpu_seconds": clock.cpu_seconds,
         "finished": record.finished,
-        "goal": goal_part(options.memory, record.would_take, state.unmerged_bytes - saved_bytes(state.kept)),
+        "goal": goal_part(options.memory, record.would_take, merged_bytes),
         "groups": to_plain(record.groups),
         "strategy_state": strategy.state(),
         "accuracy": evaluator.state(),
         "permutations": state.order.permutations,
         "rounds": record.rounds,
+        "attempts": record.attempts,
+        "not_shared": record.not_shared(strategy, options.memory is not None and merged_bytes <= options.memory),
         "history": record.history,
         "fingerprint": record.fingerprint,
     }

@@ -19,6 +19,9 @@ from typing import NamedTuple
 MANIFEST = "merged.json"
 STATISTICS = "workload_stats.json"
 IN_FLIGHT = "in_flight.pt"
+LOG = "log.jsonl"  # what happened; like the two below no part of the result: a folder without them is complete
+EXAMPLES = "examples.json"  # images of val with what unmerged and merged models say
+REPORT = "report.html"
 WEIGHTS = "weights"
 TEMPORARY = ".tmp"
 PENDING = MANIFEST + TEMPORARY  # a complete manifest whose commit is under way: merged.json is replaced by it last
@@ -30,6 +33,8 @@ _TEMPORARY_NAMES = (
     "merged.safetensors.tmp",
     STATISTICS + TEMPORARY,
     IN_FLIGHT + TEMPORARY,
+    EXAMPLES + TEMPORARY,
+    REPORT + TEMPORARY,
 )
 # What flock says on file systems that cannot lock a folder.
 _CANNOT_LOCK = (errno.ENOLCK, errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -96,6 +101,21 @@ def write(target: Path, chunks: Iterable[bytes | memoryview], temporary: Path | 
         raise
     sync_folder(target.parent)
     return written
+
+
+def append(target: Path, lines: bytes) -> None:
+    """Appends whole lines to a file; a last line that a killed process left unfinished is ended first.
+
+    One write, not synced: after a loss of power the last lines may be missing. A link in its place is not followed.
+    """
+    with naming(target, "written"):
+        descriptor = os.open(target, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            ended = size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
+            os.write(descriptor, lines if ended else b"\n" + lines)
+        finally:
+            os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -124,7 +124,7 @@ def _other_files(path: Path, manifest: dict) -> Iterator[Check]:
         yield Check(OK, f"{path / name}: left by a run that was interrupted; the next one removes it")
     if size_of(path / files.IN_FLIGHT) is not None:
         yield _checkpoint_check(path, manifest)
-    known = {*left, *manifest["files"], files.MANIFEST, files.IN_FLIGHT}
+    known = {*left, *manifest["files"], files.MANIFEST, files.IN_FLIGHT, files.LOG, files.EXAMPLES, files.REPORT}
     present = [*path.iterdir(), *((path / files.WEIGHTS).iterdir() if (path / files.WEIGHTS).is_dir() else ())]
     others = {str(file.relative_to(path)) for file in present} - known - {files.WEIGHTS}
     for name in sorted(others):

@@ -25,7 +25,17 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from gemel.sharing.adapters import adapter_bytes, rank_within
-from gemel.sharing.groups import Configuration, Group, find_groups, from_plain, joined, ordered, saved_bytes, to_plain
+from gemel.sharing.groups import (
+    Configuration,
+    Group,
+    Occurrence,
+    find_groups,
+    from_plain,
+    joined,
+    ordered,
+    saved_bytes,
+    to_plain,
+)
 from gemel.sharing.signatures import find_layers
 from gemel.strategies.base import NONE, Ratios, Sensitivity, Strategy
 from gemel.strategies.curves import Curve
@@ -40,6 +50,14 @@ FOLLOWING = {
     WITH_ADAPTERS: TRAIN_WITH_ADAPTERS,
     TRAIN_WITH_ADAPTERS: TRAIN,
     TRAIN: DONE,
+}
+ABOUT_TO_DO = {  # in the next rounds; short enough for one line
+    SEARCH: "predicts how much sharing hurts, then ties what saves most",
+    FILL: "ties what is missing, in smaller parts",
+    WITH_ADAPTERS: "ties what is missing, with small private adapters",
+    TRAIN_WITH_ADAPTERS: "trains what is missing, with small private adapters",
+    TRAIN: "trains what is missing, in ever smaller parts",
+    DONE: "everything was tried",
 }
 ALL_ALIKE = ""  # spared in the first trial that just reaches the goal
 RISKS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # each task's probability to meet its target
@@ -104,6 +122,14 @@ class Adaptive(Strategy):
     def keeps_verified_part(self) -> bool:
         """As long as trials are not trained: a training that fails is continued, in smaller parts."""
         return self.phase not in (TRAIN_WITH_ADAPTERS, TRAIN)
+
+    @property
+    def about_to_do(self) -> str:
+        return ABOUT_TO_DO[self.phase]
+
+    def predicted_sensitivity(self) -> dict[Occurrence, float]:
+        every = ((i, o) for i, group in enumerate(self.groups) for o in group.occurrences)
+        return {o: self.sensitivity[i, o.task] for i, o in every if (i, o.task) in self.sensitivity}
 
     def keep_part(self, kept: Configuration) -> None:
         """The search does not build on a part, since what serves some tasks can be in the way of all together."""

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
-from gemel.sharing.groups import Configuration, Group, joined
+from gemel.sharing.groups import Configuration, Group, Occurrence, joined
 
 NONE: Mapping = MappingProxyType({})
 Ratios = Mapping[str, float]  # task -> what it reached, as a share of its target
@@ -33,6 +33,11 @@ class Strategy(ABC):
     @abstractmethod
     def propose(self) -> Configuration | None:
         """The next configuration to try, with everything that is kept; None when nothing is left to try."""
+
+    @property
+    def about_to_do(self) -> str:
+        """What the next rounds do, in words, for the line above their table."""
+        return "each round ties more groups and trains"
 
     @abstractmethod
     def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE) -> None:
@@ -92,6 +97,10 @@ class Strategy(ABC):
         the same at the outputs of the group's layer. reached: of each task now. losses: of each task, the accuracy /
         target that a unit of sensitivity is expected to cost.
         """
+
+    def predicted_sensitivity(self) -> Mapping[Occurrence, float]:
+        """How much tying its group is predicted to hurt the task of an occurrence; nothing if nothing was predicted."""
+        return {}
 
     def closest_to_goal(self) -> tuple[Configuration, Ratios] | None:
         """Of trials that save `goal_saving` and that every search tries, whatever its targets, the best one's ratios.

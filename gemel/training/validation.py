@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from torch import nn
 
 from gemel.datasets.loaders import num_samples
+from gemel.environment.events import emit
 from gemel.evaluation.eval_method import evaluate
 from gemel.training.context import RoundContext
 from gemel.training.options import TrainingOptions
-from gemel.training.outcome import EPOCHS_SPENT, GIVEN_UP, MET, UNTRAINED
+from gemel.training.outcome import EPOCHS_SPENT, GIVEN_UP, MET, UNTRAINED, Standing
 from gemel.training.schedule import Schedule
 from gemel.training.step import Member
 
@@ -55,19 +56,25 @@ class Validation:
     def measure(self, member: Member) -> None:
         """Accuracy on val; where the screening subset is below its target, an estimate from that alone."""
         name, progress, step = member.task.name, member.progress, self.schedule.step
-        model = self.averaged.get_submodule(name) if step else member.task.model
         known = self.context.fitted.get(name) if step == 0 else None
         accuracy = known.accuracy if known else None
+        self._measure(member, known, accuracy)
+        reached = {"accuracy": progress.accuracy, "target": progress.target, "whole_val": progress.confirmed}
+        emit("validation", task=name, step=step, **reached)
+        log.debug("step %d: %s %.4f of %.4f", step, name, progress.accuracy, progress.target)
+
+    def _measure(self, member: Member, known: Standing | None, accuracy: float | None) -> None:
+        """Notes the accuracy; known: where the weights were when the round began, if they are still those."""
+        progress, step = member.progress, self.schedule.step
+        model = self.averaged.get_submodule(member.task.name) if step else member.task.model
         if accuracy is None and self.screens(member):
             ratio = known.ratio if known else self._screen(member, model)
             if ratio < 1:
                 progress.note(step, min(ratio, 1.0) * progress.target, confirmed=False)
-                log.debug("step %d: %s about %.4f of %.4f", step, name, progress.accuracy, progress.target)
                 return
         if accuracy is None:
             accuracy = evaluate(member.task, member.data.val, model)
         progress.note(step, accuracy)
-        log.debug("step %d: %s %.4f of %.4f", step, name, progress.accuracy, progress.target)
 
     def screens(self, member: Member) -> bool:
         """Whether a subset of the task's val split is evaluated before all of it."""

@@ -1,0 +1,44 @@
+"""results/report.html: one self-contained file, made from a results folder.
+
+python -m gemel report results
+"""
+
+from pathlib import Path
+
+from gemel.environment.units import mib, share
+from gemel.report import sections
+from gemel.report.examples import examples
+from gemel.report.html import Html, as_html
+from gemel.report.layer_map import map_css
+from gemel.report.record import Record, read_record
+from gemel.report.style import page
+from gemel.results_store import files
+
+
+def write_report(results_path: str | Path) -> Path:
+    """Writes the report of a results folder into it; returns its file. Raises ResultsError if there is no result."""
+    file = Path(results_path) / files.REPORT
+    files.write(file, [report_of(read_record(results_path)).encode()])
+    return file
+
+
+def report_of(record: Record) -> str:
+    """The whole page."""
+    memory, tasks = record.manifest["memory"], record.manifest["tasks"]
+    title = f"{len(tasks)} models merged: {mib(memory['unmerged_bytes'])} to {mib(memory['merged_bytes'])}"
+    subtitle = (
+        f"{share(memory['saved_bytes'], memory['unmerged_bytes'])} less memory, from {record.path.resolve().name}/"
+    )
+    content = (
+        Html(f'<h1>{as_html(title)}</h1><p class="muted">{as_html(subtitle)}</p>'),
+        sections.summary(record),
+        sections.the_map(record),
+        sections.saving(record),
+        sections.accuracy(record),
+        sections.memory(record),
+        sections.why_not(record),
+        examples(record),
+        sections.per_class(record),
+        sections.card(record),
+    )
+    return page(title, content, map_css(len(record.manifest["shared_layers"])))

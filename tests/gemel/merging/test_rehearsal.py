@@ -1,0 +1,79 @@
+"""--check: finds what a merge would stumble over, leaves models as they are and no file."""
+
+import copy
+import time
+
+import pytest
+from pico import PicoNet, classification_entry, same_state, to_tensor
+from results_samples import tree
+
+from gemel.merging.console import WIDTH
+from merge_workloads import check_workload
+
+
+def checked(entries, datasets, tmp_path, capsys, **options):
+    number = check_workload(entries, tmp_path / "results", datasets=datasets, device="cpu", **options)
+    return number, capsys.readouterr().out
+
+
+def test_a_right_workload_passes_and_stays_as_it_is(entries, datasets, tmp_path, capsys):
+    before = {name: copy.deepcopy(entry["model"].state_dict()) for name, entry in entries.items()}
+    modes = {name: [m.training for m in entry["model"].modules()] for name, entry in entries.items()}
+    began = time.process_time()
+    number, said = checked(entries, datasets, tmp_path, capsys)
+    assert number == 0 and time.process_time() - began < 20
+    assert said.endswith("nothing stands in the way: the same command without --check merges\n")
+    for name, entry in entries.items():
+        assert same_state(entry["model"].state_dict(), before[name]), name
+        assert [m.training for m in entry["model"].modules()] == modes[name]
+        assert all(p.grad is None for p in entry["model"].parameters())
+        measured = f"{entry['unmerged_acc']:.3f} on all "
+        assert f"{name}: accuracy {measured}" in " ".join(said.split())
+    assert not list(tmp_path.iterdir()) and max(map(len, said.splitlines())) <= WIDTH
+
+
+def test_the_contact_sheet_is_the_only_file(entries, datasets, tmp_path, capsys):
+    page = tmp_path / "check.html"
+    assert checked(entries, datasets, tmp_path, capsys, html=page)[0] == 0
+    text = page.read_text()
+    assert list(tree(tmp_path)) == ["check.html"] and text.count('class="card"') == 12
+    assert "label: class" in text and "boxes" in text and len(text.encode()) < 300_000
+
+
+def shifted(image, target):
+    image, target = to_tensor(image, target)
+    target["boxes"] = target["boxes"] + 9
+    return image, target
+
+
+def falls_apart(model, loader):
+    raise RuntimeError("no such metric")
+
+
+class Loud(PicoNet):
+    def forward(self, images):
+        return super().forward(images) * (float("inf") if self.training else 1.0)
+
+
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        ("east_pico", {"transforms": {"train": shifted, "val": to_tensor}}, "outside their image"),
+        ("north_pico", {"eval_method": falls_apart}, "evaluating fails: RuntimeError: no such metric"),
+        ("north_pico", {"unmerged_acc": 1.0, "tolerance": 1.0, "model": PicoNet(3)}, "correct unmerged_acc to"),
+        ("north_pico", {"model": Loud(3)}, "a loss is not finite"),
+        ("north_pico", {"model": PicoNet(3).requires_grad_(False)}, "PROBLEM north_pico"),
+    ],
+)
+def test_what_a_merge_would_stumble_over(entries, datasets, tmp_path, capsys, name, change, said):
+    entries[name] = {**entries[name], **change}
+    number, text = checked(entries, datasets, tmp_path, capsys)
+    assert number >= 1 and said in " ".join(text.split()) and "then check again" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_to_merge_and_no_room(datasets, tmp_path, capsys, monkeypatch):
+    alone = {"north_pico": classification_entry(PicoNet(3), 0.01, batch_size=6)}
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 10}))
+    number, said = checked(alone, datasets, tmp_path, capsys)
+    assert number == 1 and "there is nothing to merge" in said and "free some, or --results" in said
