@@ -1,4 +1,4 @@
-"""The commands on a results folder: python -m gemel verify RESULTS [--workload FILE.py].
+"""The commands on a results folder: python -m gemel verify RESULTS [--workload FILE.py], python -m gemel edge ....
 
 Everything heavy is imported inside a command, so that --help answers at once.
 """
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemel.edge.flags import add_edge_commands
 from gemel.environment import DEVICES
 
 if TYPE_CHECKING:
@@ -25,11 +26,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     verify.add_argument("--workload", metavar="FILE.py", help="a file with create_model_dict(): evaluates its tasks")
     verify.add_argument("--datasets", metavar="DIR", help="default: ../dataset_formation/datasets beside the checkout")
     verify.add_argument("--device", default="auto", choices=DEVICES, help="default: %(default)s")
+    add_edge_commands(commands)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     flags = parse_arguments(arguments)
+    return run_edge(flags) if flags.command == "edge" else verify_results(flags)
+
+
+def run_edge(flags: argparse.Namespace) -> int:
+    from gemel.edge.commands import run_command
+
+    try:
+        return run_command(flags)
+    except ValueError as error:  # of the results, the frames, the flags or the workload file
+        print(error, file=sys.stderr)
+        return 2
+
+
+def verify_results(flags: argparse.Namespace) -> int:
     from gemel.environment.device import pick_device
     from gemel.results_store.verify import print_checks, verify
 

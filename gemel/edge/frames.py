@@ -37,7 +37,7 @@ class FolderFrames(Sequence):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: Any) -> Tensor:
+    def __getitem__(self, index: Any) -> Any:
         from PIL import Image, UnidentifiedImageError
 
         try:
@@ -57,7 +57,7 @@ class RandomFrames(Sequence):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: Any) -> Tensor:
+    def __getitem__(self, index: Any) -> Any:
         return self.images[index]
 
 
@@ -116,7 +116,7 @@ class Frames:
     def input(self, task: str, k: int) -> Tensor:
         """The input of a task for frame k, which must have been read, if the source is an iterable."""
         transform = self.transforms[task]
-        return self._remembered((id(transform), k), lambda: transform(self._image(k)))
+        return self._remembered((id(transform), k), lambda: transform(self.image(k)))
 
     def forget(self, before: int) -> None:
         """Gives back the images of all frames before this one, which no task will take."""
@@ -135,7 +135,8 @@ class Frames:
             self._num_read += 1
         return min(count, self._num_read)
 
-    def _image(self, k: int) -> Any:
+    def image(self, k: int) -> Any:
+        """Image k of the source, which must have been read, if it is an iterable."""
         if self.sequence is None:
             return self._read[k]
         images, index = self.sequence, k % len(self.sequence)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from gemel.edge.blocks import Blocks
 
+MOST_CYCLES = 16  # until what a cycle moves is taken as settled
+
 
 @dataclass(frozen=True)
 class Move:
@@ -33,6 +35,9 @@ class Step:
     peak_bytes: int  # most bytes in memory during the turn
 
 
+NOTHING = Move((), (), 0)
+
+
 class Residency:
     """The steps of a cyclic order of tasks under a budget.
 
@@ -51,7 +56,8 @@ class Residency:
         self.blocks, self.order, self.budget, self.eager = blocks, tuple(order), budget, eager
         self.sizes = [block.bytes for block in blocks.all]
         self.needs = [_set_of(blocks.needs[task]) for task in order]
-        self.last_first = [self._last_first(turn) for turn in range(len(order))]
+        self.largest_first = [-size for size in self.sizes]  # among blocks that are needed at the same time
+        self.last_first: dict[int, list[int]] = {}
         self.steps: dict[tuple[int, int], Step] = {}
 
     def step(self, turn: int, resident: int) -> Step:
@@ -65,10 +71,10 @@ class Residency:
         return sum(self.sizes[i] for i in _members(resident))
 
     def cycle_bytes(self) -> float:
-        """Bytes that a cycle of all turns moves, on average, once the cycles repeat."""
+        """Bytes that a cycle of all turns moves, on average, once the cycles repeat (or in cycles 9 to 16)."""
         resident, moved = 0, [0]
         seen: dict[int, int] = {}
-        while resident not in seen:
+        while resident not in seen and len(moved) <= MOST_CYCLES:
             seen[resident] = len(moved) - 1
             total = moved[-1]
             for turn in range(len(self.order)):
@@ -76,63 +82,63 @@ class Residency:
                 resident = step.resident
                 total += step.enter.bytes + step.prefetch.bytes
             moved.append(total)
-        first = seen[resident]
+        first = seen.get(resident, MOST_CYCLES // 2)
         return (moved[-1] - moved[first]) / (len(moved) - 1 - first)
 
     # ---- planning -----------------------------------------------------------------------------------------
 
     def _last_first(self, turn: int) -> list[int]:
         """All blocks, in the order in which they are evicted during a turn: the one that is needed last comes first."""
-        num = len(self.order)
-        following = [self.needs[(turn + ahead) % num] for ahead in range(num)]
-
-        def turns_until_use(block: int) -> int:
-            return next((ahead for ahead, needed in enumerate(following) if needed >> block & 1), num)
-
-        return sorted(range(len(self.sizes)), key=lambda i: (-turns_until_use(i), -self.sizes[i], i))
+        unused, found = (1 << len(self.sizes)) - 1, []
+        for ahead in range(len(self.order)):
+            needed = self.needs[(turn + ahead) % len(self.order)] & unused
+            found.append(_members(needed))
+            unused &= ~needed
+        groups = (_members(unused), *reversed(found))
+        return [i for group in groups for i in sorted(group, key=self.largest_first.__getitem__)]
 
     def _plan(self, turn: int, resident: int) -> Step:
         after = (turn + 1) % len(self.order)
-        enter = self._enter(turn, resident)
-        present = _after(resident, enter)
-        prefetch = self._prefetch(turn, after, present)
-        end = _after(present, prefetch)
-        peak = max(self.bytes_of(present), self.bytes_of(end))
+        used = self.bytes_of(resident)
+        enter = self._enter(turn, resident, used)
+        present, used = self._after(resident, enter), self._bytes_after(used, enter)
+        prefetch = self._prefetch(turn, after, present, used)
+        peak = max(used, self._bytes_after(used, prefetch))
         assert peak <= self.budget, f"{peak} bytes in memory, budget {self.budget}"
-        return Step(enter, prefetch, end, peak)
+        return Step(enter, prefetch, self._after(present, prefetch), peak)
 
-    def _enter(self, turn: int, resident: int) -> Move:
+    def _enter(self, turn: int, resident: int, used: int) -> Move:
         """What a turn needs to begin; all that it does not need may leave."""
-        missing = self.needs[turn] & ~resident
-        evicted = self._evict(turn, resident & ~self.needs[turn], self._lack(resident, missing))
-        return self._move(evicted, _members(missing))
+        missing = _members(self.needs[turn] & ~resident)
+        lack = used + sum(map(self.sizes.__getitem__, missing)) - self.budget
+        return self._move(self._evict(turn, resident & ~self.needs[turn], lack), missing)
 
-    def _prefetch(self, turn: int, after: int, resident: int) -> Move:
+    def _prefetch(self, turn: int, after: int, resident: int, used: int) -> Move:
         """What of the next turn's blocks can move while this turn's model is in memory."""
-        missing = self.needs[after] & ~resident
+        missing = _members(self.needs[after] & ~resident)
+        if not missing:
+            return NOTHING
         movable = resident & ~self.needs[turn] & ~self.needs[after]
         if self.eager:
-            evicted = self._evict(after, movable, self._lack(resident, missing))
+            lack = used + sum(map(self.sizes.__getitem__, missing)) - self.budget
+            evicted = self._evict(after, movable, lack)
         else:
-            leaves_anyway = _set_of(self._enter(after, resident).evicted)
-            evicted = [i for i in _members(leaves_anyway & movable)]
-        room = self.budget - self.bytes_of(resident) + sum(self.sizes[i] for i in evicted)
+            evicted = [i for i in self._enter(after, resident, used).evicted if movable >> i & 1]
+        room = self.budget - used + sum(map(self.sizes.__getitem__, evicted))
         loaded = []
-        for i in _members(missing):
+        for i in missing:
             if self.sizes[i] <= room:
                 loaded.append(i)
                 room -= self.sizes[i]
-        return self._move(evicted if loaded else [], loaded)
-
-    def _lack(self, resident: int, missing: int) -> int:
-        """Bytes by which the budget is exceeded once the missing blocks are loaded."""
-        return self.bytes_of(resident) + self.bytes_of(missing) - self.budget
+        return self._move(evicted, loaded) if loaded else NOTHING
 
     def _evict(self, turn: int, movable: int, lack: int) -> list[int]:
         """Blocks to evict so that `lack` bytes become free: those needed last, and none that need not go."""
         chosen: list[int] = []
         if lack <= 0:
             return chosen
+        if turn not in self.last_first:
+            self.last_first[turn] = self._last_first(turn)
         for i in self.last_first[turn]:
             if movable >> i & 1:
                 chosen.append(i)
@@ -146,11 +152,13 @@ class Residency:
         return chosen
 
     def _move(self, evicted: Sequence[int], loaded: Sequence[int]) -> Move:
-        return Move(tuple(evicted), tuple(loaded), sum(self.sizes[i] for i in loaded))
+        return Move(tuple(evicted), tuple(loaded), sum(map(self.sizes.__getitem__, loaded)))
 
+    def _after(self, resident: int, move: Move) -> int:
+        return resident & ~_set_of(move.evicted) | _set_of(move.loaded)
 
-def _after(resident: int, move: Move) -> int:
-    return resident & ~_set_of(move.evicted) | _set_of(move.loaded)
+    def _bytes_after(self, used: int, move: Move) -> int:
+        return used + move.bytes - sum(map(self.sizes.__getitem__, move.evicted))
 
 
 def _set_of(blocks: Sequence[int]) -> int:

@@ -17,7 +17,7 @@ from gemel.edge.blocks import Blocks, blocks_of, sizes_of
 from gemel.results_store.files import ResultsError
 from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import read_result
-from gemel.results_store.tensors import Entry
+from gemel.results_store.tensors import Entry, raw_bytes
 
 
 class _Place(NamedTuple):
@@ -39,8 +39,9 @@ class Weights:
     """The models of a results folder, and which blocks of their weights are in memory.
 
     models: by task, for tasks whose architecture the results do not name. merged: False gives every task weights of its
-    own. Counts what is done: bytes that are resident, that were at most, and that were moved. through_cache: False asks the system to forget what it read from the file, as a machine with too little memory
-    does. Raises ResultsError as load_merged does, and for a task that is not in the results.
+    own. through_cache: False asks the system to forget what it read from the file, as a machine with too little memory
+    does. Counts what is done: bytes that are in memory, that were at most, and that were read.
+    Raises ResultsError as load_merged does, and for a task that is not in the results.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Weights:
         entry = self.entries[key]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         if entry.bytes:
-            data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            data = raw_bytes(tensor)
             _read_into(self._file.fileno(), data, entry.begin, self._file.name)
             if not self.through_cache:
                 os.posix_fadvise(self._file.fileno(), entry.begin, entry.bytes, os.POSIX_FADV_DONTNEED)
