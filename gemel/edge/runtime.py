@@ -82,6 +82,7 @@ class Runtime:
         self.kinds: dict[str, str] = {task: records[task]["task"] for task in self.blocks.needs}
         self.transforms = {kind: default_transform(kind, None) for kind in set(self.kinds.values())}
         self.transforms = {task: self.transforms[kind] for task, kind in self.kinds.items()} | dict(transforms or {})
+        _check_batches(self.options.batches or {}, self.kinds)
         self._turns(dict.fromkeys(self.kinds, Arrivals(1, None, 1, 1)))  # raises for a wrong budget or order
         self._stop = threading.Event()
         self._reader = ThreadPoolExecutor(1, "weights")
@@ -181,6 +182,12 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return outputs
+
+
+def _check_batches(batches: Mapping[str, int], tasks: Iterable[str]) -> None:
+    wrong = {task: size for task, size in batches.items() if task not in tasks or type(size) is not int or size < 1}
+    if wrong:
+        raise ValueError(f"batches: got {wrong}; allowed: whole numbers of at least 1, for {', '.join(tasks)}")
 
 
 class _Run:

@@ -19,6 +19,8 @@ from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import read_result
 from gemel.results_store.tensors import Entry, raw_bytes
 
+ALIGNMENT = 64
+
 
 class _Place(NamedTuple):
     """Where a model holds a tensor."""
@@ -116,7 +118,7 @@ class Weights:
     def _read(self, key: str) -> Tensor:
         """A tensor of the store in new memory on the device."""
         entry = self.entries[key]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        tensor = _empty(entry)
         if entry.bytes:
             data = raw_bytes(tensor)
             _read_into(self._file.fileno(), data, entry.begin, self._file.name)
@@ -131,6 +133,17 @@ class Weights:
         stream.synchronize()
         copied.record_stream(torch.cuda.default_stream(self.device))
         return copied
+
+
+def _empty(entry: Entry) -> Tensor:
+    """Memory for a tensor, which begins at a multiple of ALIGNMENT bytes plus as many as in the store.
+
+    Kernels of a CPU may add up numbers in another order where memory begins elsewhere. Like this, the answers are bit
+    by bit those of `load_merged`, whose tensors lie on a memory map of the store.
+    """
+    buffer = torch.empty(entry.bytes + ALIGNMENT, dtype=torch.uint8)
+    begin = (entry.begin - buffer.data_ptr()) % ALIGNMENT
+    return buffer[begin : begin + entry.bytes].view(entry.dtype).view(entry.shape)
 
 
 def _read_into(descriptor: int, data: memoryview, offset: int, name: str) -> None:
