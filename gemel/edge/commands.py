@@ -94,8 +94,8 @@ def _writer(target: str | None) -> Iterator[Callable[[Result], object]]:
         stream: IO[str] = sys.stdout
         if target != "-":
             with files.naming(Path(target), "written"):
-                stream = stack.enter_context(open(target, "w"))
-        yield lambda result: print(json_line(result), file=stream, flush=target == "-")
+                stream = stack.enter_context(open(target, "w", buffering=1))  # a line at once, for who follows it
+        yield lambda result: print(json_line(result), file=stream, flush=stream is sys.stdout)
 
 
 @contextlib.contextmanager

@@ -110,6 +110,7 @@ class Runtime:
         sla: float | None = None,
         count: int | None = None,
         seconds: float | None = None,
+        max_turns: int | None = None,
         on_result: Callable[[Result], object] | None = None,
         on_counts: Callable[[Counts], object] | None = None,
     ) -> dict[str, Any]:
@@ -117,8 +118,8 @@ class Runtime:
 
         frames: a sequence, which is repeated, or an iterable; frame k arrives k / fps seconds after the start. sla:
         seconds within which a frame is to be answered; None: no frame is dropped. count: frames of the stream;
-        seconds: its duration. on_counts: called once, at the start, with the counts, which change as frames are
-        answered.
+        seconds: its duration. max_turns: ends after so many. on_counts: called once, at the start, with the counts,
+        which change as frames are answered.
         """
         total = min(math.inf if count is None else count, math.inf if seconds is None else math.ceil(seconds * fps))
         if total == math.inf and isinstance(frames, Sequence):
@@ -131,7 +132,7 @@ class Runtime:
         self.weights.start_counting()
         self._stop.clear()
         run = _Run(self, source, self._turns(arrivals), counts, on_result or (lambda result: None))
-        run.until_the_end()
+        run.until_the_end(max_turns)
         return {**self.describe(), "turns": run.turns.number, "fps": fps, "sla_seconds": sla, **counts.summary()}
 
     def describe(self) -> dict[str, Any]:
@@ -199,10 +200,12 @@ class _Run:
         self.runtime, self.frames, self.turns, self.counts, self.on_result = runtime, frames, turns, counts, on_result
         self.now = Stopwatch()
 
-    def until_the_end(self) -> None:
+    def until_the_end(self, max_turns: int | None) -> None:
         try:
             while not self.runtime._stop.is_set() and (turn := self.turns.next()) is not None:
                 self._take(*turn)
+                if self.turns.number == max_turns:
+                    break
         finally:
             if self.runtime._ahead is not None:
                 self.runtime._ahead.result()
