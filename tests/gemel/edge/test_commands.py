@@ -162,25 +162,26 @@ def test_a_wrong_flag_is_refused(slim, flag):
 
 
 def test_sigterm_ends_a_run_within_a_second_with_its_summary(slim, tmp_path):
-    lines = tmp_path / "lines.jsonl"
+    """Timed by the summary: the end of Python and torch takes as long as the machine is busy."""
+    lines, summary = tmp_path / "lines.jsonl", tmp_path / "summary.json"
     command = [sys.executable, "-m", "gemel", "edge", "run", str(slim), "--seconds", "600", "--outputs", str(lines)]
-    process = subprocess.Popen(
-        [*command, "--json", str(tmp_path / "summary.json")], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([*command, "--json", str(summary)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
-        until = time.monotonic() + 60
-        while not (lines.exists() and lines.stat().st_size) and time.monotonic() < until:
-            time.sleep(0.05)
-        began = time.monotonic()
+        wait_until(lambda: lines.exists() and lines.stat().st_size, 60)
+        began = time.time()
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=30)
-        # the process also unloads torch, which takes as long as it does on a busy machine: the run itself is timed below
-        ended = time.monotonic() - began
     finally:
         process.kill()
-    print("ended after", ended)
-    assert process.returncode == 0 and "a_slim" in printed and ended < 10
-    assert json.loads((tmp_path / "summary.json").read_text())["tasks"]["a_slim"]["processed"] > 0
+    assert process.returncode == 0 and "a_slim" in printed
+    assert summary.stat().st_mtime - began < 1
+    assert json.loads(summary.read_text())["tasks"]["a_slim"]["processed"] > 0
+
+
+def wait_until(condition, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def test_metrics_are_served(slim):
