@@ -14,6 +14,7 @@ from gemel.edge.blocks import Blocks, blocks_of, sizes_of
 from gemel.edge.compare import Row, compare, draw, rows_table
 from gemel.edge.counts import Counts
 from gemel.edge.endpoint import serve
+from gemel.edge.export import export
 from gemel.edge.frames import default_transform, frames_from
 from gemel.edge.outputs import json_line
 from gemel.edge.own import NOTHING_OWN, own_of
@@ -31,7 +32,7 @@ DEFAULT_SECONDS = 60.0  # of a simulated stream
 
 def run_command(flags: argparse.Namespace) -> int:
     """Runs the command that the flags name; the exit code. Raises ValueError for wrong input."""
-    commands = {"profile": _profile, "run": _run, "schedule": _schedule, "simulate": _simulate}
+    commands = {"profile": _profile, "run": _run, "schedule": _schedule, "simulate": _simulate, "export": _export}
     return commands[flags.edge_command](flags)
 
 
@@ -81,6 +82,13 @@ def _run(flags: argparse.Namespace) -> int:
     if flags.json:
         files.write(Path(flags.json), [json_bytes(summary)])
     print(summary_table(summary), file=sys.stderr if flags.outputs == "-" else sys.stdout)
+    return 0
+
+
+def _export(flags: argparse.Namespace) -> int:
+    own = own_of(flags.workload) if flags.workload else NOTHING_OWN
+    folder = export(flags.results, flags.size, flags.tasks, own.models)
+    print(f"written: {folder}")
     return 0
 
 
