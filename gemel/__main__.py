@@ -1,4 +1,4 @@
-"""Commands: python -m gemel plan MODEL ..., and on a results folder verify, report and watch.
+"""Commands: python -m gemel plan MODEL ..., on a results folder verify, report and watch, and edge ....
 
 Everything heavy is imported inside a command, so that --help answers at once.
 """
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemel.edge.flags import add_edge_commands
 from gemel.environment import DEVICES
 from gemel.merging.flags import parse_size
 
@@ -45,12 +46,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     verify.add_argument("--workload", metavar="FILE.py", help="a file with create_model_dict(): evaluates its tasks")
     verify.add_argument("--datasets", metavar="DIR", help="default: ../dataset_formation/datasets beside the checkout")
     verify.add_argument("--device", default="auto", choices=DEVICES, help="default: %(default)s")
+    add_edge_commands(commands)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     flags = parse_arguments(arguments)
-    command = {"plan": plan_command, "report": report_command, "watch": watch_command, "verify": verify_command}
+    command = {
+        "plan": plan_command,
+        "report": report_command,
+        "watch": watch_command,
+        "verify": verify_command,
+        "edge": edge_command,
+    }
     try:
         return command[flags.command](flags)
     except ValueError as error:  # a WorkloadError or ResultsError, or no such device
@@ -96,6 +104,13 @@ def watch_command(flags: argparse.Namespace) -> int:
 
     watch(flags.results, follow=not flags.once)
     return 0
+
+
+def edge_command(flags: argparse.Namespace) -> int:
+    """The commands of a box with little memory."""
+    from gemel.edge.commands import run_command
+
+    return run_command(flags)
 
 
 def verify_command(flags: argparse.Namespace) -> int:

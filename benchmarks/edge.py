@@ -1,0 +1,172 @@
+"""Merged against unmerged on a box with too little memory: frames answered, bytes moved, and what the simulator says.
+
+    python -m benchmarks.edge [RESULTS] [--workload FILE.py] [--size 64] [--budgets 3] [--seconds 4] [--repeats 3]
+
+Without RESULTS, models of --architectures with random weights are written into a temporary folder with everything tied
+that can be. The workload is profiled; then frames arrive at --load times the rate that would fit if everything were in
+memory, and at every budget the merged and the unmerged workload run in turn, `repeats` times. Medians. --cold: weights
+come from the disk each time, as on a box whose memory does not hold them. About budgets x repeats x 2 x seconds.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gemel.edge.blocks import blocks_of, sizes_of
+from gemel.edge.frames import RandomFrames, default_transform
+from gemel.edge.own import NOTHING_OWN, own_of
+from gemel.edge.profile import Profile, measure
+from gemel.edge.runtime import Runtime
+from gemel.edge.simulator import Load, Plan, budgets_between, simulate
+from gemel.merging.console import table
+from gemel.results_store.manifest import read_result
+from gemel.results_store.write import write_results
+from gemel.sharing.groups import find_groups, saved_bytes
+from gemel.sharing.memory import distinct_bytes
+from gemel.sharing.tying import tie
+from model_architectures import build
+
+MIB = 1 << 20
+ENDLESS = 10**9  # frames: runs are ended by a timer, so that no task runs out of frames before
+NUM_CLASSES = 10
+
+
+def write_tied(path: Path, architectures: Sequence[str]) -> None:
+    """A result of models with random weights, with everything tied that can be."""
+    torch.manual_seed(0)
+    models = nn.ModuleDict({f"task{i}_{name}": build(name, NUM_CLASSES) for i, name in enumerate(architectures)})
+    groups = find_groups(models)
+    tie(models, groups, "first")
+    merged, saved = distinct_bytes(models), saved_bytes(groups)
+    record = {"unmerged_acc": 1.0, "measured_unmerged_acc": 1.0, "target_acc": 0.9, "merged_acc": 1.0, "met": True}
+    tasks = {
+        name: {"task": _kind(name), "architecture": model.architecture, **record} for name, model in models.items()
+    }
+    shared = [
+        {"signature": group.signature, "bytes": group.bytes, "occurrences": [o._asdict() for o in group.occurrences]}
+        for group in groups
+    ]
+    memory = {"unmerged_bytes": merged + saved, "merged_bytes": merged, "saved_bytes": saved}
+    manifest = {"tasks": tasks, "shared_layers": shared, "memory": {**memory, "optimal_saved_bytes": saved}, "run": {}}
+    write_results(path, dict(models.items()), manifest, {"history": []})
+
+
+def _kind(name: str) -> str:
+    detects = any(part in name for part in ("fcos", "rcnn", "ssd", "retinanet", "yolo"))
+    return "object_detection" if detects else "image_classification"
+
+
+class Bench:
+    """A profiled workload."""
+
+    def __init__(self, results: Path, flags: argparse.Namespace):
+        self.results, self.flags = results, flags
+        self.frames = RandomFrames(flags.size, flags.size)
+        manifest, store = read_result(results)
+        own = own_of(flags.workload) if flags.workload else NOTHING_OWN
+        self.models = {task: model for task, model in own.models.items() if task in manifest["tasks"]}
+        kinds = {task: record["task"] for task, record in manifest["tasks"].items()}
+        shared = {kind: default_transform(kind, flags.size) for kind in set(kinds.values())}
+        self.transforms = {task: shared[kind] for task, kind in kinds.items()}
+        sizes = sizes_of(store.entries)
+        self.merged, self.unmerged = (
+            blocks_of(manifest["tensors"], sizes, list(kinds), merged) for merged in (True, False)
+        )
+        self.profile = self.measured()
+
+    def measured(self) -> Profile:
+        """The profile as it is now: on a busy machine it changes from minute to minute."""
+        with self.runtime(None, True) as runtime:
+            return measure(runtime, self.frames, (1, 2, 4))
+
+    def runtime(self, budget: int | None, merged: bool) -> Runtime:
+        options: dict[str, Any] = {"merged": merged, "device": "cpu", "through_cache": not self.flags.cold}
+        return Runtime(self.results, budget, models=self.models, transforms=self.transforms, **options)
+
+    def run(self, budget: int, merged: bool, load: Load) -> dict[str, Any]:
+        with self.runtime(budget, merged) as runtime:
+            threading.Timer(load.count / load.fps, runtime.stop).start()
+            return runtime.run(self.frames, load.fps, load.sla, ENDLESS)
+
+
+def share_of(summary: dict[str, Any]) -> float:
+    """Share of frames that were answered in time."""
+    tasks = summary["tasks"].values()
+    return sum(t["processed"] for t in tasks) / sum(t["processed"] + t["late"] + t["dropped"] for t in tasks)
+
+
+def row_of(bench: Bench, budget: int, load: Load, repeats: int) -> list[str]:
+    """The cells of one budget."""
+    runs: dict[bool, list[dict]] = {False: [], True: []}
+    profile = bench.measured()
+    for _ in range(repeats):
+        for merged in runs:
+            runs[merged].append(bench.run(budget, merged, load))
+    shares = {merged: statistics.median(map(share_of, found)) for merged, found in runs.items()}
+    cells = [f"{budget / MIB:.1f}", f"{100 * shares[False]:.1f} %", f"{100 * shares[True]:.1f} %"]
+    cells.append(f"{shares[True] / shares[False]:.2f}" if shares[False] else "-")
+    for merged, blocks in ((False, bench.unmerged), (True, bench.merged)):
+        summaries = runs[merged]
+        cells.append(f"{100 * simulate(blocks, profile, budget, load, Plan()).share:.1f} %")
+        exact = all(
+            simulate(blocks, profile, budget, replace(load, count=ENDLESS), Plan(), s["turns"]).bytes_moved
+            == s["bytes_moved"]
+            for s in summaries
+        )
+        moved = statistics.median(s["bytes_moved"] / s["turns"] for s in summaries)
+        cells.append(f"{moved / MIB:.2f}{'' if exact else ' (simulated: other)'}")
+        cells.append(f"{statistics.median(s['swap_seconds'] for s in summaries):.2f}")
+        assert all(s["peak_resident_bytes"] <= budget for s in summaries), "more in memory than the budget"
+    return cells
+
+
+HEADER = (
+    *("MiB", "in time, unmerged", "merged", "ratio"),
+    *("unmerged, simulated", "MiB a turn", "s waited", "merged, simulated", "MiB a turn", "s waited"),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="?", metavar="RESULTS", help="default: models with random weights")
+    parser.add_argument("--workload", metavar="FILE.py", help="models that the results do not describe")
+    parser.add_argument("--architectures", nargs="+", default=["resnet18"] * 4, help="default: four resnet18")
+    parser.add_argument("--size", type=int, default=64, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--budgets", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a run (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--load", type=float, default=2.0, help="times what fits (default: %(default)s)")
+    parser.add_argument("--cold", action="store_true", help="read weights from the disk every time")
+    flags = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if flags.results is None:
+            write_tied(Path(folder) / "tied", flags.architectures)
+        print_table(Bench(Path(flags.results or Path(folder) / "tied"), flags), flags)
+    return 0
+
+
+def print_table(bench: Bench, flags: argparse.Namespace) -> None:
+    cycle = sum(task.run_seconds(1) + task.input_ms / 1e3 for task in bench.profile.tasks.values())
+    fps = flags.load / cycle
+    load = Load(fps, max(2.5 * cycle, 2 / fps), max(10, round(flags.seconds * fps)))
+    print(
+        f"{len(bench.profile.tasks)} tasks, {bench.merged.distinct_bytes / MIB:.1f} MiB merged, "
+        f"{bench.unmerged.distinct_bytes / MIB:.1f} MiB unmerged; a cycle runs {1e3 * cycle:.1f} ms; "
+        f"{fps:.1f} frames a second and task, each to be answered within {1e3 * (load.sla or 0):.0f} ms"
+    )
+    rows = [row_of(bench, b, load, flags.repeats) for b in budgets_between(bench.merged, bench.unmerged, flags.budgets)]
+    print(table(HEADER, rows), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

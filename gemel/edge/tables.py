@@ -1,0 +1,46 @@
+"""The tables of a profile and of a run, as text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tabulate import tabulate
+
+from gemel.edge.profile import Profile
+
+MIB = 1 << 20
+
+
+def profile_table(profile: Profile) -> str:
+    """A row per task: size, what it shares most, loading, running by batch size, activations."""
+    batches = list(next(iter(profile.tasks.values())).run_ms)
+    header = ["task", "MiB", "most shared with", "MiB shared", "load ms", *(f"run {n}, ms" for n in batches)]
+    header.append(f"activations {batches[-1]}, MiB")
+    rows = []
+    for name, task in profile.tasks.items():
+        other = max(task.shared_bytes, key=task.shared_bytes.__getitem__, default=None)
+        shared = 0 if other is None else task.shared_bytes[other]
+        row = [name, f"{task.bytes / MIB:.2f}", other if shared else "-", f"{shared / MIB:.2f}", f"{task.load_ms:.2f}"]
+        row += [f"{ms:.2f}" for ms in task.run_ms.values()]
+        rows.append([*row, f"{task.activation_bytes[batches[-1]] / MIB:.2f}"])
+    return _table(header, rows)
+
+
+def summary_table(summary: Mapping[str, Any]) -> str:
+    """A row per task, and a line of totals."""
+    header = ["task", "in time", "late", "dropped", "p50 ms", "p95 ms", "p99 ms", "turns", "run s", "swap s"]
+    rows = []
+    for name, task in summary["tasks"].items():
+        percentiles = ["-" if ms is None else f"{ms:.1f}" for ms in task["latency_ms"].values()]
+        row = [name, task["processed"], task["late"], task["dropped"], *percentiles, task["turns"]]
+        rows.append([*row, f"{task['run_seconds']:.2f}", f"{task['swap_seconds']:.2f}"])
+    kind = "merged" if summary["merged"] else "unmerged"
+    return (
+        f"{_table(header, rows)}\n\n{kind}: {summary['bytes_moved'] / MIB:.2f} MiB of weights moved in "
+        f"{summary['seconds']:.2f} s, {summary['swap_seconds']:.2f} s of them waited for; at most "
+        f"{summary['peak_resident_bytes'] / MIB:.2f} MiB in memory, budget {summary['budget_bytes'] / MIB:.2f} MiB"
+    )
+
+
+def _table(header: list, rows: list) -> str:
+    aligned = ("left", *("right" for _ in header[1:]))
+    return tabulate(rows, header, tablefmt="simple", colalign=aligned, disable_numparse=True)

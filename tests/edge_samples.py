@@ -1,0 +1,58 @@
+"""Workloads for the tests of the edge: results folders of small models, blocks drawn at random, made-up profiles."""
+
+import random
+
+from results_samples import slim_models, write
+
+from gemel.edge.blocks import Block, Blocks, blocks_of
+from gemel.edge.profile import Profile, TaskProfile
+
+
+def write_slim(path, tied: bool = True):
+    """A result of two small classifiers; the path."""
+    write(path, slim_models(tied=tied))
+    return path
+
+
+def random_blocks(num_tasks: int, seed: int, most_pieces: int = 6) -> Blocks:
+    """Models with private blocks, and blocks that families of them share."""
+    rng = random.Random(seed)
+    tasks = [f"t{i}_x" for i in range(num_tasks)]
+    families = [rng.randrange(max(2, num_tasks // 3)) for _ in tasks]
+    blocks = [
+        Block((f"p{i}.{j}",), rng.randrange(1, 1000), (task,))
+        for i, task in enumerate(tasks)
+        for j in range(rng.randrange(1, most_pieces))
+    ]
+    for i in range(num_tasks * most_pieces // 2):
+        family = rng.randrange(max(2, num_tasks // 3))
+        members = [task for task, own in zip(tasks, families, strict=True) if own == family]
+        if len(members) >= 2:
+            users = sorted(rng.sample(members, rng.randrange(2, len(members) + 1)), key=tasks.index)
+            blocks.append(Block((f"s{i}",), rng.randrange(1, 2000), tuple(users)))
+    return Blocks(tuple(blocks), {t: tuple(i for i, b in enumerate(blocks) if t in b.users) for t in tasks})
+
+
+def unshared(blocks: Blocks) -> Blocks:
+    """The same models without sharing."""
+    tensors = {task: {key: key for i in own for key in blocks.all[i].keys} for task, own in blocks.needs.items()}
+    sizes = {key: block.bytes for block in blocks.all for key in block.keys}
+    return blocks_of(tensors, sizes, list(blocks.needs), merged=False)
+
+
+def profile_of(blocks: Blocks, run_ms: float = 10.0, ms_per_mib: float = 0.0) -> Profile:
+    """Every model runs as long; a batch of n takes n times that, less a tenth."""
+    run = {n: run_ms * (n if n == 1 else 0.9 * n) for n in (1, 2, 4)}
+    tasks = {
+        task: TaskProfile(
+            bytes=blocks.bytes_of(task),
+            shared_bytes={other: blocks.shared_bytes(task, other) for other in blocks.needs if other != task},
+            load_ms=blocks.bytes_of(task) * ms_per_mib / (1 << 20),
+            run_ms=run,
+            input_ms=0.0,
+            input=0,
+            activation_bytes=dict.fromkeys(run, 1),
+        )
+        for task in blocks.needs
+    }
+    return Profile("merged-0.safetensors", "cpu", 0.0, 0.0, ms_per_mib, tasks)
