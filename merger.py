@@ -8,13 +8,12 @@ gemel/merging/: state.py (the live models, and how to undo), evaluator.py, initi
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from gemel.alignment.matching import BY_ACTIVATIONS, BY_ORDER, match_groups
 from gemel.datasets.loaders import TaskData
@@ -24,7 +23,7 @@ from gemel.environment.failures import is_out_of_memory
 from gemel.merging.architecture import Architectures
 from gemel.merging.check import training_problems
 from gemel.merging.evaluator import Evaluator
-from gemel.merging.examples import examples_of
+from gemel.merging.examples import write_examples
 from gemel.merging.fingerprint import task_changes
 from gemel.merging.goal import GoalReplay, goal_problems
 from gemel.merging.images import ImageSampler
@@ -38,10 +37,10 @@ from gemel.merging.resume import groups_to_tie, new_strategy
 from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_tied
 from gemel.merging.state import MergeState
 from gemel.merging.teachers import FrozenPrefixes, teachers_of
-from gemel.results_store import files
+from gemel.merging.verified_part import part_to_keep
 from gemel.results_store.checkpoint import drop_checkpoint, read_checkpoint, write_checkpoint
 from gemel.results_store.files import first_line
-from gemel.results_store.manifest import json_bytes, read_manifest
+from gemel.results_store.manifest import read_manifest
 from gemel.results_store.write import statistics_of, update_run, write_results
 from gemel.sharing.groups import (
     Configuration,
@@ -51,7 +50,6 @@ from gemel.sharing.groups import (
     restrict,
     saved_bytes,
     to_plain,
-    verified_part,
 )
 from gemel.thresholds import THRESHOLDS
 from gemel.training.context import RoundContext
@@ -270,7 +268,9 @@ class Merger:
         if outcome.reason == TIME_OVER:
             return False
         self.in_flight = None
-        part, outcome = self._verified_part(proposal, outcome)
+        part = None
+        if self.strategy.keeps_verified_part and not outcome.success:
+            part, outcome = part_to_keep(self.state, self.evaluator, self.clock, proposal, outcome)
         ratios = {name: accuracy / self.tasks[name].target_acc for name, accuracy in outcome.accuracies.items()}
         ratios |= outcome.fitted_ratios
         self.strategy.record(outcome.success, outcome.met, ratios)
@@ -300,41 +300,6 @@ class Merger:
         what = f"{len(new)} group{'s' * (len(new) != 1)} of {len(tasks)} tasks"
         saving = saved_bytes(proposal)
         emit("round begins", round=len(self.record.rounds) + 1, what=what, tasks=tasks, would_save_bytes=saving)
-
-    def _verified_part(self, proposal: Configuration, outcome: Outcome) -> tuple[Configuration | None, Outcome]:
-        """What can be kept of a failed trial, if that saves more than what is kept already, and who is verified there.
-
-        Tasks some of whose scales, biases or adapters go into the weights, as those layers share nothing any more, are
-        evaluated again.
-        """
-        if outcome.success or not self.strategy.keeps_verified_part:
-            return None, outcome
-        while True:
-            part = verified_part(self.state.kept, proposal, outcome.verified)
-            if saved_bytes(part) <= saved_bytes(self.state.kept) or self._changes_others(part, outcome.verified):
-                return None, outcome
-            try:
-                folded = {name: self.state.folded_for(part, name) for name in outcome.verified}
-                with self.clock.interruptible():
-                    measured = {n: self.evaluator.measure(n, model) for n, model in folded.items() if model is not None}
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                return None, outcome
-            outcome = replace(outcome, accuracies={**outcome.accuracies, **measured})
-            missed = {name for name, accuracy in measured.items() if accuracy < self.tasks[name].target_acc}
-            if not missed:
-                return part, outcome
-            outcome = replace(outcome, verified=tuple(name for name in outcome.verified if name not in missed))
-
-    def _changes_others(self, part: Configuration, verified: Collection[str]) -> bool:
-        """Whether a task that is not verified would lose a private scale, bias or adapter that it has in what is kept.
-
-        Its layer would share nothing any more, and the weights that take them in were never evaluated.
-        """
-        private = {o for group in part if group.private_bytes for o in group.occurrences}
-        had = {o for group in self.state.kept if group.private_bytes for o in group.occurrences}
-        return any(occurrence.task not in verified for occurrence in had - private)
 
     def _store_kept(self, accuracies: Mapping[str, float]) -> None:
         self.evaluator.keep(accuracies)
@@ -427,18 +392,10 @@ class Merger:
             raise RuntimeError(f"{different}: reloaded from {self.results_path} it is not what was judged")
         with self.clock.interrupts.immediate():
             self.evaluator.measure_reloaded(reloaded, self.options.per_class)
-            self._write_examples(reloaded)
+            write_examples(self.results_path, self.tasks, self.data, self.state.unmerged, reloaded)
         manifest = self.store()
         emit("run ends", finished=self.record.finished, saved_bytes=manifest["memory"]["saved_bytes"])
         return manifest
-
-    def _write_examples(self, reloaded: Mapping[str, nn.Module]) -> None:
-        """For the report; where the models give what cannot be shown, a warning: the result is complete without."""
-        try:
-            found = examples_of(self.tasks, self.data, self.state.unmerged, reloaded)
-            files.write(self.results_path / files.EXAMPLES, [json_bytes(found)])
-        except Exception as error:  # a user's model may put out anything
-            log.warning("no examples for the report: %s: %s", type(error).__name__, error)
 
     def store(self) -> dict:
         """Writes the workload as it is now; returns the manifest."""

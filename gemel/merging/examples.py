@@ -5,7 +5,9 @@ Written when a merge ends, since the report has neither data nor models. Images 
 
 import base64
 import io
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,11 @@ from gemel.datasets.loaders import TaskData
 from gemel.environment.events import emit
 from gemel.forward.batches import run
 from gemel.forward.modes import Models, logits_of
+from gemel.results_store import files
+from gemel.results_store.manifest import json_bytes
 from gemel.workload import CLASSIFICATION, Task
+
+log = logging.getLogger(__name__)
 
 LOOKED_AT = 24  # images of val per task, evenly spread
 SHOWN, SHOWN_IN_ALL = 3, 24  # per task, and of all tasks together (but at least one of each)
@@ -43,6 +49,17 @@ def examples_of(tasks: Mapping[str, Task], data: Mapping[str, TaskData], unmerge
         shown = [{**example, **thumbnail(example["image"], side)} for example in looked_at[:count]]
         found[name] = {"looked_at": len(looked_at), "shown": shown}
     return found
+
+
+def write_examples(
+    results_path: Path, tasks: Mapping[str, Task], data: Mapping[str, TaskData], unmerged: Models, merged: Models
+) -> None:
+    """Writes the file. Where the models give what cannot be shown, a warning: the result is complete without it."""
+    try:
+        found = examples_of(tasks, data, unmerged, merged)
+        files.write(results_path / files.EXAMPLES, [json_bytes(found)])
+    except Exception as error:  # a user's model may put out anything
+        log.warning("no examples for the report: %s: %s", type(error).__name__, error)
 
 
 def _compare(task: Task, data: TaskData, unmerged: nn.Module, merged: nn.Module) -> list[dict[str, Any]]:
