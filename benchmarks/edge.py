@@ -4,15 +4,15 @@
 
 Without RESULTS, models of --architectures with random weights are written into a temporary folder with everything tied
 that can be. The workload is profiled; then frames arrive at --load times the rate that would fit if everything were in
-memory, and at every budget the merged and the unmerged workload run in turn, `repeats` times. Medians. --cold: weights
-come from the disk each time, as on a box whose memory does not hold them. About budgets x repeats x 2 x seconds.
+memory, and at every budget the merged and the unmerged workload run in turn, `repeats` times. Medians. Time is counted
+in CPU seconds, so that other programs do not matter; --wall: in seconds. --cold: weights come from the disk each time,
+as on a box whose memory does not hold them (with --wall). About budgets x repeats x 2 x seconds.
 """
 
 import argparse
 import statistics
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from gemel.edge.blocks import blocks_of, sizes_of
+from gemel.edge.counts import CpuClock, Stopwatch
 from gemel.edge.frames import RandomFrames, default_transform
 from gemel.edge.own import NOTHING_OWN, own_of
 from gemel.edge.profile import Profile, measure
-from gemel.edge.runtime import Runtime
+from gemel.edge.runtime import Result, Runtime
 from gemel.edge.simulator import Load, Plan, budgets_between, simulate
 from gemel.merging.console import table
 from gemel.results_store.manifest import read_result
@@ -36,7 +37,7 @@ from gemel.sharing.tying import tie
 from model_architectures import build
 
 MIB = 1 << 20
-ENDLESS = 10**9  # frames: runs are ended by a timer, so that no task runs out of frames before
+ENDLESS = 10**9  # frames: runs are stopped, so that no task runs out of frames before the others
 NUM_CLASSES = 10
 
 
@@ -90,12 +91,17 @@ class Bench:
 
     def runtime(self, budget: int | None, merged: bool) -> Runtime:
         options: dict[str, Any] = {"merged": merged, "device": "cpu", "through_cache": not self.flags.cold}
+        options["clock"] = Stopwatch if self.flags.wall else CpuClock
         return Runtime(self.results, budget, models=self.models, transforms=self.transforms, **options)
 
     def run(self, budget: int, merged: bool, load: Load) -> dict[str, Any]:
         with self.runtime(budget, merged) as runtime:
-            threading.Timer(load.count / load.fps, runtime.stop).start()
-            return runtime.run(self.frames, load.fps, load.sla, ENDLESS)
+
+            def stop_after(result: Result) -> None:
+                if result.frame >= load.count:
+                    runtime.stop()
+
+            return runtime.run(self.frames, load.fps, load.sla, ENDLESS, on_result=stop_after)
 
 
 def share_of(summary: dict[str, Any]) -> float:
@@ -146,6 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--load", type=float, default=2.0, help="times what fits (default: %(default)s)")
     parser.add_argument("--cold", action="store_true", help="read weights from the disk every time")
+    parser.add_argument("--wall", action="store_true", help="by wall time: for an idle machine")
     flags = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

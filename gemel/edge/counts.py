@@ -1,5 +1,6 @@
 """What became of the frames: counts, latencies, bytes and waiting times of a run or a simulation."""
 
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -93,3 +94,23 @@ class Stopwatch:
 
     def __call__(self) -> float:
         return time.perf_counter() - self.began
+
+    def wait(self, stop: threading.Event, seconds: float) -> None:
+        """Waits that long, or until the event is set."""
+        stop.wait(seconds)
+
+
+class CpuClock(Stopwatch):
+    """CPU seconds of this process since it was made; waiting takes no time and counts as if it had.
+
+    For measuring on a machine that other programs keep busy. Threads that compute at once count twice.
+    """
+
+    def __init__(self) -> None:
+        self.began, self.waited = time.process_time(), 0.0
+
+    def __call__(self) -> float:
+        return time.process_time() - self.began + self.waited
+
+    def wait(self, stop: threading.Event, seconds: float) -> None:
+        self.waited += seconds

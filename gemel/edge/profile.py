@@ -6,7 +6,7 @@ results, the device and the sizes of images with which it was measured.
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -114,7 +114,8 @@ def measure(runtime: Runtime, source: Iterable, sizes: Sequence[int] = (1, 2, 4,
         tasks[task] = _measure_task(runtime, frames, task, sizes, repeats, statistics.median(own), number)
         runtime.weights.start_counting()
     per_tensor, per_mib = _fit_loading(loads)
-    image_ms = statistics.median(_timed(partial(_image, source, frames, k)) for k in range(sizes[-1]))
+    clock = runtime.options.clock
+    image_ms = statistics.median(_timed(clock, partial(_image, source, frames, k)) for k in range(sizes[-1]))
     store = runtime.weights.manifest["store"]["file"]
     return Profile(store, str(runtime.device), image_ms, per_tensor, per_mib, tasks)
 
@@ -123,13 +124,14 @@ def _measure_task(
     runtime: Runtime, frames: Frames, task: str, sizes: Sequence[int], repeats: int, load_ms: float, number: int
 ) -> TaskProfile:
     """Of a model whose weights are in memory."""
+    clock = runtime.options.clock
     blocks, images = runtime.blocks, [frames.input(task, k) for k in range(sizes[-1])]
     transform = runtime.transforms[task]
     image = frames.image(0)
     run_ms, activations = {}, {}
     for size in sizes:
         batch = images[:size]
-        times = [_timed(partial(runtime.forward, task, batch)) for _ in range(repeats + 1)][1:]
+        times = [_timed(clock, partial(runtime.forward, task, batch)) for _ in range(repeats + 1)][1:]
         run_ms[size] = round(statistics.median(times), 4)
         activations[size] = peak_bytes(partial(runtime.forward, task, batch))
     return TaskProfile(
@@ -137,7 +139,7 @@ def _measure_task(
         shared_bytes={other: blocks.shared_bytes(task, other) for other in runtime.kinds if other != task},
         load_ms=round(load_ms, 4),
         run_ms=run_ms,
-        input_ms=round(statistics.median(_timed(partial(transform, image)) for _ in range(repeats)), 4),
+        input_ms=round(statistics.median(_timed(clock, partial(transform, image)) for _ in range(repeats)), 4),
         input=number,
         activation_bytes=activations,
     )
@@ -146,10 +148,11 @@ def _measure_task(
 def _load(runtime: Runtime, task: str, loads: list[tuple[int, int, float]]) -> float:
     """Reads a model's weights anew; milliseconds. Notes (tensors, bytes, milliseconds) of every block."""
     runtime.weights.start_counting()
+    clock = runtime.options.clock
     total = 0.0
     for i in runtime.blocks.needs[task]:
         block = runtime.blocks.all[i]
-        loads.append((len(block.keys), block.bytes, _timed(partial(runtime.weights.load, [i]))))
+        loads.append((len(block.keys), block.bytes, _timed(clock, partial(runtime.weights.load, [i]))))
         total += loads[-1][2]
     return total
 
@@ -170,7 +173,7 @@ def _image(source: Iterable, frames: Frames, k: int) -> Any:
     return source[k % len(source)] if isinstance(source, Sequence) else frames.image(k)
 
 
-def _timed(run: Any) -> float:
-    watch = Stopwatch()
+def _timed(clock: Callable[[], Stopwatch], run: Callable[[], object]) -> float:
+    watch = clock()
     run()
     return watch() * 1e3

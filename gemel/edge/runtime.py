@@ -52,6 +52,7 @@ class RuntimeOptions:
     batches: Mapping[str, int] | None = None  # most frames of a turn, by task; 1 where it is missing
     merged: bool = True  # False: every model has weights of its own
     eager: bool = False  # load the next model early even where that moves more bytes
+    clock: Callable[[], Stopwatch] = Stopwatch  # made at the start of a run; counts.py has another one
     through_cache: bool = True  # False: the system forgets what was read from the store's file
 
 
@@ -198,7 +199,7 @@ class _Run:
         self, runtime: Runtime, frames: Frames, turns: Turns, counts: Counts, on_result: Callable[[Result], object]
     ):
         self.runtime, self.frames, self.turns, self.counts, self.on_result = runtime, frames, turns, counts, on_result
-        self.now = Stopwatch()
+        self.now = runtime.options.clock()
 
     def until_the_end(self, max_turns: int | None) -> None:
         try:
@@ -257,6 +258,7 @@ class _Run:
     def _wait_until(self, arrival: float) -> bool:
         """Waits for a frame; whether it came before the run was stopped."""
         while (left := arrival - self.now()) > 0:
-            if self.runtime._stop.wait(min(left, 0.5)):
+            if self.runtime._stop.is_set():
                 return False
+            self.now.wait(self.runtime._stop, left)
         return not self.runtime._stop.is_set()

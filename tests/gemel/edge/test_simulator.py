@@ -84,15 +84,8 @@ class VirtualTime:
     def __call__(self) -> float:
         return self.now
 
-    def is_set(self) -> bool:
-        return False
-
-    def clear(self) -> None:
-        pass
-
-    def wait(self, seconds: float) -> bool:
+    def wait(self, stop, seconds: float) -> None:
         self.now += seconds
-        return False
 
 
 class Virtual(Runtime):
@@ -119,7 +112,7 @@ class Virtual(Runtime):
 
 @pytest.mark.parametrize("eager", [False, True], ids=["lazy", "eager"])
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "unmerged"])
-def test_the_runtime_does_what_the_simulator_says(tmp_path, monkeypatch, merged, eager):
+def test_the_runtime_does_what_the_simulator_says(tmp_path, merged, eager):
     """At five budgets: bytes exactly, frames of every task within 5 points."""
     write_slim(tmp_path)
     with Runtime(tmp_path) as runtime:
@@ -127,10 +120,10 @@ def test_the_runtime_does_what_the_simulator_says(tmp_path, monkeypatch, merged,
     shares = set()
     for budget in [least + (most - least) * i // 4 for i in range(5)]:
         clock = VirtualTime()
-        monkeypatch.setattr("gemel.edge.runtime.Stopwatch", lambda clock=clock: clock)
-        with Virtual(tmp_path, budget, merged=merged, eager=eager, batches={"a_slim": 2}) as runtime:
+        options = {"merged": merged, "eager": eager, "batches": {"a_slim": 2}, "clock": lambda clock=clock: clock}
+        with Virtual(tmp_path, budget, **options) as runtime:
             blocks = runtime.blocks
-            runtime.profile, runtime.clock, runtime._stop = profile_of(blocks, 12, 1500), clock, clock
+            runtime.profile, runtime.clock = profile_of(blocks, 12, 1500), clock
             summary = runtime.run(RandomFrames(8, 8), fps=80, sla=0.08, count=10**9, max_turns=100)
         plan = Plan(batches={"a_slim": 2}, eager=eager)
         found = simulate(blocks, runtime.profile, budget, Load(80, 0.08, 10**9), plan, max_turns=100)

@@ -1,0 +1,11 @@
+"""The benchmark of the edge at small size."""
+
+from benchmarks import edge
+
+
+def test_a_row_per_budget(capsys):
+    command = ["--architectures", "squeezenet1_1", "squeezenet1_1", "--size", "32", "--budgets", "2"]
+    assert edge.main([*command, "--seconds", "0.1", "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 tasks" in printed and len(printed.strip().splitlines()) == 5
+    assert "other" not in printed, "bytes are as simulated"
