@@ -32,6 +32,10 @@ DEFAULT_SECONDS = 60.0  # of a simulated stream
 
 def run_command(flags: argparse.Namespace) -> int:
     """Runs the command that the flags name; the exit code. Raises ValueError for wrong input."""
+    for name in ("json", "outputs", "plot"):  # before anything is measured or run
+        target = getattr(flags, name, None)
+        if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
+            raise ResultsError(f"--{name}: got {target}; allowed: a file in a folder that exists")
     commands = {"profile": _profile, "run": _run, "schedule": _schedule, "simulate": _simulate, "export": _export}
     return commands[flags.edge_command](flags)
 
@@ -108,14 +112,15 @@ def _writer(target: str | None) -> Iterator[Callable[[Result], object]]:
 
 @contextlib.contextmanager
 def _ended_by_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Within, SIGTERM and the first Ctrl-C call `stop`; the second Ctrl-C ends at once."""
+    """Within, the first SIGTERM or Ctrl-C calls `stop`; the second one ends at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(number: int, frame: object) -> None:
         stop()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for other, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            signal.signal(other, handler)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

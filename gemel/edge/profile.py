@@ -99,6 +99,7 @@ def _task_profile(record: dict[str, Any]) -> TaskProfile:
 def measure(runtime: Runtime, source: Iterable, sizes: Sequence[int] = (1, 2, 4, 8), repeats: int = 5) -> Profile:
     """Measures every model alone, on frames of the source; medians of `repeats` after one that warms up.
 
+    A model's weights are read anew before each of its runs, as in a turn: what ran before has left the caches.
     sizes: of batches, ascending. Raises ValueError if the source has fewer frames than the largest batch.
     """
     frames = Frames(source, runtime.transforms)
@@ -109,9 +110,8 @@ def measure(runtime: Runtime, source: Iterable, sizes: Sequence[int] = (1, 2, 4,
     inputs = {id(transform): i for i, transform in enumerate({id(t): t for t in runtime.transforms.values()}.values())}
     tasks = {}
     for task in runtime.kinds:
-        own = [_load(runtime, task, loads) for _ in range(repeats + 1)][1:]
-        number = inputs[id(runtime.transforms[task])]
-        tasks[task] = _measure_task(runtime, frames, task, sizes, repeats, statistics.median(own), number)
+        load = partial(_load, runtime, task, loads)
+        tasks[task] = _measure_task(runtime, frames, task, sizes, repeats, load, inputs[id(runtime.transforms[task])])
         runtime.weights.start_counting()
     per_tensor, per_mib = _fit_loading(loads)
     clock = runtime.options.clock
@@ -121,23 +121,29 @@ def measure(runtime: Runtime, source: Iterable, sizes: Sequence[int] = (1, 2, 4,
 
 
 def _measure_task(
-    runtime: Runtime, frames: Frames, task: str, sizes: Sequence[int], repeats: int, load_ms: float, number: int
+    runtime: Runtime,
+    frames: Frames,
+    task: str,
+    sizes: Sequence[int],
+    repeats: int,
+    load: Callable[[], float],
+    number: int,
 ) -> TaskProfile:
-    """Of a model whose weights are in memory."""
+    """load: reads the model's weights anew; milliseconds."""
     clock = runtime.options.clock
     blocks, images = runtime.blocks, [frames.input(task, k) for k in range(sizes[-1])]
-    transform = runtime.transforms[task]
-    image = frames.image(0)
-    run_ms, activations = {}, {}
+    transform, image = runtime.transforms[task], frames.image(0)
+    run_ms, activations, load_ms = {}, {}, []
     for size in sizes:
-        batch = images[:size]
-        times = [_timed(clock, partial(runtime.forward, task, batch)) for _ in range(repeats + 1)][1:]
-        run_ms[size] = round(statistics.median(times), 4)
-        activations[size] = peak_bytes(partial(runtime.forward, task, batch))
+        run = partial(runtime.forward, task, images[:size])
+        times = [(load(), _timed(clock, run)) for _ in range(repeats + 1)][1:]
+        load_ms += [ms for ms, _ in times]
+        run_ms[size] = round(statistics.median(ms for _, ms in times), 4)
+        activations[size] = peak_bytes(run)
     return TaskProfile(
         bytes=blocks.bytes_of(task),
         shared_bytes={other: blocks.shared_bytes(task, other) for other in runtime.kinds if other != task},
-        load_ms=round(load_ms, 4),
+        load_ms=round(statistics.median(load_ms), 4),
         run_ms=run_ms,
         input_ms=round(statistics.median(_timed(clock, partial(transform, image)) for _ in range(repeats)), 4),
         input=number,

@@ -144,6 +144,7 @@ def test_simulate_prints_a_row_per_way_and_budget(slim, tmp_path, capsys):
         (["run", "{slim}", "--plan", "{empty}/none.json"], "cannot be read"),
         (["simulate", "{slim}", "--memory", "10B"], "allowed: at least"),
         (["profile", "{empty}"], "holds no result"),
+        (["run", "{slim}", "--json", "{empty}/none/summary.json"], "allowed: a file in a folder that exists"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -167,7 +168,7 @@ def test_sigterm_ends_a_run_within_a_second_with_its_summary(slim, tmp_path):
     command = [sys.executable, "-m", "gemel", "edge", "run", str(slim), "--seconds", "600", "--outputs", str(lines)]
     process = subprocess.Popen([*command, "--json", str(summary)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
-        wait_until(lambda: lines.exists() and lines.stat().st_size, 60)
+        assert wait_until(lambda: lines.exists() and lines.stat().st_size, 150), "the run never began"
         began = time.time()
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=30)
@@ -178,10 +179,11 @@ def test_sigterm_ends_a_run_within_a_second_with_its_summary(slim, tmp_path):
     assert json.loads(summary.read_text())["tasks"]["a_slim"]["processed"] > 0
 
 
-def wait_until(condition, seconds: float) -> None:
+def wait_until(condition, seconds: float) -> bool:
     until = time.monotonic() + seconds
     while not condition() and time.monotonic() < until:
         time.sleep(0.05)
+    return bool(condition())
 
 
 def test_metrics_are_served(slim):
