@@ -221,7 +221,12 @@ def listed(command: list[str]) -> str | None:
 # ---- commands and examples --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "sh"], ids=str)
+def with_commands(block: Block) -> str:
+    """A name for the list of commands that `.ci/commands` prints."""
+    return f"{block}: {'; '.join(map(shlex.join, commands_of(block.text)))}"
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "sh"], ids=with_commands)
 def test_commands_run_as_written(block, in_the_box, monkeypatch, capsys):
     for command in commands_of(block.text):
         if (entry := listed(command)) is None:

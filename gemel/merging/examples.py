@@ -6,6 +6,7 @@ Written when a merge ends, since the report has neither data nor models. Images 
 import base64
 import io
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from gemel.workload import CLASSIFICATION, Task
 log = logging.getLogger(__name__)
 
 LOOKED_AT = 24  # images of val per task, evenly spread
+MAX_SECONDS = 20.0  # of all tasks together; each looks at one image at least
 SHOWN, SHOWN_IN_ALL = 3, 24  # per task, and of all tasks together (but at least one of each)
 LONGEST_SIDE, SMALL_SIDE, MANY_TASKS = 128, 72, 8  # pixels of a thumbnail, and where there are many tasks
 MIN_SCORE, MAX_BOXES, SAME_BOX = 0.5, 20, 0.5  # detections that are shown, and the overlap of the same object
@@ -44,7 +46,7 @@ def examples_of(tasks: Mapping[str, Task], data: Mapping[str, TaskData], unmerge
     found = {}
     for name, task in tasks.items():
         emit("doing", what=f"comparing what the models say about images of val: {name}")
-        looked_at = _compare(task, data[name], unmerged[name], merged[name])
+        looked_at = _compare(task, data[name], unmerged[name], merged[name], MAX_SECONDS / len(tasks))
         looked_at.sort(key=lambda example: -example["disagreement"])
         shown = [{**example, **thumbnail(example["image"], side)} for example in looked_at[:count]]
         found[name] = {"looked_at": len(looked_at), "shown": shown}
@@ -62,11 +64,16 @@ def write_examples(
         log.warning("no examples for the report: %s: %s", type(error).__name__, error)
 
 
-def _compare(task: Task, data: TaskData, unmerged: nn.Module, merged: nn.Module) -> list[dict[str, Any]]:
+def _compare(
+    task: Task, data: TaskData, unmerged: nn.Module, merged: nn.Module, seconds: float
+) -> list[dict[str, Any]]:
     dataset: Any = data.val.dataset
     indices = torch.linspace(0, len(dataset) - 1, min(LOOKED_AT, len(dataset))).long().tolist()
-    examples = []
-    for index in indices:
+    examples: list[dict[str, Any]] = []
+    began = time.monotonic()
+    for index in (*indices[::3], *indices[1::3], *indices[2::3]):  # spread as well where the time is over early
+        if examples and time.monotonic() - began > seconds:
+            break
         image, target = dataset[index]
         if task.kind == CLASSIFICATION:
             said = [logits_of(run(model, image[None])).float().softmax(-1)[0].cpu() for model in (unmerged, merged)]

@@ -140,7 +140,7 @@ def _svg(figure: Figure, prefix: str, label: str) -> Html:
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", text)
-    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d\d)\d+", r"\1", tag[0]), text)  # not what is written
     text = _with_classes(re.sub(r"font-family: [^;\"]*;? ?", "", _without_idle_parts(text)), prefix)
     for name, colour in PLACEHOLDERS.items():
         text = text.replace(colour, f"var(--{name})")

@@ -12,14 +12,16 @@ from gemel.workload import CLASSIFICATION
 MAX_IMAGE = 60_000  # characters
 
 
-def examples(record: Record) -> Html:
-    """Cards by task; nothing where the folder has no examples, as those of earlier versions."""
+def examples(record: Record, most: int) -> Html:
+    """Cards by task, at most so many each; nothing where the folder has no examples, as those of earlier versions."""
+    if record.examples and not most:
+        return section("What the models say", paragraph("Left out, as this page would be too large with images."))
     parts = []
     for name, found in record.examples.items():
         task = record.manifest["tasks"][name]
         try:
             draw = _classified if task["task"] == CLASSIFICATION else _detected
-            cards = "".join(draw(example, task.get("class_names") or ()) for example in found["shown"])
+            cards = "".join(draw(example, task.get("class_names") or ()) for example in found["shown"][:most])
             looked_at = int(found["looked_at"])
         except (KeyError, TypeError, ValueError, IndexError):  # not what a merge writes
             continue

@@ -8,8 +8,8 @@ from gemel.report.html import Html, as_html
 from gemel.report.record import Layer, read_record
 from gemel.report.style import COLOURS
 
-WIDTH, PITCH, BAR, LABEL = 1000, 38, 18, 13  # of a row, in units of the picture
-TOP, LEAST_WIDTH = LABEL + 3, 0.7
+WIDTH, PITCH, BAR, LABEL = 1000, 44, 18, 13  # of a row, in units of the picture
+TOP, LEAST_WIDTH = LABEL + 7, 0.7
 THIN = 0.5  # private layers of less width are drawn as lines without a name of their own
 HUE_STEP = 137.5  # degrees: neighbours in the list of groups differ most
 MOST_HIGHLIGHTED = 300  # groups that light up together under the pointer
@@ -56,7 +56,7 @@ def _row(task: str, layers: Sequence[Layer], index: int, scale: float) -> str:
         left += width
     said = f"{len(thin)} private layers of less than {mib(THIN / scale)}, most of them normalisation"
     thin_ones = f'<path d="{"".join(thin)}"><title>{said}</title></path>' if thin else ""
-    name = f'<text y="{LABEL - 1}" font-size="{LABEL - 1}">{as_html(task)}</text>'
+    name = f'<text y="{LABEL + 2}" font-size="{LABEL - 1}">{as_html(task)}</text>'
     return f'<g transform="translate(0 {index * PITCH})">{name}{thin_ones}{"".join(drawn)}</g>'
 
 

@@ -14,6 +14,9 @@ from gemel.report.record import Record, read_record
 from gemel.report.style import page
 from gemel.results_store import files
 
+MAX_BYTES = 300_000
+EXAMPLES_PER_TASK = (3, 1, 0)  # the most that fit
+
 
 def write_report(results_path: str | Path) -> Path:
     """Writes the report of a results folder into it; returns its file. Raises ResultsError if there is no result."""
@@ -23,13 +26,13 @@ def write_report(results_path: str | Path) -> Path:
 
 
 def report_of(record: Record) -> str:
-    """The whole page."""
+    """The whole page; of a large workload with fewer examples, so that it stays below MAX_BYTES."""
     memory, tasks = record.manifest["memory"], record.manifest["tasks"]
     title = f"{len(tasks)} models merged: {mib(memory['unmerged_bytes'])} to {mib(memory['merged_bytes'])}"
     subtitle = (
         f"{share(memory['saved_bytes'], memory['unmerged_bytes'])} less memory, from {record.path.resolve().name}/"
     )
-    content = (
+    before = (
         Html(f'<h1>{as_html(title)}</h1><p class="muted">{as_html(subtitle)}</p>'),
         sections.summary(record),
         sections.the_map(record),
@@ -37,8 +40,11 @@ def report_of(record: Record) -> str:
         sections.accuracy(record),
         sections.memory(record),
         sections.why_not(record),
-        examples(record),
-        sections.per_class(record),
-        sections.card(record),
     )
-    return page(title, content, map_css(len(record.manifest["shared_layers"])))
+    after = (sections.per_class(record), sections.card(record))
+    css = map_css(len(record.manifest["shared_layers"]))
+    for most in EXAMPLES_PER_TASK:
+        text = page(title, (*before, examples(record, most), *after), css)
+        if len(text.encode()) < MAX_BYTES:
+            break
+    return text

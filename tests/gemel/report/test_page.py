@@ -232,3 +232,7 @@ def test_twenty_resnet50_stay_below_300_kb(merged):
     Page(text)
     assert text.count("<rect") >= 20 * len(shared) and text.count('class="card"') == 20
     assert 150_000 < len(text.encode()) < 300_000
+    large = {**example, "image": "/9j/" + "A" * 20_000}
+    examples = {name: {"looked_at": 24, "shown": [large] * 3} for name in tasks}
+    text = report_of(Record(record.path, manifest, dict.fromkeys(tasks, layers), memory, examples))
+    assert "Left out, as this page would be too large" in text and len(text.encode()) < 300_000
