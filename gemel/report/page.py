@@ -13,6 +13,7 @@ from gemel.report.layer_map import map_css
 from gemel.report.record import Record, read_record
 from gemel.report.style import page
 from gemel.results_store import files
+from gemel.results_store.files import ResultsError
 
 MAX_BYTES = 300_000
 EXAMPLES_PER_TASK = (3, 1, 0)  # the most that fit
@@ -20,8 +21,13 @@ EXAMPLES_PER_TASK = (3, 1, 0)  # the most that fit
 
 def write_report(results_path: str | Path) -> Path:
     """Writes the report of a results folder into it; returns its file. Raises ResultsError if there is no result."""
-    file = Path(results_path) / files.REPORT
-    files.write(file, [report_of(read_record(results_path)).encode()])
+    file, record = Path(results_path) / files.REPORT, read_record(results_path)
+    try:
+        text = report_of(record)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # its checks leave out `run`
+        said = f"{type(error).__name__}: {files.first_line(error)}"
+        raise ResultsError(f"{record.path / files.MANIFEST}: run: is not what a merge writes: {said}") from error
+    files.write(file, [text.encode()])
     return file
 
 

@@ -19,6 +19,7 @@ from gemel.report.page import report_of, write_report
 from gemel.report.record import Layer, Record, TaskMemory, read_record
 from gemel.results_store.files import ResultsError
 from gemel.results_store.load import build_empty
+from gemel.results_store.write import update_run
 from merge_workloads import merge_workload
 
 VOID = {"meta", "br"}
@@ -243,3 +244,13 @@ def test_a_page_that_would_be_too_large_shows_fewer_examples(merged, monkeypatch
     assert 0 < fewer.count('class="card"') < whole.count('class="card"')
     monkeypatch.setattr(module, "MAX_BYTES", 1)
     assert 'class="card"' not in (none := report_of(record)) and "too large with images" in none
+
+
+@pytest.mark.parametrize("run", [{"rounds": [{"trial_saved_bytes": "much"}]}, {"not_shared": [1]}, {"flags": 3}])
+def test_a_manifest_whose_run_somebody_changed_is_named(merged, tmp_path, run):
+    folder = shutil.copytree(merged[0], tmp_path / "results")
+    update_run(folder, {**merged[1]["run"], **run})
+    before = (folder / "report.html").read_bytes()
+    with pytest.raises(ResultsError, match="merged.json: run: is not what a merge writes"):
+        write_report(folder)
+    assert (folder / "report.html").read_bytes() == before
