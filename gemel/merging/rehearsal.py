@@ -81,7 +81,7 @@ def _try_task(task: Task, data: TaskData, device: torch.device, seed: int, found
     try:
         emit("doing", what=f"checking {task.name}: {what}")
         batch = _load(task, data, seed)
-        found.findings += _boxes(task, batch)
+        found.findings += boxes_on_images(task, batch)
         found.sheet[task.name] = _sheet(task, batch)
         what = "one batch with gradients"
         emit("doing", what=f"checking {task.name}: {what}")
@@ -103,7 +103,7 @@ def _load(task: Task, data: TaskData, seed: int) -> Any:
         return next(iter(data.train))
 
 
-def _boxes(task: Task, batch: Any) -> Iterator[Finding]:
+def boxes_on_images(task: Task, batch: Any) -> Iterator[Finding]:
     """Whether boxes lie on their images after the transform."""
     if task.kind == CLASSIFICATION:
         return
