@@ -69,7 +69,7 @@ def training_error(
 
 def _backward(task: Task, train: DataLoader, indices: list[int], teacher: Teacher | None) -> None:
     """Losses and gradients on some samples of train, in smaller batches where memory runs out."""
-    task.model.train()
+    task.model.train().zero_grad()  # gradients that the user left may have another memory layout
     device = next(task.model.parameters()).device
     try:
         batch = train.collate_fn([train.dataset[i] for i in indices])
