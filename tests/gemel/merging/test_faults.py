@@ -95,8 +95,8 @@ def run(two_tasks, datasets, tmp_path):
 @pytest.mark.parametrize("what", ERRORS)
 def test_a_fault_at_any_call(what, run, two_tasks, datasets):
     _, raised, num_calls = run(what, 0)
-    assert raised is None and num_calls > NUM_PLACES, "the calls of a merge without a fault"
-    places = {1 + i * (num_calls - 1) // (NUM_PLACES - 1) for i in range(NUM_PLACES)}
+    assert raised is None and num_calls >= 4, "the calls of a merge without a fault"
+    places = {1 + i * (num_calls - 1) // (NUM_PLACES - 1) for i in range(NUM_PLACES)}  # all, where there are few
     for k in sorted(places):
         folder, raised, _ = run(what, k)
         if raised is not None:
