@@ -139,6 +139,20 @@ def test_models_that_cannot_be_copied_are_listed_before_anything_is_written(data
     assert "TorchScript" in problems[0].got and problems[0].task == "north_x"
 
 
+def test_a_training_pass_that_does_not_fit_the_memory_is_no_problem_of_the_model(tasks, data, monkeypatch, caplog):
+    """Training comes down to single images; the check goes down to two, as batch normalisation needs them."""
+    sizes = []
+
+    def crowded(task, batch, *more):
+        sizes.append(len(batch[0]))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("gemel.merging.check.task_losses", crowded)
+    only = {"north_pico": tasks["north_pico"]}
+    assert training_problems(only, data, MergeState(only, CPU), seed=0) == [] and sizes == [6, 3]
+    assert "north_pico: out of memory in a training pass" in caplog.text
+
+
 class Raises(PicoNet):
     """A model whose backward pass, or whose loss for the last class, fails."""
 
