@@ -77,7 +77,7 @@ MAKERS = {
     "timm nf_regnet (ScaledStdConv)": of_timm("nf_regnet_b0"),
     "timm mobileone": of_timm("mobileone_s0"),
     "timm regnetx": of_timm("regnetx_002"),
-    "timm mixer": of_timm("mixer_s32_224", img_size=SIZE, num_blocks=2, embed_dim=64),
+    "timm edgenext": of_timm("edgenext_xx_small"),
     "transformers ViT": of_transformers("ViT", **PATCHES),
     "transformers DeiT": of_transformers("DeiT", **PATCHES),
     "transformers Swin": of_transformers(

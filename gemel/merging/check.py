@@ -1,5 +1,6 @@
 """What is checked of a workload before anything is trained or written, beside the dictionary and the datasets."""
 
+import logging
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -19,6 +20,8 @@ from gemel.workload import Problem, Task
 from model_architectures import num_classes_of
 
 MAX_SIZES = 256  # headers that are read of a split, to find the extreme sizes
+log = logging.getLogger(__name__)
+
 ALLOWED = "a model that is trained as torchvision's are: logits, or a dict of losses from (images, targets)"
 
 
@@ -32,7 +35,9 @@ def training_problems(
     problems = []
     for name, task in tasks.items():
         error = training_error(task, data[name], state.unmerged[name], seed)
-        if error is not None:
+        if error is not None and is_out_of_memory(error):  # a round comes down to single images, or is undone
+            log.warning("%s: out of memory in a training pass on a few images: training may not be possible", name)
+        elif error is not None:
             got = f"{type(error).__name__} in training: {' '.join(str(error).split())[:300]}"
             problems.append(Problem(name, "model", got, ALLOWED))
     return problems
@@ -69,7 +74,7 @@ def training_error(
 
 def _backward(task: Task, train: DataLoader, indices: list[int], teacher: Teacher | None) -> None:
     """Losses and gradients on some samples of train, in smaller batches where memory runs out."""
-    task.model.train()
+    task.model.train().zero_grad()  # gradients that the user left may have another memory layout
     device = next(task.model.parameters()).device
     try:
         batch = train.collate_fn([train.dataset[i] for i in indices])

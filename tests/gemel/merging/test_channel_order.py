@@ -169,3 +169,34 @@ def test_a_finished_result_hands_back_models_as_they_are_stored(trained_entries,
     entries = copy.deepcopy(trained_entries)
     again = merge(entries, tmp_path / "results", datasets)
     assert again == first and same_state(state_of(entries), state_of(trained_entries))
+
+
+def test_a_task_that_shares_nothing_beside_others_that_do(trained_entries, datasets, tmp_path, monkeypatch):
+    """It was stored in the order that alignment found, and ends in its own: live, on disk, and as the manifest says."""
+    honest = merger.recover
+
+    def without_one(models, tasks, *more):
+        if alone not in tasks:
+            return honest(models, tasks, *more)
+        others = [name for name in tasks if name != alone]
+        return Outcome("given up", {**dict.fromkeys(others, 1.0), alone: 0.0}, tuple(others), 0, 0)
+
+    monkeypatch.setattr(merger, "recover", without_one)
+    entries = {**trained_entries, "west_pico": {**copy.deepcopy(trained_entries["north_pico"]), "dataset": "north_CL"}}
+    del entries["east_pico"]
+    moved = []
+    for alone in ("north_pico", "south_pico"):
+        own = copy.deepcopy(entries)
+        manifest = merge(own, tmp_path / alone, datasets, strategy="adaptive", alignment="weights")
+        assert not manifest["tasks"][alone]["permuted"] and manifest["shared_layers"]
+        assert same_state(own[alone]["model"].state_dict(), trained_entries[alone]["model"].state_dict())
+        moved.append(bool(manifest["run"]["permutations"][alone]))
+    assert any(moved), "or nothing was tried"
+
+
+def test_alignment_is_recorded_before_the_first_round_is_decided(trained_entries, datasets, tmp_path, monkeypatch):
+    """A run that is killed within it goes on in the order that the weights of the round in flight have."""
+    monkeypatch.setattr(Merger, "play_round", StopsBefore(0))
+    with pytest.raises(KeyboardInterrupt):
+        merge(copy.deepcopy(trained_entries), tmp_path / "results", datasets)
+    assert any(read_manifest(tmp_path / "results")["run"]["permutations"].values())

@@ -1,15 +1,25 @@
 """What makes a run another one: any change of the workload, its datasets and the options, and nothing else."""
 
 import copy
+import json
 import os
+import types
 from functools import partial
 
 import pytest
 import torch
-from pico import PicoDetector, PicoNet, classification_entry, detection_entry, write_classification, write_detection
+from pico import (
+    PicoDetector,
+    PicoNet,
+    classification_entry,
+    detection_entry,
+    to_tensor,
+    write_classification,
+    write_detection,
+)
 from torchvision.transforms import v2
 
-from gemel.merging.fingerprint import differences, fingerprint, task_changes
+from gemel.merging.fingerprint import REFINES, differences, fingerprint, task_changes
 from gemel.workload import read_workload
 
 OPTIONS = {"strategy": "gemel", "seed": 0}
@@ -107,3 +117,89 @@ def test_what_is_no_sample_does_not_count(changes, tmp_path):
     (tmp_path / "vans_OD" / "train" / "annotations" / "classes.txt").write_text("car")
     (tmp_path / "vans_OD" / "README").write_text("2024")
     assert changes() == []
+
+
+class Crop:
+    """A transform of a user, without a repr of its own."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, image):
+        return to_tensor(image)[:, : self.size, : self.size]
+
+
+def evaluation(threshold):
+    def accuracy(model, loader):
+        return 0.5 + threshold
+
+    return accuracy
+
+
+def with_transforms(transform):
+    return lambda entries: entries["cars_net"].update(transforms={"train": transform, "val": to_tensor})
+
+
+def with_method(method):
+    return lambda entries: entries["cars_net"].update(eval_method=method)
+
+
+@pytest.mark.parametrize(
+    "one, other, key",
+    [
+        (with_transforms(Crop(8)), with_transforms(Crop(4)), "transforms_code"),
+        (with_transforms(lambda i: to_tensor(i)), with_transforms(lambda i: to_tensor(i) + 1), "transforms_code"),
+        (with_method(evaluation(0.1)), with_method(evaluation(0.2)), "eval_method_code"),
+        (lambda entries: None, lambda e: setattr(e["cars_net"]["model"].conv2, "stride", (2, 2)), "model_settings"),
+    ],
+)
+def test_what_is_inside_counts(entries, tmp_path, one, other, key):
+    """Settings of objects, constants and closures of functions, settings of layers: their names are the same."""
+    marks = []
+    for change in (one, other):
+        changed = copy.deepcopy(entries)
+        change(changed)
+        marks.append(json.loads(json.dumps(mark(changed, tmp_path))))
+    (line,) = differences(*marks)
+    assert line.startswith(f"cars_net: {key}: was 'python 3.") and differences(marks[0], marks[0]) == []
+    assert differences(*[{**m, "tasks": {n: older(t) for n, t in m["tasks"].items()}} for m in marks]) == []
+
+
+def older(task: dict) -> dict:
+    """As earlier versions wrote it."""
+    return {key: value for key, value in task.items() if key not in REFINES}
+
+
+def test_what_a_transform_yields_counts(entries, tmp_path, monkeypatch):
+    """It does something else although nothing in it is different: a library behind it is."""
+    before = mark(entries, tmp_path)
+    module = types.ModuleType("behind")
+    module.scale = 1.0
+    transform = eval("lambda image: to_tensor(image) * behind.scale", {"to_tensor": to_tensor, "behind": module})
+    with_transforms(transform)(entries)
+    before = mark(entries, tmp_path)
+    assert differences(before, mark(entries, tmp_path)) == []
+    module.scale = 1.0 + 1e-6
+    assert differences(before, mark(entries, tmp_path)) == [], "as machines round differently"
+    module.scale = 0.5
+    (line,) = differences(before, mark(entries, tmp_path))
+    assert line.startswith("cars_net: transforms_yield: was ")
+
+
+def test_a_transform_that_draws_its_own_numbers_is_not_compared(entries, tmp_path):
+    with_transforms(lambda image: to_tensor(image) * float.fromhex("0x" + os.urandom(1).hex()))(entries)
+    marks = [mark(entries, tmp_path) for _ in range(2)]
+    assert differences(*marks) == [] and marks[0]["tasks"]["cars_net"]["transforms_yield"]["train"] == "random"
+
+
+@pytest.mark.parametrize("keeps_time", [True, False])
+def test_an_image_that_is_replaced_in_place_is_noticed(changes, tmp_path, keeps_time):
+    """By another of the same size in bytes; by its content, and by its time alone where its content does not count."""
+    image = tmp_path / "cars_CL" / "val" / "class1" / "0.png"
+    content, status = bytearray(image.read_bytes()), image.stat()
+    if keeps_time:
+        content[-20] ^= 1  # in the checksum of a chunk: no decoder sees it
+    image.write_bytes(content)
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + (0 if keeps_time else 10**9)))
+    (line,) = changes()
+    assert line.startswith(f"cars_net: {'dataset_content' if keeps_time else 'dataset_times'}: was ")

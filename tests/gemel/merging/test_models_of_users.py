@@ -1,6 +1,8 @@
 """Models as people have them: other layouts, precisions and kinds of layers merge, reload and are handed back right."""
 
+import copy
 import threading
+import types
 
 import pytest
 import torch
@@ -12,10 +14,14 @@ from torchvision.models import VisionTransformer
 from dataset_manager import open_task
 from gemel.datasets.loaders import num_samples
 from gemel.evaluation.eval_method import evaluate
+from gemel.fitting.ridge import shares_of
 from gemel.merging.check import telling_samples, training_problems
+from gemel.merging.initialisation import donate_weights
 from gemel.merging.layout import can_be_channels_last
 from gemel.merging.state import MergeState
 from gemel.results_store.load import load_merged
+from gemel.sharing.groups import find_groups
+from gemel.sharing.tying import tie
 from gemel.workload import WorkloadError, read_workload
 from merge_workloads import merge_workload
 
@@ -133,6 +139,20 @@ def test_models_that_cannot_be_copied_are_listed_before_anything_is_written(data
     assert "TorchScript" in problems[0].got and problems[0].task == "north_x"
 
 
+def test_a_training_pass_that_does_not_fit_the_memory_is_no_problem_of_the_model(tasks, data, monkeypatch, caplog):
+    """Training comes down to single images; the check goes down to two, as batch normalisation needs them."""
+    sizes = []
+
+    def crowded(task, batch, *more):
+        sizes.append(len(batch[0]))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("gemel.merging.check.task_losses", crowded)
+    only = {"north_pico": tasks["north_pico"]}
+    assert training_problems(only, data, MergeState(only, CPU), seed=0) == [] and sizes == [6, 3]
+    assert "north_pico: out of memory in a training pass" in caplog.text
+
+
 class Raises(PicoNet):
     """A model whose backward pass, or whose loss for the last class, fails."""
 
@@ -191,3 +211,35 @@ def test_a_screening_subset_on_which_the_unmerged_model_is_always_wrong(entries,
         entries, tmp_path / "r", datasets=datasets, device="cpu", tolerance=0.5, screening_images=4
     )
     assert manifest["memory"]["saved_bytes"] > 0 and manifest["tasks"]["north_pico"]["merged_acc"] == 0.5
+
+
+def test_a_donor_gives_the_parameters_of_the_layer_alone():
+    """A layer that has other layers as children: these are not taken with it."""
+    torch.manual_seed(0)
+    unmerged = nn.ModuleDict({"a_x": Token(3), "b_x": Token(3)})
+    for number, model in enumerate(unmerged.values()):
+        nn.init.constant_(model.scale, float(number))
+    models, groups = copy.deepcopy(unmerged), find_groups(unmerged)
+    token = next(group for group in groups if group.occurrences[0].layer == "")
+    tie(models, groups)
+    before = models["a_x"].fc.weight.clone()
+    fitted = donate_weights(models, unmerged, groups, lambda group: "b_x" if group == token else None)
+    assert set(fitted) == set(groups) - {token}
+    assert torch.equal(models["a_x"].scale, unmerged["b_x"].scale) and torch.equal(models["a_x"].fc.weight, before)
+
+
+def test_a_layer_before_a_gain_of_zero_is_fitted():
+    """As in residual blocks at the start of training: no channel of the layer counts, so all count alike."""
+    weights = shares_of(torch.zeros(2, 1, 4))
+    assert torch.equal(weights, torch.full((2, 1, 4), 0.5))
+
+
+def test_the_script_is_not_merged_again_in_a_loader_process(monkeypatch):
+    """Without a main guard, a new process runs the script from its beginning and comes to merge_workload."""
+    process = types.SimpleNamespace(_inheriting=True)
+    monkeypatch.setattr("gemel.environment.processes.multiprocessing.current_process", lambda: process)
+    with pytest.raises(RuntimeError, match="if __name__ == '__main__'"):
+        merge_workload({})
+    process._inheriting = False
+    with pytest.raises(WorkloadError):
+        merge_workload({})
