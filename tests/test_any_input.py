@@ -49,7 +49,8 @@ def ends_well(model_dict, layout, changes, chosen):
 def assert_listed(error):
     assert error.problems
     for problem in error.problems:
-        assert isinstance(problem, Problem) and all(isinstance(part, str) and part for part in problem), problem
+        assert isinstance(problem, Problem) and all(isinstance(part, str) for part in problem), problem
+        assert problem.key and problem.got and problem.allowed, problem
         assert "AssertionError" not in problem.got, problem
     assert str(error).count("\n") == len(error.problems), str(error)
 

@@ -420,7 +420,7 @@ def test_a_dataset_that_disappears_ends_the_run_with_its_name_and_the_result_sta
     def gone(*more):
         path = datasets / "north_CL" / "train" / "class0"
         monkeypatch.setattr(
-            "gemel.datasets.folders.load_image", lambda *given: (_ for _ in ()).throw(FileNotFoundError(str(path)))
+            "gemel.datasets.folders.load_image", lambda p, turned: (_ for _ in ()).throw(FileNotFoundError(str(path)))
         )
         return honest(*more)
 
