@@ -22,7 +22,7 @@ import logging
 import os
 import shlex
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,11 @@ import torchvision
 
 from gemel.datasets.folders import SampleError, find_datasets
 from gemel.datasets.loaders import TaskData
+from gemel.environment import ranks
+from gemel.environment.alive import leave_it_to_the_first, say_once, watched
 from gemel.environment.clock import Clock
 from gemel.environment.device import pick_device
-from gemel.environment.events import emit, listening, warnings_as_events
+from gemel.environment.events import Listener, emit, listening, warnings_as_events
 from gemel.environment.imports import CHECKOUT, imported_from
 from gemel.environment.interrupts import Interrupts
 from gemel.environment.processes import raise_in_a_loader_process
@@ -140,7 +142,8 @@ def merge_workload(
     datasets: folder that holds the datasets (default: ../dataset_formation/datasets beside this file). options: any
     field of gemel.merging.options.MergeOptions, such as tolerance or time_budget, and any training option, that is,
     any field of gemel.training.options.TrainingOptions, such as learning_rate or max_epochs.
-    Raises WorkloadError, before anything is written or trained, with every problem of the input.
+    Raises WorkloadError, before anything is written or trained, with every problem of the input. In several processes
+    with a process group of torch.distributed, all of which call it alike, they work on one merge (docs/multi_gpu.md).
     """
     raise_in_a_loader_process()
     chosen, problems = read_options(options)
@@ -148,8 +151,11 @@ def merge_workload(
     clock = Clock(chosen.time_budget, interrupts)
     roots, results_path = _paths(model_dict, datasets, results_path)
     progress = Progress(clock, chosen.quiet)
-    with progress, listening(progress, RunLog(results_path, clock)), warnings_as_events():
+    listeners: list[Listener] = [progress, RunLog(results_path, clock)] if ranks.is_first() else []
+    with _first_prints(), progress, listening(*listeners), warnings_as_events():
         manifest = _merge(model_dict, results_path, roots, datasets, chosen, problems, clock, progress.say)
+    if not ranks.is_first():
+        return manifest
     if chosen.pareto is not None:
         files.write(Path(chosen.pareto), [json_bytes({"points": points_of(manifest)})])
     _write_report(results_path)
@@ -175,8 +181,8 @@ def _merge(
     data = _open_data(tasks, roots, device, chosen)
     mark = fingerprint(tasks, find_datasets(tasks, roots), chosen.deciding)
     with contextlib.ExitStack() as stack, clock.interrupts.deferred():
-        stack.enter_context(lock(results_path))
-        previous = None if chosen.fresh else previous_manifest(results_path, mark)
+        ranks.of_first(lambda: _locked(stack, results_path))
+        previous = None if chosen.fresh else ranks.of_first(lambda: previous_manifest(results_path, mark))
         stack.enter_context(num_threads_set(_num_threads(chosen, previous)))
         models = {name: task.model for name, task in tasks.items()}
         earlier_merges.remember(models)
@@ -191,13 +197,33 @@ def _merge(
             manifest = merger.confirm() if chosen.per_class else previous
         else:
             merger.preflight()
-            if chosen.fresh and has_results(results_path):
-                say(f"the earlier result is kept in {set_aside(results_path)}")
-                stack.enter_context(lock(results_path))
+            if chosen.fresh:
+                ranks.of_first(lambda: _set_aside(stack, results_path, say))
             if not merger.record.groups:
                 say("nothing to merge: no two tasks have an identical layer; the models are stored as they are")
             manifest = merger.merge()
     return manifest
+
+
+def _locked(stack: contextlib.ExitStack, results_path: Path) -> None:
+    stack.enter_context(lock(results_path))
+
+
+def _set_aside(stack: contextlib.ExitStack, results_path: Path, say: Callable[[str], None]) -> None:
+    """Keeps an earlier result aside, and locks the new folder."""
+    if has_results(results_path):
+        say(f"the earlier result is kept in {set_aside(results_path)}")
+        _locked(stack, results_path)
+
+
+@contextlib.contextmanager
+def _first_prints() -> Iterator[None]:
+    """Within, only the first rank prints."""
+    if ranks.is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _paths(model_dict: object, datasets: Any, results_path: Any) -> tuple[list[Path], Path]:
@@ -238,7 +264,10 @@ def _checked_tasks(
     if isinstance(model_dict, Mapping):
         earlier_merges.restore(entry.get("model") for entry in model_dict.values() if isinstance(entry, Mapping))
     tasks, found = read_workload(model_dict, options.tolerance)
-    problems = found + problems + dataset_manager.check(tasks, roots, notes)
+    problems = found + problems
+    problems += (
+        Problem(*p) for p in ranks.of_first(lambda: [[*p] for p in dataset_manager.check(tasks, roots, notes)])
+    )
     for name in foreign_files(results_path, tasks):
         allowed = "a folder in which nothing of yours would be overwritten"
         problems.append(Problem("options", "results", f"{results_path}, which holds {name} of something else", allowed))
@@ -272,7 +301,7 @@ def _open_data(
 
 def _num_threads(options: MergeOptions, previous: dict | None) -> int:
     """As asked for; else as in the run that is resumed, whose rounding depends on it; else by the idle cores."""
-    recorded = previous["run"].get("flags", {}).get("num_threads") if previous else None
+    recorded = previous["run"].get("flags", {}).get("num_threads") if previous and ranks.size() == 1 else None
     return options.num_threads or recorded or choose_num_threads()
 
 
@@ -326,21 +355,29 @@ def main(arguments: list[str] | None = None) -> int:
     """The script with these arguments (None: those of the shell); returns its exit code."""
     flags = parse_arguments(arguments)
     resumes = "what was kept is stored, and the same command resumes there"
-    try:
-        return _run(flags)
-    except WorkloadError as error:
-        return _say(error, str(error), EXIT_WRONG_INPUT, flags.debug)
-    except (ResultsError, SampleError) as error:  # a disk that is full, a dataset that went away: no bug of ours
-        return _say(error, f"{error}\n{resumes}", EXIT_FAILED, flags.debug)
-    except KeyboardInterrupt as error:
-        return _say(error, f"\ninterrupted; {resumes}", EXIT_INTERRUPTED, flags.debug)
+    with ranks.joined(), watched():
+        try:
+            code = _run(flags)
+            ranks.wait_for_all()
+            return code
+        except WorkloadError as error:
+            leave_it_to_the_first()
+            return _say(error, str(error), EXIT_WRONG_INPUT, flags.debug)
+        except (ResultsError, SampleError) as error:  # a disk that is full, a dataset that went away: no bug of ours
+            return _say(error, f"{error}\n{resumes}", EXIT_FAILED, flags.debug)
+        except ranks.FirstRankFailed:
+            leave_it_to_the_first()
+            return EXIT_FAILED
+        except KeyboardInterrupt as error:
+            leave_it_to_the_first()
+            return _say(error, f"\ninterrupted; {resumes}", EXIT_INTERRUPTED, flags.debug)
 
 
 def _say(error: BaseException, text: str, code: int, debug: bool) -> int:
     """Prints what went wrong, after where in the code if that is asked for; returns the exit code."""
     if debug:
         traceback.print_exception(error)
-    print(text, file=sys.stderr)
+    say_once(text)
     return code
 
 
@@ -348,16 +385,35 @@ def _run(flags: argparse.Namespace) -> int:
     """Does what the flags ask for."""
     if problems := writable_problems(flags.json, flags.html):
         raise WorkloadError(problems)
-    model_dict = load_model_dict(flags.workload) if flags.workload else create_sample_model_dict()
+    model_dict = _loaded(flags.workload)
+    if flags.plan or flags.check:
+        return _look(flags, model_dict) if ranks.is_first() else EXIT_DONE
+    chosen = {key: value for key, value in vars(flags).items() if key not in NOT_OPTIONS}
+    manifest = merge_workload(model_dict, flags.results, **chosen)
+    return EXIT_DONE if console.fits(manifest, flags.memory) else EXIT_FAILED
+
+
+def _look(flags: argparse.Namespace, model_dict: dict) -> int:
+    """--plan and --check; alone, without the other ranks."""
     if flags.plan:
         print(plan(model_dict, flags.tolerance, flags.memory)[0])
         write_plan(plan_of(model_dict, flags.tolerance), flags.memory, flags.json, flags.html)
         return EXIT_DONE
     chosen = {key: value for key, value in vars(flags).items() if key not in NOT_OPTIONS}
-    if flags.check:
-        return EXIT_WRONG_INPUT if check_workload(model_dict, flags.results, flags.html, **chosen) else EXIT_DONE
-    manifest = merge_workload(model_dict, flags.results, **chosen)
-    return EXIT_DONE if console.fits(manifest, flags.memory) else EXIT_FAILED
+    return EXIT_WRONG_INPUT if check_workload(model_dict, flags.results, flags.html, **chosen) else EXIT_DONE
+
+
+def _loaded(workload: str | None) -> dict:
+    """The dictionary of a workload file, or of the script; on the first rank first, as it may draw and train."""
+
+    def load() -> None:
+        loaded.append(load_model_dict(workload) if workload else create_sample_model_dict())
+
+    loaded: list[dict] = []
+    ranks.of_first(load)
+    if not ranks.is_first():
+        load()
+    return loaded[0]
 
 
 if __name__ == "__main__":

@@ -8,15 +8,17 @@ gemel/merging/: state.py (the live models, and how to undo), evaluator.py, initi
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from gemel.alignment.matching import BY_ACTIVATIONS, BY_ORDER, match_groups
 from gemel.datasets.loaders import TaskData
+from gemel.environment import ranks
 from gemel.environment.clock import Clock, TimeOver
 from gemel.environment.events import emit
 from gemel.environment.failures import is_out_of_memory
@@ -31,6 +33,7 @@ from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisatio
 from gemel.merging.layout import can_be_channels_last
 from gemel.merging.options import LEAST_SQUARES, NO_ALIGNMENT, MergeOptions
 from gemel.merging.out_of_memory import on_fewer_images
+from gemel.merging.placement import place_tasks
 from gemel.merging.private_training import PrivateTraining
 from gemel.merging.records import RunRecord, memory_part, run_part, task_parts
 from gemel.merging.resume import groups_to_tie, new_strategy
@@ -38,7 +41,7 @@ from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_t
 from gemel.merging.state import MergeState
 from gemel.merging.teachers import FrozenPrefixes, teachers_of
 from gemel.merging.verified_part import part_to_keep
-from gemel.results_store.checkpoint import drop_checkpoint, read_checkpoint, write_checkpoint
+from gemel.results_store.checkpoint import drop_checkpoint, read_checkpoint, throttled, write_checkpoint
 from gemel.results_store.files import first_line
 from gemel.results_store.manifest import read_manifest
 from gemel.results_store.write import statistics_of, update_run, write_results
@@ -54,10 +57,9 @@ from gemel.sharing.groups import (
 from gemel.thresholds import THRESHOLDS
 from gemel.training.context import RoundContext
 from gemel.training.outcome import OUT_OF_MEMORY, TIME_OVER, Outcome, Standing
+from gemel.training.united import united_state
 from gemel.workload import Problem, Task, WorkloadError
 from trainer import recover
-
-CHECKPOINT_SHARE = 0.05  # of the time that writing the state of a round in flight may take
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +85,12 @@ class Merger:
         self.tasks, self.data, self.options = tasks, data, options
         self.results_path, self.clock = results_path, clock
         self.state = MergeState(tasks, device)
-        if can_be_channels_last(tasks, data, self.state.unmerged, options.seed):
+        if ranks.of_first(lambda: can_be_channels_last(tasks, data, self.state.unmerged, options.seed)):
             self.state.use_channels_last()
         self.images = ImageSampler(tasks, data, options.seed, device, options.fit_memory)
         self.record = RunRecord(started_with, fingerprint, self._match_groups())
         self.strategy = self._new_strategy()
+        place_tasks(tasks, data, self.state, options.seed)
         self.evaluator = Evaluator(tasks, data, self.state.unmerged, options.training.screening_images > 0)
         self.prefixes = FrozenPrefixes(self.state, data, self.images, options.memory_per_task(len(tasks)))
         self.architectures = Architectures(self.state, self.images)
@@ -172,6 +175,10 @@ class Merger:
         self.clock.add_earlier_runs(run["seconds"], run["cpu_seconds"])
 
     def _match_groups(self) -> Configuration:
+        """Every group of the workload; the first rank matches."""
+        return self._matched() if ranks.size() == 1 else from_plain(ranks.of_first(lambda: to_plain(self._matched())))
+
+    def _matched(self) -> Configuration:
         by, images = self.options.matching, None
         if by == BY_ACTIVATIONS:
             images = self.images.of_tasks(self.tasks, THRESHOLDS.sensitivity.alignment_pixels, "match")
@@ -198,7 +205,7 @@ class Merger:
         """
         if self.is_new:
             self.store()
-            drop_checkpoint(self.results_path)
+            self._drop_checkpoint()
         number, about = len(self.record.groups), self.strategy.about_to_do
         emit("search begins", about_to_do=f"{number} groups of identical layers; {self.options.strategy}: {about}")
         try:
@@ -207,8 +214,7 @@ class Merger:
         finally:
             self.state.undo()
             self.state.hand_back()
-        stored = read_manifest(self.results_path)["tasks"]
-        if any(task["permuted"] and name not in self.state.order.applied for name, task in stored.items()):
+        if ranks.of_first(lambda: self.state.is_stored_otherwise(read_manifest(self.results_path)["tasks"])):
             self.store()  # it was stored beside tasks that share, and has its own order of channels again
         return self.confirm()
 
@@ -222,7 +228,7 @@ class Merger:
         with self.clock.interruptible():
             emit("doing", what="aligning channels")
             self._align_channels()
-        update_run(self.results_path, self._run_part())  # a killed run goes on in this order of channels
+        self._update_run()  # a killed run goes on in this order of channels
         with self.clock.interruptible():
             emit("doing", what="predicting how much sharing hurts")
             if self.strategy.needs_sensitivity:
@@ -291,7 +297,7 @@ class Merger:
             self._store_kept({name: outcome.accuracies[name] for name in kept_for})
         else:
             self._save_checkpoint(None)
-            update_run(self.results_path, self._run_part())
+            self._update_run()
         return True
 
     def _say_what_begins(self, proposal: Configuration) -> None:
@@ -305,7 +311,7 @@ class Merger:
         self.evaluator.keep(accuracies)
         self.record.add_history(self.clock, self.state.kept, self.evaluator.num_met)
         self.store()
-        drop_checkpoint(self.results_path)
+        self._drop_checkpoint()
 
     def _try(self, proposal: Configuration) -> Outcome:
         """Ties the proposal and recovers accuracy; the state can then be undone or kept."""
@@ -359,7 +365,7 @@ class Merger:
             fitted=fitted,
             screen_targets=self.evaluator.screen_targets(trained),
             prefixes=self.prefixes.of_round(trained, proposal, resumed) if freezes else {},
-            save=_throttled(self._save_checkpoint),
+            save=throttled(self._save_checkpoint),
             saved=self.in_flight,
         )
         try:
@@ -373,7 +379,8 @@ class Merger:
         if method != NO_ALIGNMENT and groups and self.state.needs_alignment():
 
             def align(num_pixels: int, max_batch: float) -> None:
-                images = self.images.of_groups(groups, num_pixels, "align", max_batch=max_batch)
+                mine = groups if ranks.is_first() else ()  # which alone aligns
+                images = self.images.of_groups(mine, num_pixels, "align", max_batch=max_batch)
                 self.state.align_channels(groups, images, method, self.options.seed)
 
             on_fewer_images("the alignment of channels", THRESHOLDS.sensitivity.alignment_pixels, align)
@@ -383,57 +390,60 @@ class Merger:
     def confirm(self) -> dict:
         """Loads the result from disk as a user will and closes the manifest.
 
-        What was loaded must be, bit by bit, what was judged when it was kept: the same tensors compute the same. Raises
+        What the first rank loads must be, bit by bit, what was judged: the same tensors compute the same. Raises
         RuntimeError if it is not.
         """
         emit("doing", what="loading what was written, and comparing it with what was judged")
-        reloaded = self.architectures.reload(self.results_path, self.store)
-        if (different := self.state.difference_to(reloaded)) is not None:
-            raise RuntimeError(f"{different}: reloaded from {self.results_path} it is not what was judged")
+        run, reloaded = self._run_part(), dict(self.state.models.items())
+        ranks.of_first(lambda: reloaded.update(self._reloaded(run)))
         with self.clock.interrupts.immediate():
             self.evaluator.measure_reloaded(reloaded, self.options.per_class)
-            write_examples(self.results_path, self.tasks, self.data, self.state.unmerged, reloaded)
+            if ranks.is_first():
+                write_examples(self.results_path, self.tasks, self.data, self.state.unmerged, reloaded)
         manifest = self.store()
         emit("run ends", finished=self.record.finished, saved_bytes=manifest["memory"]["saved_bytes"])
         return manifest
 
+    def _reloaded(self, run: dict) -> dict[str, nn.Module]:
+        reloaded = self.architectures.reload(self.results_path, lambda: self._write(run))
+        if (different := self.state.difference_to(reloaded)) is not None:
+            raise RuntimeError(f"{different}: reloaded from {self.results_path} it is not what was judged")
+        return reloaded
+
     def store(self) -> dict:
         """Writes the workload as it is now; returns the manifest."""
+        return ranks.of_first(partial(self._write, self._run_part()))
+
+    def _write(self, run: dict) -> dict:
         manifest = {
             "tasks": task_parts(self.evaluator, self.state, self.options, self.architectures.recorded()),
             "shared_layers": to_plain(self.state.kept),
             "memory": memory_part(self.state, self.record),
-            "run": self._run_part(),
+            "run": run,
         }
         return write_results(self.results_path, self.state.models, manifest, statistics_of(manifest))
 
     def _run_part(self) -> dict:
         return run_part(self.record, self.options, self.clock, self.strategy, self.evaluator, self.state)
 
+    def _update_run(self) -> None:
+        ranks.of_first(partial(update_run, self.results_path, self._run_part()))
+
     def _save_checkpoint(self, round_state: dict | None) -> None:
         """Keeps what a later run needs to resume within a round, or before a trial that continues a failed one."""
         continued = self.state.continued_trial
         if round_state is None and continued is None:
-            drop_checkpoint(self.results_path)
+            self._drop_checkpoint()
             return
+        if round_state is not None:
+            round_state = united_state(round_state, {name: self.state.models[name] for name in round_state["members"]})
         checkpoint = {
             "round": len(self.record.rounds),
             "state": round_state,
             "working": to_plain(continued) if continued is not None and round_state is None else None,
             "models": self.state.state_of_continued_trial() if round_state is None else {},
         }
-        write_checkpoint(self.results_path, checkpoint)
+        ranks.of_first(lambda: write_checkpoint(self.results_path, checkpoint))
 
-
-def _throttled(save: Callable[[dict], None]) -> Callable[[dict, bool], None]:
-    """Leaves out saves that would take more than their share of the time, except the one that ends a run."""
-    next_save = 0.0
-
-    def throttled(state: dict, last: bool) -> None:
-        nonlocal next_save
-        began = time.monotonic()
-        if last or began >= next_save:
-            save(state)
-            next_save = time.monotonic() + (time.monotonic() - began) / CHECKPOINT_SHARE
-
-    return throttled
+    def _drop_checkpoint(self) -> None:
+        ranks.of_first(lambda: drop_checkpoint(self.results_path))

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from torch import nn
 
 from gemel.datasets.loaders import TaskData, reseed
+from gemel.environment import ranks
 from gemel.environment.clock import TimeOver
 from gemel.environment.events import emit
 from gemel.environment.interrupts import Interrupted
 from gemel.environment.seeds import random_state, seeded, set_random_state
 from gemel.fitting.batch_norm import reestimate_statistics
+from gemel.sharing.holders import own_models
 from gemel.training.context import RoundContext
 from gemel.training.distillation import Teacher
 from gemel.training.options import TrainingOptions
@@ -61,7 +63,10 @@ class Round:
     ):
         self.members, self.options, self.context = members, options, context
         steps_per_epoch = max(len(member.data.train) for member in members.values())
-        self.schedule = Schedule(options, steps_per_epoch, all(shared_and_private(models)))
+        shared, private = shared_and_private(models)
+        held = set(own_models(models).parameters())  # what other ranks freeze is not known here
+        has_both = bool(shared) and ranks.any_of(any(parameter in held for parameter in private))
+        self.schedule = Schedule(options, steps_per_epoch, has_both)
         self.training = JointStep(models, options, self.schedule, context.device, teachers or {})
         self.validation = Validation(members, self.training.averaged.module, options, self.schedule, context)
         self.reason: str | None = None
@@ -93,6 +98,7 @@ class Round:
                 return
             self.reason = self.training.step(self.validation.active)
             emit("step", step=self.schedule.step, max_steps=self.schedule.max_steps)
+        self.reason = self.reason or self.training.why_failed()
 
     def validate(self) -> None:
         """Validates and saves; where that is cut short, the state from before it is saved, and it is done again."""
@@ -128,7 +134,7 @@ class Round:
             self._load_state(self.context.saved)
             return
         if not self.context.fitted:
-            for member in self.members.values():
+            for member in (member for name, member in self.members.items() if ranks.is_mine(name)):
                 batches = itertools.islice(member.data.train, self.options.statistics_batches)
                 model = member.task.model
                 reestimate_statistics(model, list(batches), self.context.device, keep=frozen_modules(model))

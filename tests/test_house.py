@@ -161,7 +161,8 @@ def test_what_is_never_written(path):
         if isinstance(node, ast.ImportFrom):
             assert node.names[0].name != "*", f"{path}:{node.lineno}: a star import"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-            assert floor_of(room) > 2 or path.name == "interrupts.py", f"{path}:{node.lineno}: a ground floor prints"
+            may_print = floor_of(room) > 2 or path.name in ("interrupts.py", "alive.py")  # why a process ends
+            assert may_print, f"{path}:{node.lineno}: a ground floor prints"
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
             assert safe, f"{path}:{node.lineno}: torch.load without weights_only=True"

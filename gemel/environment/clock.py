@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+from gemel.environment import ranks
 from gemel.environment.interrupts import Interrupted, Interrupts
 
 
@@ -37,16 +38,16 @@ class Clock:
 
     @property
     def cpu_seconds(self) -> float:
-        """Of all threads of this process; loader processes (none on a CPU) are not counted."""
-        return self._earlier_cpu_seconds + time.process_time() - self._cpu_started
+        """Of all threads of all ranks' processes; loader processes (none on a CPU) are not counted."""
+        return self._earlier_cpu_seconds + ranks.total_of(time.process_time() - self._cpu_started)
 
     def is_over(self) -> bool:
-        """Whether the time budget is spent."""
-        return time.monotonic() >= self.deadline
+        """Whether the time budget is spent; all ranks ask, and get the same answer."""
+        return not math.isinf(self.deadline) and ranks.any_of(time.monotonic() >= self.deadline)
 
     def stop_asked(self) -> bool:
-        """Whether the user asked for an end."""
-        return self.interrupts.asked()
+        """Whether the user asked for an end; all ranks ask, and get the same answer."""
+        return ranks.any_of(self.interrupts.asked())
 
     def raise_if_over(self) -> None:
         """Raises Interrupted if the user asked for an end, TimeOver if the time budget is spent."""
@@ -60,9 +61,13 @@ class Clock:
         """For work that can be thrown away at any instant, and undone: fits, alignment, evaluation.
 
         Within, Ctrl-C raises Interrupted and the end of the time budget TimeOver at once, wherever the program is; only
-        the main thread can be interrupted so. Elsewhere both are looked at between steps.
+        the main thread can be interrupted so. Elsewhere, and with several ranks, which wait for each other's results,
+        both are looked at between steps.
         """
         self.raise_if_over()
+        if ranks.size() > 1:
+            yield
+            return
         with self.interrupts.immediate(), _alarm_at(self.deadline):
             yield
 

@@ -6,6 +6,8 @@ import sys
 import threading
 from collections.abc import Iterator
 
+from gemel.environment import ranks
+
 
 class Interrupted(KeyboardInterrupt):
     """The user asked for an end."""
@@ -16,7 +18,8 @@ class Interrupts:
 
     Within `deferred()` the first interrupt makes `asked()` true; within `immediate()` inside that, it also raises
     Interrupted at once. The second, and any interrupt outside, raises the usual KeyboardInterrupt. Only the main thread
-    can handle signals: in other threads, and in processes that ignore interrupts, both do nothing.
+    can handle signals: in other threads, and in processes that ignore interrupts, both do nothing. With several ranks
+    nothing is immediate, as the others would wait for this one; the first of them prints.
     """
 
     def __init__(self) -> None:
@@ -43,9 +46,9 @@ class Interrupts:
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
         """For work that can be thrown away at any instant: an interrupt raises Interrupted there and then."""
-        before, self._raises = self._raises, True
+        before, self._raises = self._raises, ranks.size() == 1
         try:
-            if self.asked():
+            if self.asked() and self._raises:
                 raise Interrupted
             yield
         finally:
@@ -56,6 +59,7 @@ class Interrupts:
         if self.count > 1:
             raise KeyboardInterrupt
         end = "ends now" if self._raises else "ends after this step; Ctrl-C once more ends at once"
-        print(f"\ninterrupted: {end}", file=sys.stderr, flush=True)
+        if ranks.is_first():
+            print(f"\ninterrupted: {end}", file=sys.stderr, flush=True)
         if self._raises:
             raise Interrupted

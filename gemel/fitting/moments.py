@@ -1,5 +1,6 @@
 """What a fit needs of the rows of one task: sums of products, smaller than the rows and quicker to compute with."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,22 @@ class Moments(NamedTuple):
         """Whether the rows are; a sum of squares of what is not finite is not finite."""
         squares = self.xx.diagonal(dim1=1, dim2=2) if self.rows is None else self.rows.x.square().sum(1)  # type: ignore[union-attr]
         return bool(torch.isfinite(squares).all() and torch.isfinite(self.yy).all())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it as named tensors, for other processes."""
+        found = {"num_rows": torch.tensor(self.num_rows), "xy": self.xy, "yy": self.yy}
+        for name, rows in (("rows", self.rows), ("means", self.means)):
+            if rows is not None:
+                found |= {f"{name}.x": rows.x, f"{name}.y": rows.y}
+        return found if self.xx is None else {**found, "xx": self.xx}
+
+    @classmethod
+    def of_tensors(cls, found: Mapping[str, Tensor]) -> "Moments":
+        """The moments that `tensors` was asked of."""
+        rows, means = (
+            Rows(found[f"{name}.x"], found[f"{name}.y"]) if f"{name}.x" in found else None for name in ("rows", "means")
+        )
+        return cls(int(found["num_rows"]), found["xy"], found["yy"], found.get("xx"), rows, means)
 
 
 def moments_of(rows: Rows) -> Moments:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gemel.environment import ranks
+from gemel.environment.failures import is_out_of_memory
 from gemel.fitting.batch_norm import (
     ChannelMoments,
     averaged_statistics,
@@ -61,6 +63,10 @@ def fit_sequentially(
     layer. At batch normalisation they wait as well, until its statistics are set from the inputs of all that wait there
     (batch_norm.set_statistics); where it is called several times in a pass, they are averaged over the batches instead.
 
+    With several ranks each runs the forward passes of its own tasks, for which alone it has images; the sums over the
+    rows of a group's tasks go to all ranks, and those that have a task of the group solve the same system. The models
+    of other ranks' tasks are out of date afterwards (gemel.sharing.holders.synchronise).
+
     Memory is that of the activations (without gradients) of all batches that wait at one layer, the rows of one task,
     and the sums over the rows of one group. A layer that is called several times in a pass (heads over pyramid levels)
     is fitted at its first call, on the inputs of that call and on those that the later calls have in the teacher. A
@@ -93,6 +99,7 @@ class _SequentialFit:
         self.group_of = {(o.task, o.layer): group for group in self.to_fit for o in group.occurrences}
         self.tasks = list(dict.fromkeys(task for group in groups for task in group.tasks))
         self.norms = [Norm(*key) for key in self.samples.norms if key[0] in self.tasks]
+        self.failed: Exception | None = None  # memory that ran out in a forward pass, while other ranks wait
         self.moments: dict[Norm, dict[int, ChannelMoments]] = {norm: {} for norm in self.norms}
         self.settled: set[Norm] = set()
         self.rows: dict[tuple[str, str], _RowsOfLayer] = {}
@@ -101,22 +108,24 @@ class _SequentialFit:
     def why_without_rows(self, group: Group) -> str:
         """Why there are no rows of the group in some forward pass; empty if there are."""
         for o in group.occurrences:
-            if not self.samples[o.task, o.layer].is_always_called:
+            if not self.samples.summary(o).is_always_called:
                 return f"{o.task}: {o.layer} is never called as a module"
         return ""
 
     def run(self) -> dict[Group, Fit]:
         with contextlib.ExitStack() as stack:
-            for task in self.tasks:
+            for task in ranks.mine(self.tasks):
                 model = self.models[task]
                 layers = [layer for name, layer in self.group_of if name == task]
                 norms = [norm.name for norm in self.norms if norm.task == task]
                 stack.enter_context(averaged_statistics(model, keep=[model.get_submodule(name) for name in norms]))
                 stack.enter_context(hooked(model, layers, self.wait_for_fit, before=True))
                 stack.enter_context(hooked(model, norms, self.wait_for_statistics, before=True))
-            passes = [(task, i) for task in self.tasks for i in range(len(self.images[task]))]
-            programs = {pass_id: functools.partial(self.forward, pass_id) for pass_id in passes}
-            run_coroutines(programs, self.members(), self.meet, self.starts(passes))
+            self.passes = [(task, i) for task in self.tasks for i in range(self.samples.num_batches[task])]
+            own = [pass_id for pass_id in self.passes if ranks.is_mine(pass_id[0])]
+            programs = {pass_id: functools.partial(self.forward, pass_id) for pass_id in own}
+            everywhere = self.everywhere if ranks.size() > 1 else None
+            run_coroutines(programs, self.members(), self.meet, self.starts(own), everywhere)
         missed = {group: Fit("no forward pass of the tied models came to it") for group in self.to_fit}
         return {**missed, **self.fits}
 
@@ -127,8 +136,26 @@ class _SequentialFit:
             norm: [(norm.task, i) for i in range(waiting[norm.task][norm.name])] for norm in self.norms
         }
         for group in self.to_fit:
-            members[group] = [(o.task, i) for o in group.occurrences for i in range(self.samples[o].num_batches)]
+            counts = {o.task: self.samples.summary(o).num_batches for o in group.occurrences}
+            members[group] = [(task, i) for task, count in counts.items() for i in range(count)]
         return members
+
+    def everywhere(
+        self, waiting: dict[Group | Norm, list[PassId]], num_late: int
+    ) -> tuple[dict[Group | Norm, list[PassId]], int]:
+        """Who waits for what on all ranks, in the order of the passes, and how many are yet to begin."""
+        keys: list[Group | Norm] = [*self.norms, *self.to_fit]
+        index = {key: i for i, key in enumerate(keys)}
+        own = [[*pass_id, index[key]] for key, names in waiting.items() for pass_id in names]
+        parts = ranks.gathered([own, num_late, self.failed is not None])
+        if any(has_failed for _, _, has_failed in parts):
+            raise torch.OutOfMemoryError("a rank is out of memory") from self.failed
+        waits_for = {(task, number): keys[i] for own, _, _ in parts for task, number, i in own}
+        found: dict[Group | Norm, list[PassId]] = {}
+        for pass_id in self.passes:
+            if pass_id in waits_for:
+                found.setdefault(waits_for[pass_id], []).append(pass_id)
+        return found, sum(late for _, late, _ in parts)
 
     def starts(self, passes: Sequence[PassId]) -> dict[PassId, Group | Norm]:
         """The forward passes that do not start at once -> the last place in whose layers they do not wait."""
@@ -144,14 +171,20 @@ class _SequentialFit:
     def meet(self, key: Group | Norm, present: list[PassId]) -> None:
         """Fits a group, or sets the statistics of a normalisation, for which these passes wait."""
         if isinstance(key, Norm):
-            self.settle(key)
+            if ranks.is_mine(key.task):
+                self.settle(key)
         else:
             self.fit(key)
 
     def forward(self, pass_id: PassId) -> None:
         task, number = pass_id
         model = self.models[task]
-        model(to_device(self.images[task][number], device_of(model)))
+        try:
+            model(to_device(self.images[task][number], device_of(model)))
+        except (RuntimeError, MemoryError) as error:
+            if ranks.size() == 1 or not is_out_of_memory(error):
+                raise
+            self.failed = error
 
     def wait_for_fit(self, name: str, layer: LinearMap, inputs: tuple) -> None:
         """Hook before a layer: keeps the rows of its inputs, and waits until the layer's group is fitted."""
@@ -205,13 +238,36 @@ class _SequentialFit:
         self.sums[task, name] = sums_of(self.models, group, Rows(kept.x, samples.outputs()))
 
     def fit(self, group: Group) -> None:
-        """Fits a group; rows of passes that have not come to it are those of their teachers' inputs."""
-        for o in group.occurrences:
-            if o not in self.sums:
-                self.sum_up(group, o.task, o.layer)
-        num_images = sum(self.samples[o].num_images for o in group.occurrences)
-        sums = {(o.task, o.layer): self.sums.pop(o) for o in group.occurrences}
+        """Fits a group; rows of passes that have not come to it are those of their teachers' inputs.
+
+        A group whose tasks all belong to one rank is fitted there alone.
+        """
+        own = [o for o in group.occurrences if ranks.is_mine(o.task)]
+        with ranks.sharing_memory_errors() if self.is_of_several_ranks(group) else contextlib.nullcontext():
+            for o in own:
+                if o not in self.sums:
+                    self.sum_up(group, o.task, o.layer)
+        num_images = sum(self.samples.summary(o).num_images for o in group.occurrences)
+        sums = {(o.task, o.layer): self.sums.pop(o) for o in own}
+        if self.is_of_several_ranks(group):
+            sums = self.of_all_ranks(group, sums)
+        if not own:
+            self.fits[group] = Fit("its tasks belong to other ranks")
+            return
         self.fits[group] = fit_group(self.models, group, sums, self.task_weights, self.ridge, num_images)
+
+    def is_of_several_ranks(self, group: Group) -> bool:
+        return len({ranks.owner_of(task) for task in group.tasks}) > 1
+
+    def of_all_ranks(self, group: Group, own: Mapping[tuple[str, str], Moments]) -> dict[tuple[str, str], Moments]:
+        """The sums over the rows of every occurrence of the group."""
+        tensors = {f"{o[0]}/{key}": tensor for o, sums in own.items() for key, tensor in sums.tensors().items()}
+        found: dict[str, dict[str, Tensor]] = {}
+        device = device_of(self.models[group.occurrences[0].task])
+        for name, tensor in ranks.united_tensors(tensors, device).items():
+            task, _, key = name.partition("/")
+            found.setdefault(task, {})[key] = tensor
+        return {(o.task, o.layer): Moments.of_tensors(found[o.task]) for o in group.occurrences}
 
     def inputs_of_teacher(self, task: str, name: str, number: int) -> Tensor:
         samples = self.samples[task, name]

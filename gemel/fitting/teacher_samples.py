@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gemel.environment import ranks
 from gemel.environment.seeds import generator as generator_of
 from gemel.fitting.batch_norm import ChannelMoments, batch_norms, channel_moments
 from gemel.fitting.least_squares import quotas
@@ -36,6 +37,22 @@ class StoredSample(NamedTuple):
     input_shape: torch.Size
     output_shape: torch.Size
     y: Stored
+
+
+@dataclass
+class LayerSummary:
+    """What is known of the samples of a layer whose task belongs to another rank."""
+
+    sizes: Sequence[int]  # images in each batch that waits at the layer
+    is_always_called: bool = False
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def num_images(self) -> int:
+        return sum(self.sizes)
 
 
 @dataclass
@@ -78,12 +95,37 @@ class TeacherSamples(dict[tuple[str, str], LayerSamples]):
 
     waiting: task -> layer or batch normalisation, from the input on -> how many of its first batches wait there.
     norms: (task, batch normalisation that is called once in a pass) -> moments of its inputs, by number of the batch.
+    elsewhere: (task, layer) -> what is known of those of other ranks' tasks; `waiting` has these as well, and `norms`
+    their names. num_batches, num_images: task -> of its images.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waiting: dict[str, dict[str, int]] = {}
         self.norms: dict[tuple[str, str], dict[int, ChannelMoments]] = {}
+        self.elsewhere: dict[tuple[str, str], LayerSummary] = {}
+        self.num_batches: dict[str, int] = {}
+        self.num_images: dict[str, int] = {}
+
+    def summary(self, key: tuple[str, str]) -> "LayerSamples | LayerSummary":
+        """How many batches and images there are of a layer of any rank's task."""
+        return self[key] if key in self else self.elsewhere[key]
+
+    def with_other_ranks(self) -> "TeacherSamples":
+        """Adds what is to be known of the samples of other ranks' tasks; all ranks call it."""
+        if ranks.size() == 1:
+            return self
+        layers = [[task, name, list(own.sizes), own.is_always_called] for (task, name), own in self.items()]
+        own = {"waiting": self.waiting, "norms": list(self.norms), "layers": layers}
+        own |= {"batches": self.num_batches, "images": self.num_images}
+        for number, part in enumerate(ranks.gathered(own)):
+            if number != ranks.rank():
+                self.waiting |= part["waiting"]
+                self.num_batches |= part["batches"]
+                self.num_images |= part["images"]
+                self.norms |= {(task, name): {} for task, name in part["norms"]}
+                self.elsewhere |= {(task, name): LayerSummary(*values) for task, name, *values in part["layers"]}
+        return self
 
 
 class TeacherSampler:
@@ -112,7 +154,7 @@ class TeacherSampler:
     def waiting(self, groups: Configuration, images: Mapping[str, Sequence[Batch]]) -> dict[str, dict[str, int]]:
         """Task -> layer of the groups or batch normalisation, from the input on -> how many of its batches wait."""
         found: dict[str, dict[str, int]] = {}
-        for task, tied in self._layers(groups).items():
+        for task, tied in self._layers(groups, images).items():
             layers = [*tied, *batch_norms(self.teachers[task])]
             everything = dict.fromkeys(layers, len(images[task]))
             if self.memory.is_bounded:
@@ -142,8 +184,10 @@ class TeacherSampler:
 
         positions: rows per layer and task.
         """
-        linear, found, tied = self._linear(groups), TeacherSamples(), self._layers(groups)
+        linear, found, tied = self._linear(groups), TeacherSamples(), self._layers(groups, images)
         found.waiting = self.waiting(groups, images)
+        found.num_batches = {task: len(images[task]) for task in tied}
+        found.num_images = {task: sum(sizes_of(images[task])) for task in tied}
         for task, layers in found.waiting.items():
             version = sum(tensor._version for tensor in self.teachers[task].state_dict().values())
             wanted = quotas(self.teachers, linear, task, positions, self.memory.rows)
@@ -207,8 +251,9 @@ class TeacherSampler:
             elif rows:
                 layers[name].later_inputs[number] = self.store.put(torch.cat(rows[len(rows) - len(calls) + 1 :], 1))
 
-    def _layers(self, groups: Configuration) -> dict[str, list[str]]:
-        tasks = dict.fromkeys(task for group in groups for task in group.tasks)
+    def _layers(self, groups: Configuration, images: Mapping[str, Sequence[Batch]]) -> dict[str, list[str]]:
+        """Task, of those that have images here -> its layers in the groups."""
+        tasks = dict.fromkeys(task for group in groups for task in group.tasks if task in images)
         return {task: [o.layer for group in groups for o in group.occurrences if o.task == task] for task in tasks}
 
     def _linear(self, groups: Configuration) -> list[Group]:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from gemel.datasets.folders import SampleError
 from gemel.datasets.loaders import TaskData, batch_size_of, num_samples
 from gemel.datasets.records import header_size
+from gemel.environment import ranks
 from gemel.environment.failures import is_out_of_memory
 from gemel.environment.seeds import seeded
 from gemel.merging.state import MergeState
@@ -30,8 +31,17 @@ def training_problems(
 ) -> list[Problem]:
     """What keeps a task from being trained: losses and gradients are computed as a step of training computes them.
 
-    On images of train that cover its sizes and its classes (`telling_samples`). Models stay as they are.
+    On images of train that cover its sizes and its classes (`telling_samples`). Models stay as they are. Every rank
+    tries its own tasks; all get all problems.
     """
+    own = {name: tasks[name] for name in ranks.mine(tasks)}
+    found = ranks.gathered([list(problem) for problem in _problems_of(own, data, state, seed)])
+    return [Problem(*problem) for part in found for problem in part]
+
+
+def _problems_of(
+    tasks: Mapping[str, Task], data: Mapping[str, TaskData], state: MergeState, seed: int
+) -> list[Problem]:
     problems = []
     for name, task in tasks.items():
         error = training_error(task, data[name], state.unmerged[name], seed)

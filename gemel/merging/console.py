@@ -66,7 +66,10 @@ def _width(text: str) -> int:
 
 def workload_table(tasks: Mapping[str, Task], models: Models, groups: Configuration) -> str:
     """One row per task, and what the workload could save."""
-    shared = {task: sum(group.bytes for group in groups if task in group.tasks) for task in tasks}
+    shared = dict.fromkeys(tasks, 0)
+    for group in groups:
+        for member in group.tasks:
+            shared[member] += group.bytes
     rows = []
     for name, task in tasks.items():
         size = distinct_bytes({name: models[name]})

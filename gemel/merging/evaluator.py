@@ -1,12 +1,14 @@
 """The accuracies of a workload: of the unmerged models, on the screening subset, merged, and reloaded from disk."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from gemel.datasets.folders import SampleError
 from gemel.datasets.loaders import TaskData
+from gemel.environment import ranks
 from gemel.environment.clock import Clock
 from gemel.environment.events import emit
 from gemel.evaluation.eval_method import evaluate
@@ -48,25 +50,31 @@ class Evaluator:
         Raises Interrupted or TimeOver.
         """
         problems = []
-        for name, task in self._shown("evaluating the unmerged models"):
-            if name in self.accuracy:
+        missing = [name for name in self.tasks if name not in self.accuracy]
+        with clock.interruptible():
+            found = ranks.together(lambda: self._each("evaluating the unmerged models", missing, self._unmerged))
+        for name in missing:
+            if (error := found[name].get("error")) is not None:
+                problems.append(Problem(name, "eval_method", error, "f(model, data_loader) -> float in [0, 1]"))
                 continue
-            try:
-                with clock.interruptible():
-                    measured = evaluate(task, self.data[name].val)
-            except SampleError:
-                raise
-            except Exception as error:  # a user's eval method may raise anything
-                got = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                problems.append(Problem(name, "eval_method", got, "f(model, data_loader) -> float in [0, 1]"))
-                continue
-            self.accuracy[name] = Accuracy(measured, measured)
-            if (test := self.data[name].test) is not None:
-                on_test = evaluate(task, test)
-                self.accuracy[name].unmerged_test = self.accuracy[name].merged_test = on_test
-            if measured < task.target_acc:
-                problems.append(_below_its_target(task, measured, explanations(task, self.data[name].val, measured)))
+            measured, on_test = found[name]["val"], found[name]["test"]
+            self.accuracy[name] = Accuracy(measured, measured, on_test, on_test)
+            if measured < self.tasks[name].target_acc:
+                problems.append(_below_its_target(self.tasks[name], measured, found[name]["explanations"]))
         return problems
+
+    def _unmerged(self, name: str) -> dict:
+        """What the task's model reaches on val and test, or what its eval method raised."""
+        task, data = self.tasks[name], self.data[name]
+        try:
+            measured = evaluate(task, data.val)
+        except SampleError:
+            raise
+        except Exception as error:  # a user's eval method may raise anything
+            return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        found = {"val": measured, "test": None if data.test is None else evaluate(task, data.test)}
+        missed = measured < task.target_acc
+        return {**found, "explanations": list(explanations(task, data.val, measured)) if missed else []}
 
     def screen_targets(self, names: Iterable[str]) -> dict[str, float]:
         """What the unmerged models reach on the screening subset, times the tolerance; measured when first needed.
@@ -76,10 +84,10 @@ class Evaluator:
         if not self.screening:
             return {}
         names = list(names)
-        for name in names:
-            data = self.data[name]
-            if name not in self.unmerged_on_screen and data.screen is not data.val:
-                self.unmerged_on_screen[name] = evaluate(self.tasks[name], data.screen, self.unmerged[name])
+        missing = [n for n in names if n not in self.unmerged_on_screen and self.data[n].screen is not self.data[n].val]
+        self.unmerged_on_screen |= self._of_all(
+            missing, lambda name: evaluate(self.tasks[name], self.data[name].screen, self.unmerged[name])
+        )
         measured = (name for name in names if self.unmerged_on_screen.get(name))  # where it is 0 it says nothing
         return {name: self.tasks[name].tolerance * self.unmerged_on_screen[name] for name in measured}
 
@@ -89,33 +97,50 @@ class Evaluator:
         """Where each task is on the screening subset and, if all are near their targets there, on all of val."""
         names = list(names)
         targets = self.screen_targets(names)
+
+        def measure(name: str) -> float:
+            data = self.data[name]
+            return evaluate(self.tasks[name], data.screen if name in targets else data.val)
+
+        first = self._of_all(names, measure)
         found = {}
         for name in names:
-            task, data = self.tasks[name], self.data[name]
+            task, accuracy = self.tasks[name], first[name]
             whole = name not in targets
-            accuracy = evaluate(task, data.val if whole else data.screen)
             found[name] = Standing(accuracy / targets.get(name, task.target_acc), accuracy if whole else None)
         if min(standing.ratio for standing in found.values()) >= THRESHOLDS.fit.full_validation_from:
-            for name in (name for name, standing in found.items() if standing.accuracy is None):
-                accuracy = evaluate(self.tasks[name], self.data[name].val)
-                found[name] = Standing(accuracy / self.tasks[name].target_acc, accuracy)
+            left = [name for name, standing in found.items() if standing.accuracy is None]
+            on_val = self._of_all(left, lambda name: evaluate(self.tasks[name], self.data[name].val))
+            for name in left:
+                found[name] = Standing(on_val[name] / self.tasks[name].target_acc, on_val[name])
         return found
 
-    def measure(self, name: str, model: nn.Module) -> float:
-        """The accuracy of a model in the place of a task's, on all of val."""
-        return evaluate(self.tasks[name], self.data[name].val, model)
+    def _of_all(self, names: Iterable[str], measure: Callable[[str], float]) -> dict[str, float]:
+        """What is measured of every named task, each on its own rank, at the same time."""
+        names = list(names)
+        found = ranks.together(lambda: {name: measure(name) for name in ranks.mine(names)}) if names else {}
+        return {name: found[name] for name in names}
+
+    def measure_all(self, models: Mapping[str, nn.Module]) -> dict[str, float]:
+        """The accuracies of models in the place of their tasks', on all of val."""
+        return self._of_all(models, lambda name: evaluate(self.tasks[name], self.data[name].val, models[name]))
 
     def measure_reloaded(self, reloaded: Mapping[str, nn.Module], per_class: bool) -> None:
         """Measures what decides nothing, of models as they were loaded from disk: the test split, and every class.
 
         The test split only of tasks whose weights were changed by a kept round since it was measured.
         """
-        for name, task in self._shown("evaluating what was written"):
-            accuracy, data = self.accuracy[name], self.data[name]
-            if data.test is not None and accuracy.merged_test is None:
-                accuracy.merged_test = evaluate(task, data.test, reloaded[name])
-            if per_class:
-                accuracy.per_class = self._per_class(task, reloaded[name])
+
+        def measure(name: str) -> dict:
+            task, test, model = self.tasks[name], self.data[name].test, reloaded[name]
+            found: dict[str, Any] = {"merged_test": self.accuracy[name].merged_test}
+            if test is not None and found["merged_test"] is None:
+                found["merged_test"] = evaluate(task, test, model)
+            return found | ({"per_class": self._per_class(task, model)} if per_class else {})
+
+        title = "evaluating what was written"
+        found = ranks.together(lambda: self._each(title, self.tasks, measure))
+        self.accuracy |= {name: replace(self.accuracy[name], **values) for name, values in found.items()}
 
     def keep(self, accuracies: Mapping[str, float]) -> None:
         """Takes over what a kept trial measured."""
@@ -145,11 +170,13 @@ class Evaluator:
         first = int(task.kind == DETECTION and task.background_class)
         return {str(label - first): {"unmerged": before[label], "merged": after[label]} for label in before}
 
-    def _shown(self, title: str) -> Iterator[tuple[str, Task]]:
-        """The tasks; each is said to begin."""
-        for number, (name, task) in enumerate(self.tasks.items(), 1):
-            emit("doing", what=f"{title}: {name} ({number} of {len(self.tasks)})")
-            yield name, task
+    def _each(self, title: str, names: Iterable[str], measure: Callable[[str], Any]) -> dict[str, Any]:
+        """What `measure` returns for each of this rank's tasks; each is said to begin."""
+        own, found = ranks.mine(names), {}
+        for number, name in enumerate(own, 1):
+            emit("doing", what=f"{title}: {name} ({number} of {len(own)})")
+            found[name] = measure(name)
+        return found
 
     # ---- resuming --------------------------------------------------------------------------------------------
 

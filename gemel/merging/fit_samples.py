@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from gemel.environment import ranks
 from gemel.environment.device import total_memory
 from gemel.environment.seeds import derive_seed
 from gemel.fitting.memory import FitMemory, predicted_peak
@@ -54,19 +55,21 @@ class FitSamples:
 
         More images where a layer has far fewer rows than inputs: a layer deep in a network puts out a few positions an
         image, and a fit with few rows for its unknowns overfits them. Smaller batches, with a warning, where one batch
-        of each task would take more memory than there is.
+        of each task would take more memory than there is. Of the tasks of this rank; all ranks call it.
         """
         sampler = self._sampler_of(unmerged)
         positions = THRESHOLDS.fit.positions
+        tasks = ranks.mine(dict.fromkeys(task for group in groups for task in group.tasks))
         for times in (1, THRESHOLDS.fit.more_images):
-            images = {
-                task: self._images_of(sampler, task, times * num_pixels)
-                for task in dict.fromkeys(task for group in groups for task in group.tasks)
-            }
-            if not sampler.is_short_of_rows(groups, images, positions):
+            with ranks.sharing_memory_errors():
+                images = {task: self._images_of(sampler, task, times * num_pixels) for task in tasks}
+                is_short = sampler.is_short_of_rows(groups, images, positions)
+            if not ranks.any_of(is_short):
                 break
         self._report(sampler, groups, images)
-        return images, sampler.sample(groups, images, positions)
+        with ranks.sharing_memory_errors():
+            samples = sampler.sample(groups, images, positions)
+        return images, samples.with_other_ranks()
 
     def _sampler_of(self, unmerged: Models) -> TeacherSampler:
         if self._sampler is None or self._sampler.teachers is not unmerged:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
+from gemel.environment import ranks
 from gemel.environment.events import emit
 from gemel.environment.failures import is_out_of_memory
 from gemel.fitting.batch_norm import is_frozen, match_statistics
@@ -18,6 +19,7 @@ from gemel.merging.options import LEAST_SQUARES
 from gemel.merging.state import MergeState
 from gemel.merging.task_weights import TaskWeights
 from gemel.sharing.groups import Configuration, Group
+from gemel.sharing.holders import synchronise
 from gemel.sharing.tying import copy_parameters
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
@@ -64,7 +66,9 @@ class WeightFitter:
         while True:
             try:
                 samples = self.images.of_fits.of(self.state.unmerged, groups, num_pixels)
-                return self._best_fit(groups, container, before, samples, number, max_fits)
+                reached = self._best_fit(groups, container, before, samples, number, max_fits)
+                synchronise(container)
+                return reached
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or num_pixels <= THRESHOLDS.fit.fewest_pixels:
                     raise
@@ -85,7 +89,7 @@ class WeightFitter:
         models, unmerged = self.state.models, self.state.unmerged
         best: dict = {}
         reached = dict.fromkeys(container, Standing(0.0))
-        balance = TaskWeights(images)
+        balance = TaskWeights(dict.fromkeys(task for group in groups for task in group.tasks))
         for attempt in range(max_fits):
             container.load_state_dict(before)
             emit("doing", what="fitting weights in closed form" if not attempt else f"fitting again ({attempt + 1})")
@@ -98,7 +102,7 @@ class WeightFitter:
             emit("fit", round=number + 1, attempt=attempt, ratios=ratios)
             log.debug("round %d, fit %d with weights %s: %s of the targets", number, attempt, balance.weights, ratios)
             if self.improve is not None and worst(found) < 1:
-                found = self.improve(found, {name: sum(batches.sizes) for name, batches in images.items()})
+                found = self.improve(found, teacher_samples.num_images)
             if not best or worst(found) > worst(reached):
                 best, reached = state_on_cpu(container), found
             if worst(reached) >= 1 or balance.update(ratios) < THRESHOLDS.fit.refit_from:
@@ -136,11 +140,12 @@ def refit_frozen_normalisation(state: MergeState, images: ImageSampler, names: C
     It is not trained and has no statistics to re-estimate, so an error of a tied layer would stay as it is. number: of
     the round.
     """
-    frozen = [name for name in names if any(map(is_frozen, state.models[name].modules()))]
+    frozen = [name for name in ranks.mine(names) if any(map(is_frozen, state.models[name].modules()))]
     drawn = images.of_tasks(frozen, THRESHOLDS.fit.pixels, "frozen", number)
     for name in frozen:
         batches = [(batch, None) for batch in drawn[name]]
         match_statistics(state.models[name], state.unmerged[name], batches, state.device, frozen_only=True)
+    synchronise({name: state.models[name] for name in names})
 
 
 def worst(found: Mapping[str, Standing]) -> float:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 
+from gemel.environment import ranks
 from gemel.environment.seeds import generator
 from gemel.fitting.importance import importance_of_layers
 from gemel.fitting.sensitivity import Sensitivity, predict_sensitivity
@@ -17,6 +18,24 @@ from gemel.workload import CLASSIFICATION, Task
 
 
 def sensitivity_if_all_were_tied(
+    state: MergeState, images: ImageSampler, groups: Configuration
+) -> tuple[Sensitivity, Sensitivity] | None:
+    """As `_predicted`, which the first rank alone does: it takes few images, and all rows of a group together."""
+
+    def listed() -> list[list[list]] | None:
+        found = _predicted(state, images, groups)
+        return found and [[[groups.index(g), t, value] for (g, t), value in part.items()] for part in found]
+
+    if ranks.size() == 1:
+        return _predicted(state, images, groups)
+    parts = ranks.of_first(listed)
+    if parts is None:
+        return None
+    errors, misfit = ({(groups[i], task): value for i, task, value in part} for part in parts)
+    return errors, misfit
+
+
+def _predicted(
     state: MergeState, images: ImageSampler, groups: Configuration
 ) -> tuple[Sensitivity, Sensitivity] | None:
     """(error at the outputs of the model, misfit of the layer) of every group and task if the weights were fitted.

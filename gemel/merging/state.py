@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gemel.alignment.align import align, apply_permutations, permutations_of
 from gemel.alignment.permutation import ChannelSpaces, inverse
+from gemel.environment import ranks
 from gemel.forward.batches import Batch
 from gemel.forward.modes import deep_copy, state_on_cpu, to_channels_last
 from gemel.results_store.load import load_merged
@@ -175,24 +176,37 @@ class MergeState:
     def align_channels(self, groups: Configuration, images: Mapping[str, list[Batch]], method: str, seed: int) -> None:
         """Permutes the channels of models that share nothing yet so that they line up with those of the others.
 
-        What they compute stays the same. A model that was aligned once stays as it is.
+        What they compute stays the same. A model that was aligned once stays as it is. The first rank finds the order.
         """
-        fixed = self.sharing() | set(self.order.permutations)
-        aligned = deep_copy(self.unmerged)  # so that an interrupt leaves no model half aligned
-        done = align(aligned, groups, images, method=method, seed=seed, fixed=fixed)
-        self.unmerged.load_state_dict(aligned.state_dict())
-        self.order.spaces.update(done.found)
-        for name, permutations in permutations_of(done).items():
+        found = ranks.of_first(lambda: self._find_alignment(groups, images, method, seed))
+        for name, permutations in found.items():
+            if not ranks.is_first():
+                apply_permutations(self.unmerged[name], permutations)
             self.models[name].load_state_dict(self.unmerged[name].state_dict())
             self.order.permutations[name] = permutations
             self.order.applied.add(name)
         for name in self.models:
             self.order.permutations.setdefault(name, {})
 
+    def _find_alignment(
+        self, groups: Configuration, images: Mapping[str, list[Batch]], method: str, seed: int
+    ) -> dict[str, Permutations]:
+        """Aligns the unmerged models; returns what was permuted."""
+        fixed = self.sharing() | set(self.order.permutations)
+        aligned = deep_copy(self.unmerged)  # so that an interrupt leaves no model half aligned
+        done = align(aligned, groups, images, method=method, seed=seed, fixed=fixed)
+        self.unmerged.load_state_dict(aligned.state_dict())
+        self.order.spaces.update(done.found)
+        return permutations_of(done)
+
     def restore_channel_order(self) -> None:
         """Gives the models that share nothing the order of channels that they came with, bit by bit."""
         for name in set(self.order.applied) - self.sharing():
             self.order.revert(name, self.models[name])
+
+    def is_stored_otherwise(self, stored: Mapping[str, Mapping]) -> bool:
+        """Whether a stored task has its channels in another order than now; stored: `tasks` of a manifest."""
+        return any(task["permuted"] and name not in self.order.applied for name, task in stored.items())
 
     def sharing(self) -> set[str]:
         """Tasks that share something in what is kept."""
@@ -232,8 +246,8 @@ class MergeState:
 
     def difference_to(self, reloaded: Mapping[str, nn.Module]) -> str | None:
         """The first tensor, as "task: name", in which models loaded from disk differ from the live ones by a bit."""
-        for name, model in self.models.items():
-            own, other = named_tensors(model), named_tensors(reloaded[name])
+        for name, model in reloaded.items():
+            own, other = named_tensors(self.models[name]), named_tensors(model)
             for key in {**own, **other}:
                 if key not in own or key not in other or not _same_bits(own[key], other[key]):
                     return f"{name}: {key}"

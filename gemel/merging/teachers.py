@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from gemel.datasets.loaders import TaskData, repeats
+from gemel.environment import ranks
 from gemel.merging.images import ImageSampler
 from gemel.merging.state import MergeState
 from gemel.sharing.groups import Configuration, compared_layers
@@ -19,11 +20,12 @@ IMAGES_OF_A_CUT = 4
 def teachers_of(
     state: MergeState, tasks: Mapping[str, Task], proposal: Configuration, options: TrainingOptions
 ) -> dict[str, Teacher]:
-    """The unmerged models beside those that are trained, if training compares with them or has no labels."""
+    """The unmerged models beside those that this rank trains, if training compares with them or has no labels."""
     models, unmerged = state.models, state.unmerged
     return {
         name: Teacher(models[name], unmerged[name], compared_layers(models[name], name, proposal))
         for name, task in tasks.items()
+        if ranks.is_mine(name)
         if options.teaches or not task.labels
     }
 
@@ -40,13 +42,13 @@ class FrozenPrefixes:
         self._last: dict[str, Prefix] = {}
 
     def of_round(self, names: Collection[str], proposal: Configuration, resumed: bool) -> dict[str, Prefix]:
-        """What the named classifiers compute before their first tied layers.
+        """What the named classifiers of this rank compute before their first tied layers.
 
         Outputs that were kept in an earlier round are used again where they would be the same. resumed: the weights of
         the round are yet to be loaded, so nothing can be kept of it.
         """
         found = {}
-        for name in names:
+        for name in ranks.mine(names):
             tied = {o.layer for group in proposal for o in group.occurrences if o.task == name}
             is_classifier = self.images.tasks[name].kind == CLASSIFICATION
             cut = self._cuts_of(name).before(tied) if is_classifier else None

@@ -26,7 +26,7 @@ def part_to_keep(
         try:
             folded = {name: state.folded_for(part, name) for name in outcome.verified}
             with clock.interruptible():
-                measured = {n: evaluator.measure(n, model) for n, model in folded.items() if model is not None}
+                measured = evaluator.measure_all({n: model for n, model in folded.items() if model is not None})
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

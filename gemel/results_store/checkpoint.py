@@ -2,13 +2,18 @@
 
 import io
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from gemel.environment import ranks
 from gemel.results_store import files
 from gemel.results_store.files import ResultsError, first_line
 from gemel.results_store.manifest import has_results, read_manifest
+
+CHECKPOINT_SHARE = 0.05  # of the time that writing the state of a round in flight may take
 
 log = logging.getLogger(__name__)
 
@@ -74,3 +79,17 @@ def _check_plain(value: object, where: str) -> None:
             _check_plain(item, f"{where}[{index}]")
     elif not (value is None or type(value) in (str, int, float, bool) or isinstance(value, torch.Tensor)):
         raise TypeError(f"{where}: got a {type(value).__name__}; allowed: dict, list, tuple, str, number, tensor")
+
+
+def throttled(save: Callable[[dict], None]) -> Callable[[dict, bool], None]:
+    """Leaves out saves that would take more than their share of the time, except the one that ends a run."""
+    next_save = 0.0
+
+    def throttled(state: dict, last: bool) -> None:
+        nonlocal next_save
+        began = time.monotonic()
+        if ranks.any_of(last or began >= next_save):
+            save(state)
+            next_save = time.monotonic() + (time.monotonic() - began) / CHECKPOINT_SHARE
+
+    return throttled

@@ -8,25 +8,29 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from gemel.datasets.loaders import TaskData
+from gemel.environment import ranks
 from gemel.environment.failures import is_out_of_memory
+from gemel.environment.seeds import derive_seed
 from gemel.fitting.batch_norm import freeze_statistics, frozen_statistics
 from gemel.forward.modes import release_graphs
+from gemel.sharing.holders import own_models, synchronise
 from gemel.training.batches import Batches, split
 from gemel.training.distillation import Teacher
 from gemel.training.early_stopping import Progress, loss_weight
 from gemel.training.losses import task_losses
 from gemel.training.options import TrainingOptions
 from gemel.training.outcome import NOT_FINITE, OUT_OF_MEMORY
+from gemel.training.reduction import Reduction
 from gemel.training.schedule import Schedule
+from gemel.training.united import positions, state_of_rank
 from gemel.workload import Task
-
-Tensors = tuple[Tensor, ...] | list[Tensor]
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +53,8 @@ class Member:
         return {"batches": self.batches.state(), "progress": self.progress.state(), "num_parts": self.num_parts}
 
     def load_state(self, state: dict) -> None:
-        self.batches.load_state(state["batches"])
+        if ranks.is_mine(self.task.name):
+            self.batches.load_state(state["batches"])
         self.progress, self.num_parts = Progress.from_state(state["progress"]), state["num_parts"]
 
 
@@ -68,7 +73,8 @@ class JointStep:
     """The optimizer and the moving average of weights of the trained models.
 
     models: those of the members, in one container, so that a tied parameter is there once. teachers: by task, where
-    losses compare with the unmerged model.
+    losses compare with the unmerged model. With several ranks each trains what the models of its own tasks hold, and
+    the gradients of what models of several ranks hold are summed over the ranks (reduction.py).
     """
 
     def __init__(
@@ -82,19 +88,30 @@ class JointStep:
         self.models, self.options, self.schedule = models, options, schedule
         self.device, self.teachers = device, teachers
         self.shared, private = shared_and_private(models)
-        trained = [*self.shared, *private] or [nn.Parameter(torch.zeros(1, device=device))]  # all may be frozen
+        self.own = own_models(models)
+        held = set(self.own.parameters())
+        self.trained = [parameter for parameter in [*self.shared, *private] if parameter in held]
+        self.reduction = Reduction(models, self.shared, device)
+        self.positions = positions(models, self.trained) if ranks.size() > 1 else []
         fused = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, fused=fused or None)
+        stepped = self.trained or [nn.Parameter(torch.zeros(1, device=device))]  # all may be frozen, or other ranks'
+        self.optimizer = torch.optim.AdamW(stepped, lr=options.learning_rate, fused=fused or None)
         release_graphs(models)
-        self.averaged = AveragedModel(models, multi_avg_fn=self._move_average, use_buffers=True)
+        self.averaged = AveragedModel(self.own, use_buffers=True)
+        self.averages: list[tuple[list[Tensor], list[Tensor]]] = []  # by type: what is averaged, and what of
         self.samples = 0
+        self.seed = torch.initial_seed()
+        self.loss = torch.zeros((), device=device)  # of the last step, the sum over the tasks of all ranks
+        self.has_failed = torch.zeros((), dtype=torch.bool, device=device)  # a loss was not finite; not looked at yet
+        self.looks_later = fused  # so that the device need not wait for this process in every step
 
     def begin_stage(self, members: Sequence[Member]) -> None:
         """Train mode, with what this stage leaves alone frozen: shared parameters and statistics in the first."""
         private_only = self.schedule.private_only
         for parameter in self.shared:
             parameter.requires_grad_(not private_only)
-        for member in members:
+        self.averages = _by_type(self.averaged.module, self.own)
+        for member in (member for member in members if ranks.is_mine(member.task.name)):
             member.task.model.train()
             if private_only:
                 freeze_statistics(member.task.model)
@@ -103,24 +120,46 @@ class JointStep:
         """One batch of every member and one step of the optimizer; why the round ends, or None."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate()
-        batches = [(member, member.batches.next()) for member in members]
+        mine = [member for member in members if ranks.is_mine(member.task.name)]
+        batches = [(member, member.batches.next()) for member in mine]
+        num_samples, reason = sum(len(batch[0]) for _, batch in batches), None
         while (total := self._backward(batches)) is None:
             if any(member.num_parts > len(batch[0]) for member, batch in batches):
-                return OUT_OF_MEMORY
-        if not torch.isfinite(total):
-            return NOT_FINITE
+                total, reason = torch.zeros((), device=self.device), OUT_OF_MEMORY
+                break
+        if ranks.size() > 1:
+            total, num_samples, is_out_of_memory = self.reduction.reduce(total, num_samples, reason is not None)
+            reason = OUT_OF_MEMORY if is_out_of_memory else None
+        self.loss = total
+        reason = reason or self._look_at_loss()
+        if reason is not None:
+            return reason
         self.optimizer.step()
-        self.averaged.update_parameters(self.models)
-        self.samples += sum(len(batch[0]) for _, batch in batches)
+        self._move_average()
+        self.samples += num_samples
         self.schedule.step += 1
         return None
+
+    def _look_at_loss(self) -> str | None:
+        """Why the round ends, or None; where that is looked at later, the fused optimizer leaves out the step."""
+        is_wrong = ~torch.isfinite(self.loss)
+        if self.looks_later:
+            self.optimizer.found_inf = is_wrong.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler sets it
+            self.has_failed |= is_wrong
+            return None
+        return NOT_FINITE if is_wrong else None
+
+    def why_failed(self) -> str | None:
+        """Why the round ends, from what was not looked at in the steps before; waits for the device."""
+        return NOT_FINITE if self.looks_later and bool(self.has_failed) else None
 
     def finish(self) -> None:
         """Leaves the models with the averaged weights, in eval mode."""
         for parameter in self.shared:
             parameter.requires_grad_(True)
         if self.schedule.step:
-            self.models.load_state_dict(self.averaged.module.state_dict())
+            self.own.load_state_dict(self.averaged.module.state_dict())
+        synchronise(self.models)
         self.models.eval()
 
     def _backward(self, batches: Sequence[tuple[Member, tuple]]) -> Tensor | None:
@@ -148,6 +187,8 @@ class JointStep:
         return total
 
     def _loss(self, member: Member, batch: tuple) -> Tensor:
+        if ranks.size() > 1:  # what dropout draws does not depend on how many ranks there are
+            torch.manual_seed(derive_seed(self.seed, member.task.name, self.schedule.step))
         model, teacher = member.task.model, self.teachers.get(member.task.name)
         with frozen_statistics(model) if len(batch[0]) == 1 else contextlib.nullcontext():  # one has no variance
             losses = task_losses(member.task, batch, self.device, teacher)
@@ -155,29 +196,49 @@ class JointStep:
         total = sum(self.options.weight_of(name, member.task) * loss for name, loss in losses.items())
         return weight * torch.as_tensor(total)
 
-    def _move_average(self, averages: Tensors, values: Tensors, num_averaged: Tensor | int) -> None:
+    @torch.no_grad()
+    def _move_average(self) -> None:
         """Moves the averages towards the values; quickly at first, so that the start of the trial is soon forgotten.
 
         The average is what is validated and kept: at any step it is as good as weights after a lowered learning rate.
+        As AveragedModel.update_parameters, but over lists that are made once a stage.
         Source: Izmailov et al., "Averaging Weights Leads to Wider Optima", UAI 2018.
         """
         step = self.schedule.step
         decay = min(self.options.average_decay, (1 + step) / (10 + step))
-        if averages[0].is_floating_point():  # all are of one dtype
-            torch._foreach_lerp_(averages, values, 1 - decay)
-        else:
-            torch._foreach_copy_(averages, values)
+        for averages, values in self.averages:
+            if step and averages[0].is_floating_point():
+                torch._foreach_lerp_(averages, values, 1 - decay)
+            else:  # the first step has nothing to average with
+                torch._foreach_copy_(averages, values)
+        self.averaged.n_averaged += 1
 
     def state(self) -> dict:
+        """Of this rank's tasks: united.py makes one of those of all ranks."""
+        several = {"positions": self.positions} if ranks.size() > 1 else {}
         return {
+            **several,
             "samples": self.samples,
-            "models": self.models.state_dict(),
+            "models": self.own.state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load_state(self, state: dict) -> None:
+        """state: of all ranks' tasks."""
+        own = state_of_rank(state, self.models, self.trained)
         self.samples = state["samples"]
         self.models.load_state_dict(state["models"])
-        self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.averaged.load_state_dict(own["averaged"])
+        self.optimizer.load_state_dict(own["optimizer"])
+
+
+def _by_type(averaged: nn.Module, models: nn.Module) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Parameters and buffers of both, in pairs of lists of one type and device each."""
+    found: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    pairs = zip([*averaged.parameters(), *averaged.buffers()], [*models.parameters(), *models.buffers()], strict=True)
+    for average, value in pairs:
+        of_type = found.setdefault((average.dtype, average.device), ([], []))
+        of_type[0].append(average.detach())
+        of_type[1].append(value.detach())
+    return list(found.values())

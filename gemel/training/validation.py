@@ -2,16 +2,17 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from gemel.datasets.loaders import num_samples
+from gemel.environment import ranks
 from gemel.environment.events import emit
 from gemel.evaluation.eval_method import evaluate
 from gemel.training.context import RoundContext
 from gemel.training.options import TrainingOptions
-from gemel.training.outcome import EPOCHS_SPENT, GIVEN_UP, MET, UNTRAINED, Standing
+from gemel.training.outcome import EPOCHS_SPENT, GIVEN_UP, MET, UNTRAINED
 from gemel.training.schedule import Schedule
 from gemel.training.step import Member
 
@@ -47,34 +48,45 @@ class Validation:
 
         Returns why the round ends, or None.
         """
-        for member in sorted(self.active, key=lambda member: member.progress.ratio):
-            self.measure(member)
+        order = sorted(self.active, key=lambda member: member.progress.ratio)
+        measured: dict[str, tuple[float, bool]] = {}
+        for number, member in enumerate(order):
+            if member.task.name not in measured:
+                measured |= self._measured(order[number:], everything)
+            self.note(member, *measured[member.task.name])
             if not member.progress.met and not self.give_up_if_stalled(member) and not everything:
                 return None
         return self._decide()
 
-    def measure(self, member: Member) -> None:
-        """Accuracy on val; where the screening subset is below its target, an estimate from that alone."""
-        name, progress, step = member.task.name, member.progress, self.schedule.step
-        known = self.context.fitted.get(name) if step == 0 else None
-        accuracy = known.accuracy if known else None
-        self._measure(member, known, accuracy)
-        reached = {"accuracy": progress.accuracy, "target": progress.target, "whole_val": progress.confirmed}
-        emit("validation", task=name, step=step, **reached)
-        log.debug("step %d: %s %.4f of %.4f", step, name, progress.accuracy, progress.target)
+    def _measured(self, left: Sequence[Member], everything: bool) -> dict[str, tuple[float, bool]]:
+        """Of the first of the tasks, and at the same time of the first ones of the other ranks (or of all tasks)."""
+        mine = [member for member in left if ranks.is_mine(member.task.name)]
+        if not everything or ranks.size() == 1:
+            mine = mine[:1]
+        found = ranks.together(lambda: {member.task.name: self.measure(member) for member in mine})
+        return {name: (accuracy, is_confirmed) for name, (accuracy, is_confirmed) in found.items()}
 
-    def _measure(self, member: Member, known: Standing | None, accuracy: float | None) -> None:
-        """Notes the accuracy; known: where the weights were when the round began, if they are still those."""
-        progress, step = member.progress, self.schedule.step
-        model = self.averaged.get_submodule(member.task.name) if step else member.task.model
-        if accuracy is None and self.screens(member):
+    def measure(self, member: Member) -> tuple[float, bool]:
+        """(accuracy on val, True); where the screening subset is below its target, (an estimate from that, False)."""
+        name, step = member.task.name, self.schedule.step
+        known = self.context.fitted.get(name) if step == 0 else None
+        if known is not None and known.accuracy is not None:
+            return known.accuracy, True
+        model = self.averaged.get_submodule(name) if step else member.task.model
+        if self.screens(member):
             ratio = known.ratio if known else self._screen(member, model)
             if ratio < 1:
-                progress.note(step, min(ratio, 1.0) * progress.target, confirmed=False)
-                return
-        if accuracy is None:
-            accuracy = evaluate(member.task, member.data.val, model)
-        progress.note(step, accuracy)
+                return min(ratio, 1.0) * member.progress.target, False
+        return evaluate(member.task, member.data.val, model), True
+
+    def note(self, member: Member, accuracy: float, is_confirmed: bool) -> None:
+        """Adds a measurement to the task's progress."""
+        progress, step = member.progress, self.schedule.step
+        progress.note(step, accuracy, is_confirmed)
+        reached = {"accuracy": progress.accuracy, "target": progress.target, "whole_val": progress.confirmed}
+        emit("validation", task=member.task.name, step=step, **reached)
+        about = "" if is_confirmed else "about "
+        log.debug("step %d: %s %s%.4f of %.4f", step, member.task.name, about, progress.accuracy, progress.target)
 
     def screens(self, member: Member) -> bool:
         """Whether a subset of the task's val split is evaluated before all of it."""

@@ -1,0 +1,304 @@
+"""The processes (ranks) that work on one merge: which tasks are whose, and what they tell each other.
+
+torchrun starts the same program several times. Every rank goes through the same rounds; what costs time for a task
+(images, forward passes, training, evaluation) its own rank does alone, and tells the others what came out. With one
+process every function here returns at once what it was given. docs/multi_gpu.md describes it for users.
+
+A function that talks to the others must be called by all ranks in the same order. Between two of them a rank may raise
+only for lack of memory, within `together`; any other error ends the process, and with it the run (alive.py).
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gemel.environment.failures import is_out_of_memory
+
+BLOCK = 4096  # bytes: messages up to this size need one collective, longer ones two
+LENGTH = 8  # bytes of a message's length
+MAX_CHUNK = 64 << 20  # bytes that are sent at a time
+FOREVER = timedelta(days=30)  # ranks wait as long as another one evaluates; alive.py finds those that are gone
+
+_owners: dict[str, int] = {}  # task -> its rank
+
+
+class RankLost(BaseException):
+    """Another rank is gone. Not an Exception: no `except Exception` around a user's method may catch it."""
+
+
+class FirstRankFailed(Exception):
+    """The first rank raised an error; it reports it."""
+
+
+# ---- who is here --------------------------------------------------------------------------------------------
+
+
+def size() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this one, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this is the rank that decides, prints and writes."""
+    return rank() == 0
+
+
+def is_asked_for() -> bool:
+    """Whether this process was started as one of several, as torchrun does it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Within, this process works with the others that torchrun started; without others nothing happens.
+
+    Tensors on a CPU go through gloo, those on CUDA devices through NCCL; every rank takes the device of its number.
+    """
+    if not is_asked_for() or size() > 1:
+        yield
+        return
+    has_cuda = torch.cuda.is_available()
+    if has_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=FOREVER)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- whose task ---------------------------------------------------------------------------------------------
+
+
+def assign(owners: Mapping[str, int]) -> None:
+    """Says which rank every task belongs to; one without an entry belongs to the first."""
+    _owners.clear()
+    _owners.update(owners)
+
+
+def owner_of(task: str) -> int:
+    """The rank of a task."""
+    return _owners.get(task, 0) if size() > 1 else 0
+
+
+def is_mine(task: str) -> bool:
+    """Whether a task belongs to this rank; with one process all do."""
+    return owner_of(task) == rank()
+
+
+def mine(tasks: Iterable[str]) -> list[str]:
+    """Those of the tasks that belong to this rank."""
+    return [task for task in tasks if is_mine(task)]
+
+
+def placed(costs: Mapping[str, float], num_ranks: int) -> dict[str, int]:
+    """Task -> rank: the most expensive tasks first, each to the rank that has least to do so far.
+
+    At most 4/3 of the shortest possible time. Source: Graham, "Bounds on multiprocessing timing anomalies", SIAM
+    Journal on Applied Mathematics 17, 1969.
+    """
+    loads = [0.0] * num_ranks
+    found = {}
+    for task in sorted(costs, key=lambda task: (-costs[task], task)):
+        found[task] = loads.index(min(loads))
+        loads[found[task]] += costs[task]
+    return {task: found[task] for task in costs}
+
+
+# ---- what they tell each other ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _talking() -> Iterator[None]:
+    """Turns what a collective raises when another rank is gone into RankLost."""
+    try:
+        yield
+    except RuntimeError as error:  # DistBackendError is one
+        raise RankLost(str(error).splitlines()[0]) from error
+
+
+def _gathered(message: bytes) -> list[bytes]:
+    """The messages of all ranks, by rank."""
+    content = len(message).to_bytes(LENGTH, "little") + message
+    blocks = _all_gathered(content[:BLOCK].ljust(BLOCK, b"\0"))
+    lengths = [int.from_bytes(block[:LENGTH], "little") + LENGTH for block in blocks]
+    if max(lengths) > BLOCK:
+        blocks = _all_gathered(content.ljust(max(lengths), b"\0"))
+    return [block[LENGTH:length] for block, length in zip(blocks, lengths, strict=True)]
+
+
+def _all_gathered(content: bytes) -> list[bytes]:
+    own = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    found = [torch.empty_like(own) for _ in range(size())]
+    with _talking():
+        dist.all_gather(found, own)
+    return [tensor.numpy().tobytes() for tensor in found]
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every rank gives, by rank: JSON values, on all of them."""
+    if size() == 1:
+        return [value]
+    return [json.loads(message) for message in _gathered(json.dumps(value).encode())]
+
+
+def united(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The dictionaries of all ranks in one; JSON values."""
+    return {key: value for part in gathered(dict(values)) for key, value in part.items()}
+
+
+def any_of(value: bool) -> bool:
+    """Whether it is true on one of the ranks."""
+    return bool(_summed_number(float(value))) if size() > 1 else value
+
+
+def total_of(value: float) -> float:
+    """The sum over all ranks."""
+    return _summed_number(value) if size() > 1 else value
+
+
+def _summed_number(value: float) -> float:
+    number = torch.tensor(value, dtype=torch.float64)
+    with _talking():
+        dist.all_reduce(number)
+    return float(number)
+
+
+def of_first(make: Callable[[], Any]) -> Any:
+    """What `make` returns on the first rank, which alone calls it; JSON values.
+
+    Raises there what `make` raised, and FirstRankFailed on the others.
+    """
+    if size() == 1:
+        return make()
+    if not is_first():
+        answer = json.loads(_broadcast_bytes(b""))
+        if "failed" in answer:
+            raise FirstRankFailed(answer["failed"])
+        return answer["value"]
+    try:
+        value = make()
+    except BaseException as error:
+        _broadcast_bytes(json.dumps({"failed": type(error).__name__}).encode())
+        raise
+    _broadcast_bytes(json.dumps({"value": value}).encode())
+    return value
+
+
+def _broadcast_bytes(message: bytes) -> bytes:
+    """The message of the first rank, on all of them."""
+    with _talking():
+        length = torch.tensor(len(message))
+        dist.broadcast(length, 0)
+        content = torch.frombuffer(bytearray(message), dtype=torch.uint8) if is_first() else None
+        content = torch.empty(int(length), dtype=torch.uint8) if content is None else content
+        dist.broadcast(content, 0)
+    return content.numpy().tobytes()
+
+
+def together(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Every rank does its work, and all get the results of all in one dictionary; JSON values.
+
+    Where one rank runs out of memory, all raise torch.OutOfMemoryError.
+    """
+    if size() == 1:
+        return work()
+    values: dict[str, Any] = {}
+    with sharing_memory_errors():
+        values = work()
+    return united(values)
+
+
+@contextlib.contextmanager
+def sharing_memory_errors() -> Iterator[None]:
+    """Within, a rank works by itself; where one runs out of memory, all raise torch.OutOfMemoryError at the end."""
+    failed: Exception | None = None
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if size() == 1 or not is_out_of_memory(error):
+            raise
+        failed = error
+    if any_of(failed is not None):
+        raise torch.OutOfMemoryError("a rank is out of memory") from failed
+
+
+def sent_to_first(message: bytes) -> list[bytes]:
+    """The messages of all ranks, by rank, on the first one; on the others an empty list. For long messages."""
+    lengths = gathered(len(message))
+    if not is_first():
+        with _talking():
+            dist.send(torch.frombuffer(bytearray(message), dtype=torch.uint8), 0)
+        return []
+    found = [message]
+    for number, length in enumerate(lengths[1:], 1):
+        received = torch.empty(length, dtype=torch.uint8)
+        with _talking():
+            dist.recv(received, number)
+        found.append(received.numpy().tobytes())
+    return found
+
+
+# ---- tensors ------------------------------------------------------------------------------------------------
+
+
+def sum_in_place(tensor: Tensor) -> None:
+    """Replaces a tensor by its sum over all ranks."""
+    with _talking():
+        dist.all_reduce(tensor)
+
+
+def broadcast(tensors: Sequence[Tensor], root: int) -> None:
+    """Gives tensors, the same in shape and type on all ranks, the values that they have on one of them."""
+    for part in _chunks(tensors):
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in part])
+        with _talking():
+            dist.broadcast(flat, root)
+        if rank() != root:
+            with torch.no_grad():
+                for tensor, values in zip(part, flat.split([tensor.numel() for tensor in part]), strict=True):
+                    tensor.copy_(values.view(tensor.shape))
+
+
+def wait_for_all() -> None:
+    """Returns when all ranks have come here."""
+    any_of(False)
+
+
+def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one type and at most MAX_CHUNK bytes at a time; a larger one alone."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        part: list[Tensor] = []
+        for tensor in (tensor for tensor in tensors if tensor.dtype == dtype and tensor.numel()):
+            if part and sum(other.nbytes for other in part) + tensor.nbytes > MAX_CHUNK:
+                yield part
+                part = []
+            part.append(tensor)
+        if part:
+            yield part
+
+
+def united_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors of all ranks, by name, in one dictionary, on the device that all have; names are not to repeat."""
+    if size() == 1:
+        return dict(tensors)
+    headers = gathered([[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()])
+    found: dict[str, Tensor] = {}
+    for root, header in enumerate(headers):
+        for name, shape, dtype in header:
+            own = tensors[name].contiguous() if root == rank() else None
+            found[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device) if own is None else own
+        broadcast([found[name] for name, _, _ in header], root)
+    return found

@@ -1,0 +1,61 @@
+"""Which rank works for which task: by the time that a training step of each takes."""
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from gemel.datasets.loaders import TaskData, batch_size_of, num_samples
+from gemel.environment import ranks
+from gemel.environment.seeds import seeded
+from gemel.merging.state import MergeState
+from gemel.sharing.holders import park, synchronise
+from gemel.sharing.tying import restore_snapshot, take_snapshot
+from gemel.training.distillation import Teacher
+from gemel.training.losses import task_losses
+from gemel.workload import Task
+
+REPEATS = 2  # of a step, after one that warms up
+
+
+def place_tasks(tasks: Mapping[str, Task], data: Mapping[str, TaskData], state: MergeState, seed: int) -> None:
+    """Gives every task a rank, by costs that the first rank measures; all ranks call it.
+
+    The models of all ranks are those of the first one from then on, should a workload file draw random weights.
+    """
+    ranks.assign({})
+    if ranks.size() == 1:
+        return
+    synchronise(state.models)
+    synchronise(state.unmerged)
+    costs = ranks.of_first(lambda: {name: step_seconds(task, data[name], state, seed) for name, task in tasks.items()})
+    ranks.assign(ranks.placed(costs, ranks.size()))
+    park(state.models)
+    park(state.unmerged)
+
+
+def step_seconds(task: Task, data: TaskData, state: MergeState, seed: int) -> float:
+    """Seconds of the forward and backward pass on the first batch of train; 0 if the model cannot be trained on it,
+    which check.py reports."""
+    train, snapshot = data.train, take_snapshot(task.model)
+    teacher = None if task.labels else Teacher(task.model, state.unmerged[task.name], [])
+    try:
+        with seeded(seed, "cost", task.name):
+            count = min(batch_size_of(train), num_samples(train))
+            batch = train.collate_fn([train.dataset[i] for i in range(count)])
+            task.model.train()
+            return min([_seconds(task, batch, state.device, teacher) for _ in range(1 + REPEATS)][1:])
+    except Exception:  # a user's model may raise anything
+        return 0.0
+    finally:
+        restore_snapshot(snapshot)
+        if teacher is not None:
+            teacher.close()
+
+
+def _seconds(task: Task, batch: tuple, device: torch.device, teacher: Teacher | None) -> float:
+    began = time.perf_counter()
+    total = torch.as_tensor(sum(task_losses(task, batch, device, teacher).values()))
+    total.backward()
+    float(total.detach())  # waits for the device
+    return time.perf_counter() - began

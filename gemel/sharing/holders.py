@@ -1,0 +1,75 @@
+"""Which ranks hold a tensor of a workload, and how all of them get the values of those that computed them.
+
+Every rank has all models with the same ties, but trains, fits and evaluates only those of its own tasks: what only
+others hold is out of date until `synchronise`.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemel.environment import ranks
+from gemel.forward.modes import Models
+from gemel.sharing.memory import distinct_tensors, named_tensors
+
+LEAST_BYTES = 64 << 10  # of a tensor that is parked: what is smaller takes little, and is most of the tensors
+MAX_FILES = 20_000  # mappings: Linux allows a process 65,530
+
+
+def own_models(models: Models) -> nn.ModuleDict:
+    """The models of this rank's tasks, in one container; with one process all of them."""
+    return nn.ModuleDict({name: model for name, model in models.items() if ranks.is_mine(name)})
+
+
+def held_by(models: Models) -> dict[nn.Parameter, set[int]]:
+    """Every distinct parameter -> the ranks whose tasks hold it."""
+    found: dict[nn.Parameter, set[int]] = {}
+    for name, model in models.items():
+        for parameter in model.parameters():
+            found.setdefault(parameter, set()).add(ranks.owner_of(name))
+    return found
+
+
+def synchronise(models: Models) -> None:
+    """Gives every parameter and buffer, on all ranks, the value it has on the rank of the first task that holds it."""
+    if ranks.size() == 1:
+        return
+    of_root: dict[int, list[Tensor]] = {}
+    seen = set()
+    for name, model in models.items():
+        for tensor in named_tensors(model).values():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                of_root.setdefault(ranks.owner_of(name), []).append(tensor)
+    for root in sorted(of_root):
+        ranks.broadcast(of_root[root], root)
+
+
+def park(models: Models) -> None:
+    """Moves the large tensors of other ranks' models to temporary files that are mapped into memory, on a CPU.
+
+    The files have no names and go with the process. Their pages belong to the disk cache: the system can drop them. A
+    tensor keeps its object, shape, layout and type, and has a storage of its own, so that it can be saved as before; on
+    other devices everything stays where it is.
+    """
+    held = {id(tensor) for tensor in _tensors(models, mine=True)}
+    others = [t for t in _tensors(models, mine=False) if id(t) not in held and t.device.type == "cpu"]
+    others = [tensor for tensor in others if tensor.nbytes >= LEAST_BYTES]
+    for tensor in sorted(others, key=lambda tensor: -tensor.nbytes)[:MAX_FILES]:
+        with tempfile.NamedTemporaryFile(prefix="gemel-parked-") as file:
+            storage: Any = torch.UntypedStorage.from_file(file.name, True, _span(tensor) * tensor.element_size())
+        parked = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+        tensor.data = parked.copy_(tensor.detach())
+
+
+def _tensors(models: Models, mine: bool) -> Iterator[Tensor]:
+    """Distinct parameters and saved buffers of the models of this rank's tasks, or of the others'."""
+    return distinct_tensors({name: model for name, model in models.items() if ranks.is_mine(name) == mine})
+
+
+def _span(tensor: Tensor) -> int:
+    """Elements of storage from a tensor's first to its last element, both included."""
+    return 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -1,0 +1,62 @@
+"""Gradients of parameters that models of several ranks hold, summed in one collective a step.
+
+Not DistributedDataParallel: it fails when a model is skipped in a step, and ranks diverge silently when parameters are
+tied after wrapping. One flat sum after the backward passes is right whatever is tied or skipped.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gemel.environment import ranks
+from gemel.forward.modes import Models
+from gemel.sharing.holders import held_by
+
+
+class Reduced(NamedTuple):
+    """What all ranks' batches of one step come to."""
+
+    loss: Tensor  # the sum; 0-dim
+    num_samples: int
+    is_out_of_memory: bool  # of one rank at least
+
+
+class Reduction:
+    """Sums gradients over the ranks.
+
+    shared: the parameters that several models hold; those that models of several ranks hold are summed. The flat buffer
+    is made once, in float32, and holds besides the gradients, of each parameter, how many ranks have a gradient: one
+    that none has, since its tasks are given up, stays without.
+    """
+
+    def __init__(self, models: Models, shared: Collection[nn.Parameter], device: torch.device):
+        self.parameters: list[nn.Parameter] = []
+        if ranks.size() > 1:
+            holders = held_by(models)
+            self.parameters = [parameter for parameter in shared if len(holders[parameter]) > 1]
+        self.sizes = [parameter.numel() for parameter in self.parameters]
+        self.flat = torch.empty(sum(self.sizes) + len(self.sizes) + 3, device=device)
+
+    def reduce(self, loss: Tensor, num_samples: int, is_out_of_memory: bool) -> Reduced:
+        """Replaces gradients by their sums over all ranks, on every rank alike."""
+        *sums, counts, values = self.flat.split([*self.sizes, len(self.sizes), 3])
+        has_gradient = [parameter.grad is not None for parameter in self.parameters]
+        counts.copy_(torch.tensor(has_gradient, dtype=torch.float32))
+        values.copy_(torch.stack([loss.float(), loss.new_tensor(num_samples), loss.new_tensor(is_out_of_memory)]))
+        for parameter, total in zip(self.parameters, sums, strict=True):
+            if parameter.grad is None:
+                total.zero_()
+            else:
+                total.copy_(parameter.grad.reshape(-1))
+        ranks.sum_in_place(self.flat)
+        *present, summed_loss, samples, failures = self.flat[sum(self.sizes) :].tolist()
+        for parameter, total, count in zip(self.parameters, sums, present, strict=True):
+            if not count:
+                parameter.grad = None
+            elif parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter).copy_(total.view(parameter.shape))
+            else:
+                parameter.grad.copy_(total.view(parameter.shape))
+        return Reduced(loss.new_tensor(summed_loss), int(samples), failures > 0)
