@@ -239,9 +239,8 @@ class Merger:
             self.clock.raise_if_over()
             self._see_what_the_goal_would_take()
             emit("doing", what="choosing what to try next")
-            if self.options.initial_weights == LEAST_SQUARES:
-                self.strategy.expected_gain = self._new_private_training().expected_gain
-            if (proposal := self.strategy.propose()) is None:
+            proposal = self.strategy.propose()
+            if proposal is None:
                 self.record.finished = True
                 return
             if not self.play_round(proposal) or self._fits():

@@ -108,12 +108,6 @@ class PrivateTraining:
             raise TimeOver
         return outcome.accuracies[name], outcome.steps
 
-    @property
-    def expected_gain(self) -> float:
-        """What one training is expected to gain: the mean of what was expected at first and of what was measured."""
-        gains = [one.after - one.before for one in [*self.earlier, *self.now]]
-        return max(0.0, (THRESHOLDS.private.gain + sum(gains)) / (1 + len(gains)))
-
     def of_round(self) -> list[dict]:
         """What was gained since this was made, as a round records it."""
         return [asdict(gained) for gained in self.now]

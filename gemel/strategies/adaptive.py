@@ -223,15 +223,14 @@ class Adaptive(Strategy):
         own.sort(key=lambda i: -self._sensitivity_of(i, task) / self.groups[i].bytes)
         tied = total = sum(self._sensitivity_of(i, task) for i in own)
         for number, i in enumerate(own):
-            if self.curves[task].probability(tied / total if total else 1.0, self.expected_gain) >= risk:
+            if self.curves[task].probability(tied / total if total else 1.0) >= risk:
                 return own[:number]
             tied -= self._sensitivity_of(i, task)
         return own
 
     def _probabilities(self, trial: Configuration) -> dict[str, float]:
         """Task -> the probability that it meets its target in an untrained trial without adapters."""
-        shares = {task: self._tied_share(trial, task) for task in self.curves}
-        return {task: curve.probability(shares[task], self.expected_gain) for task, curve in self.curves.items()}
+        return {task: curve.probability(self._tied_share(trial, task)) for task, curve in self.curves.items()}
 
     def _expected_saving(self, trial: Configuration) -> float:
         """Net bytes, where tasks that fail go back to what is kept, and the others share among themselves.

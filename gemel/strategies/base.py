@@ -23,7 +23,6 @@ class Strategy(ABC):
     """What the merger asks of a strategy; what an earlier run kept (`adopted`) is part of every proposal."""
 
     adopted: Configuration = ()
-    expected_gain: float = 0.0  # of accuracy / target, of a task that is trained shortly after a fit
     goal_saving: int | None = None  # bytes; the search is over as soon as what is kept saves as many
 
     @property

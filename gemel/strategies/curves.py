@@ -36,8 +36,8 @@ class Curve:
         """The point with the smallest share above that, at which it was not; None: no trial failed there."""
         return min((point for point in self.points if point[1] < 1 and point[0] > self.met[0]), default=None)
 
-    def probability(self, share: float, gain: float = 0.0) -> float:
-        """That the target is met with this share tied; gain: of accuracy / target, expected to follow the fit."""
+    def probability(self, share: float) -> float:
+        """That the target is met with this share tied."""
         (low, ratio), failed = self.met, self.failed
         if share <= low:
             return 1.0
@@ -47,7 +47,7 @@ class Curve:
         else:
             slope = (ratio - failed[1]) / (failed[0] - low)
             deviation = THRESHOLDS.search.uncertainty * slope * min(share - low, abs(failed[0] - share))
-        left = ratio - slope * (share - low) - 1 + gain
+        left = ratio - slope * (share - low) - 1
         return _normal_below(left / math.hypot(THRESHOLDS.search.noise, deviation))
 
     def _expected_slope(self) -> tuple[float, float]:

@@ -76,10 +76,7 @@ def test_it_changes_only_what_the_task_holds_alone(run):
     assert not any(id(p) in shared for name, p in run.state.models.named_parameters() if name in changed)
     assert all(torch.equal(v, others[k]) for k, v in run.state.models["south_pico"].state_dict().items())
     assert all(p.requires_grad for p in run.state.models.parameters()) and not run.state.models["north_pico"].training
-    assert (
-        reached["north_pico"].accuracy
-        == run.evaluator.measure_all({"north_pico": run.state.models["north_pico"]})["north_pico"]
-    )
+    assert reached["north_pico"].accuracy == run.evaluator.measure("north_pico", run.state.models["north_pico"])
     assert reached["south_pico"].ratio == 1.0
     (gained,) = run.private_training.of_round()
     assert gained["task"] == "north_pico" and gained["after"] == reached["north_pico"].ratio and gained["steps"] > 0
@@ -108,13 +105,3 @@ def test_a_round_records_what_was_gained_and_the_search_learns_what_the_fit_reac
 
 def _layer(run, occurrence):
     return run.state.models[occurrence.task].get_submodule(occurrence.layer)
-
-
-def test_the_search_expects_what_trainings_gained(run, training):
-    from_start = training.expected_gain
-    assert 0 < from_start < 0.02
-    gained = [{"task": "north_pico", "before": 0.95, "after": 0.99, "steps": 10}]
-    surroundings = run.options.training, training.context, training.recover
-    assert PrivateTraining(run.state, run.evaluator, *surroundings, gained).expected_gain > from_start
-    lost = [{**gained[0], "after": 0.80}]
-    assert PrivateTraining(run.state, run.evaluator, *surroundings, lost).expected_gain == 0
