@@ -76,7 +76,7 @@ def test_it_changes_only_what_the_task_holds_alone(run):
     assert not any(id(p) in shared for name, p in run.state.models.named_parameters() if name in changed)
     assert all(torch.equal(v, others[k]) for k, v in run.state.models["south_pico"].state_dict().items())
     assert all(p.requires_grad for p in run.state.models.parameters()) and not run.state.models["north_pico"].training
-    assert reached["north_pico"].accuracy == run.evaluator.measure("north_pico", run.state.models["north_pico"])
+    assert reached["north_pico"].accuracy == run.evaluator.measure_all(run.state.models)["north_pico"]
     assert reached["south_pico"].ratio == 1.0
     (gained,) = run.private_training.of_round()
     assert gained["task"] == "north_pico" and gained["after"] == reached["north_pico"].ratio and gained["steps"] > 0
