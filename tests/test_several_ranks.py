@@ -1,6 +1,7 @@
 """What several processes make of a merge is what one process makes of it; docs/multi_gpu.md."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from gemel.sharing.holders import held_by, synchronise
 from gemel.sharing.tying import tie
 from gemel.training.context import RoundContext
 from gemel.training.options import TrainingOptions
+from gemel.training.outcome import Standing
 from gemel.training.step import Member
 from gemel.training.united import united_state
 from merge_workloads import merge_workload
@@ -41,7 +43,7 @@ def merge(entries, results, datasets, **options) -> dict:
 
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("strategy", ["adaptive", "gemel"])
+@pytest.mark.parametrize("strategy", ["adaptive", pytest.param("gemel", marks=pytest.mark.exhaustive)])
 def test_a_merge_is_the_same_with_any_number_of_ranks(entries, datasets, tmp_path, strategy, num_ranks):
     options = {"strategy": strategy, "tolerance": 0.85, "learning_rate": 0.02, "max_epochs": 6}
     several = on_ranks(num_ranks, lambda: merge(entries, tmp_path / "several", datasets, **options))
@@ -89,6 +91,29 @@ def test_losses_and_weights_of_20_steps_are_those_of_one_process(tasks, data, gi
     expected = losses(tasks, data, give_up)
     for found in one_ranks:
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["north_pico", "south_pico"])
+def test_one_task_alone_is_trained_in_what_it_holds_alone(tasks, data, name):
+    """Wherever it is: the other ranks, which train nothing, come to the same end and the same weights."""
+
+    def trained():
+        assign()
+        models = nn.ModuleDict({task: tasks[task].model for task in tasks})
+        tie(models, find_groups(models))
+        options = replace(OPTIONS, max_epochs=2.0, private_epochs=2.0)
+        context = RoundContext(device=CPU, seed=0, fitted={name: Standing(0.9, 0.1)}, beside=tuple(tasks))
+        outcome = recover(models, {name: tasks[name]}, data, options, context)
+        state = {key: value.clone() for key, value in models.state_dict().items()}
+        return [outcome.reason, outcome.steps, outcome.accuracies, state]
+
+    several = on_ranks(2, trained)
+    before = {key: value.clone() for key, value in tasks[name].model.state_dict().items()}
+    expected = trained()
+    assert expected[1] > 0 and any(not torch.equal(v, before[k]) for k, v in tasks[name].model.state_dict().items())
+    for found in several:
+        assert found[:3] == expected[:3]
+        assert all(torch.allclose(found[3][key], value, atol=1e-5) for key, value in expected[3].items())
 
 
 def test_a_loss_that_is_not_finite_ends_the_round_on_all_ranks(tasks, data):
