@@ -8,13 +8,8 @@ from pathlib import Path
 from results_samples import slim_models, write
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = {
-    "gemel.results_store",
-    "gemel.sharing",
-    "gemel.forward",
-    "gemel.environment",
-    "gemel.workload",
-}  # loading needs these
+# Rooms of gemel/ that loading needs.
+ROOMS = {"gemel.results_store", "gemel.sharing", "gemel.forward", "gemel.environment", "gemel.workload"}
 PACKAGES = {"gemel", "model_architectures", "safetensors"}  # beyond those that torchvision itself imports
 
 
