@@ -11,6 +11,7 @@ def test_a_detector_is_built_tied_fitted_and_trained():
     assert "99." in cells[4] and "100 % of bytes fitted" in cells[5]
 
 
+@pytest.mark.exhaustive
 def test_failed_steps_are_reported(monkeypatch, capsys):
     monkeypatch.setattr(detectors, "frcnn_eval", lambda model, loader: 1.5)
     monkeypatch.setattr(detectors, "LEARNING_RATE", 0.0)

@@ -5,6 +5,7 @@ import pytest
 from benchmarks import fit_memory
 
 
+@pytest.mark.exhaustive
 def test_the_peak_of_a_fit_is_measured_in_a_process_of_its_own(capsys):
     assert fit_memory.main(["squeezenet1_1:2:128", "--images", "40"]) == 0
     row = capsys.readouterr().out.splitlines()[2].split()

@@ -32,6 +32,7 @@ def test_one_command_compares_strategies_in_processes_of_their_own(arguments, qu
     assert all((out / name).stat().st_size > 10_000 for name in ("strategies.png", "strategies_cpu.png"))
 
 
+@pytest.mark.exhaustive
 def test_a_benchmark_is_resumed_and_compares(arguments, quick, in_this_process, tmp_path, capsys):
     first = [*arguments, "--strategies", "gemel"]
     assert strategies.main(first) == 0 and len(in_this_process) == 1

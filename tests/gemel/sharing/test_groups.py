@@ -79,6 +79,7 @@ def test_ceilings_of_torchvision_pairs(one, other, percent):
     assert 100 * saved_bytes(find_groups(models)) / distinct_bytes(models) == pytest.approx(percent, abs=1)
 
 
+@pytest.mark.exhaustive
 def test_grouping_every_model_of_torchvision_is_quick():
     with torch.device("meta"):
         models = {f"task{i}_x": build(name, 10) for i, name in enumerate(names())}
