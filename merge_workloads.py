@@ -49,6 +49,7 @@ from gemel.merging.progress import Progress
 from gemel.merging.rehearsal import rehearsal_text, rehearse
 from gemel.merging.resume import previous_manifest, set_aside
 from gemel.merging.run_log import RunLog
+from gemel.merging.tensorboard import TensorBoardLog
 from gemel.report.check_page import check_page
 from gemel.report.page import write_report
 from gemel.report.plan_page import writable_problems, write_plan
@@ -152,6 +153,8 @@ def merge_workload(
     roots, results_path = _paths(model_dict, datasets, results_path)
     progress = Progress(clock, chosen.quiet)
     listeners: list[Listener] = [progress, RunLog(results_path, clock)] if ranks.is_first() else []
+    if listeners and chosen.tensorboard is not None:
+        listeners.append(TensorBoardLog(chosen.tensorboard))
     with _first_prints(), progress, listening(*listeners), warnings_as_events():
         manifest = _merge(model_dict, results_path, roots, datasets, chosen, problems, clock, progress.say)
     if not ranks.is_first():

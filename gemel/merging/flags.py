@@ -27,6 +27,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pareto", metavar="FILE.json", help="write what was measured: memory against worst accuracy")
     parser.add_argument("--per-class", action="store_true", help="also say how every class fares")
     parser.add_argument("--fresh", action="store_true", help="start anew; an earlier result is kept aside")
+    board_help = "write what is measured there as well, for TensorBoard (which must be installed)"
+    parser.add_argument("--tensorboard", metavar="DIR", help=board_help)
     parser.add_argument("--quiet", action="store_true", help="print the closing tables alone")
     parser.add_argument("--debug", action="store_true", help="on an error, print where in the code it came from")
     parser.add_argument("--check", action="store_true", help="try what a merge needs; train and write nothing")

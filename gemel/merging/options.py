@@ -12,6 +12,7 @@ from gemel.alignment.align import METHODS as ALIGNMENTS
 from gemel.alignment.matching import BY_ORDER, BY_WEIGHTS, MATCHINGS
 from gemel.environment import DEVICES
 from gemel.environment.device import has_device
+from gemel.merging.tensorboard import is_installed
 from gemel.sharing.initial_weights import INITIAL_WEIGHTS
 from gemel.strategies import STEM, STRATEGIES
 from gemel.training.options import TrainingOptions
@@ -55,6 +56,7 @@ class MergeOptions:
     memory: bytes of the merged workload's parameters at which the search is over; without it everything is tried.
     pareto: a .json file that the points of memory against accuracy are written to.
     fresh: start anew although the folder holds a result, which is kept aside.
+    tensorboard: a folder for what is measured, for TensorBoard.
     quiet: only the closing tables are printed.
     per_class: every task is also judged class by class.
     initial_weights: of a tied layer: "least_squares", "mean", "similar" or "first".
@@ -81,6 +83,7 @@ class MergeOptions:
     pareto: str | Path | None = None
     fresh: bool = False
     per_class: bool = False
+    tensorboard: str | Path | None = None
     quiet: bool = False
     seed: int = 0
     # None in, and then what is best for the strategy.
@@ -168,6 +171,10 @@ def _problems(given: Mapping[str, Any]) -> list[Problem]:
         "tolerance": (lambda v: v is None or (_is_number(v) and 0 < v <= 1), "a number in (0, 1]"),
         "fresh": (lambda v: isinstance(v, bool), "True or False"),
         "per_class": (lambda v: isinstance(v, bool), "True or False"),
+        "tensorboard": (
+            lambda v: v is None or (isinstance(v, str | Path) and is_installed()),
+            "None or a folder, with the package tensorboard installed (pip install tensorboard)",
+        ),
         "quiet": (lambda v: isinstance(v, bool), "True or False"),
     }
     for key, (is_right, what) in checks.items():
