@@ -1,6 +1,7 @@
 """The report: one file, nothing from outside, and every number that of the manifest and of the console."""
 
 import base64
+import html
 import html.parser
 import io
 import json
@@ -100,6 +101,39 @@ def test_manifest_console_and_report_say_the_same(merged):
             page.numbers[f"tasks.{name}.{key}"][1] for key in ("measured_unmerged_acc", "target_acc", "merged_acc")
         ]
         assert row[1:4] == shown == [f"{task[k]:.3f}" for k in ("measured_unmerged_acc", "target_acc", "merged_acc")]
+
+
+def tables_of(text: str) -> dict[str, list[list[str]]]:
+    """Caption of each table -> its rows of cells as text."""
+    found = {}
+    for caption, body in re.findall(r"<table><caption>(.*?)</caption>.*?<tbody>(.*?)</tbody>", text, re.DOTALL):
+        rows = re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL)
+        cells = (re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows)
+        found[html.unescape(caption)] = [[html.unescape(re.sub(r"<[^>]+>", "", c)) for c in row] for row in cells]
+    return found
+
+
+def test_the_tables_behind_the_charts_say_what_manifest_and_console_say(merged):
+    folder, manifest, printed = merged
+    tables, rounds = tables_of((folder / "report.html").read_text()), manifest["run"]["rounds"]
+    assert len(tables["Every round"]) == len(rounds) > 0
+    for row, cells in zip(rounds, tables["Every round"], strict=True):
+        assert cells[0] == str(row["round"]) and cells[2] == f"{len(row['met'])} of {len(row['trained'])}"
+        assert cells[3].startswith("kept" if row["kept"] else "undone")
+        assert cells[4:] == [mib(row["trial_saved_bytes"]), mib(row["saved_bytes"]), str(row["steps"])]
+        line = next(line for line in printed.splitlines() if re.match(rf"{row['round']} +\d+ group", line))
+        assert mib(row["saved_bytes"]) in line and f"{len(row['met'])}/{len(row['trained'])}" in line
+    for name, target, reached in tables["Accuracy of each task in each round"]:
+        task = manifest["tasks"][name]
+        expected = [(0, task["measured_unmerged_acc"])]
+        expected += [(row["round"], row["accuracies"][name]) for row in rounds if name in row["accuracies"]]
+        assert target == f"{task['target_acc']:.3f}"
+        assert re.findall(r"(\d+): ([\d.]+)", reached) == [(str(n), f"{a:.3f}") for n, a in expected]
+    shared = [cells[2] for cells in tables["Every shared layer"]]
+    assert shared == [mib(group["bytes"]) for group in manifest["shared_layers"]]
+    *models, whole = tables["Memory by model"]
+    assert [cells[0] for cells in models] == list(manifest["tasks"])
+    assert [whole[1], whole[5]] == [mib(manifest["memory"][key]) for key in ("unmerged_bytes", "merged_bytes")]
 
 
 def test_the_log_has_every_round_of_the_manifest(merged):
