@@ -37,7 +37,7 @@ ROOT_FLOORS = (
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_FIELDS = 450, 60, 8, 12
 FLAGS = {
     *("--workload", "--datasets", "--results", "--tolerance", "--strategy", "--device"),
-    *("--time-budget", "--fresh", "--per-class", "--plan", "--seed", "--memory", "--pareto"),
+    *("--time-budget", "--fresh", "--per-class", "--plan", "--seed", "--memory", "--pareto", "--store-dtype"),
     *("--check", "--html", "--json", "--quiet", "--debug"),
 }
 

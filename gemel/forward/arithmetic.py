@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from gemel.environment.device import computes_in_16_bits
 from gemel.forward import WEIGHT_TYPES
 from gemel.forward.modes import device_of
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WEIGHT_TYPES}
 SHORT = (torch.float16, torch.bfloat16)
-CUDA = "cuda"
 
 _running = threading.local()  # .entered: a list of (id of a model, what its forward pass runs in)
 
 
 def arithmetic_on(device_type: str, weights: str) -> str:
     """The name of the type in which a model with weights of a type (a name of DTYPES) computes on a kind of device."""
-    return weights if device_type == CUDA else "float32"
+    return weights if computes_in_16_bits(device_type) else "float32"
 
 
 def run_with_weights_of(model: nn.Module, dtype: torch.dtype) -> None:
@@ -49,8 +49,8 @@ class _Enter:
 
     def __call__(self, model: nn.Module, inputs: tuple) -> None:
         stack = contextlib.ExitStack()
-        if device_of(model).type == CUDA:
-            stack.enter_context(torch.autocast(CUDA, self.dtype))
+        if computes_in_16_bits(kind := device_of(model).type):
+            stack.enter_context(torch.autocast(kind, self.dtype))
         else:
             stack.enter_context(InFloat32(self.dtype))
         _entered().append((id(model), stack))

@@ -214,9 +214,12 @@ def closing_table(manifest: Mapping) -> str:
         rows.append((name, unmerged, f"{task['target_acc']:.3f}", merged, "yes" if task["met"] else "NO", on_test))
     memory = manifest["memory"]
     saved, optimal, unmerged = memory["saved_bytes"], memory["optimal_saved_bytes"], memory["unmerged_bytes"]
+    weights = manifest.get("precision", {}).get("weights", "float32")
+    stored = "" if weights == "float32" else f" with weights in {weights}, in which tasks were judged"
     last = (
-        f"memory {mib(unmerged)} -> {mib(memory['merged_bytes'])}: saved {mib(saved)} ({share(saved, unmerged)}), "
-        f"{share(saved, optimal)} of the optimal {mib(optimal)}, in {manifest['run']['seconds']:.0f} s"
+        f"memory {mib(unmerged)} -> {mib(memory['merged_bytes'])}{stored}: saved {mib(saved)} "
+        f"({share(saved, unmerged)}), {share(saved, optimal)} of the optimal {mib(optimal)}, "
+        f"in {manifest['run']['seconds']:.0f} s"
     )
     header = ("task", "unmerged", "target", "merged", "met", "on the test split")
     return f"{fit_table(header, rows)}\n{wrap(last)}"

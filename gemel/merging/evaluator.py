@@ -15,7 +15,7 @@ from gemel.environment.events import emit
 from gemel.evaluation.eval_method import evaluate
 from gemel.forward import WEIGHT_TYPES
 from gemel.merging.diagnosis import explanations
-from gemel.sharing.precision import as_stored
+from gemel.sharing.precision import as_stored, overflows
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
 from gemel.workload import DETECTION, Problem, Task
@@ -139,7 +139,12 @@ class Evaluator:
         return self._of_all(models, lambda name: self._as_loaded(name, models[name]))
 
     def _as_loaded(self, name: str, model: nn.Module) -> float:
-        """What the model will reach on val when it is loaded from the store."""
+        """What the model will reach on val when it is loaded from the store.
+
+        0 where a weight is beyond the range of the store's type: eval methods need not know what to do with NaN.
+        """
+        if self.rounds and overflows(model, self.store_dtype):
+            return 0.0
         return evaluate(self.tasks[name], self.data[name].val, as_stored(model, self.store_dtype))
 
     def measure_reloaded(self, reloaded: Mapping[str, nn.Module], per_class: bool) -> None:

@@ -35,6 +35,12 @@ def round_weights(models: Iterable[nn.Module], dtype: torch.dtype) -> None:
         parameter.data.copy_(parameter.data.to(dtype))
 
 
+def overflows(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a finite weight is beyond the range of that type."""
+    most = torch.finfo(dtype).max
+    return any(bool(((p.abs() > most) & p.isfinite()).any()) for p in rounded_weights(model))
+
+
 def as_stored(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model as it is loaded from a store of that type: a copy, or the model itself where that is float32."""
     if dtype == torch.float32:
