@@ -1,6 +1,7 @@
 """Merges whose store has weights of 16 bits: what ships is judged with them, and loads as it was judged."""
 
 import copy
+import shutil
 import warnings
 
 import pytest
@@ -13,8 +14,8 @@ from gemel.edge import Runtime
 from gemel.edge.frames import RandomFrames
 from gemel.evaluation.eval_method import evaluate
 from gemel.results_store.load import load_merged
-from gemel.results_store.manifest import read_manifest
-from gemel.results_store.verify import FAIL, verify
+from gemel.results_store.manifest import json_bytes, read_manifest, seal
+from gemel.results_store.verify import FAIL, Evaluation, verify
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.precision import round_weights, weights_of
 from gemel.sharing.signatures import is_normalisation
@@ -238,3 +239,20 @@ def test_rounding_leaves_normalisation_and_buffers(trained_entries):
             assert torch.equal(value, before[key])
         else:
             assert torch.equal(value, before[key].bfloat16().float())
+
+
+def test_verify_finds_weights_of_another_type_than_the_manifest_names(merged, trained_entries, tmp_path, monkeypatch):
+    path, manifest, _ = merged
+    evaluations = {name: Evaluation(model, lambda *_: 0.0) for name, model in copies_of(trained_entries).items()}
+    said = [check for check in verify(path, evaluations) if "weights in" in check.what]
+    assert [check.status for check in said] == ["ok"] and "judged in float32 on cpu" in said[0].what
+    copied = tmp_path / "results"
+    shutil.copytree(path, copied)
+    changed = seal({**manifest, "precision": {**manifest["precision"], "weights": "bfloat16"}})
+    (copied / "merged.json").write_bytes(json_bytes(changed))
+    (found,) = [check for check in verify(copied, evaluations) if "weights in" in check.what]
+    assert found.status == FAIL and "weights in bfloat16" in found.what and "loaded in torch.float16" in found.what
+    monkeypatch.setattr("gemel.forward.arithmetic.computes_in_16_bits", lambda device_type: True)
+    with pytest.warns(UserWarning, match="computed in float16, and were judged in float32"):
+        skipped = [check for check in verify(path, evaluations) if "not run as judged" in check.what]
+    assert [check.status for check in skipped] == ["skip"]
