@@ -43,6 +43,7 @@ from gemel.environment.processes import raise_in_a_loader_process
 from gemel.environment.threads import choose_num_threads, num_threads_set
 from gemel.merging import console, earlier_merges
 from gemel.merging.fingerprint import fingerprint
+from gemel.merging.judged_as_stored import type_problems
 from gemel.merging.options import MergeOptions, read_options
 from gemel.merging.plan import plan, plan_of
 from gemel.merging.progress import Progress
@@ -191,7 +192,7 @@ def _merge(
         earlier_merges.remember(models)
         stack.callback(earlier_merges.note_as_left, models)
         merger = Merger(tasks, data, chosen, device, results_path, clock, _started_with(chosen, device, datasets), mark)
-        say(console.workload_table(tasks, merger.state.models, merger.record.groups) + "\n")
+        say(console.workload_table(tasks, merger.state.models, merger.record.groups, chosen.store_dtype) + "\n")
         if said := console.dataset_notes(notes):
             say(said + "\n")
         if previous is not None:
@@ -267,7 +268,7 @@ def _checked_tasks(
     if isinstance(model_dict, Mapping):
         earlier_merges.restore(entry.get("model") for entry in model_dict.values() if isinstance(entry, Mapping))
     tasks, found = read_workload(model_dict, options.tolerance)
-    problems = found + problems
+    problems = found + problems + type_problems(tasks, options.store_dtype)
     problems += (
         Problem(*p) for p in ranks.of_first(lambda: [[*p] for p in dataset_manager.check(tasks, roots, notes)])
     )
@@ -311,7 +312,7 @@ def _num_threads(options: MergeOptions, previous: dict | None) -> int:
 def _started_with(options: MergeOptions, device: torch.device, datasets: str | Path | None) -> dict:
     """What the manifest says of how this run was started."""
     flags = {"tolerance": options.tolerance, "device": device.type, "time_budget": options.time_budget}
-    flags["memory"] = options.memory
+    flags |= {"memory": options.memory, "store_dtype": options.store_dtype}
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     flags |= {"datasets": str(datasets) if datasets else None, "num_threads": torch.get_num_threads()}
     return {

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gemel.alignment.matching import BY_ACTIVATIONS, BY_ORDER, match_groups
+from gemel.alignment.matching import BY_ORDER
 from gemel.datasets.loaders import TaskData
 from gemel.environment import ranks
 from gemel.environment.clock import Clock, TimeOver
 from gemel.environment.events import emit
 from gemel.environment.failures import is_out_of_memory
+from gemel.forward.arithmetic import DTYPES
 from gemel.merging.architecture import Architectures
 from gemel.merging.check import training_problems
 from gemel.merging.evaluator import Evaluator
@@ -30,12 +31,14 @@ from gemel.merging.fingerprint import task_changes
 from gemel.merging.goal import GoalReplay, goal_problems
 from gemel.merging.images import ImageSampler
 from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisation, rule_of
+from gemel.merging.judged_as_stored import judge_folded, judged_as_stored
 from gemel.merging.layout import can_be_channels_last
+from gemel.merging.matched_groups import matched_groups
 from gemel.merging.options import LEAST_SQUARES, NO_ALIGNMENT, MergeOptions
 from gemel.merging.out_of_memory import on_fewer_images
 from gemel.merging.placement import place_tasks
 from gemel.merging.private_training import PrivateTraining
-from gemel.merging.records import RunRecord, memory_part, run_part, task_parts
+from gemel.merging.records import RunRecord, memory_part, precision_part, run_part, task_parts
 from gemel.merging.resume import groups_to_tie, new_strategy
 from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_tied
 from gemel.merging.state import MergeState
@@ -84,14 +87,15 @@ class Merger:
     ):
         self.tasks, self.data, self.options = tasks, data, options
         self.results_path, self.clock = results_path, clock
-        self.state = MergeState(tasks, device)
+        self.state = MergeState(tasks, device, DTYPES[options.store_dtype])
         if ranks.of_first(lambda: can_be_channels_last(tasks, data, self.state.unmerged, options.seed)):
             self.state.use_channels_last()
         self.images = ImageSampler(tasks, data, options.seed, device, options.fit_memory)
-        self.record = RunRecord(started_with, fingerprint, self._match_groups())
+        self.record = RunRecord(started_with, fingerprint, matched_groups(tasks, self.state, self.images, options))
         self.strategy = self._new_strategy()
         place_tasks(tasks, data, self.state, options.seed)
-        self.evaluator = Evaluator(tasks, data, self.state.unmerged, options.training.screening_images > 0)
+        screens = options.training.screening_images > 0
+        self.evaluator = Evaluator(tasks, data, self.state.unmerged, screens, self.state.store_dtype)
         self.prefixes = FrozenPrefixes(self.state, data, self.images, options.memory_per_task(len(tasks)))
         self.architectures = Architectures(self.state, self.images)
         self.is_new = True  # whether the results folder holds nothing of this workload yet
@@ -165,7 +169,7 @@ class Merger:
             self.strategy = self._new_strategy()
         self.strategy.adopt(kept)
         self.state.set_kept(self.strategy.kept)
-        self.state.fold_adapters(common)
+        judge_folded(self.state, self.evaluator, self.state.fold_adapters(common))
 
     def _load_kept(self, manifest: Mapping, names: list[str]) -> None:
         run = manifest["run"]
@@ -173,16 +177,6 @@ class Merger:
         self.evaluator.load_state(run["accuracy"], names)
         self.record.load_rounds(run)
         self.clock.add_earlier_runs(run["seconds"], run["cpu_seconds"])
-
-    def _match_groups(self) -> Configuration:
-        """Every group of the workload; the first rank matches."""
-        return self._matched() if ranks.size() == 1 else from_plain(ranks.of_first(lambda: to_plain(self._matched())))
-
-    def _matched(self) -> Configuration:
-        by, images = self.options.matching, None
-        if by == BY_ACTIVATIONS:
-            images = self.images.of_tasks(self.tasks, THRESHOLDS.sensitivity.alignment_pixels, "match")
-        return match_groups(self.state.models, by, images)
 
     def _new_strategy(self):
         strategy = new_strategy(self.options, self.state.models, self.record.groups)
@@ -204,6 +198,7 @@ class Merger:
         From the first moment on, and after every round, the folder holds a complete result (at first: nothing shared).
         """
         if self.is_new:
+            self.state.round_weights()
             self.store()
             self._drop_checkpoint()
         number, about = len(self.record.groups), self.strategy.about_to_do
@@ -273,6 +268,7 @@ class Merger:
         outcome = self._try(proposal)
         if outcome.reason == TIME_OVER:
             return False
+        outcome = judged_as_stored(self.state, self.evaluator, self.clock, outcome)
         self.in_flight = None
         part = None
         if self.strategy.keeps_verified_part and not outcome.success:
@@ -420,6 +416,7 @@ class Merger:
             "shared_layers": to_plain(self.state.kept),
             "memory": memory_part(self.state, self.record),
             "run": run,
+            "precision": precision_part(self.state),
         }
         return write_results(self.results_path, self.state.models, manifest, statistics_of(manifest))
 

@@ -54,7 +54,7 @@ def export(
     files.make_folder(folder)
     weights = _Weights()
     record: dict[str, Any] = {"size": size, "store": read_manifest(results)["store"]["file"], "tasks": {}}
-    for task, model in load_merged(results, models, tasks=tasks).items():
+    for task, model in load_merged(results, models, tasks=tasks, dtype=torch.float32).items():
         body, example, keys = _body_of(task, model, kinds[task], size)
         proto = _proto_of(task, body, example, dynamic=kinds[task] != DETECTION)
         weights.take_from(proto)
@@ -195,7 +195,7 @@ def open_models(results: str | Path, tasks: Sequence[str] | None = None) -> dict
     for task in chosen:
         graph = OnnxModule(open_session(results, task), record["tasks"][task]["features"])
         if record["tasks"][task]["kind"] == DETECTION:
-            (model,) = load_merged(results, tasks=[task]).values()
+            (model,) = load_merged(results, tasks=[task], dtype=torch.float32).values()
             model.backbone = graph
             opened[task] = model
         else:

@@ -17,6 +17,7 @@ from gemel.edge.blocks import Blocks, blocks_of, sizes_of
 from gemel.results_store.files import ResultsError
 from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import read_result
+from gemel.results_store.precision import precision_of, warn_if_unjudged
 from gemel.results_store.tensors import Entry, raw_bytes
 
 ALIGNMENT = 64
@@ -58,6 +59,8 @@ class Weights:
         self.manifest, store = read_result(results)
         self.models = load_merged(results, models, tasks=tasks)
         self.device, self.through_cache = device, through_cache
+        if device.type != "cpu":
+            warn_if_unjudged(results, self.manifest, precision_of(self.manifest)["weights"], device.type)
         self.entries: dict[str, Entry] = store.entries
         self.blocks: Blocks = blocks_of(self.manifest["tensors"], sizes_of(store.entries), tuple(self.models), merged)
         self.places = _places_of(self.models, self.manifest["tensors"])

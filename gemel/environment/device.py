@@ -10,6 +10,11 @@ def has_device(name: str) -> bool:
     return name != "cuda" or torch.cuda.is_available()
 
 
+def computes_in_16_bits(device_type: str) -> bool:
+    """Whether a kind of device has quick kernels for float16 and bfloat16; those of a CPU are slow, or missing."""
+    return device_type == "cuda"
+
+
 def total_memory(device: torch.device) -> int | None:
     """Bytes of memory that the device has of its own, free or not; None for the CPU."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

@@ -276,7 +276,7 @@ def with_affine(models: Models, group: Group) -> Group:
     behind = [module_behind(models[o.task], o.layer) for o in group.occurrences]
     if normalisations(models, group) or all(module is not None and is_frozen(module) for module in behind):
         return group
-    size = affine_bytes(as_linear_map(layers[0]))
+    size = group.as_counted(layers[0], affine_bytes(as_linear_map(layers[0])))
     return replace(group, affine_bytes=size) if size <= AFFINE_SHARE * group.bytes else group
 
 

@@ -2,3 +2,5 @@
 
 Open hooks.py first.
 """
+
+WEIGHT_TYPES = ("float32", "float16", "bfloat16")  # in which weights can be stored and run

@@ -22,6 +22,7 @@ from gemel.results_store.load import build_empty, load_merged
 from gemel.results_store.manifest import read_manifest
 from gemel.sharing.adapters import own_modules
 from gemel.sharing.memory import named_tensors
+from gemel.sharing.precision import as_stored
 from gemel.sharing.signatures import settings_of
 from model_architectures import architecture_of
 
@@ -66,7 +67,9 @@ class Architectures:
         reloaded = load_merged(results_path, own, self.state.device, verify=True)
         self.state.lay_out(nn.ModuleDict(reloaded))
         found = {
-            name: output_difference(model, reloaded[name], self.images.few_of(name, PURPOSE))
+            name: output_difference(
+                as_stored(model, self.state.store_dtype), reloaded[name], self.images.few_of(name, PURPOSE)
+            )
             for name, model in self.state.models.items()
             if name not in own
         }

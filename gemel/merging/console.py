@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from tabulate import tabulate
 
 from gemel.environment.units import duration, layer_name, mib, share
+from gemel.forward.arithmetic import DTYPES
 from gemel.forward.modes import Models
 from gemel.results_store.points import points_of
 from gemel.sharing.groups import Configuration, saved_bytes
-from gemel.sharing.memory import distinct_bytes
+from gemel.sharing.precision import stored_bytes
 from gemel.sharing.signatures import find_layers
 from gemel.strategies.baselines import gemel_units
 from gemel.training.outcome import OUT_OF_MEMORY
@@ -64,15 +65,18 @@ def _width(text: str) -> int:
     return max(map(len, text.splitlines()), default=0)
 
 
-def workload_table(tasks: Mapping[str, Task], models: Models, groups: Configuration) -> str:
-    """One row per task, and what the workload could save."""
+def workload_table(
+    tasks: Mapping[str, Task], models: Models, groups: Configuration, store_dtype: str = "float32"
+) -> str:
+    """One row per task, and what the workload could save; bytes are those in a store of that type, as the groups'."""
+    dtype = DTYPES[store_dtype]
     shared = dict.fromkeys(tasks, 0)
     for group in groups:
         for member in group.tasks:
             shared[member] += group.bytes
     rows = []
     for name, task in tasks.items():
-        size = distinct_bytes({name: models[name]})
+        size = stored_bytes({name: models[name]}, dtype)
         rows.append(
             (
                 name,
@@ -85,7 +89,7 @@ def workload_table(tasks: Mapping[str, Task], models: Models, groups: Configurat
                 f"{task.target_acc:.3f}",
             )
         )
-    total, optimal = distinct_bytes(models), saved_bytes(groups)
+    total, optimal = stored_bytes(models, dtype), saved_bytes(groups)
     header = ("task", "kind", "model", "layers", "size", "shareable", "unmerged", "target")
     last = f"{mib(total)} in all; sharing every identical layer would save {mib(optimal)} ({share(optimal, total)})"
     return f"{fit_table(header, rows, ('layers', 'kind', 'model'))}\n{wrap(last)}"
@@ -210,9 +214,12 @@ def closing_table(manifest: Mapping) -> str:
         rows.append((name, unmerged, f"{task['target_acc']:.3f}", merged, "yes" if task["met"] else "NO", on_test))
     memory = manifest["memory"]
     saved, optimal, unmerged = memory["saved_bytes"], memory["optimal_saved_bytes"], memory["unmerged_bytes"]
+    weights = manifest.get("precision", {}).get("weights", "float32")
+    stored = "" if weights == "float32" else f" with weights in {weights}, in which tasks were judged"
     last = (
-        f"memory {mib(unmerged)} -> {mib(memory['merged_bytes'])}: saved {mib(saved)} ({share(saved, unmerged)}), "
-        f"{share(saved, optimal)} of the optimal {mib(optimal)}, in {manifest['run']['seconds']:.0f} s"
+        f"memory {mib(unmerged)} -> {mib(memory['merged_bytes'])}{stored}: saved {mib(saved)} "
+        f"({share(saved, unmerged)}), {share(saved, optimal)} of the optimal {mib(optimal)}, "
+        f"in {manifest['run']['seconds']:.0f} s"
     )
     header = ("task", "unmerged", "target", "merged", "met", "on the test split")
     return f"{fit_table(header, rows)}\n{wrap(last)}"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from gemel.datasets.folders import SampleError
@@ -12,7 +13,9 @@ from gemel.environment import ranks
 from gemel.environment.clock import Clock
 from gemel.environment.events import emit
 from gemel.evaluation.eval_method import evaluate
+from gemel.forward import WEIGHT_TYPES
 from gemel.merging.diagnosis import explanations
+from gemel.sharing.precision import as_stored, overflows
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
 from gemel.workload import DETECTION, Problem, Task
@@ -32,13 +35,20 @@ class Accuracy:
 class Evaluator:
     """Evaluates the tasks of a workload and remembers what was measured.
 
-    unmerged: copies of the models as they came. screening: whether a subset of val is evaluated first.
+    unmerged: copies of the models as they came. screening: whether a subset of val is evaluated first. store_dtype: of
+    the store's weights: what may ship is judged with them.
     """
 
     def __init__(
-        self, tasks: Mapping[str, Task], data: Mapping[str, TaskData], unmerged: nn.ModuleDict, screening: bool
+        self,
+        tasks: Mapping[str, Task],
+        data: Mapping[str, TaskData],
+        unmerged: nn.ModuleDict,
+        screening: bool,
+        store_dtype: torch.dtype = torch.float32,
     ):
         self.tasks, self.data, self.unmerged, self.screening = tasks, data, unmerged, screening
+        self.store_dtype = store_dtype
         self.accuracy: dict[str, Accuracy] = {}
         self.unmerged_on_screen: dict[str, float] = {}
 
@@ -57,10 +67,12 @@ class Evaluator:
             if (error := found[name].get("error")) is not None:
                 problems.append(Problem(name, "eval_method", error, "f(model, data_loader) -> float in [0, 1]"))
                 continue
-            measured, on_test = found[name]["val"], found[name]["test"]
-            self.accuracy[name] = Accuracy(measured, measured, on_test, on_test)
+            measured, stored, on_test = (found[name][key] for key in ("val", "as_stored", "test"))
+            self.accuracy[name] = Accuracy(measured, stored, on_test, None if self.rounds else on_test)
             if measured < self.tasks[name].target_acc:
                 problems.append(_below_its_target(self.tasks[name], measured, found[name]["explanations"]))
+            elif stored < self.tasks[name].target_acc:
+                problems.append(self._below_as_stored(self.tasks[name], measured, stored))
         return problems
 
     def _unmerged(self, name: str) -> dict:
@@ -68,11 +80,12 @@ class Evaluator:
         task, data = self.tasks[name], self.data[name]
         try:
             measured = evaluate(task, data.val)
+            stored = self._as_loaded(name, task.model) if self.rounds else measured
         except SampleError:
             raise
         except Exception as error:  # a user's eval method may raise anything
             return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        found = {"val": measured, "test": None if data.test is None else evaluate(task, data.test)}
+        found = {"val": measured, "as_stored": stored, "test": None if data.test is None else evaluate(task, data.test)}
         missed = measured < task.target_acc
         return {**found, "explanations": list(explanations(task, data.val, measured)) if missed else []}
 
@@ -122,8 +135,17 @@ class Evaluator:
         return {name: found[name] for name in names}
 
     def measure_all(self, models: Mapping[str, nn.Module]) -> dict[str, float]:
-        """The accuracies of models in the place of their tasks', on all of val."""
-        return self._of_all(models, lambda name: evaluate(self.tasks[name], self.data[name].val, models[name]))
+        """The accuracies of models in the place of their tasks', on all of val, as they will be loaded."""
+        return self._of_all(models, lambda name: self._as_loaded(name, models[name]))
+
+    def _as_loaded(self, name: str, model: nn.Module) -> float:
+        """What the model will reach on val when it is loaded from the store.
+
+        0 where a weight is beyond the range of the store's type: eval methods need not know what to do with NaN.
+        """
+        if self.rounds and overflows(model, self.store_dtype):
+            return 0.0
+        return evaluate(self.tasks[name], self.data[name].val, as_stored(model, self.store_dtype))
 
     def measure_reloaded(self, reloaded: Mapping[str, nn.Module], per_class: bool) -> None:
         """Measures what decides nothing, of models as they were loaded from disk: the test split, and every class.
@@ -156,6 +178,20 @@ class Evaluator:
     def num_met(self) -> int:
         """Tasks that are at their targets."""
         return sum(self.accuracy[name].merged >= task.target_acc for name, task in self.tasks.items())
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the store's weights are rounded."""
+        return self.store_dtype != torch.float32
+
+    def _below_as_stored(self, task: Task, measured: float, stored: float) -> Problem:
+        name = str(self.store_dtype).removeprefix("torch.")
+        got = (
+            f"{name}, in which the unmerged model reaches {stored:.4f} on val, {task.target_acc - stored:.4f} below "
+            f"its target {task.target_acc:.4f}; in float32 it reaches {measured:.4f}"
+        )
+        others = [other for other in WEIGHT_TYPES if other != name]
+        return Problem(task.name, "store_dtype", got, f"{' or '.join(others)}, or a lower tolerance of this task")
 
     def _per_class(self, task: Task, merged: nn.Module) -> dict[str, dict] | None:
         """Measures by class before and after merging; None if the task's eval method has no `per_class`.

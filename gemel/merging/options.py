@@ -12,6 +12,7 @@ from gemel.alignment.align import METHODS as ALIGNMENTS
 from gemel.alignment.matching import BY_ORDER, BY_WEIGHTS, MATCHINGS
 from gemel.environment import DEVICES
 from gemel.environment.device import has_device
+from gemel.forward import WEIGHT_TYPES
 from gemel.merging.tensorboard import is_installed
 from gemel.sharing.initial_weights import INITIAL_WEIGHTS
 from gemel.strategies import STEM, STRATEGIES
@@ -69,6 +70,8 @@ class MergeOptions:
     num_workers: loader processes per task (default: none on a CPU; with CUDA eight, or the number of cores, in all).
     cache_bytes: of the memory in which images stay as the models get them, of all tasks together (0: none); with
     freeze_prefix, half of it is for what the frozen layers put out.
+    store_dtype: the type in which the weights are stored, and in which every task is judged: "float32", "float16" or
+    "bfloat16" (docs/results.md, "Half precision").
     fit_memory: bytes that a fit of weights may take beside the models (default: 2 GiB on a CPU, with CUDA a quarter of
     the device's memory); it decides how many images are in flight at a time.
     training: how a round is trained.
@@ -94,6 +97,7 @@ class MergeOptions:
     num_threads: int | None = None
     num_workers: int | None = None
     cache_bytes: int = 1 << 30
+    store_dtype: str = "float32"
     fit_memory: int | None = None
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
@@ -108,7 +112,10 @@ class MergeOptions:
     def deciding(self) -> dict:
         """The options that decide what comes out of a merge: a run resumes only one in which they are the same."""
         keys = ("strategy", "initial_weights", "alignment", "matching", "adapter_budget", "seed", "fit_memory")
-        return {**{key: getattr(self, key) for key in keys}, **dataclasses.asdict(self.training)}
+        own = {key: getattr(self, key) for key in keys}
+        if self.store_dtype != "float32":  # results of earlier versions do not name it
+            own["store_dtype"] = self.store_dtype
+        return {**own, **dataclasses.asdict(self.training)}
 
     def memory_per_task(self, num_tasks: int) -> int:
         """Bytes of memory per task for samples, and as many again for outputs of frozen prefixes, if there are any."""
@@ -141,6 +148,7 @@ def _problems(given: Mapping[str, Any]) -> list[Problem]:
         "alignment": [None, NO_ALIGNMENT, *ALIGNMENTS],
         "matching": [None, *([BY_ORDER] if strategy == STEM else MATCHINGS)],
         "device": [*DEVICES],
+        "store_dtype": [*WEIGHT_TYPES],
     }
     values = {key: options[key] for key in allowed}
     problems = [

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 from gemel.environment.clock import Clock
 from gemel.fitting.batch_norm import is_frozen
+from gemel.forward.arithmetic import arithmetic_on
 from gemel.merging.architecture import Recorded
 from gemel.merging.evaluator import Evaluator
 from gemel.merging.goal import goal_part
@@ -12,7 +13,7 @@ from gemel.merging.options import LEAST_SQUARES, MergeOptions
 from gemel.merging.state import MergeState
 from gemel.merging.why_not import GOAL_REACHED, TIME_OVER, Attempts, add_attempts, not_shared
 from gemel.sharing.groups import Configuration, saved_bytes, to_plain
-from gemel.sharing.memory import Memory, distinct_bytes
+from gemel.sharing.memory import Memory
 from gemel.strategies.base import Strategy
 from gemel.training.outcome import Outcome
 
@@ -172,8 +173,14 @@ def task_parts(
 
 def memory_part(state: MergeState, record: RunRecord) -> dict:
     """The `memory` part of the manifest."""
-    memory = Memory(state.unmerged_bytes, distinct_bytes(state.models), record.optimal_saved_bytes)
+    memory = Memory(state.unmerged_bytes, state.stored_bytes(), record.optimal_saved_bytes)
     return {**asdict(memory), "saved_bytes": memory.saved_bytes}
+
+
+def precision_part(state: MergeState) -> dict:
+    """The `precision` part of the manifest: the type of the weights, and that in which they were judged."""
+    weights = str(state.store_dtype).removeprefix("torch.")
+    return {"weights": weights, "arithmetic": arithmetic_on(state.device.type, weights), "device": state.device.type}
 
 
 def _frozen_normalisation(name: str, state: MergeState, options: MergeOptions) -> str | None:

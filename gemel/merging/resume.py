@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gemel.fitting.least_squares import with_affine
+from gemel.forward.arithmetic import DTYPES
 from gemel.forward.modes import Models
 from gemel.merging.fingerprint import differences
 from gemel.merging.options import LEAST_SQUARES, MergeOptions
@@ -63,6 +64,8 @@ def groups_to_tie(options: MergeOptions, models: Models, groups: Configuration) 
 def new_strategy(options: MergeOptions, models: Models, groups: Configuration) -> Strategy:
     """A strategy that has tried nothing yet."""
     given: dict[str, Any] = {"adapter_budget": options.adapter_budget} if options.adapter_budget else {}
-    if options.strategy != STEM:  # it finds its own groups
+    if options.strategy != STEM:
         given["groups"] = groups_to_tie(options, models, groups)
+    else:  # it finds its own groups
+        given["store_dtype"] = DTYPES[options.store_dtype]
     return strategy_class(options.strategy)(models, **given)

@@ -16,7 +16,8 @@ from gemel.forward.modes import deep_copy, state_on_cpu, to_channels_last
 from gemel.results_store.load import load_merged
 from gemel.sharing.adapters import fold, has_additions, own_modules
 from gemel.sharing.groups import Configuration, affected_tasks, from_plain
-from gemel.sharing.memory import distinct_bytes, named_tensors
+from gemel.sharing.memory import named_tensors
+from gemel.sharing.precision import round_weights, stored_bytes
 from gemel.sharing.tying import (
     Snapshot,
     freeze,
@@ -64,11 +65,12 @@ class MergeState:
     """The models of a workload while they are merged, in place and on the device.
 
     models: the live ones, in one container, so that a tied parameter is there once. unmerged: copies of them as they
-    came, in eval mode, with the channels in the order of the live ones.
+    came, in eval mode, with the channels in the order of the live ones. store_dtype: of the store's weights; what is
+    kept has weights of such values, so that a run which is resumed from the store goes on as this one would.
     """
 
-    def __init__(self, tasks: Mapping[str, Task], device: torch.device):
-        self.device = device
+    def __init__(self, tasks: Mapping[str, Task], device: torch.device, store_dtype: torch.dtype = torch.float32):
+        self.device, self.store_dtype = device, store_dtype
         self.models = nn.ModuleDict({name: task.model for name, task in tasks.items()}).to(device)
         self.channels_last = False
         self.given_frozen = {name: frozen_parameters(model) for name, model in self.models.items()}
@@ -76,7 +78,7 @@ class MergeState:
         self._frozen = {name: _frozen_in_training(name, model) for name, model in self.models.items()}
         self.unmerged = _copies(self.models).eval().requires_grad_(False)
         freeze(self.models, self._frozen)
-        self.unmerged_bytes = distinct_bytes(self.models)
+        self.unmerged_bytes = self.stored_bytes()
         self.kept: Configuration = ()  # tied in the last trial that was kept
         self.tied: Configuration = ()  # tied now: more than `kept` within a trial, and where the next one continues it
         self.order = ChannelOrder()
@@ -87,6 +89,14 @@ class MergeState:
         self.channels_last = True
         self.lay_out(self.models)
         self.lay_out(self.unmerged)
+
+    def stored_bytes(self) -> int:
+        """Bytes of the live models' distinct parameters and buffers in the store."""
+        return stored_bytes(self.models, self.store_dtype)
+
+    def round_weights(self) -> None:
+        """Gives the live models weights of values of the store's type."""
+        round_weights(self.models.values(), self.store_dtype)
 
     def lay_out(self, models: nn.ModuleDict) -> None:
         """Gives models that were loaded the layout of the live ones."""
@@ -109,6 +119,7 @@ class MergeState:
         """Makes what is tied now, with its weights, what later trials are undone to; kept: as the strategy has it."""
         self.kept = self.tied = kept
         self._undo = None
+        self.round_weights()
 
     def keep_part(self, part: Configuration, met: Collection[str]) -> None:
         """Keeps a part of a failed trial: the tasks of `met` keep their weights of now, all others are undone.
@@ -126,6 +137,7 @@ class MergeState:
         for name, values in weights.items():
             self.models[name].load_state_dict(values)
         self.kept = self.tied = part
+        self.round_weights()
 
     def folded_for(self, part: Configuration, name: str) -> nn.Module | None:
         """A copy of a task's model as it is now, for a part of what is tied; None if the model itself will do.
@@ -187,6 +199,7 @@ class MergeState:
             self.order.applied.add(name)
         for name in self.models:
             self.order.permutations.setdefault(name, {})
+        self.round_weights()
 
     def _find_alignment(
         self, groups: Configuration, images: Mapping[str, list[Batch]], method: str, seed: int
@@ -219,7 +232,8 @@ class MergeState:
 
         Stored models that share nothing may be in either order: the manifest says of each whether it is `permuted`.
         """
-        load_merged(results_path, {name: self.models[name] for name in names}, self.device, tasks=names, verify=True)
+        models = {name: self.models[name] for name in names}
+        load_merged(results_path, models, self.device, tasks=names, verify=True, dtype=self._computed_in)
         self.lay_out(self.models)
         sharing = {o["task"] for group in manifest["shared_layers"] for o in group["occurrences"]}
         recorded = manifest["run"]["permutations"]
@@ -231,27 +245,46 @@ class MergeState:
             self.order.apply(name, self.models[name])
         freeze(self.models, self._frozen)
 
+    @property
+    def _computed_in(self) -> torch.dtype | None:
+        """The type of the live models' weights; None: as they came."""
+        return None if self.store_dtype == torch.float32 else torch.float32
+
     def set_kept(self, kept: Configuration) -> None:
         """Says what the loaded models have tied."""
         assert all(is_tied(self.models, group) for group in kept), "the store and the search state disagree"
         self.kept = self.tied = kept
 
-    def fold_adapters(self, names: Iterable[str]) -> None:
-        """Writes adapters, scales and biases of layers that no longer share into the layers' own weights."""
+    def fold_adapters(self, names: Iterable[str]) -> list[str]:
+        """Writes adapters, scales and biases of layers that no longer share into the layers' own weights.
+
+        Returns the tasks that had such layers.
+        """
+        folded = []
         adapted = {occurrence for group in self.kept if group.private_bytes for occurrence in group.occurrences}
         for name in names:
             for layer, module in list(own_modules(self.models[name])):
-                if (name, layer) not in adapted:
+                if (name, layer) not in adapted and has_additions(module):
                     fold(module)
+                    folded.append(name)
+        self.round_weights()
+        return list(dict.fromkeys(folded))
 
     def difference_to(self, reloaded: Mapping[str, nn.Module]) -> str | None:
-        """The first tensor, as "task: name", in which models loaded from disk differ from the live ones by a bit."""
+        """The first tensor, as "task: name", in which models loaded from disk differ from the live ones by a bit.
+
+        Weights of the store's type must be those of the live ones, which have such values in float32.
+        """
         for name, model in reloaded.items():
             own, other = named_tensors(self.models[name]), named_tensors(model)
             for key in {**own, **other}:
-                if key not in own or key not in other or not _same_bits(own[key], other[key]):
+                if key not in own or key not in other or not self._same_values(own[key], other[key]):
                     return f"{name}: {key}"
         return None
+
+    def _same_values(self, own: Tensor, loaded: Tensor) -> bool:
+        is_rounded = own.dtype == torch.float32 and loaded.dtype == self.store_dtype
+        return _same_bits(own, loaded.float() if is_rounded else loaded)
 
     def state_of_continued_trial(self) -> dict:
         """The weights of the failed trial that the next one continues."""

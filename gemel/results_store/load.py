@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from gemel.forward.arithmetic import DTYPES, run_with_weights_of
 from gemel.results_store.files import ResultsError, sha256_of
 from gemel.results_store.manifest import Additions, adapted_layers, read_result
+from gemel.results_store.precision import precision_of, warn_if_unjudged, weights_dtype
 from gemel.results_store.tensors import Entry, read_tensors
 from gemel.sharing import adapters, affine
 from gemel.sharing.adapters import (
@@ -30,6 +32,7 @@ from gemel.sharing.adapters import (
 )
 from gemel.sharing.affine import affine_of, set_affine
 from gemel.sharing.memory import named_tensors
+from gemel.sharing.precision import weights_of
 from model_architectures import rebuild
 
 NOT_BUILT = "they were not built by model_architectures.build"
@@ -41,6 +44,7 @@ def load_merged(
     device: torch.device | str = "cpu",
     tasks: Collection[str] | None = None,
     verify: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, nn.Module]:
     """The merged models by task, in eval mode, in which shared layers *are* one parameter object.
 
@@ -49,6 +53,9 @@ def load_merged(
     device: on the CPU, tensors stay on a private memory map of the store; to any other device each distinct tensor is
     copied once.
     tasks: only these; the tensors of the others are not read.
+    dtype: of the weights, torch.float32, float16 or bfloat16; None: as they are stored, which is as they were judged.
+    Models with weights of 16 bits take float32 images all the same (gemel/forward/arithmetic.py). Warns where they will
+    not run as they were judged (docs/results.md, "Half precision").
 
     Always checked: the manifest in itself and against the store's header (sha256), the length of the store, and a
     64-bit checksum of every tensor that is loaded. That finds accidental damage: truncated files, flipped bits, tensors
@@ -70,6 +77,7 @@ def load_merged(
     wanted = _wanted(results_path, manifest, tasks)
     modules = _modules(results_path, manifest, wanted, models or {})
     device = torch.device(device)
+    weights = _weights_as(results_path, manifest, dtype)
     with contextlib.ExitStack() as undo:
         slots = {task: _slots_with_adapters(task, model, manifest, undo) for task, model in modules.items()}
         is_parameter = _check_fit(manifest["tensors"], slots, store.entries)
@@ -78,9 +86,13 @@ def load_merged(
         undo.pop_all()
     if device.type != "cpu":
         stored = {key: tensor.to(device) for key, tensor in stored.items()}
+    if dtype is not None:
+        stored = _converted(stored, manifest, modules, dtype)
     placed: dict[str, Tensor] = {}
     for task, model in modules.items():
         _place(model, slots[task], manifest["tensors"][task], stored, is_parameter, placed, device)
+        run_with_weights_of(model, DTYPES[weights])
+    warn_if_unjudged(results_path, manifest, weights, device.type)
     return modules
 
 
@@ -93,6 +105,26 @@ def _wanted(results_path: str | Path, manifest: Mapping, tasks: Collection[str] 
             f"{results_path}: tasks: got {', '.join(map(str, unknown))}; allowed: {', '.join(manifest['tensors'])}"
         )
     return [task for task in manifest["tensors"] if task in asked]
+
+
+def _weights_as(results_path: str | Path, manifest: Mapping, dtype: torch.dtype | None) -> str:
+    """The name of the type that weights will have."""
+    if dtype is None:
+        return precision_of(manifest)["weights"]
+    if dtype not in DTYPES.values():
+        raise ResultsError(f"{results_path}: dtype: got {dtype}; allowed: {', '.join(map(str, DTYPES.values()))}")
+    return str(dtype).removeprefix("torch.")
+
+
+def _converted(
+    stored: Mapping[str, Tensor], manifest: Mapping, modules: Mapping[str, nn.Module], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The stored tensors, with the weights (gemel/sharing/precision.py) in another type."""
+    own, keys = weights_dtype(manifest), set()
+    for task, model in modules.items():
+        weights = set(map(id, weights_of(model)))
+        keys |= {manifest["tensors"][task][name] for name, t in named_tensors(model).items() if id(t) in weights}
+    return {key: t.to(dtype) if key in keys and t.dtype == own else t for key, t in stored.items()}
 
 
 def _modules(

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from gemel.forward import WEIGHT_TYPES
 from gemel.results_store.files import STATISTICS, STORE_PATTERN, WEIGHTS_PATTERN
 from gemel.results_store.tensors import KNOWN_BLOCK_BYTES
 from gemel.workload import CLASSIFICATION, DETECTION, NAME_PATTERN
@@ -119,6 +120,11 @@ GROUP = {
     "affine_bytes": Rule(lambda value: _is_count(value) and value > 0, "a number of bytes above 0", required=False),
 }
 MEMORY = dict.fromkeys(("unmerged_bytes", "merged_bytes", "saved_bytes", "optimal_saved_bytes"), _BYTES)
+PRECISION = {
+    "weights": Rule(lambda value: value in WEIGHT_TYPES, ", ".join(WEIGHT_TYPES)),
+    "arithmetic": Rule(lambda value: value in WEIGHT_TYPES, ", ".join(WEIGHT_TYPES)),
+    "device": Rule(lambda value: isinstance(value, str), "a kind of device"),
+}
 HISTORY = ("seconds", "round", "saved_bytes", "tasks_met")  # of an entry of run.history
 
 
@@ -146,6 +152,8 @@ def entry_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
     for index, group in enumerate(manifest["shared_layers"]):
         yield from _group_problems(f"shared_layers[{index}]", group, manifest["tasks"])
     yield from _rule_problems("memory", manifest["memory"], MEMORY)
+    if "precision" in manifest:
+        yield from _rule_problems("precision", manifest["precision"], PRECISION)
     yield from _history_problems(manifest["run"].get("history", []))
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from gemel.forward.modes import Models
 from gemel.results_store.files import ResultsError, first_line, naming
 from gemel.sharing.memory import named_tensors
+from gemel.sharing.precision import rounded_weights
 
 DTYPES = {
     "F64": torch.float64,
@@ -69,9 +70,12 @@ class Store(NamedTuple):
 # ---- writing --------------------------------------------------------------------------------------------
 
 
-def name_by_content(models: Models) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]]:
+def name_by_content(
+    models: Models, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]]:
     """({task: {state-dict key: store key}}, {store key: CPU tensor}); one store key per tensor object.
 
+    dtype: of the weights (gemel/sharing/precision.py); all other tensors keep theirs.
     Distinct objects of equal content (two zero biases, say) get a suffix, so that loading never ties what was not tied.
     Raises ResultsError naming task and tensor for a dtype that cannot be stored.
     """
@@ -79,14 +83,14 @@ def name_by_content(models: Models) -> tuple[dict[str, dict[str, str]], dict[str
     tensors: dict[str, Tensor] = {}
     keys: dict[str, dict[str, str]] = {}
     for task, model in models.items():
-        keys[task] = {}
+        keys[task], rounded = {}, set(map(id, rounded_weights(model)))
         for name, tensor in named_tensors(model).items():
             if id(tensor) not in key_of:
                 if tensor.dtype not in _DTYPE_NAMES:
                     raise ResultsError(
                         f"{task}: {name}: got {tensor.dtype}; allowed: {', '.join(map(str, _DTYPE_NAMES))}"
                     )
-                values = _own_storage(tensor)
+                values = _own_storage(tensor.detach().to(dtype) if id(tensor) in rounded else tensor)
                 key_of[id(tensor)] = _unused(_content_name(values), tensors)
                 tensors[key_of[id(tensor)]] = values
             keys[task][name] = key_of[id(tensor)]

@@ -15,9 +15,10 @@ from gemel.results_store.checkpoint import open_checkpoint
 from gemel.results_store.files import ResultsError, first_line, sha256_of, size_of
 from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import adapted_layers, read_manifest, read_result
+from gemel.results_store.precision import plain_tensors, precision_of, unjudged, weights_dtype
 from gemel.results_store.tensors import Store, raw_bytes, read_tensors
-from gemel.sharing.adapters import plain_state
 from gemel.sharing.memory import distinct_bytes
+from gemel.sharing.precision import weights_of
 from gemel.sharing.signatures import has_signature
 
 OK, SKIP, FAIL = "ok", "skip", "FAIL"
@@ -155,7 +156,7 @@ def _same_tensors(path: Path, manifest: dict, store: Store, task: str, damaged: 
     except Exception as error:  # a damaged file can make the unpickler raise nearly anything
         return Check(FAIL, f"{path / name}: cannot be read: {first_line(error)}")
     layers = adapted_layers(manifest["shared_layers"], task)
-    stored = plain_state({name: tensors[key] for name, key in keys.items()}, layers)
+    stored = plain_tensors({name: tensors[key] for name, key in keys.items()}, layers, manifest)
     if not isinstance(state, dict) or set(state) != set(stored):
         return Check(FAIL, f"{path / name}: its names are not those of the manifest")
     for key, tensor in stored.items():
@@ -195,6 +196,7 @@ def _loaded_checks(
     except ResultsError as error:
         yield Check(FAIL, str(error))
         return
+    yield _precision_check(path, manifest, loaded, device if evaluations else torch.device("cpu"))
     yield from _tie_checks(path, manifest, loaded)
     on_disk = sum(
         store.entries[key].bytes for key in {k for name in loaded for k in manifest["tensors"][name].values()}
@@ -207,6 +209,19 @@ def _loaded_checks(
     )
     for name, model in loaded.items():
         yield _evaluated(manifest, name, model, evaluations.get(name))
+
+
+def _precision_check(path: Path, manifest: dict, loaded: Mapping[str, nn.Module], device: torch.device) -> Check:
+    """Weights are of the type that the manifest names, and compute on this device in the one they were judged in."""
+    judged, dtype = precision_of(manifest), weights_dtype(manifest)
+    said = f"{path}: weights in {judged['weights']}, judged in {judged['arithmetic']} on {judged['device']}"
+    if dtype != torch.float32:
+        others = {p.dtype for model in loaded.values() for p in weights_of(model) if p.is_floating_point()} - {dtype}
+        if others:
+            return Check(FAIL, f"{said}, but loaded in {', '.join(sorted(map(str, others)))}")
+    if (why := unjudged(manifest, judged["weights"], device.type)) is not None:
+        return Check(SKIP, f"{path}: not run as judged: {why}")
+    return Check(OK, said)
 
 
 def _tie_checks(path: Path, manifest: dict, loaded: Mapping[str, nn.Module]) -> Iterator[Check]:
@@ -222,7 +237,8 @@ def _tie_checks(path: Path, manifest: dict, loaded: Mapping[str, nn.Module]) -> 
         checked += 1
         tensors = [tuple(map(id, layer.parameters(recurse=False))) for layer in layers]
         explained.update(tensors[0])
-        agree = all(has_signature(loaded[task], layer, group["signature"]) for task, layer in places)
+        stored_in = precision_of(manifest)["weights"]
+        agree = all(has_signature(loaded[task], layer, group["signature"], stored_in) for task, layer in places)
         if len(set(tensors)) != 1 or not agree:
             wrong.append(", ".join(f"{task}: {layer}" for task, layer in places))
     for where in wrong:

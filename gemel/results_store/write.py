@@ -46,6 +46,7 @@ from gemel.results_store.manifest import (
     seal,
 )
 from gemel.results_store.points import points_of
+from gemel.results_store.precision import plain_tensors, weights_dtype
 from gemel.results_store.schema import NORMALISATION
 from gemel.results_store.tensors import (
     BLOCK_BYTES,
@@ -57,7 +58,6 @@ from gemel.results_store.tensors import (
     read_tensors,
     store_chunks,
 )
-from gemel.sharing.adapters import plain_state
 
 # ---- writing a result -----------------------------------------------------------------------------------
 
@@ -67,7 +67,8 @@ def write_results(
 ) -> dict[str, Any]:
     """Writes a complete result and returns the manifest as written.
 
-    manifest: tasks, shared_layers, memory and run; the other parts are filled in. statistics: workload_stats.json.
+    manifest: tasks, shared_layers, memory, run, and precision where weights are not float32; the other parts are filled
+    in. statistics: workload_stats.json.
     Until the last step, the replacement of merged.json, a reader of the folder sees the previous result. Files that
     would not change are not written again. Raises ResultsError, naming the file, if the operating system refuses a
     write: the folder then holds the previous result, or the new one if only the removal of old files failed.
@@ -79,7 +80,7 @@ def write_results(
     if before is not None and (path / PENDING).exists():  # a commit was interrupted: some .pt files are not `before`'s
         repair(path)
         before = read_manifest(path)
-    keys, tensors = name_by_content(models)
+    keys, tensors = name_by_content(models, weights_dtype(manifest))
     new = {"format": FORMAT, "normalisation": NORMALISATION, **manifest, "tensors": keys}
     new["store"], store_written = _put_store(path, keys, tensors, before)
     written = {new["store"]["file"]: store_written}
@@ -90,8 +91,7 @@ def write_results(
             carried = None
             if before is not None and before["tensors"].get(task) == keys[task]:
                 carried = _carried(path, name, before)
-            layers = adapted_layers(manifest["shared_layers"], task)
-            written[name] = carried or _stage(path, name, _pt_bytes(keys[task], tensors, layers), staged)
+            written[name] = carried or _stage(path, name, _pt_bytes(keys[task], tensors, task, manifest), staged)
         written[STATISTICS] = _stage(path, STATISTICS, json_bytes(statistics), staged)
         new = _completed(new, written, before)
         assert_valid(new, open_store(path / new["store"]["file"]))
@@ -142,10 +142,11 @@ def _is(file: Path, digest: str) -> bool:
     return size_of(file) is not None and sha256_of(file) == digest
 
 
-def _pt_bytes(keys: Mapping[str, str], tensors: Mapping, layers: Iterable[str]) -> memoryview:
-    """The task's state dict as torch.save writes it, with adapters, scales and biases of these layers folded in."""
+def _pt_bytes(keys: Mapping[str, str], tensors: Mapping, task: str, manifest: Mapping) -> memoryview:
+    """The task's state dict as torch.save writes it, with adapters, scales and biases folded in."""
+    layers = adapted_layers(manifest["shared_layers"], task)
     buffer = io.BytesIO()
-    torch.save(plain_state({name: tensors[key] for name, key in keys.items()}, layers), buffer)
+    torch.save(plain_tensors({name: tensors[key] for name, key in keys.items()}, layers, manifest), buffer)
     return buffer.getbuffer()
 
 
@@ -248,7 +249,7 @@ def _rebuilt(manifest: dict, store: Store, name: str) -> bytes | memoryview:
     task = name.removeprefix(f"{files.WEIGHTS}/").removesuffix(".pt")
     keys = manifest["tensors"][task]
     tensors = read_tensors(store, keys.values(), manifest["store"])
-    return _pt_bytes(keys, tensors, adapted_layers(manifest["shared_layers"], task))
+    return _pt_bytes(keys, tensors, task, manifest)
 
 
 def statistics_of(manifest: Mapping[str, Any]) -> dict[str, Any]:

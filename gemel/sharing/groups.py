@@ -53,6 +53,10 @@ class Group:
     def tasks(self) -> tuple[str, ...]:
         return tuple(occurrence.task for occurrence in self.occurrences)
 
+    def as_counted(self, layer: nn.Module, num_bytes: int) -> int:
+        """Bytes of something of the layer's type, in the type in which the group's bytes are counted (the store's)."""
+        return num_bytes * self.bytes // sum(parameter.nbytes for parameter in layer.parameters(recurse=False))
+
     def restricted_to(self, tasks: Collection[str]) -> "Group":
         """The group without the occurrences of other tasks; with fewer than two left it shares nothing."""
         return replace(self, occurrences=tuple(o for o in self.occurrences if o.task in tasks))

@@ -117,7 +117,10 @@ def layer_signature(model: nn.Module, name: str) -> str:
     return f"{own}; in {signature_of(layer)}; by {steps}"
 
 
-def has_signature(model: nn.Module, name: str, recorded: str) -> bool:
-    """Whether a layer has a recorded signature; those of earlier versions end before the plain attributes."""
-    signature = layer_signature(model, name)
+def has_signature(model: nn.Module, name: str, recorded: str, stored_in: str = "float32") -> bool:
+    """Whether a layer has a recorded signature; those of earlier versions end before the plain attributes.
+
+    stored_in: the type that float32 weights were stored in; signatures are of the models before that.
+    """
+    signature = layer_signature(model, name).replace(f" {stored_in}[", " float32[")
     return signature == recorded or signature.startswith(f"{recorded}; ")

@@ -425,4 +425,4 @@ def _with_adapters(group: Group, models: Mapping[str, nn.Module], adapter_budget
     first = group.occurrences[0]
     layer = models[first.task].get_submodule(first.layer)
     rank = rank_within(layer, adapter_budget)
-    return group.with_adapters(rank, adapter_bytes(layer, rank)) if rank else group
+    return group.with_adapters(rank, group.as_counted(layer, adapter_bytes(layer, rank))) if rank else group

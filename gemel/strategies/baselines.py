@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 
+import torch
 from torch import nn
 
 from gemel.sharing.groups import (
@@ -17,6 +18,7 @@ from gemel.sharing.groups import (
     saved_bytes,
     to_plain,
 )
+from gemel.sharing.precision import groups_as_stored
 from gemel.sharing.signatures import find_layers
 from gemel.strategies.base import NONE, Ratios, Strategy
 
@@ -123,9 +125,11 @@ class Stem(Strategy):
     Source: Jiang et al., "Mainstream", ATC 2018 (there the prefix is frozen, here it is retrained like any other tie).
     """
 
-    def __init__(self, models: Mapping[str, nn.Module]):
+    def __init__(self, models: Mapping[str, nn.Module], store_dtype: torch.dtype = torch.float32):
         depth = max((len(find_layers(model)) for model in models.values()), default=0)
-        stems = dict.fromkeys(find_stem(models, d) for d in range(depth + 1))  # in order, without repeats
+        stems = dict.fromkeys(
+            groups_as_stored(find_stem(models, d), store_dtype) for d in range(depth + 1)
+        )  # in order, without repeats
         self.stems = tuple(stems)  # stems[0] is empty
         self.longest_kept = 0
         self.shortest_failed = len(self.stems)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 MET, GIVEN_UP, EPOCHS_SPENT, UNTRAINED = "met", "given up", "epochs spent", "needs training"
+BELOW_AS_STORED = "below target in the type of the store"
 NOT_FINITE, OUT_OF_MEMORY, TIME_OVER = "loss not finite", "out of memory", "time over"
 
 

@@ -112,3 +112,25 @@ def test_a_change_by_hand_is_noticed(tmp_path):
     file.write_text(file.read_text().replace('"merged_acc": 0.85', '"merged_acc": 0.86', 1))
     with pytest.raises(ResultsError, match="merged.json: sha256: is not that of the content: the file was changed"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "precision, message",
+    [
+        (None, "precision: got None; allowed: a dictionary"),
+        (
+            {"weights": "int4", "arithmetic": "float32", "device": "cpu"},
+            "precision: weights: got 'int4'; allowed: float32",
+        ),
+        ({"weights": "float16", "device": "cpu"}, "precision: arithmetic is missing"),
+        ({"weights": "float16", "arithmetic": "float32", "device": "cpu"}, None),
+    ],
+)
+def test_the_type_of_the_weights_is_checked(tmp_path, precision, message):
+    manifest = write(tmp_path, pico_models())
+    (tmp_path / "merged.json").write_text(json.dumps(seal({**manifest, "precision": precision})))
+    if message is None:
+        assert read_result(tmp_path)[0]["precision"] == precision
+        return
+    with pytest.raises(ResultsError, match=message):
+        read_result(tmp_path)

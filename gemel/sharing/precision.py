@@ -1,0 +1,65 @@
+"""The weights of a workload in the type of its store: which they are, rounding them to it, and their bytes.
+
+Weights are the float32 parameters outside normalisation layers. Normalisation and all buffers stay as they are: they
+are a few bytes, and a running variance may be out of the range of float16.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from gemel.forward.arithmetic import run_with_weights_of
+from gemel.forward.modes import Models, deep_copy
+from gemel.sharing.groups import Configuration, Group
+from gemel.sharing.memory import distinct_tensors
+from gemel.sharing.signatures import is_normalisation
+
+
+def weights_of(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters outside normalisation layers, each once, whatever their type."""
+    kept = {id(p) for m in model.modules() if is_normalisation(m) for p in m.parameters(recurse=False)}
+    return (parameter for parameter in model.parameters() if id(parameter) not in kept)
+
+
+def rounded_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Those of `weights_of` that take the type of the store: the ones in float32."""
+    return [parameter for parameter in weights_of(model) if parameter.dtype == torch.float32]
+
+
+def round_weights(models: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Rounds the weights, in place, to values of that type; they stay float32."""
+    if dtype == torch.float32:
+        return
+    for parameter in (parameter for model in models for parameter in rounded_weights(model)):
+        parameter.data.copy_(parameter.data.to(dtype))
+
+
+def overflows(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a finite weight is beyond the range of that type."""
+    most = torch.finfo(dtype).max
+    return any(bool(((p.abs() > most) & p.isfinite()).any()) for p in rounded_weights(model))
+
+
+def as_stored(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model as it is loaded from a store of that type: a copy, or the model itself where that is float32."""
+    if dtype == torch.float32:
+        return model
+    copied = deep_copy(model)
+    for parameter in rounded_weights(copied):
+        parameter.data = parameter.data.to(dtype)
+    run_with_weights_of(copied, dtype)
+    return copied
+
+
+def stored_bytes(models: Models, dtype: torch.dtype) -> int:
+    """Bytes of the distinct parameters and buffers of a workload in a store of that type."""
+    rounded = {id(parameter) for model in models.values() for parameter in rounded_weights(model)}
+    tensors = list(distinct_tensors(models))
+    return sum(t.numel() * dtype.itemsize if id(t) in rounded else t.nbytes for t in tensors)
+
+
+def groups_as_stored(groups: Configuration, dtype: torch.dtype) -> Configuration:
+    """Groups of float32 layers without adapters, scales and biases, with their bytes in a store of that type."""
+    of_float32 = torch.float32.itemsize
+    return tuple(Group(g.signature, g.bytes * dtype.itemsize // of_float32, g.occurrences) for g in groups)
