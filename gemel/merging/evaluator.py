@@ -11,7 +11,7 @@ from gemel.datasets.loaders import TaskData
 from gemel.environment import ranks
 from gemel.environment.clock import Clock
 from gemel.environment.events import emit
-from gemel.evaluation.eval_method import evaluate
+from gemel.evaluation.eval_method import EvalMethodError, evaluate
 from gemel.merging.diagnosis import explanations
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
@@ -55,7 +55,7 @@ class Evaluator:
             found = ranks.together(lambda: self._each("evaluating the unmerged models", missing, self._unmerged))
         for name in missing:
             if (error := found[name].get("error")) is not None:
-                problems.append(Problem(name, "eval_method", error, "f(model, data_loader) -> float in [0, 1]"))
+                problems.append(Problem(name, "eval_method", *error))
                 continue
             measured, on_test = found[name]["val"], found[name]["test"]
             self.accuracy[name] = Accuracy(measured, measured, on_test, on_test)
@@ -70,8 +70,11 @@ class Evaluator:
             measured = evaluate(task, data.val)
         except SampleError:
             raise
+        except EvalMethodError as error:
+            return {"error": (error.got, error.allowed)}
         except Exception as error:  # a user's eval method may raise anything
-            return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return {"error": (said, "f(model, data_loader) -> float in [0, 1]")}
         found = {"val": measured, "test": None if data.test is None else evaluate(task, data.test)}
         missed = measured < task.target_acc
         return {**found, "explanations": list(explanations(task, data.val, measured)) if missed else []}
