@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from pico import CPU, PicoNet, classification_entry, fit, same_state
+from pico import CPU, PicoDetector, PicoNet, classification_entry, detection_entry, fit, same_state, write_detection
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import VisionTransformer
@@ -236,7 +236,7 @@ class Raises(PicoNet):
     [
         ("gradient", "no gradient here"),
         ("no gradient", "no parameter that is trained"),
-        ("last class", "out of bounds"),
+        ("last class", "out of bounds. (the highest label in train is 2)"),
     ],
 )
 def test_the_dry_run_is_a_step_of_training(at, message, datasets):
@@ -249,6 +249,16 @@ def test_the_dry_run_is_a_step_of_training(at, message, datasets):
     (problem,) = training_problems(tasks, data, state, seed=0)
     assert problem.task == "north_x" and message in problem.got
     assert all(torch.equal(value, before[key]) for key, value in tasks["north_x"].model.state_dict().items())
+
+
+def test_a_label_beyond_the_outputs_of_a_detector_is_named(tmp_path):
+    write_detection(tmp_path, "two_OD")
+    entry = detection_entry(PicoDetector(num_classes=2), dataset="two_OD")
+    del entry["model"].num_classes  # outputs that cannot be seen
+    tasks, _ = read_workload({"x_pico": entry})
+    data = {"x_pico": open_task(tasks["x_pico"], [tmp_path], device=CPU, seed=0, batch_size=6)}
+    (problem,) = training_problems(tasks, data, MergeState(tasks, CPU), seed=0)
+    assert "IndexError" in problem.got and "the highest label in train is 2; state num_classes" in problem.got
 
 
 def test_the_samples_that_are_tried_cover_sizes_and_classes(tasks, data):
