@@ -376,3 +376,13 @@ def test_joined_configurations_tie_what_any_of_them_ties():
     assert joined(groups, first) == groups == joined(first, groups)
     assert from_plain(json.loads(json.dumps(to_plain(groups)))) == groups
     assert affected_tasks(first, groups) == ["task0_x", "task1_x", "task2_x"]
+
+
+def test_a_part_of_what_is_missing_is_fitted_behind_what_is_kept():
+    """And a trial of all that is missing is fitted as a whole, as those of the search are."""
+    everything = find_groups(workload(1, 1))
+    assert Adaptive(workload(1, 1)).refits_all_changes
+    strategy = filling(workload(1, 1), everything[:1])
+    assert strategy.propose() == everything and strategy.refits_all_changes
+    strategy.record(False, {"task0_x"}, {"task0_x": 1.0, "task1_x": 0.95})
+    assert strategy.phase == "fill in" and strategy.propose() != everything and not strategy.refits_all_changes
