@@ -192,6 +192,7 @@ def _merge(
         earlier_merges.remember(models)
         stack.callback(earlier_merges.note_as_left, models)
         merger = Merger(tasks, data, chosen, device, results_path, clock, _started_with(chosen, device, datasets), mark)
+        stack.callback(merger.state.hand_back)  # also where it is interrupted before it merges
         say(console.workload_table(tasks, merger.state.models, merger.record.groups, chosen.store_dtype) + "\n")
         if said := console.dataset_notes(notes):
             say(said + "\n")
@@ -358,7 +359,6 @@ def check_workload(
 def main(arguments: list[str] | None = None) -> int:
     """The script with these arguments (None: those of the shell); returns its exit code."""
     flags = parse_arguments(arguments)
-    resumes = "what was kept is stored, and the same command resumes there"
     with ranks.joined(), watched():
         try:
             code = _run(flags)
@@ -368,13 +368,19 @@ def main(arguments: list[str] | None = None) -> int:
             leave_it_to_the_first()
             return _say(error, str(error), EXIT_WRONG_INPUT, flags.debug)
         except (ResultsError, SampleError) as error:  # a disk that is full, a dataset that went away: no bug of ours
-            return _say(error, f"{error}\n{resumes}", EXIT_FAILED, flags.debug)
+            return _say(error, f"{error}\n{_how_to_go_on(flags)}", EXIT_FAILED, flags.debug)
         except ranks.FirstRankFailed:
             leave_it_to_the_first()
             return EXIT_FAILED
         except KeyboardInterrupt as error:
             leave_it_to_the_first()
-            return _say(error, f"\ninterrupted; {resumes}", EXIT_INTERRUPTED, flags.debug)
+            return _say(error, f"\ninterrupted; {_how_to_go_on(flags)}", EXIT_INTERRUPTED, flags.debug)
+
+
+def _how_to_go_on(flags: argparse.Namespace) -> str:
+    if has_results(Path(flags.results).expanduser()):
+        return "what was kept is stored, and the same command resumes there"
+    return "nothing was stored yet, and the same command starts again"
 
 
 def _say(error: BaseException, text: str, code: int, debug: bool) -> int:

@@ -32,7 +32,7 @@ from gemel.merging.goal import GoalReplay, goal_problems
 from gemel.merging.images import ImageSampler
 from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisation, rule_of
 from gemel.merging.judged_as_stored import judge_folded, judged_as_stored
-from gemel.merging.layout import can_be_channels_last
+from gemel.merging.layout import choose_layout
 from gemel.merging.matched_groups import matched_groups
 from gemel.merging.options import LEAST_SQUARES, NO_ALIGNMENT, MergeOptions
 from gemel.merging.out_of_memory import on_fewer_images
@@ -88,8 +88,7 @@ class Merger:
         self.tasks, self.data, self.options = tasks, data, options
         self.results_path, self.clock = results_path, clock
         self.state = MergeState(tasks, device, DTYPES[options.store_dtype])
-        if ranks.of_first(lambda: can_be_channels_last(tasks, data, self.state.unmerged, options.seed)):
-            self.state.use_channels_last()
+        choose_layout(self.state, tasks, data, options.seed, clock)
         self.images = ImageSampler(tasks, data, options.seed, device, options.fit_memory)
         self.record = RunRecord(started_with, fingerprint, matched_groups(tasks, self.state, self.images, options))
         self.strategy = self._new_strategy()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from pico import PicoNet, write_classification
+from results_samples import slim_models, write
 
 import merge_workloads
 from gemel.merging.flags import parse_duration, parse_size
@@ -196,13 +197,18 @@ def test_a_damaged_manifest_is_named_and_fresh_keeps_it_aside(entries, datasets,
     assert read_manifest(tmp_path / "out") == manifest
 
 
-def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "has_results, said", [(True, "is stored, and the same command resumes"), (False, "nothing was")]
+)
+def test_an_interrupted_run_says_how_to_go_on(has_results, said, monkeypatch, capsys, tmp_path):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(merge_workloads, "create_sample_model_dict", interrupted)
-    assert main([]) == 130
-    assert "the same command resumes there" in capsys.readouterr().err
+    if has_results:
+        write(tmp_path, slim_models())
+    assert main(["--results", str(tmp_path)]) == 130
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text, seconds", [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("45", 45)])

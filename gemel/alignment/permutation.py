@@ -177,11 +177,27 @@ def _trace(part: nn.Module, training: bool) -> fx.GraphModule | None:
         if parameter.default is not inspect.Parameter.empty
     }
     try:
-        return fx.GraphModule(part, _Tracer().trace(part, defaults or None)).eval()
+        with _unchanged_buffers(part):
+            return fx.GraphModule(part, _Tracer().trace(part, defaults or None)).eval()
     except Exception:  # a user's code may raise anything when it gets proxies; it is then not traceable
         return None
     finally:
         part.eval()
+
+
+@contextlib.contextmanager
+def _unchanged_buffers(part: nn.Module) -> Iterator[None]:
+    """Restores buffers: code that counts in train mode (a normalisation of a user's library) counts in a trace, too."""
+    before = [(module, {**module._buffers}) for module in part.modules() if module._buffers]
+    values = [(buffer, buffer.clone()) for _, own in before for buffer in own.values() if buffer is not None]
+    try:
+        yield
+    finally:
+        for module, own in before:
+            module._buffers.update(own)
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
 
 
 def _walk(traced: fx.GraphModule, part: nn.Module, layouts: Layouts, example: Tensor | None) -> Walk | None:

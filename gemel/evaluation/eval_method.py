@@ -20,13 +20,21 @@ log = logging.getLogger(__name__)
 _working: weakref.WeakKeyDictionary[DataLoader, DataLoader] = weakref.WeakKeyDictionary()
 
 
+class EvalMethodError(ValueError):
+    """What an eval method returned or did that it must not; got, allowed: as a listed problem states them."""
+
+    def __init__(self, task: str, got: str, allowed: str):
+        super().__init__(f"{task}: eval_method: got {got}; allowed: {allowed}")
+        self.got, self.allowed = got, allowed
+
+
 def evaluate(task: Task, loader: Iterable, model: nn.Module | None = None) -> float:
     """The task's accuracy in [0, 1] on a loader or a list of batches; model: evaluated instead of the task's own.
 
     When a process of a DataLoader dies, the evaluation is repeated with new processes, and when one dies again, without
     any; when memory is exhausted, with half the batch size, down to one image. Later evaluations with this loader begin
-    with what worked. Raises ValueError if the eval method does not return a number in [0, 1], and the failure itself if
-    it is not repeated.
+    with what worked. Raises EvalMethodError if the eval method changes the model or does not return a number in [0, 1],
+    and the failure itself if it is not repeated.
     """
     current, deaths = loader, 0
     if isinstance(loader, DataLoader):
@@ -73,10 +81,8 @@ def _evaluate_once(task: Task, loader: Iterable, model: nn.Module | None) -> flo
         value = task.eval_method(model, loader)
     if changed := before.items() ^ _layout_of(model).items():
         name = min(changed)[0]
-        raise ValueError(
-            f"{task.name}: eval_method: changed {name} of the model from {before.get(name)} to "
-            f"{_layout_of(model).get(name)}; allowed: to read the model as it is, or a copy of it"
-        )
+        got = f"a method that changes {name} of the model from {before.get(name)} to {_layout_of(model).get(name)}"
+        raise EvalMethodError(task.name, got, "one that reads the model as it is, or a copy of it")
     if printed.getvalue():
         log.debug("%s: eval_method printed:\n%s", task.name, printed.getvalue())
     try:
@@ -84,5 +90,6 @@ def _evaluate_once(task: Task, loader: Iterable, model: nn.Module | None) -> flo
     except (TypeError, ValueError):
         accuracy = math.nan
     if not 0 <= accuracy <= 1:
-        raise ValueError(f"{task.name}: eval_method: got {value!r}; allowed: a number in [0, 1]")
+        allowed = "a number in [0, 1], not a percentage" if 1 < accuracy <= 100 else "a number in [0, 1]"
+        raise EvalMethodError(task.name, repr(value), allowed)
     return accuracy

@@ -17,7 +17,7 @@ from gemel.merging.state import MergeState
 from gemel.sharing.tying import restore_snapshot, take_snapshot
 from gemel.training.distillation import Teacher
 from gemel.training.losses import task_losses
-from gemel.workload import Problem, Task
+from gemel.workload import DETECTION, Problem, Task
 from model_architectures import num_classes_of
 
 MAX_SIZES = 256  # headers that are read of a split, to find the extreme sizes
@@ -49,6 +49,8 @@ def _problems_of(
             log.warning("%s: out of memory in a training pass on a few images: training may not be possible", name)
         elif error is not None:
             got = f"{type(error).__name__} in training: {' '.join(str(error).split())[:300]}"
+            if isinstance(error, IndexError):
+                got += _highest_label(task, data[name].train)
             problems.append(Problem(name, "model", got, ALLOWED))
     return problems
 
@@ -115,6 +117,17 @@ def telling_samples(task: Task, train: DataLoader) -> list[int]:
     classes = dict(_classes(task, samples))
     found += [classes[label] for label in (min(classes), max(classes))] if classes else []
     return list(dict.fromkeys(found))
+
+
+def _highest_label(task: Task, train: DataLoader) -> str:
+    """What may be behind an index that is out of range: a label for which the model has no output."""
+    highest = max((class_id for class_id, _ in _classes(task, train.dataset.samples)), default=None)  # type: ignore
+    if highest is None:
+        return ""
+    if task.kind != DETECTION:
+        return f" (the highest label in train is {highest})"
+    highest += task.background_class
+    return f" (the highest label in train is {highest}; state num_classes, so that labels are checked against it)"
 
 
 def _classes(task: Task, samples: list) -> Iterator[tuple[int, int]]:

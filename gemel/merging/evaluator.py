@@ -12,7 +12,7 @@ from gemel.datasets.loaders import TaskData
 from gemel.environment import ranks
 from gemel.environment.clock import Clock
 from gemel.environment.events import emit
-from gemel.evaluation.eval_method import evaluate
+from gemel.evaluation.eval_method import EvalMethodError, evaluate
 from gemel.forward import WEIGHT_TYPES
 from gemel.merging.diagnosis import explanations
 from gemel.sharing.precision import as_stored, overflows
@@ -65,7 +65,7 @@ class Evaluator:
             found = ranks.together(lambda: self._each("evaluating the unmerged models", missing, self._unmerged))
         for name in missing:
             if (error := found[name].get("error")) is not None:
-                problems.append(Problem(name, "eval_method", error, "f(model, data_loader) -> float in [0, 1]"))
+                problems.append(Problem(name, "eval_method", *error))
                 continue
             measured, stored, on_test = (found[name][key] for key in ("val", "as_stored", "test"))
             self.accuracy[name] = Accuracy(measured, stored, on_test, None if self.rounds else on_test)
@@ -83,8 +83,11 @@ class Evaluator:
             stored = self._as_loaded(name, task.model) if self.rounds else measured
         except SampleError:
             raise
+        except EvalMethodError as error:
+            return {"error": (error.got, error.allowed)}
         except Exception as error:  # a user's eval method may raise anything
-            return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return {"error": (said, "f(model, data_loader) -> float in [0, 1]")}
         found = {"val": measured, "as_stored": stored, "test": None if data.test is None else evaluate(task, data.test)}
         missed = measured < task.target_acc
         return {**found, "explanations": list(explanations(task, data.val, measured)) if missed else []}

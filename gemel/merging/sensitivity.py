@@ -1,7 +1,6 @@
 """How much each group of a merge is predicted to hurt each of its tasks."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from gemel.environment import ranks
 from gemel.environment.seeds import generator
@@ -10,9 +9,8 @@ from gemel.fitting.sensitivity import Sensitivity, predict_sensitivity
 from gemel.merging.images import ImageSampler
 from gemel.merging.out_of_memory import on_fewer_images
 from gemel.merging.state import MergeState
-from gemel.sharing.groups import Configuration, joined
+from gemel.sharing.groups import Configuration
 from gemel.sharing.signatures import find_layers
-from gemel.sharing.tying import restore_snapshot, retie, take_snapshot
 from gemel.thresholds import THRESHOLDS
 from gemel.workload import CLASSIFICATION, Task
 
@@ -56,7 +54,7 @@ def _sensitivity(
     limits, purpose = THRESHOLDS.sensitivity, "foresee"
     drawn = images.of_groups(groups, num_pixels, purpose, max_batch=max_batch, max_images=limits.images)
     source = generator(images.seed, purpose)
-    with _all_tied(state, groups):
+    with state.all_tied(groups):
         misfit = predict_sensitivity(
             state.models, state.unmerged, groups, drawn, method=limits.method, generator=source
         )
@@ -80,13 +78,3 @@ def expected_losses(tasks: Mapping[str, Task]) -> dict[str, float]:
         name: limits.classifier_loss if task.kind == CLASSIFICATION else limits.detector_loss
         for name, task in tasks.items()
     }
-
-
-@contextlib.contextmanager
-def _all_tied(state: MergeState, groups: Configuration) -> Iterator[None]:
-    snapshot = take_snapshot(state.models)
-    retie(state.models, state.kept, joined(state.kept, groups), state.unmerged)
-    try:
-        yield
-    finally:
-        restore_snapshot(snapshot)

@@ -1,7 +1,8 @@
 """The live models of a merge: what is tied now, how to undo a trial, and the order of each model's channels."""
 
+import contextlib
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from gemel.forward.batches import Batch
 from gemel.forward.modes import deep_copy, state_on_cpu, to_channels_last
 from gemel.results_store.load import load_merged
 from gemel.sharing.adapters import fold, has_additions, own_modules
-from gemel.sharing.groups import Configuration, affected_tasks, from_plain
+from gemel.sharing.groups import Configuration, affected_tasks, from_plain, joined
 from gemel.sharing.memory import named_tensors
 from gemel.sharing.precision import round_weights, stored_bytes
 from gemel.sharing.tying import (
@@ -83,6 +84,7 @@ class MergeState:
         self.tied: Configuration = ()  # tied now: more than `kept` within a trial, and where the next one continues it
         self.order = ChannelOrder()
         self._undo: Snapshot | None = None  # of what is kept, while the models hold something else
+        self._before_look: Snapshot | None = None  # of what the models hold, within `all_tied`
 
     def use_channels_last(self) -> None:
         """From now on the weights are laid out channels-last where that is quicker (on a CPU)."""
@@ -153,8 +155,24 @@ class MergeState:
             fold(copied.get_submodule(layer))
         return copied
 
+    @contextlib.contextmanager
+    def all_tied(self, groups: Configuration) -> Iterator[None]:
+        """Within, these groups are tied as well, which is no trial; `undo` ends it if its end is interrupted."""
+        self._before_look = take_snapshot(self.models)
+        try:
+            retie(self.models, self.kept, joined(self.kept, groups), self.unmerged)
+            yield
+        finally:
+            self._end_look()
+
+    def _end_look(self) -> None:
+        if self._before_look is not None:
+            restore_snapshot(self._before_look)
+        self._before_look = None
+
     def undo(self) -> None:
         """Brings the models back to what is kept, bit by bit."""
+        self._end_look()
         if self._undo is not None:
             restore_snapshot(self._undo)
         self.tied, self._undo = self.kept, None

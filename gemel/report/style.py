@@ -1,9 +1,11 @@
 """The frame of a page: one file, no script, nothing from the network; light and dark, on paper as well."""
 
+import re
 from collections.abc import Sequence
 
 from gemel.report.html import Html, as_html
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # what Python makes of such bytes
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 COLOURS = {  # name -> (light, dark); pictures name them as var(--name)
     "paper": ("#ffffff", "#16181d"),
@@ -50,8 +52,8 @@ code{font-family:ui-monospace,monospace;font-size:.9em}
 
 
 def page(title: str, content: Sequence[str], more_css: str = "") -> str:
-    """A whole page, ready to be written."""
-    return f"""<!doctype html>
+    """A whole page, ready to be written: text that no file can hold (a file name that is no UTF-8) is replaced."""
+    whole = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -68,6 +70,7 @@ def page(title: str, content: Sequence[str], more_css: str = "") -> str:
 </body>
 </html>
 """
+    return LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", whole)
 
 
 def _variables() -> str:

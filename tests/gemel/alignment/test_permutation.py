@@ -293,3 +293,21 @@ def test_permuting_is_exact_and_keeps_objects():
         assert parameter is before[key][0] and torch.equal(parameter, before[key][1])
     with pytest.raises(ValueError, match="permutation"):
         permute(model, space, [0] * space.size)
+
+
+class CountingNorm(nn.BatchNorm2d):
+    """A normalisation that is traced, as it is not torch's own, and counts the passes in train mode."""
+
+    def forward(self, images):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+            self.passes = self.passes + 1
+        return F.batch_norm(images, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+
+def test_looking_for_channels_changes_no_buffer():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), CountingNorm(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    model[1].register_buffer("passes", torch.tensor(7))
+    before = copy.deepcopy(model.state_dict())
+    assert find_channel_spaces(model, torch.zeros(2, 3, 8, 8)).spaces
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from gemel.evaluation.eval_method import evaluate
+from gemel.evaluation.eval_method import EvalMethodError, evaluate
 
 
 @pytest.mark.parametrize("value, got", [(1.5, "1.5"), (-1, "-1"), (None, "None"), (float("nan"), "nan")])
@@ -16,6 +16,16 @@ def test_what_an_eval_method_returns_is_checked(value, got):
     task = SimpleNamespace(name="a_x", model=None, eval_method=lambda model, loader: value)
     with pytest.raises(ValueError, match=f"a_x: eval_method: got {got}; allowed: a number in"):
         evaluate(task, [])
+
+
+@pytest.mark.parametrize(
+    "value, allowed", [(93.1, "not a percentage"), (100, "not a percentage"), (101, "a number in [0, 1]")]
+)
+def test_a_percentage_is_named_as_such(value, allowed):
+    task = SimpleNamespace(name="a_x", model=None, eval_method=lambda model, loader: value)
+    with pytest.raises(EvalMethodError) as raised:
+        evaluate(task, [])
+    assert raised.value.allowed.endswith(allowed) and raised.value.got == repr(value)
 
 
 def test_an_eval_method_may_print(capsys):
@@ -62,7 +72,10 @@ def test_a_method_that_changes_the_model_is_named(tasks, data, change):
         return 0.5
 
     task = dataclasses.replace(tasks["north_pico"], eval_method=eval_method)
-    with pytest.raises(ValueError, match="north_pico: eval_method: changed .* of the model from .*; allowed: to read"):
+    with pytest.raises(
+        ValueError,
+        match="north_pico: eval_method: got a method that changes .* of the model from .*; allowed: one that reads",
+    ):
         evaluate(task, data["north_pico"].val)
 
 

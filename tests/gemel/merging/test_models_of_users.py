@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from pico import CPU, PicoNet, classification_entry, fit
+from pico import CPU, PicoDetector, PicoNet, classification_entry, detection_entry, fit, same_state, write_detection
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import VisionTransformer
@@ -128,6 +128,65 @@ def test_channels_last_is_tried_first(make, works, datasets):
     assert all(p.is_contiguous() for task in tasks.values() for p in task.model.parameters())
 
 
+def by_features(model, loader):
+    """An eval method that looks at strides of what a layer of the model puts out."""
+    model.eval()
+    with torch.no_grad():
+        found = [(model.fc(model.conv1(x).view(len(x), -1).reshape(len(x), 8, -1).mean(2)), y) for x, y in loader]
+    return sum(int((out.argmax(1) == y).sum()) for out, y in found) / sum(len(y) for _, y in found)
+
+
+def in_double(model, loader):
+    """An eval method that changes the model."""
+    model.double()
+    return 0.5
+
+
+def fails(model, loader):
+    raise KeyError("no such metric")
+
+
+@pytest.mark.parametrize("method, works", [(by_features, False), (in_double, True), (fails, True)])
+def test_channels_last_is_tried_with_the_eval_method(method, works, datasets):
+    """What fails in both layouts is reported later, of the right cause; the tried model stays as it is."""
+    entries = entries_of(PicoNet, datasets, steps=1)
+    entries["south_x"]["eval_method"] = method
+    tasks, _ = read_workload(entries)
+    data = {name: open_task(t, [datasets], device=CPU, seed=0, batch_size=6) for name, t in tasks.items()}
+    before = {name: copy.deepcopy(task.model.state_dict()) for name, task in tasks.items()}
+    unmerged = {name: task.model for name, task in tasks.items()}
+    assert can_be_channels_last(tasks, data, unmerged, seed=0) is works
+    assert all(same_state(task.model.state_dict(), before[name]) for name, task in tasks.items())
+    assert all(p.is_contiguous() and p.dtype == torch.float32 for t in tasks.values() for p in t.model.parameters())
+
+
+def test_an_eval_method_that_looks_at_strides_is_not_blamed(datasets, tmp_path):
+    entries = entries_of(PicoNet, datasets, steps=1)
+    for entry in entries.values():
+        entry |= {"eval_method": by_features, "unmerged_acc": 0.01}
+    manifest = merge_workload(entries, tmp_path / "r", datasets=datasets, device="cpu", strategy="stem", max_epochs=1.0)
+    assert manifest["run"]["finished"]
+
+
+@pytest.mark.parametrize("call", [1, 2])  # to try the memory layout; to measure the unmerged models
+def test_models_are_handed_back_when_a_merge_is_interrupted_before_it_begins(call, datasets, tmp_path):
+    entries, calls = entries_of(PicoNet, datasets, steps=1), []
+
+    def interrupted(model, loader):
+        calls.append(num_samples(loader))
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return 0.5
+
+    north = entries["north_x"] | {
+        "eval_method": interrupted,
+        "model": entries["north_x"]["model"].requires_grad_(False),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        merge_workload({**entries, "north_x": north}, tmp_path / "r", datasets=datasets, device="cpu", tolerance=0.5)
+    assert calls == [2, 24][:call] and not any(p.requires_grad for p in north["model"].parameters())
+
+
 def test_models_that_cannot_be_copied_are_listed_before_anything_is_written(datasets, tmp_path):
     entries = entries_of(PicoNet, datasets, steps=1)
     entries["north_x"]["model"].lock = threading.Lock()
@@ -177,7 +236,7 @@ class Raises(PicoNet):
     [
         ("gradient", "no gradient here"),
         ("no gradient", "no parameter that is trained"),
-        ("last class", "out of bounds"),
+        ("last class", "out of bounds. (the highest label in train is 2)"),
     ],
 )
 def test_the_dry_run_is_a_step_of_training(at, message, datasets):
@@ -190,6 +249,16 @@ def test_the_dry_run_is_a_step_of_training(at, message, datasets):
     (problem,) = training_problems(tasks, data, state, seed=0)
     assert problem.task == "north_x" and message in problem.got
     assert all(torch.equal(value, before[key]) for key, value in tasks["north_x"].model.state_dict().items())
+
+
+def test_a_label_beyond_the_outputs_of_a_detector_is_named(tmp_path):
+    write_detection(tmp_path, "two_OD")
+    entry = detection_entry(PicoDetector(num_classes=2), dataset="two_OD")
+    del entry["model"].num_classes  # outputs that cannot be seen
+    tasks, _ = read_workload({"x_pico": entry})
+    data = {"x_pico": open_task(tasks["x_pico"], [tmp_path], device=CPU, seed=0, batch_size=6)}
+    (problem,) = training_problems(tasks, data, MergeState(tasks, CPU), seed=0)
+    assert "IndexError" in problem.got and "the highest label in train is 2; state num_classes" in problem.got
 
 
 def test_the_samples_that_are_tried_cover_sizes_and_classes(tasks, data):

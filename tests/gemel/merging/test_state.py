@@ -1,12 +1,18 @@
 """The live models of a merge: what is kept of a trial, and what is undone."""
 
+import copy
+
 import pytest
 import torch
-from pico import merger_of
+from pico import CPU, merger_of, same_state
 
+from gemel.environment.clock import TimeOver
+from gemel.merging import state as module
+from gemel.merging.state import MergeState
 from gemel.sharing.adapters import has_additions, own_modules
 from gemel.sharing.affine import affine_of
-from gemel.sharing.groups import verified_part
+from gemel.sharing.groups import find_groups, verified_part
+from gemel.sharing.tying import is_tied
 
 
 @pytest.fixture
@@ -41,3 +47,19 @@ def test_a_part_has_scales_where_it_shares_and_weights_with_them_where_it_does_n
     for task in set(models) - set(met):
         own = models[task].state_dict()
         assert all(torch.equal(value, own[key]) for key, value in run.state.unmerged[task].state_dict().items())
+
+
+def test_looking_at_what_tying_all_would_do_leaves_no_trace_even_if_its_end_is_interrupted(tasks, monkeypatch):
+    state = MergeState(tasks, CPU)
+    groups, before = find_groups(state.models), copy.deepcopy(state.models.state_dict())
+    with state.all_tied(groups):
+        assert all(is_tied(state.models, group) for group in groups)
+    assert same_state(state.models.state_dict(), before) and not any(is_tied(state.models, g) for g in groups)
+
+    def cut_short(snapshot):
+        raise TimeOver
+
+    with pytest.raises(TimeOver), monkeypatch.context() as patched, state.all_tied(groups):
+        patched.setattr(module, "restore_snapshot", cut_short)
+    state.undo()
+    assert same_state(state.models.state_dict(), before) and not any(is_tied(state.models, g) for g in groups)

@@ -288,3 +288,13 @@ def test_a_manifest_whose_run_somebody_changed_is_named(merged, tmp_path, run):
     with pytest.raises(ResultsError, match="merged.json: run: is not what a merge writes"):
         write_report(folder)
     assert (folder / "report.html").read_bytes() == before
+
+
+def test_names_that_no_file_can_hold_are_shown(tmp_path):
+    """A class folder whose name is no UTF-8, as Python reads it."""
+    write(tmp_path, slim_models())
+    record, scores = read_record(tmp_path), {"0": {"unmerged": {"top1": 1.0}, "merged": {"top1": 1.0}}}
+    for task in record.manifest["tasks"].values():
+        task["class_names"], task["per_class"] = ["caf\udce9"], scores
+    page = Page(report_of(record).encode().decode())
+    assert any("caf\N{REPLACEMENT CHARACTER}" in text for text in page.text)

@@ -2,6 +2,7 @@ import itertools
 import json
 import random
 
+import numpy as np
 import pytest
 from pico import PicoNet, thresholds
 
@@ -10,6 +11,7 @@ from gemel.strategies import STRATEGIES, strategy_class
 from gemel.strategies.adaptive import Adaptive
 from gemel.strategies.baselines import All, Gemel, Stem, gemel_units
 from gemel.strategies.curves import Curve
+from gemel.thresholds import THRESHOLDS
 
 
 def workload(*extras: int, width: int = 8) -> dict:
@@ -376,3 +378,24 @@ def test_joined_configurations_tie_what_any_of_them_ties():
     assert joined(groups, first) == groups == joined(first, groups)
     assert from_plain(json.loads(json.dumps(to_plain(groups)))) == groups
     assert affected_tasks(first, groups) == ["task0_x", "task1_x", "task2_x"]
+
+
+def test_a_part_of_what_is_missing_is_fitted_behind_what_is_kept():
+    """And a trial of all that is missing is fitted as a whole, as those of the search are."""
+    everything = find_groups(workload(1, 1))
+    assert Adaptive(workload(1, 1)).refits_all_changes
+    strategy = filling(workload(1, 1), everything[:1])
+    assert strategy.propose() == everything and strategy.refits_all_changes
+    strategy.record(False, {"task0_x"}, {"task0_x": 1.0, "task1_x": 0.95})
+    assert strategy.phase == "fill in" and strategy.propose() != everything and not strategy.refits_all_changes
+
+
+def test_the_expected_loss_is_that_of_a_line_with_a_prior():
+    """Ridge regression: the prior is one more observation of the slope."""
+    curve, search = Curve(unshared=1.02, slope=0.3, points=[(0.5, 0.9), (0.8, 0.7)]), THRESHOLDS.search
+    prior = max(search.uncertainty * curve.slope, search.noise)
+    rows = [1 / prior, *(share / search.noise for share, _ in curve.points)]
+    values = [curve.slope / prior, *((curve.unshared - ratio) / search.noise for _, ratio in curve.points)]
+    solved = np.linalg.lstsq(np.array(rows)[:, None], np.array(values))[0][0]
+    slope, deviation = curve._expected_slope()
+    assert slope == pytest.approx(solved) and deviation == pytest.approx(sum(row**2 for row in rows) ** -0.5)
