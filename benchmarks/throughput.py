@@ -34,7 +34,7 @@ from gemel.training.early_stopping import Progress
 from gemel.training.options import TrainingOptions
 from gemel.training.schedule import Schedule
 from gemel.training.step import JointStep, Member
-from gemel.workload import CLASSIFICATION, Task
+from gemel.workload import CLASSIFICATION, Reading, Task
 
 NUM_MODELS, CLASSES = 3, 4
 
@@ -82,7 +82,7 @@ def joint_step(models: nn.ModuleDict, batches: list, device: torch.device) -> Ca
     members = []
     for (name, model), batch in zip(models.items(), batches, strict=True):
         nothing: Any = None  # what a step does not read
-        task = Task(name, model, CLASSIFICATION, nothing, nothing, nothing, 1.0, 1.0, "none", None, nothing)
+        task = Task(name, model, CLASSIFICATION, nothing, nothing, nothing, 1.0, 1.0, "none", None, Reading())
         given: Any = Given(batch)
         members.append(Member(task, nothing, given, Progress(1.0, accuracy=1.0)))
     training = JointStep(models, options, Schedule(options, 100, True), device, {})

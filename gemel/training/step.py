@@ -98,7 +98,7 @@ class JointStep:
         self.optimizer = torch.optim.AdamW(stepped, lr=options.learning_rate, fused=fused or None)
         release_graphs(models)
         self.averaged = AveragedModel(self.own, use_buffers=True)
-        self.averages: list[tuple[list[Tensor], list[Tensor]]] = []  # by type: what is averaged, and what of
+        self.averages = _by_type(self.averaged.module, self.own)  # what is averaged, and what of
         self.samples = 0
         self.seed = torch.initial_seed()
         self.loss = torch.zeros((), device=device)  # of the last step, the sum over the tasks of all ranks

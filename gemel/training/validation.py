@@ -85,8 +85,7 @@ class Validation:
         progress.note(step, accuracy, is_confirmed)
         reached = {"accuracy": progress.accuracy, "target": progress.target, "whole_val": progress.confirmed}
         emit("validation", task=member.task.name, step=step, **reached)
-        about = "" if is_confirmed else "about "
-        log.debug("step %d: %s %s%.4f of %.4f", step, member.task.name, about, progress.accuracy, progress.target)
+        log.debug("step %d: %s %.4f of %.4f", step, member.task.name, progress.accuracy, progress.target)
 
     def screens(self, member: Member) -> bool:
         """Whether a subset of the task's val split is evaluated before all of it."""
