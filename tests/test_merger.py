@@ -230,7 +230,9 @@ def test_same_seed_same_result(entries, trained_entries, datasets, tmp_path):
     assert first["tasks"] == second["tasks"] and first["shared_layers"] == second["shared_layers"]
 
 
-@pytest.mark.parametrize("killed_in", [1, 2, 4])
+@pytest.mark.parametrize(
+    "killed_in", [pytest.param(1, marks=pytest.mark.exhaustive), 2, pytest.param(4, marks=pytest.mark.exhaustive)]
+)
 def test_a_killed_run_goes_on_where_it_was(entries, trained_entries, datasets, tmp_path, monkeypatch, killed_in):
     """Invariant 4: it ends bit for bit where the uninterrupted run ends."""
     merge(entries, tmp_path / "whole", datasets)

@@ -109,8 +109,18 @@ def test_a_round_goes_on_within_bit_for_bit(entries, tasks, data, steps, options
     assert same(expected, state_of(entries))
 
 
-@pytest.mark.parametrize("options", [{}, {"strategy": "gemel", "freeze_prefix": True}])
-@pytest.mark.parametrize("steps", [1, 14])
+PREFIX = {"strategy": "gemel", "freeze_prefix": True}
+
+
+@pytest.mark.parametrize(
+    "steps, options",
+    [
+        (1, {}),
+        (14, PREFIX),
+        pytest.param(14, {}, marks=pytest.mark.exhaustive),
+        pytest.param(1, PREFIX, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_an_interrupted_run_ends_where_the_uninterrupted_one_ends(
     entries, trained_entries, datasets, tmp_path, monkeypatch, steps, options
 ):
