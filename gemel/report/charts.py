@@ -63,7 +63,7 @@ def saving_chart(
 
 
 def accuracy_chart(accuracies: Mapping[str, Sequence[tuple]], targets: Mapping[str, float], label: str) -> Html:
-    """One panel a task: accuracy in each round, filled where kept, against the target.
+    """One panel a task, each with its own scale: accuracy in each round, filled where kept, against the target.
 
     accuracies: task -> (round, accuracy, whether it was kept), round 0 being the unmerged model. Where there are many
     points, those that were not kept are a line.
@@ -74,7 +74,7 @@ def accuracy_chart(accuracies: Mapping[str, Sequence[tuple]], targets: Mapping[s
     with mpl.rc_context({**SETTINGS, "font.size": 7}):
         figure = Figure(figsize=(WIDTH, PANEL_HEIGHT * rows + 0.3), layout="constrained")
         figure.patch.set_alpha(0)
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
         for panel, (task, target) in zip(grid.flat, targets.items(), strict=False):
             _accuracy_panel(panel, accuracies[task], target, marks)
             letters = LETTERS // columns
@@ -98,8 +98,10 @@ def _accuracy_panel(axes: Axes, points: Sequence[tuple], target: float, marks: b
             colour = PLACEHOLDERS[face] if face else "none"
             axes.scatter(numbers, reached, s=12, facecolor=colour, edgecolor=PLACEHOLDERS[edge], linewidth=1)
     axes.axhline(target, color=PLACEHOLDERS["muted"], linestyle="--", linewidth=0.8)
-    axes.set_ylim(0, 1.05)
-    axes.set_yticks((0, 0.5, 1))
+    values = [target, *(point[1] for point in points)]
+    margin = 0.1 * (max(values) - min(values)) + 0.005  # the differences to the target are what is looked at
+    axes.set_ylim(max(0.0, min(values) - margin), min(1.0, max(values)) + margin)
+    axes.yaxis.set_major_locator(MaxNLocator(3))
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
 
