@@ -88,8 +88,10 @@ class SearchThresholds:
 class PrivateTrainingThresholds:
     """What a short training of private parameters is expected to gain before any was measured."""
 
-    # Of accuracy / target (unmeasured).
-    gain: float = 0.01
+    # Of accuracy / target, of a detector ("2026-11-26 A short training after a fit").
+    detector_gain: float = 0.01
+    # The same of a classifier ("2026-11-26 A short training after a fit").
+    classifier_gain: float = 0.0025
     # In so many steps (unmeasured).
     steps: int = 20
 

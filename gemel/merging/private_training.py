@@ -17,6 +17,7 @@ from gemel.thresholds import THRESHOLDS
 from gemel.training.context import RoundContext
 from gemel.training.options import TrainingOptions
 from gemel.training.outcome import TIME_OVER, Outcome, Standing
+from gemel.workload import CLASSIFICATION
 
 STEP_IN_PASSES = 3  # a training step costs about as much as three forward passes of its images
 
@@ -80,16 +81,19 @@ class PrivateTraining:
             / (STEP_IN_PASSES * self.options.batch_size(self.tasks[name]))
             for name in below
         }
-        rate = self._gain_per_step()
-        if any((1 - below[name].ratio) / rate > steps for name, steps in affordable.items()):
+        if any(1 - below[name].ratio > steps * self._gain_per_step(name) for name, steps in affordable.items()):
             return {}
         return {name: int(steps) for name, steps in affordable.items() if int(steps)}
 
-    def _gain_per_step(self) -> float:
-        """Of accuracy / target: as expected at first, corrected by what was measured in this run."""
-        done = [*self.earlier, *self.now]
-        gain = THRESHOLDS.private.gain + sum(one.after - one.before for one in done)
-        return max(1e-9, gain) / (THRESHOLDS.private.steps + sum(one.steps for one in done))
+    def _gain_per_step(self, name: str) -> float:
+        """Of accuracy / target: as expected at first, corrected by what tasks of this kind gained in this run."""
+        kind, limits = self.tasks[name].kind, THRESHOLDS.private
+        done = [
+            one for one in [*self.earlier, *self.now] if one.task in self.tasks and self.tasks[one.task].kind == kind
+        ]
+        expected = limits.classifier_gain if kind == CLASSIFICATION else limits.detector_gain
+        gain = expected + sum(one.after - one.before for one in done)
+        return max(0.0, gain) / (limits.steps + sum(one.steps for one in done))
 
     def _train(
         self, name: str, steps: int, proposal: Configuration, found: Mapping[str, Standing]
