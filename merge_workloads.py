@@ -45,7 +45,7 @@ from gemel.merging import console, earlier_merges
 from gemel.merging.fingerprint import fingerprint
 from gemel.merging.judged_as_stored import type_problems
 from gemel.merging.options import MergeOptions, read_options
-from gemel.merging.plan import plan, plan_of
+from gemel.merging.plan import tables_and_plan
 from gemel.merging.progress import Progress
 from gemel.merging.rehearsal import rehearsal_text, rehearse
 from gemel.merging.resume import previous_manifest, set_aside
@@ -406,8 +406,9 @@ def _run(flags: argparse.Namespace) -> int:
 def _look(flags: argparse.Namespace, model_dict: dict) -> int:
     """--plan and --check; alone, without the other ranks."""
     if flags.plan:
-        print(plan(model_dict, flags.tolerance, flags.memory)[0])
-        write_plan(plan_of(model_dict, flags.tolerance), flags.memory, flags.json, flags.html)
+        text, planned = tables_and_plan(model_dict, flags.tolerance, flags.memory)
+        print(text)
+        write_plan(planned, flags.memory, flags.json, flags.html)
         return EXIT_DONE
     chosen = {key: value for key, value in vars(flags).items() if key not in NOT_OPTIONS}
     return EXIT_WRONG_INPUT if check_workload(model_dict, flags.results, flags.html, **chosen) else EXIT_DONE

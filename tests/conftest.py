@@ -1,6 +1,7 @@
 """Pico workloads that all tests share: datasets on disk, models trained on them once."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -71,3 +72,11 @@ def tasks(entries):
 @pytest.fixture
 def data(tasks, datasets):
     return {name: open_task(task, [datasets], device=CPU, seed=0, batch_size=6) for name, task in tasks.items()}
+
+
+@pytest.fixture
+def forgets_mine(monkeypatch):
+    """The user's file mine.py, and where it was found, are forgotten after the test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("mine", None)

@@ -11,9 +11,12 @@ from pico import (
     detection_entry,
 )
 from PIL import Image
+from torch import nn
+from torchvision.models.detection import FCOS
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.transforms import v2
 
-from dataset_manager import open_task
+from dataset_manager import check, open_task
 from gemel.workload import read_workload
 
 CPU = torch.device("cpu")
@@ -57,3 +60,26 @@ def write_detection_split(split, annotations, size=(20, 10)):
 def random_transform(image):
     """Draws from every global generator."""
     return torch.tensor([torch.rand(()), random.random(), np.random.rand()], dtype=torch.float32).reshape(3, 1, 1)
+
+
+def lines_of(root, entry, name="cars_pico", **transforms):
+    entry = {**entry, "transforms": {**entry["transforms"], **transforms}}
+    tasks, problems = read_workload({name: entry})
+    assert not problems
+    return [str(problem) for problem in check(tasks, [root])]
+
+
+def classifier_lines(folder, model=None, **transforms):
+    return lines_of(folder.parent, classification_entry(model or PicoNet(3)), **transforms)
+
+
+def detector_lines(folder, model=None, background_class=True, **transforms):
+    entry = detection_entry(model or PicoDetector(), background_class=background_class)
+    return lines_of(folder.parent, entry, **transforms)
+
+
+def tiny_fcos(num_classes):
+    backbone = nn.Conv2d(3, 32, 8, stride=8)
+    backbone.out_channels = 32
+    anchors = AnchorGenerator(sizes=((8,),), aspect_ratios=((1.0,),))
+    return FCOS(backbone, num_classes, anchor_generator=anchors, min_size=64, max_size=64)

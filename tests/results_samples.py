@@ -6,6 +6,7 @@ import torch
 from pico import PicoDetector, PicoNet
 from torch import nn
 
+from gemel.results_store.load import load_merged
 from gemel.results_store.write import statistics_of, write_results
 from gemel.sharing.groups import find_groups, saved_bytes
 from gemel.sharing.memory import distinct_bytes
@@ -91,3 +92,22 @@ def same_state(models, others) -> bool:
 def tree(path: Path) -> dict[str, bytes]:
     """Every file below a folder with its content, and every folder."""
     return {str(f.relative_to(path)): f.read_bytes() if f.is_file() else b"" for f in sorted(path.rglob("*"))}
+
+
+def assert_loaded_as_written(path, models) -> None:
+    """Into modules as they are built, and into modules that were loaded before: the same state, bytes and outputs."""
+    loaded = load_merged(path, fresh_models(), verify=True)
+    assert same_state(models, loaded) and distinct_bytes(loaded) == distinct_bytes(models)
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(loaded["b_x"](images), models["b_x"].eval()(images))
+    again = load_merged(path, loaded)
+    assert same_state(models, again) and torch.equal(again["b_x"](images), models["b_x"](images))
+
+
+def assert_plain_files_compute_the_same(path, models) -> None:
+    """weights/<task>.pt, loaded into modules as they are built."""
+    images = torch.rand(2, 3, 16, 16)
+    for name in ("a_x", "b_x"):
+        plain = fresh_models()[name].eval()
+        plain.load_state_dict(torch.load(path / "weights" / f"{name}.pt", weights_only=True))
+        assert torch.allclose(plain(images), models[name].eval()(images), atol=1e-4)

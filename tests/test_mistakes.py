@@ -1,7 +1,6 @@
 """Mistakes that users make: each ends with exit code 2 and a message that names the fix, and leaves no file behind."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -84,11 +83,7 @@ COMMANDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def modules(monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield
-    sys.modules.pop("mine", None)
+pytestmark = pytest.mark.usefixtures("forgets_mine")
 
 
 @pytest.fixture

@@ -349,3 +349,25 @@ def test_statistics_are_left_alone_on_request(models, tasks, data, statistics_ba
     outcome = run(models, easy, data, replace(QUICK, statistics_batches=statistics_batches))
     assert outcome.reason == MET and outcome.steps == 0
     assert torch.equal(before, models["north_pico"].bn1.running_mean) == unchanged
+
+
+def test_a_buffer_that_a_layer_replaces_is_averaged_as_it_is_now(models, tasks, data):
+    """A user's own normalisation may write `self.mean = ...` in each forward pass instead of changing the tensor."""
+
+    class Counts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, features):
+            if self.training:
+                self.calls = self.calls + 1
+            return features
+
+    models["north_pico"].more = Counts()
+    session = session_of(models, tasks, data, replace(QUICK, average_decay=0, warmup_steps=0))
+    session.training.begin_stage(list(session.members.values()))
+    for _ in range(3):
+        assert step(session) is None
+    assert models["north_pico"].more.calls == 3
+    assert session.training.averaged.module["north_pico"].more.calls == 3

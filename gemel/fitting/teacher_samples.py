@@ -40,11 +40,10 @@ class StoredSample(NamedTuple):
 
 
 @dataclass
-class LayerSummary:
-    """What is known of the samples of a layer whose task belongs to another rank."""
+class WaitingBatches:
+    """The batches that wait at one layer of one task: its first ones."""
 
-    sizes: Sequence[int]  # images in each batch that waits at the layer
-    is_always_called: bool = False
+    sizes: Sequence[int]  # images in each
 
     @property
     def num_batches(self) -> int:
@@ -56,21 +55,19 @@ class LayerSummary:
 
 
 @dataclass
-class LayerSamples:
-    """The samples of one layer of one task, by batch: of its first batches, which are those that wait at the layer."""
+class LayerSummary(WaitingBatches):
+    """What is known of the samples of a layer whose task belongs to another rank."""
 
-    sizes: Sequence[int]  # images in each batch
+    is_always_called: bool = False
+
+
+@dataclass
+class LayerSamples(WaitingBatches):
+    """The samples of one layer of one task, by batch."""
+
     calls: list[list[StoredSample]] = field(default_factory=list)
     inputs: dict[int, Stored] = field(default_factory=dict)  # on regions, which are fitted on the teacher's inputs
     later_inputs: dict[int, Stored] = field(default_factory=dict)  # of all calls but the first
-
-    @property
-    def num_batches(self) -> int:
-        return len(self.sizes)
-
-    @property
-    def num_images(self) -> int:
-        return sum(self.sizes)
 
     @property
     def is_always_called(self) -> bool:

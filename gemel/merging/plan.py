@@ -165,11 +165,17 @@ def box_line(planned: Plan, box: int, before: bool, after: bool) -> str:
 
 def plan(model_dict: dict, tolerance: float | None = None, memory: int | None = None) -> tuple[str, int]:
     """(tables as text, bytes that sharing every identical layer would save). Raises WorkloadError."""
+    text, planned = tables_and_plan(model_dict, tolerance, memory)
+    return text, planned.optimal_saved_bytes
+
+
+def tables_and_plan(model_dict: dict, tolerance: float | None, memory: int | None) -> tuple[str, Plan]:
+    """The plan of a task dictionary, and as text with its tasks' targets. Raises WorkloadError."""
     tasks = _tasks_of(model_dict, tolerance)
     models = {name: task.model for name, task in tasks.items()}
     planned = make_plan(models)
     text = f"{workload_table(tasks, models, planned.groups)}\n\n{plan_text(planned, memory)}"
-    return text, planned.optimal_saved_bytes
+    return text, planned
 
 
 def plan_of(model_dict: dict, tolerance: float | None = None) -> Plan:

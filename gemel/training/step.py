@@ -98,7 +98,7 @@ class JointStep:
         self.optimizer = torch.optim.AdamW(stepped, lr=options.learning_rate, fused=fused or None)
         release_graphs(models)
         self.averaged = AveragedModel(self.own, use_buffers=True)
-        self.averages = _by_type(self.averaged.module, self.own)  # what is averaged, and what of
+        self.averages = _by_type(list(self.averaged.module.parameters()), list(self.own.parameters()))
         self.samples = 0
         self.seed = torch.initial_seed()
         self.loss = torch.zeros((), device=device)  # of the last step, the sum over the tasks of all ranks
@@ -110,7 +110,6 @@ class JointStep:
         private_only = self.schedule.private_only
         for parameter in self.shared:
             parameter.requires_grad_(not private_only)
-        self.averages = _by_type(self.averaged.module, self.own)
         for member in (member for member in members if ranks.is_mine(member.task.name)):
             member.task.model.train()
             if private_only:
@@ -201,12 +200,14 @@ class JointStep:
         """Moves the averages towards the values; quickly at first, so that the start of the trial is soon forgotten.
 
         The average is what is validated and kept: at any step it is as good as weights after a lowered learning rate.
-        As AveragedModel.update_parameters, but over lists that are made once a stage.
+        As AveragedModel.update_parameters, but parameters lie in lists that are made once. Buffers do not: a layer of a
+        user may put a new tensor in the place of one in each forward pass.
         Source: Izmailov et al., "Averaging Weights Leads to Wider Optima", UAI 2018.
         """
         step = self.schedule.step
         decay = min(self.options.average_decay, (1 + step) / (10 + step))
-        for averages, values in self.averages:
+        buffers = _by_type(list(self.averaged.module.buffers()), list(self.own.buffers()))
+        for averages, values in [*self.averages, *buffers]:
             if step and averages[0].is_floating_point():
                 torch._foreach_lerp_(averages, values, 1 - decay)
             else:  # the first step has nothing to average with
@@ -233,11 +234,10 @@ class JointStep:
         self.optimizer.load_state_dict(own["optimizer"])
 
 
-def _by_type(averaged: nn.Module, models: nn.Module) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Parameters and buffers of both, in pairs of lists of one type and device each."""
+def _by_type(averages: Sequence[Tensor], values: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Both, tensor by tensor, in pairs of lists of one type and device each."""
     found: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-    pairs = zip([*averaged.parameters(), *averaged.buffers()], [*models.parameters(), *models.buffers()], strict=True)
-    for average, value in pairs:
+    for average, value in zip(averages, values, strict=True):
         of_type = found.setdefault((average.dtype, average.device), ([], []))
         of_type[0].append(average.detach())
         of_type[1].append(value.detach())

@@ -1,6 +1,5 @@
 """The verify command: what it prints, what it evaluates, and its exit code."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,11 +29,7 @@ def create_model_dict():
 """
 
 
-@pytest.fixture(autouse=True)
-def modules(monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield
-    sys.modules.pop("mine", None)
+pytestmark = pytest.mark.usefixtures("forgets_mine")
 
 
 @pytest.fixture

@@ -6,7 +6,15 @@ import json
 import pytest
 import torch
 from pico import PicoNet
-from results_samples import HISTORY, fresh_models, pico_models, same_state, write
+from results_samples import (
+    HISTORY,
+    assert_loaded_as_written,
+    assert_plain_files_compute_the_same,
+    fresh_models,
+    pico_models,
+    same_state,
+    write,
+)
 from torch import nn
 
 from gemel.fitting.least_squares import fit_group
@@ -202,21 +210,12 @@ def written(tmp_path):
 
 def test_adapters_are_loaded_into_modules_that_have_none(written):
     path, models, _ = written
-    loaded = load_merged(path, fresh_models(), verify=True)
-    assert same_state(models, loaded) and distinct_bytes(loaded) == distinct_bytes(models)
-    images = torch.rand(2, 3, 16, 16)
-    assert torch.equal(loaded["b_x"](images), models["b_x"].eval()(images))
-    again = load_merged(path, loaded)
-    assert same_state(models, again) and torch.equal(again["b_x"](images), models["b_x"](images))
+    assert_loaded_as_written(path, models)
 
 
 def test_plain_files_hold_the_weights_with_the_adapters_folded_in(written):
     path, models, _ = written
-    images = torch.rand(2, 3, 16, 16)
-    for name in ("a_x", "b_x"):
-        plain = fresh_models()[name].eval()
-        plain.load_state_dict(torch.load(path / "weights" / f"{name}.pt", weights_only=True))
-        assert torch.allclose(plain(images), models[name].eval()(images), atol=1e-4)
+    assert_plain_files_compute_the_same(path, models)
     checks = list(verify(path))
     assert not [check for check in checks if check.status == FAIL]
     assert any("adapters, scales and biases folded in" in check.what for check in checks)
