@@ -4,7 +4,6 @@ The dictionary and the datasets were checked before (dataset_manager.check). Mod
 modes.
 """
 
-import copy
 import math
 import os
 import shutil
@@ -23,10 +22,12 @@ from gemel.environment.events import emit
 from gemel.environment.seeds import seeded
 from gemel.environment.units import duration, mib
 from gemel.evaluation.eval_method import evaluate
+from gemel.merging.check import training_problems
 from gemel.merging.console import wrap
 from gemel.merging.examples import LONGEST_SIDE, thumbnail
 from gemel.merging.fit_samples import memory_of_fits
 from gemel.merging.options import MergeOptions
+from gemel.merging.state import MergeState
 from gemel.sharing.groups import find_groups, saved_bytes
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.tying import restore_snapshot, take_snapshot
@@ -66,16 +67,22 @@ def rehearse(
     device: torch.device,
     results_path: Path,
 ) -> Rehearsal:
-    """Tries every task. Raises nothing for what a user's model or transform raises: that is a problem found."""
+    """Tries every task. What a user's model or transform raises is a problem found.
+
+    Raises WorkloadError for models that cannot be copied.
+    """
     found, seconds = Rehearsal(), 0.0
-    for task in tasks.values():
-        task.model.to(device)
-        seconds += _try_task(task, data[task.name], device, options.seed, found)
+    state = MergeState(tasks, device)
+    try:
+        for task in tasks.values():
+            seconds += _try_task(task, data[task.name], state, options.seed, found)
+    finally:
+        state.hand_back()
     found.findings += _whole(tasks, options, device, results_path, seconds)
     return found
 
 
-def _try_task(task: Task, data: TaskData, device: torch.device, seed: int, found: Rehearsal) -> float:
+def _try_task(task: Task, data: TaskData, state: MergeState, seed: int, found: Rehearsal) -> float:
     """Adds what is found of one task; returns the seconds that evaluating all of val would take."""
     what = "a batch of train"
     try:
@@ -83,9 +90,12 @@ def _try_task(task: Task, data: TaskData, device: torch.device, seed: int, found
         batch = _load(task, data, seed)
         found.findings += boxes_on_images(task, batch)
         found.sheet[task.name] = _sheet(task, batch)
-        what = "one batch with gradients"
+        what = "batches with gradients"
         emit("doing", what=f"checking {task.name}: {what}")
-        found.findings.append(_train(task, batch, device, seed))
+        problems = training_problems({task.name: task}, {task.name: data}, state, seed)
+        found.findings += [Finding(PROBLEM, task.name, f"got {p.got}; allowed: {p.allowed}") for p in problems]
+        if not problems:
+            found.findings.append(_train(task, batch, state, seed))
         what = "evaluating"
         emit("doing", what=f"checking {task.name}: {what}")
         finding, seconds = _measure(task, data)
@@ -124,32 +134,23 @@ def boxes_on_images(task: Task, batch: Any) -> Iterator[Finding]:
         yield Finding(OK if total else NOTE, task.name, f"{said}, all on their images")
 
 
-def _train(task: Task, batch: Any, device: torch.device, seed: int) -> Finding:
-    """Every loss of one batch, with gradients; the model is as before afterwards."""
-    snapshot, modes = take_snapshot(task.model), [(m, m.training) for m in task.model.modules()]
-    teacher = None if task.labels else Teacher(task.model, copy.deepcopy(task.model), [])
+def _train(task: Task, batch: Any, state: MergeState, seed: int) -> Finding:
+    """The losses of one batch; the model is as before afterwards."""
+    snapshot = take_snapshot(task.model)
+    teacher = None if task.labels else Teacher(task.model, state.unmerged[task.name], [])
     try:
-        with seeded(seed, "check", task.name):
+        with torch.no_grad(), seeded(seed, "check", task.name):
             task.model.train()
-            losses = task_losses(task, batch, device, teacher)
-            torch.stack([loss.float() for loss in losses.values()]).sum().backward()
-        trainable = [p for p in task.model.parameters() if p.requires_grad]
-        reached = sum(p.grad is not None for p in trainable)
+            losses = {name: float(loss) for name, loss in task_losses(task, batch, state.device, teacher).items()}
     finally:
-        task.model.zero_grad(set_to_none=True)
         restore_snapshot(snapshot)
-        for module, training in modes:
-            module.training = training
         if teacher is not None:
             teacher.close()
-    said = ", ".join(f"{name} {float(loss.detach()):.3g}" for name, loss in losses.items())
-    if not all(math.isfinite(float(loss.detach())) for loss in losses.values()):
+    said = ", ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
+    if not all(map(math.isfinite, losses.values())):
         return Finding(PROBLEM, task.name, f"a loss is not finite: {said}; look at the train transform and the labels")
-    if not reached:
-        return Finding(PROBLEM, task.name, "no parameter gets a gradient; set requires_grad of those to be trained")
-    return Finding(
-        OK, task.name, f"losses of one batch: {said}; {reached} of {len(trainable)} parameters get gradients"
-    )
+    trained = sum(parameter.requires_grad for parameter in task.model.parameters())
+    return Finding(OK, task.name, f"losses of one batch: {said}; {trained} parameters can be trained")
 
 
 def _measure(task: Task, data: TaskData) -> tuple[Finding, float]:
