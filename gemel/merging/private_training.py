@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 
 from gemel.datasets.loaders import num_samples
 from gemel.environment.clock import TimeOver
+from gemel.forward.modes import state_on_cpu
 from gemel.merging.evaluator import Evaluator
 from gemel.merging.state import MergeState
 from gemel.merging.teachers import teachers_of
@@ -57,13 +58,19 @@ class PrivateTraining:
     ) -> dict[str, Standing]:
         """Trains whom `steps_for` names; returns where all tasks of the trial are then.
 
-        proposal: what is tied. Raises Interrupted or TimeOver.
+        A task that is worse afterwards gets back what the fit gave it. proposal: what is tied. Raises Interrupted or
+        TimeOver.
         """
         reached = dict(found)
         for name, steps in self.steps_for(found, num_images).items():
+            fitted = state_on_cpu(self.state.models[name])
             accuracy, taken = self._train(name, steps, proposal, found)
-            reached[name] = Standing(accuracy / self.tasks[name].target_acc, accuracy)
-            self.now.append(Gained(name, found[name].ratio, reached[name].ratio, taken))
+            after = Standing(accuracy / self.tasks[name].target_acc, accuracy)
+            self.now.append(Gained(name, found[name].ratio, after.ratio, taken))
+            if after.ratio < found[name].ratio:
+                self.state.models[name].load_state_dict(fitted)
+            else:
+                reached[name] = after
         return reached
 
     def steps_for(self, found: Mapping[str, Standing], num_images: Mapping[str, int]) -> dict[str, int]:

@@ -64,14 +64,15 @@ def test_what_was_gained_decides_what_is_tried_next(run, training):
     assert not training.steps_for(farther, IMAGES) and after(gained).steps_for(farther, IMAGES)
 
 
-def test_it_changes_only_what_the_task_holds_alone(run):
+def test_it_changes_only_what_the_task_holds_alone(run, monkeypatch):
+    monkeypatch.setattr(PrivateTraining, "steps_for", lambda self, found, num_images: {"north_pico": 8})
     groups = run.strategy.groups
     run.state.begin_trial(groups, "mean")
     shared = {id(p) for group in groups for o in group.occurrences for p in _layer(run, o).parameters(recurse=False)}
     before = {name: p.detach().clone() for name, p in run.state.models.named_parameters()}
     others = {key: value.clone() for key, value in run.state.models["south_pico"].state_dict().items()}
 
-    reached = run.private_training.improve(groups, standings(run, north=0.9995, south=1.0, east=1.0), IMAGES)
+    reached = run.private_training.improve(groups, standings(run, north=0.0, south=1.0, east=1.0), IMAGES)
 
     changed = {name for name, p in run.state.models.named_parameters() if not torch.equal(p, before[name])}
     assert changed and all(name.startswith("north_pico") for name in changed)
@@ -82,6 +83,24 @@ def test_it_changes_only_what_the_task_holds_alone(run):
     assert reached["south_pico"].ratio == 1.0
     (gained,) = run.private_training.of_round()
     assert gained["task"] == "north_pico" and gained["after"] == reached["north_pico"].ratio and gained["steps"] > 0
+
+
+def test_a_task_that_is_worse_afterwards_gets_back_what_the_fit_gave_it(run, monkeypatch):
+    run.state.begin_trial(run.strategy.groups, "mean")
+    before = {key: value.clone() for key, value in run.state.models.state_dict().items()}
+    found = standings(run, north=0.9995, south=1.0, east=1.0)
+    monkeypatch.setattr(run.private_training, "_train", lambda name, *more: (spoil(run.state.models[name]), 7))
+    assert run.private_training.improve(run.strategy.groups, found, IMAGES) == found
+    assert all(torch.equal(value, before[key]) for key, value in run.state.models.state_dict().items())
+    (lost,) = run.private_training.of_round()
+    assert lost["after"] == 0 and lost["steps"] == 7, "the next decision knows"
+
+
+def spoil(model) -> float:
+    """Its accuracy then."""
+    with torch.no_grad():
+        model.fc.bias.add_(9)
+    return 0.0
 
 
 def test_a_round_records_what_was_gained_and_the_search_learns_what_the_fit_reached(run, monkeypatch):
