@@ -137,6 +137,8 @@ def print_merges(settings: argparse.Namespace, folder: Path) -> None:
             f"{done.seconds:.1f} s, {done.cpu_seconds:.1f} CPU s, largest process {mib(done.peak_bytes)}",
             flush=True,
         )
+        if done.code:
+            raise SystemExit("the merge failed, see above: nothing is compared")
         manifests.append(json.loads((folder / str(num_ranks) / "merged.json").read_text()))
     one, several = manifests
     same = one["shared_layers"] == several["shared_layers"]
