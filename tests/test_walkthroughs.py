@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from doc_pages import blocks_of
 from pico import fit, write_classification, write_detection
-from test_docs import blocks_of
 
 import dataset_manager
 from gemel.__main__ import main as gemel
@@ -212,7 +212,7 @@ def test_the_notebook(monkeypatch, capsys):
 
 
 def test_links_of_the_walkthroughs_lead_somewhere():
-    from test_docs import slugs
+    from test_pages import slugs
 
     for page in PAGES.glob("*.md"):
         for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
