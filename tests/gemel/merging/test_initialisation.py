@@ -101,7 +101,7 @@ def test_the_better_of_two_fits_is_kept(run, fit, monkeypatch):
     tie_all(run)
     given, answers = (
         [],
-        iter([{"north_pico": 0.9, "south_pico": 1.1, "east_pico": 0.95}, dict.fromkeys(run.tasks, 0.85)]),
+        iter([{"north_pico": 0.9, "south_pico": 1.1, "east_pico": 1.02}, dict.fromkeys(run.tasks, 0.85)]),
     )
     first = {}
 
@@ -121,6 +121,17 @@ def test_the_better_of_two_fits_is_kept(run, fit, monkeypatch):
     assert set(given[0].values()) == {1.0}
     assert given[1]["north_pico"] > given[1]["east_pico"] > given[1]["south_pico"]
     assert sum(given[1].values()) == pytest.approx(3.0)
+
+
+def test_targets_that_no_weights_of_tasks_are_expected_to_meet_are_not_fitted_again(run, fit, monkeypatch):
+    """Where all tasks together lack accuracy, what one gains the others lose."""
+    tie_all(run)
+    fits = []
+    monkeypatch.setattr(initialisation, "fit_sequentially", lambda *args, **options: fits.append(1))
+    found = {"north_pico": 0.98, "south_pico": 1.01, "east_pico": 0.99}
+    monkeypatch.setattr(run.evaluator, "standings", lambda names: {name: Standing(found[name]) for name in names})
+    assert fit(run.record.groups)["north_pico"].ratio == 0.98
+    assert len(fits) == 1
 
 
 def test_a_fit_that_does_not_fit_the_memory_is_made_on_fewer_images(run, fit, monkeypatch, caplog):
