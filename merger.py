@@ -185,7 +185,7 @@ class Merger:
 
     def _new_private_training(self) -> PrivateTraining:
         purpose = ("private", len(self.record.rounds))
-        context = RoundContext(self.state.device, self.options.seed, purpose, self.clock)
+        context = RoundContext(self.state.device, self.options.seed, purpose, self.clock, self.record.precision)
         trained = self.record.private_trainings()
         return PrivateTraining(self.state, self.evaluator, self.options.training, context, recover, trained)
 
@@ -359,6 +359,7 @@ class Merger:
             clock=self.clock,
             fitted=fitted,
             screen_targets=self.evaluator.screen_targets(trained),
+            precision=self.record.precision,
             prefixes=self.prefixes.of_round(trained, proposal, resumed) if freezes else {},
             save=throttled(self._save_checkpoint),
             saved=self.in_flight,

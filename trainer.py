@@ -22,6 +22,7 @@ from gemel.training.context import RoundContext
 from gemel.training.distillation import Teacher
 from gemel.training.options import TrainingOptions
 from gemel.training.outcome import TIME_OVER, Outcome
+from gemel.training.precision import autocasts_of
 from gemel.training.prefix import frozen, frozen_modules
 from gemel.training.schedule import Schedule
 from gemel.training.step import JointStep, Member, shared_and_private
@@ -88,6 +89,9 @@ class Round:
     def train(self) -> None:
         """Steps until the next validation is due, the time is over or the user asks for an end."""
         self.training.begin_stage(list(self.members.values()))
+        if self.training.autocasts is None:
+            steps = self.schedule.max_steps
+            self.training.autocasts = autocasts_of(self.members, self.training, self.context, steps)
         while self.schedule.step < self.schedule.next_validation and self.reason is None:
             if self.context.clock.stop_asked():
                 self.save(last=True)
@@ -126,7 +130,8 @@ class Round:
 
     def _state(self) -> dict:
         members = {name: member.state() for name, member in self.members.items()}
-        return {**self.schedule.state(), **self.training.state(), "members": members, "random": random_state()}
+        round_state = {"members": members, "random": random_state(), "precision": dict(self.context.precision)}
+        return {**self.schedule.state(), **self.training.state(), **round_state}
 
     def _begin(self) -> None:
         """Resumes a saved round; else re-estimates batch normalisation statistics and evaluates every task."""
@@ -146,6 +151,7 @@ class Round:
         self.training.load_state(state)
         for name, member in self.members.items():
             member.load_state(state["members"][name])
+        self.context.precision.update(state.get("precision", {}))  # earlier versions have none
         set_random_state(state["random"])
 
     def _outcome(self) -> Outcome:

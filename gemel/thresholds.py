@@ -97,6 +97,24 @@ class PrivateTrainingThresholds:
 
 
 @dataclass(frozen=True)
+class PrecisionThresholds:
+    """When training steps compute in bfloat16 ("2026-11-27 Training steps in bfloat16")."""
+
+    # Times as fast as in float32, forward and backward pass of a batch.
+    speedup: float = 1.2
+    # Of the loss in float32, at most.
+    loss_difference: float = 0.02
+    # A loss below this counts as this (unmeasured).
+    least_loss: float = 0.05
+    # Of the angle between the gradients, at least.
+    cosine: float = 0.8
+    # Of a step in float32: below, nothing is worth measuring (unmeasured).
+    least_seconds: float = 0.02
+    # Of a training: with fewer, measuring takes what it could gain.
+    least_steps: int = 24
+
+
+@dataclass(frozen=True)
 class FillThresholds:
     """When what is missing is filled in by parts, with adapters or with training."""
 
@@ -121,6 +139,7 @@ class Thresholds:
     sensitivity: SensitivityThresholds = SensitivityThresholds()
     search: SearchThresholds = SearchThresholds()
     private: PrivateTrainingThresholds = PrivateTrainingThresholds()
+    precision: PrecisionThresholds = PrecisionThresholds()
     fill: FillThresholds = FillThresholds()
 
 

@@ -1,4 +1,7 @@
-"""Chooses the device of a run; no other file does."""
+"""Chooses the device of a run; no other file does. And what work on it takes."""
+
+import time
+from collections.abc import Callable
 
 import torch
 
@@ -18,6 +21,19 @@ def computes_in_16_bits(device_type: str) -> bool:
 def total_memory(device: torch.device) -> int | None:
     """Bytes of memory that the device has of its own, free or not; None for the CPU."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the device's own time: of a CPU the CPU seconds of this process, else until the device is done."""
+    if device.type == "cpu":
+        began = time.process_time()
+        work()
+        return time.process_time() - began
+    torch.accelerator.synchronize()
+    began = time.perf_counter()
+    work()
+    torch.accelerator.synchronize()
+    return time.perf_counter() - began
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -4,3 +4,4 @@ Open hooks.py first.
 """
 
 WEIGHT_TYPES = ("float32", "float16", "bfloat16")  # in which weights can be stored and run
+AUTO, FLOAT32, BFLOAT16 = STEP_PRECISIONS = ("auto", "float32", "bfloat16")  # in which training steps can compute

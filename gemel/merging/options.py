@@ -12,7 +12,7 @@ from gemel.alignment.align import METHODS as ALIGNMENTS
 from gemel.alignment.matching import BY_ORDER, BY_WEIGHTS, MATCHINGS
 from gemel.environment import DEVICES
 from gemel.environment.device import has_device
-from gemel.forward import WEIGHT_TYPES
+from gemel.forward import AUTO, STEP_PRECISIONS, WEIGHT_TYPES
 from gemel.merging.tensorboard import is_installed
 from gemel.sharing.initial_weights import INITIAL_WEIGHTS
 from gemel.strategies import STEM, STRATEGIES
@@ -115,7 +115,10 @@ class MergeOptions:
         own = {key: getattr(self, key) for key in keys}
         if self.store_dtype != "float32":  # results of earlier versions do not name it
             own["store_dtype"] = self.store_dtype
-        return {**own, **dataclasses.asdict(self.training)}
+        training = dataclasses.asdict(self.training)
+        if self.training.precision == AUTO:  # nor this
+            del training["precision"]
+        return {**own, **training}
 
     def memory_per_task(self, num_tasks: int) -> int:
         """Bytes of memory per task for samples, and as many again for outputs of frozen prefixes, if there are any."""
@@ -209,6 +212,8 @@ def _training_rule(key: str, default: object) -> tuple[Callable[[Any], bool], st
     """(check, what is allowed) of one training option."""
     if isinstance(default, bool):
         return lambda v: isinstance(v, bool), "True or False"
+    if isinstance(default, str):
+        return lambda v: v in STEP_PRECISIONS, ", ".join(STEP_PRECISIONS)
     if isinstance(default, int):
         least = 0 if key in MAY_BE_NONE else 2
         none = " (none)" * (least == 0)

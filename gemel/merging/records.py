@@ -28,6 +28,7 @@ class RunRecord:
     rounds: list[dict] = field(default_factory=list)
     history: list[dict] = field(default_factory=list)  # one entry per kept round
     finished: bool = False  # whether everything was tried
+    precision: dict[str, dict] = field(default_factory=dict)  # of training steps, by task (training/precision.py)
     attempts: Attempts = field(default_factory=dict)  # what was tied in a round and could not be kept
     would_take: dict | None = None  # what the memory goal would take (GoalReplay); {}: not found; None: not looked for
 
@@ -108,6 +109,7 @@ class RunRecord:
         """Continues the record of an earlier run; run: that part of its manifest."""
         self.rounds, self.history = run["rounds"], run["history"]
         self.attempts = run.get("attempts", {})
+        self.precision.update(run.get("training_precision", {}))
 
     def not_shared(self, strategy: Strategy, fits: bool) -> list[dict]:
         """Why each group that is not wholly shared is not. fits: whether a memory goal ended the search."""
@@ -140,6 +142,7 @@ def run_part(
         "permutations": state.order.permutations,
         "rounds": record.rounds,
         "attempts": record.attempts,
+        "training_precision": record.precision,
         "not_shared": record.not_shared(strategy, options.memory is not None and merged_bytes <= options.memory),
         "history": record.history,
         "fingerprint": record.fingerprint,

@@ -18,6 +18,8 @@ class RoundContext:
     seed: int
     purpose: tuple = ()  # with the seed, what the random numbers of the round depend on
     clock: Clock = field(default_factory=Clock)
+    # Task -> in which precision its training steps compute (precision.py); what a round decides is added.
+    precision: dict[str, dict] = field(default_factory=dict)
     # Where fitted models are, batch normalisation statistics included; empty: the weights were not fitted.
     fitted: Mapping[str, Standing] = field(default_factory=dict)
     # Accuracy on TaskData.screen from which on all of val is evaluated; a task without an entry has no screening.

@@ -48,7 +48,8 @@ class Cut:
             reached.append(output)
             raise EndForward
 
-        with torch.no_grad(), evaluating(model), hooked(model, [self.last], stop):
+        in_float32 = torch.autocast(images.device.type, enabled=False)  # kept outputs serve steps in any precision
+        with torch.no_grad(), in_float32, evaluating(model), hooked(model, [self.last], stop):
             run_until_end(forward, images)
         return reached[0]
 

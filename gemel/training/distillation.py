@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gemel.forward.autocast import IN_FLOAT32, Autocast
 from gemel.forward.hooks import EndForward, hooked, run_until_end
 from gemel.forward.modes import logits_of
 
@@ -59,34 +60,36 @@ class Teacher:
     def __init__(self, model: nn.Module, teacher: nn.Module, layers: Sequence[str]):
         self.model, self.teacher = model, teacher
         self.own, self.taught = Taps(model, layers), Taps(teacher, layers)
+        self.has_seen = False  # whether a whole pass over the images of this batch is recorded
 
-    def losses(self, images: Tensor | list[Tensor], output: Any) -> dict[str, Tensor]:
+    def losses(self, images: Tensor | list[Tensor], output: Any, autocast: Autocast = IN_FLOAT32) -> dict[str, Tensor]:
         """Named scalars with gradient, after the model's forward pass on `images` returned `output`.
 
         features: mean squared difference of the recorded outputs, each divided by the variance of the teacher's, mean
         over the layers (outputs that differ in shape, as behind a detector's own proposals, are left out).
-        probabilities (classifiers): Kullback-Leibler divergence from the teacher's class probabilities.
+        probabilities (classifiers): Kullback-Leibler divergence from the teacher's class probabilities. Where the
+        teacher's `detections` on these images were asked for, it does not run again.
         """
-        taught = self._teacher_logits(images)
+        taught = None if self.has_seen else self._teacher_logits(images, autocast)
         losses = {"features": feature_loss(self.own.outputs, self.taught.outputs)}
         logits = logits_of(output)
         if torch.is_tensor(logits) and torch.is_tensor(taught):
-            ours, theirs = logits.log_softmax(1), taught.log_softmax(1)
+            ours, theirs = logits.float().log_softmax(1), taught.float().log_softmax(1)
             losses["probabilities"] = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
         self.clear()
         return losses
 
     @torch.no_grad()
-    def detections(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+    def detections(self, images: list[Tensor], autocast: Autocast = IN_FLOAT32) -> list[dict[str, Tensor]]:
         """Pseudo-labels {boxes, labels} for images without labels: the teacher's detections with a score of MIN_SCORE.
 
         Source: Sohn et al., "A Simple Semi-Supervised Learning Framework for Object Detection" (STAC), 2020, section
         3.2; the threshold is lower here, as one-stage detectors give low scores.
         """
         max_calls, self.taught.max_calls = self.taught.max_calls, None  # the whole pass is needed
-        found = self.teacher(images)
-        self.taught.max_calls = max_calls
-        self.taught.clear()
+        with autocast.within(self.teacher):
+            found = self.teacher(images)
+        self.taught.max_calls, self.has_seen = max_calls, True
         certain = [output["scores"] >= MIN_SCORE for output in found]
         return [{key: o[key][keep] for key in ("boxes", "labels")} for o, keep in zip(found, certain, strict=True)]
 
@@ -94,18 +97,20 @@ class Teacher:
         """Forgets what was recorded in a pass whose losses are not computed."""
         self.own.clear()
         self.taught.clear()
+        self.has_seen = False
 
     def close(self) -> None:
         self.own.remove()
         self.taught.remove()
 
     @torch.no_grad()
-    def _teacher_logits(self, images: Tensor | list[Tensor]) -> Tensor | None:
+    def _teacher_logits(self, images: Tensor | list[Tensor], autocast: Autocast) -> Tensor | None:
         """The teacher's logits; None for a detector, whose pass ends at the last layer that is compared.
 
         Which call is the last one is known after the first whole pass.
         """
-        output = run_until_end(self.teacher, images)
+        with autocast.within(self.teacher):
+            output = run_until_end(self.teacher, images)
         if torch.is_tensor(logits_of(output)):
             return logits_of(output)
         if output is not None:
@@ -117,7 +122,11 @@ def feature_loss(own: Mapping[str, list[Tensor]], taught: Mapping[str, list[Tens
     """Mean over layers of the squared difference from the teacher's output over the variance of that output; 0-dim."""
     losses: list[Tensor] = []
     for layer, targets in taught.items():
-        pairs = [(o, t) for o, t in zip(own[layer], targets, strict=False) if o.shape == t.shape and t.numel() > 1]
+        pairs = [
+            (o.float(), t.float())
+            for o, t in zip(own[layer], targets, strict=False)
+            if o.shape == t.shape and t.numel() > 1
+        ]
         if len(own[layer]) == len(targets) and len(pairs) == len(targets):
             difference = functools.reduce(torch.add, ((o - t).square().sum() for o, t in pairs))
             spread = sum((t - t.mean()).square().sum() for _, t in pairs)

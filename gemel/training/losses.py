@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gemel.forward.autocast import IN_FLOAT32, Autocast
 from gemel.training.distillation import Teacher
 from gemel.workload import CLASSIFICATION, Task
 
@@ -14,19 +15,24 @@ AUXILIARY_WEIGHTS = {"aux_logits": 0.4, "aux_logits1": 0.3, "aux_logits2": 0.3}
 
 
 def task_losses(
-    task: Task, batch: tuple[Any, Any], device: torch.device, teacher: Teacher | None = None
+    task: Task,
+    batch: tuple[Any, Any],
+    device: torch.device,
+    teacher: Teacher | None = None,
+    autocast: Autocast = IN_FLOAT32,
 ) -> dict[str, Tensor]:
     """Losses of the task's model, in train mode, on one batch of its train loader; each entry a scalar with gradient.
 
     Classification: cross-entropy of (Tensor[N,3,H,W], Tensor[N]). Detection: what the detector itself returns for
     (list of Tensor[3,H,W], list of targets). With a teacher, its losses as well. A task without labels needs one: its
-    losses are all there is for a classifier, and what it detects is the targets of a detector. Raises ValueError if
-    the model returns something else.
+    losses are all there is for a classifier, and what it detects is the targets of a detector. autocast: in which the
+    model and its teacher run; losses are computed in float32. Raises ValueError if the model returns something else.
     """
     images, targets = batch
     if task.kind == CLASSIFICATION:
         images = images.to(device, non_blocking=True)
-        output = task.model(images)
+        with autocast.within(task.model):
+            output = task.model(images)
         labels = targets.to(device, non_blocking=True)
         losses = _classification_losses(task, output, labels) if task.labels else {}
     else:
@@ -34,22 +40,23 @@ def task_losses(
         targets = [{key: _moved(value, device) for key, value in target.items()} for target in targets]
         if not task.labels:
             assert teacher is not None, f"{task.name}: a task without labels needs a teacher"
-            targets = teacher.detections(images)
-        output = task.model(images, targets)
+            targets = teacher.detections(images, autocast)
+        with autocast.within(task.model):
+            output = task.model(images, targets)
         losses = _detection_losses(task, output)
-    return losses if teacher is None else {**losses, **teacher.losses(images, output)}
+    return losses if teacher is None else {**losses, **teacher.losses(images, output, autocast)}
 
 
 def _classification_losses(task: Task, output: Any, labels: Tensor) -> dict[str, Tensor]:
     if torch.is_tensor(output):
-        return {"cross_entropy": F.cross_entropy(output, labels)}
+        return {"cross_entropy": F.cross_entropy(output.float(), labels)}
     if not hasattr(output, "logits"):
         got = type(output).__name__
         raise ValueError(f"{task.name}: model: got {got} from a classifier in training; allowed: Tensor[N, classes]")
-    losses = {"cross_entropy": F.cross_entropy(output.logits, labels)}
+    losses = {"cross_entropy": F.cross_entropy(output.logits.float(), labels)}
     for name, weight in AUXILIARY_WEIGHTS.items():
         if (logits := getattr(output, name, None)) is not None:
-            losses[name] = weight * F.cross_entropy(logits, labels)
+            losses[name] = weight * F.cross_entropy(logits.float(), labels)
     return losses
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from gemel.forward import AUTO
 from gemel.workload import CLASSIFICATION, Task
 
 
@@ -30,6 +31,9 @@ class TrainingOptions:
     feature_weight: float = 0.0  # of the difference to the unmerged model's features; 0: not compared
     probability_weight: float = 0.0  # of the difference to the unmerged classifier's class probabilities
     freeze_prefix: bool = False  # whether what a classifier computes before its first tied layer stays as it is
+    precision: str = (
+        AUTO  # of training steps: a name of gemel.forward.STEP_PRECISIONS; auto: what a few steps of each model show
+    )
     screening_images: int = 256  # of val, evaluated first; all of it only where these meet the target; 0: none
 
     @classmethod

@@ -19,6 +19,7 @@ from gemel.environment import ranks
 from gemel.environment.failures import is_out_of_memory
 from gemel.environment.seeds import derive_seed
 from gemel.fitting.batch_norm import freeze_statistics, frozen_statistics
+from gemel.forward.autocast import IN_FLOAT32, Autocast
 from gemel.forward.modes import release_graphs
 from gemel.sharing.holders import own_models, synchronise
 from gemel.training.batches import Batches, split
@@ -87,6 +88,7 @@ class JointStep:
     ):
         self.models, self.options, self.schedule = models, options, schedule
         self.device, self.teachers = device, teachers
+        self.autocasts: Mapping[str, Autocast] | None = None  # by task (precision.py); None: in float32, as yet
         self.shared, private = shared_and_private(models)
         self.own = own_models(models)
         held = set(self.own.parameters())
@@ -190,7 +192,8 @@ class JointStep:
             torch.manual_seed(derive_seed(self.seed, member.task.name, self.schedule.step))
         model, teacher = member.task.model, self.teachers.get(member.task.name)
         with frozen_statistics(model) if len(batch[0]) == 1 else contextlib.nullcontext():  # one has no variance
-            losses = task_losses(member.task, batch, self.device, teacher)
+            autocast = (self.autocasts or {}).get(member.task.name, IN_FLOAT32)
+            losses = task_losses(member.task, batch, self.device, teacher, autocast)
         weight = loss_weight(member.progress.accuracy, member.progress.target)
         total = sum(self.options.weight_of(name, member.task) * loss for name, loss in losses.items())
         return weight * torch.as_tensor(total)
