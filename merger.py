@@ -88,7 +88,7 @@ class Merger:
         self.tasks, self.data, self.options = tasks, data, options
         self.results_path, self.clock = results_path, clock
         self.state = MergeState(tasks, device, DTYPES[options.store_dtype])
-        choose_layout(self.state, tasks, data, options.seed, clock)
+        choose_layout(self.state, tasks, data, options, clock)
         self.images = ImageSampler(tasks, data, options.seed, device, options.fit_memory)
         self.record = RunRecord(started_with, fingerprint, matched_groups(tasks, self.state, self.images, options))
         self.strategy = self._new_strategy()

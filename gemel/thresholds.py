@@ -108,8 +108,8 @@ class PrecisionThresholds:
     least_loss: float = 0.05
     # Of the angle between the gradients, at least.
     cosine: float = 0.8
-    # Of a step in float32: below, nothing is worth measuring (unmeasured).
-    least_seconds: float = 0.02
+    # Of a step in float32 on a CPU: below, the ratio is noise, and another run of the same seed may choose otherwise.
+    least_seconds: float = 0.1
     # Of a training: with fewer, measuring takes what it could gain.
     least_steps: int = 24
 

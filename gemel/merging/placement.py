@@ -43,7 +43,7 @@ def step_seconds(task: Task, data: TaskData, state: MergeState, seed: int) -> fl
         with seeded(seed, "cost", task.name):
             count = min(batch_size_of(train), num_samples(train))
             batch = train.collate_fn([train.dataset[i] for i in range(count)])
-            task.model.train()
+            task.model.train().zero_grad()  # gradients that the user left may have another memory layout
             return min([_seconds(task, batch, state.device, teacher) for _ in range(1 + REPEATS)][1:])
     except Exception:  # a user's model may raise anything
         return 0.0

@@ -140,6 +140,7 @@ def run_part(
         "strategy_state": strategy.state(),
         "accuracy": evaluator.state(),
         "permutations": state.order.permutations,
+        "channels_last": state.channels_last,
         "rounds": record.rounds,
         "attempts": record.attempts,
         "training_precision": record.precision,

@@ -13,7 +13,7 @@ from gemel.alignment.align import align, apply_permutations, permutations_of
 from gemel.alignment.permutation import ChannelSpaces, inverse
 from gemel.environment import ranks
 from gemel.forward.batches import Batch
-from gemel.forward.modes import deep_copy, state_on_cpu, to_channels_last
+from gemel.forward.modes import deep_copy, set_layout, state_on_cpu
 from gemel.results_store.load import load_merged
 from gemel.sharing.adapters import fold, has_additions, own_modules
 from gemel.sharing.groups import Configuration, affected_tasks, from_plain, joined
@@ -86,11 +86,12 @@ class MergeState:
         self._undo: Snapshot | None = None  # of what is kept, while the models hold something else
         self._before_look: Snapshot | None = None  # of what the models hold, within `all_tied`
 
-    def use_channels_last(self) -> None:
-        """From now on the weights are laid out channels-last where that is quicker (on a CPU)."""
-        self.channels_last = True
-        self.lay_out(self.models)
-        self.lay_out(self.unmerged)
+    def use_layout(self, channels_last: bool) -> None:
+        """From now on the weights are laid out channels-last, or not; values and objects stay."""
+        if channels_last != self.channels_last:
+            self.channels_last = channels_last
+            for models in (self.models, self.unmerged):
+                set_layout(models, torch.channels_last if channels_last else torch.contiguous_format)
 
     def stored_bytes(self) -> int:
         """Bytes of the live models' distinct parameters and buffers in the store."""
@@ -103,7 +104,7 @@ class MergeState:
     def lay_out(self, models: nn.ModuleDict) -> None:
         """Gives models that were loaded the layout of the live ones."""
         if self.channels_last:
-            to_channels_last(models, self.device)
+            set_layout(models, torch.channels_last)
 
     # ---- trials ----------------------------------------------------------------------------------------------
 
@@ -250,6 +251,7 @@ class MergeState:
 
         Stored models that share nothing may be in either order: the manifest says of each whether it is `permuted`.
         """
+        self.use_layout(manifest["run"].get("channels_last", self.channels_last))  # earlier versions do not say it
         models = {name: self.models[name] for name in names}
         load_merged(results_path, models, self.device, tasks=names, verify=True, dtype=self._computed_in)
         self.lay_out(self.models)

@@ -49,7 +49,7 @@ def autocasts_of(
     wanted, found = training.options.precision, context.precision
 
     def batch_of(name: str) -> tuple:
-        return _first_batch(members[name].data.train, members[name].num_parts)
+        return split(first_batch(members[name].data.train), members[name].num_parts)[0]
 
     def measure(task: Task, batch: tuple) -> Found:
         return measured(task, batch, context.device, training.teachers.get(task.name), context.seed)
@@ -59,10 +59,10 @@ def autocasts_of(
     return {name: autocast_of(member.task, found) for name, member in members.items()}
 
 
-def _first_batch(train: DataLoader, num_parts: int) -> tuple:
-    """The first samples of a train loader, as many as a step takes at a time."""
+def first_batch(train: DataLoader) -> tuple:
+    """The first samples of a train loader, as many as a batch has."""
     count = min(batch_size_of(train), num_samples(train))
-    return split(train.collate_fn([train.dataset[i] for i in range(count)]), num_parts)[0]
+    return train.collate_fn([train.dataset[i] for i in range(count)])
 
 
 def autocast_of(task: Task, found: Mapping[str, Found]) -> Autocast:
@@ -170,7 +170,7 @@ class Step:
 def _compared(step: Step, in_bfloat16: Autocast) -> Found:
     limits = THRESHOLDS.precision
     exact_seconds = step.seconds(IN_FLOAT32)
-    if exact_seconds < limits.least_seconds:
+    if step.device.type == "cpu" and exact_seconds < limits.least_seconds:
         return {"precision": FLOAT32}
     exact_loss, exact = float(step.loss), step.gradients()
     seconds = step.seconds(in_bfloat16)

@@ -28,35 +28,41 @@ class Reduction:
 
     shared: the parameters that several models hold; those that models of several ranks hold are summed. The flat buffer
     is made once, in float32, and holds besides the gradients, of each parameter, how many ranks have a gradient: one
-    that none has, since its tasks are given up, stays without.
+    that none has, since its tasks are given up, stays without. Each gradient lies in it in the memory layout that its
+    parameter has on the first rank, so that it is copied as it lies, and what comes back is a part of the buffer.
     """
 
     def __init__(self, models: Models, shared: Collection[nn.Parameter], device: torch.device):
         self.parameters: list[nn.Parameter] = []
+        strides: list[list[int]] = []
         if ranks.size() > 1:
             holders = held_by(models)
             self.parameters = [parameter for parameter in shared if len(holders[parameter]) > 1]
+            strides = ranks.of_first(lambda: [_dense_stride(parameter) for parameter in self.parameters])
         self.sizes = [parameter.numel() for parameter in self.parameters]
         self.flat = torch.empty(sum(self.sizes) + len(self.sizes) + 3, device=device)
+        parts = self.flat.split([*self.sizes, len(self.sizes), 3])
+        triples = zip(parts, self.parameters, strides, strict=False)  # what is left are counts and values
+        self.sums = [part.as_strided(p.shape, stride, part.storage_offset()) for part, p, stride in triples]
+        self.counts, self.values = parts[-2:]
 
     def reduce(self, loss: Tensor, num_samples: int, is_out_of_memory: bool) -> Reduced:
-        """Replaces gradients by their sums over all ranks, on every rank alike."""
-        *sums, counts, values = self.flat.split([*self.sizes, len(self.sizes), 3])
+        """Replaces gradients by their sums over all ranks, on every rank alike; they are valid until the next call."""
         has_gradient = [parameter.grad is not None for parameter in self.parameters]
-        counts.copy_(torch.tensor(has_gradient, dtype=torch.float32))
-        values.copy_(torch.stack([loss.float(), loss.new_tensor(num_samples), loss.new_tensor(is_out_of_memory)]))
-        for parameter, total in zip(self.parameters, sums, strict=True):
+        self.counts.copy_(torch.tensor(has_gradient, dtype=torch.float32))
+        self.values.copy_(torch.stack([loss.float(), loss.new_tensor(num_samples), loss.new_tensor(is_out_of_memory)]))
+        for parameter, total in zip(self.parameters, self.sums, strict=True):
             if parameter.grad is None:
                 total.zero_()
             else:
-                total.copy_(parameter.grad.reshape(-1))
+                total.copy_(parameter.grad)
         ranks.sum_in_place(self.flat)
         *present, summed_loss, samples, failures = self.flat[sum(self.sizes) :].tolist()
-        for parameter, total, count in zip(self.parameters, sums, present, strict=True):
-            if not count:
-                parameter.grad = None
-            elif parameter.grad is None:
-                parameter.grad = torch.empty_like(parameter).copy_(total.view(parameter.shape))
-            else:
-                parameter.grad.copy_(total.view(parameter.shape))
+        for parameter, total, count in zip(self.parameters, self.sums, present, strict=True):
+            parameter.grad = total.to(parameter.dtype) if count else None
         return Reduced(loss.new_tensor(summed_loss), int(samples), failures > 0)
+
+
+def _dense_stride(parameter: nn.Parameter) -> list[int]:
+    """The strides of a tensor without gaps that has the layout of this one."""
+    return list(torch.empty_like(parameter, device="meta").stride())
