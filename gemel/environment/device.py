@@ -18,6 +18,11 @@ def computes_in_16_bits(device_type: str) -> bool:
     return device_type == "cuda"
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether it is worth trying bfloat16: some CUDA devices only emulate it. Of a CPU a measurement tells."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def total_memory(device: torch.device) -> int | None:
     """Bytes of memory that the device has of its own, free or not; None for the CPU."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from gemel.datasets.loaders import batch_size_of, num_samples
 from gemel.environment import ranks
 from gemel.environment.describe import digest
-from gemel.environment.device import seconds_of
+from gemel.environment.device import has_bfloat16, seconds_of
 from gemel.environment.events import emit
 from gemel.environment.failures import is_out_of_memory
 from gemel.environment.seeds import seeded
@@ -127,7 +127,7 @@ def measured(task: Task, batch: tuple, device: torch.device, teacher: Teacher | 
     those in float32. It takes two steps where it is clear that nothing is to be gained, else six.
     """
     in_bfloat16 = Autocast(torch.bfloat16, parts_of(task))
-    if not in_bfloat16.parts:
+    if not in_bfloat16.parts or not has_bfloat16(device):
         return {"precision": FLOAT32}
     emit("doing", what=f"measuring training steps in bfloat16: {task.name}")
     snapshot = take_snapshot(task.model)

@@ -73,7 +73,10 @@ class StopsAfter:
         return self.asked > self.steps
 
 
-@pytest.mark.parametrize("options", [{}, {"feature_weight": 1.0, "probability_weight": 1.0, "private_epochs": 1.0}])
+TAUGHT = {"feature_weight": 1.0, "probability_weight": 1.0, "private_epochs": 1.0}
+
+
+@pytest.mark.parametrize("options", [{}, TAUGHT, {**TAUGHT, "precision": "bfloat16"}])
 @pytest.mark.parametrize("steps", [0, 3, 11])
 def test_a_round_goes_on_within_bit_for_bit(entries, tasks, data, steps, options, monkeypatch):
     """The weights, the optimizer, the average, the batches and the random numbers are all where they were."""
