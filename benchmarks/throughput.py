@@ -5,18 +5,16 @@
 - Joint step: three models of one architecture, all layers tied, one step of the trainer (optimizer and moving average
   of weights included), over the sum of three plain steps of the same models and batches (torchvision's reference loop:
   zero_grad, forward, cross entropy, backward, AdamW, and the moving average of weights that it has as an option).
-- Layout: a plain step of resnet18 in NCHW and float32 over the same with channels-last weights; with bfloat16 autocast;
-  with both.
+- Layout and precision: a plain step of resnet18 in NCHW and float32 over the same with channels-last weights; with
+  bfloat16 autocast; with both; and with channels-last weights in the precision that a merge chooses by measuring.
 - Average: AveragedModel.update_parameters over the trainer's own, for six ResNet-50.
 
 Ratios of the device's own time: CPU seconds of one thread, on CUDA seconds after a synchronisation.
 """
 
 import argparse
-import contextlib
 import copy
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +25,13 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision import models as classifiers
 
 from gemel.environment import DEVICES
-from gemel.environment.device import pick_device
+from gemel.environment.device import pick_device, seconds_of
+from gemel.forward.autocast import IN_FLOAT32, WHOLE, Autocast
 from gemel.sharing.groups import find_groups
 from gemel.sharing.tying import tie
 from gemel.training.early_stopping import Progress
 from gemel.training.options import TrainingOptions
+from gemel.training.precision import autocast_of, measured
 from gemel.training.schedule import Schedule
 from gemel.training.step import JointStep, Member
 from gemel.workload import CLASSIFICATION, Reading, Task
@@ -49,19 +49,6 @@ class Given:
         return self.batch
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """CPU seconds of this process, or on another device wall seconds until it is done."""
-    if device.type == "cpu":
-        began = time.process_time()
-        work()
-        return time.process_time() - began
-    torch.accelerator.synchronize()
-    began = time.perf_counter()
-    work()
-    torch.accelerator.synchronize()
-    return time.perf_counter() - began
-
-
 def ratio(one: Callable[[], object], other: Callable[[], object], device: torch.device, repeats: int) -> tuple:
     """Median and spread of seconds of `one` over those of `other`, which alternate; the first pair warms up."""
     ratios = []
@@ -76,21 +63,25 @@ def show(what: str, found: tuple) -> None:
     print(f"{what}: {found[0]:.3f} ({found[1]:.3f} to {found[2]:.3f})", flush=True)
 
 
+def task_of(name: str, model: nn.Module) -> Task:
+    nothing: Any = None  # what a step does not read
+    return Task(name, model, CLASSIFICATION, nothing, nothing, nothing, 1.0, 1.0, "none", None, Reading())
+
+
 def joint_step(models: nn.ModuleDict, batches: list, device: torch.device) -> Callable[[], object]:
     """One step of the trainer over all models."""
     options = TrainingOptions(warmup_steps=0)
     members = []
     for (name, model), batch in zip(models.items(), batches, strict=True):
         nothing: Any = None  # what a step does not read
-        task = Task(name, model, CLASSIFICATION, nothing, nothing, nothing, 1.0, 1.0, "none", None, Reading())
         given: Any = Given(batch)
-        members.append(Member(task, nothing, given, Progress(1.0, accuracy=1.0)))
+        members.append(Member(task_of(name, model), nothing, given, Progress(1.0, accuracy=1.0)))
     training = JointStep(models, options, Schedule(options, 100, True), device, {})
     training.begin_stage(members)
     return lambda: training.step(members)
 
 
-def plain_step(model: nn.Module, batch: tuple, device: torch.device, precision: torch.dtype | None = None) -> Callable:
+def plain_step(model: nn.Module, batch: tuple, device: torch.device, autocast: Autocast = IN_FLOAT32) -> Callable:
     """One step of torchvision's reference loop, with the moving average of weights that it has as an option."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=device.type != "cpu" or None)
     average = AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.95), use_buffers=False)
@@ -98,10 +89,9 @@ def plain_step(model: nn.Module, batch: tuple, device: torch.device, precision: 
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        autocast = torch.autocast(device.type, precision) if precision else contextlib.nullcontext()
-        with autocast:
-            loss = F.cross_entropy(model(batch[0]), batch[1])
-        loss.backward()
+        with autocast.within(model):
+            output = model(batch[0])
+        F.cross_entropy(output, batch[1]).backward()
         optimizer.step()
         average.update_parameters(model)
 
@@ -129,11 +119,16 @@ def print_layouts(settings: argparse.Namespace, device: torch.device) -> None:
     reference = plain_step(copy.deepcopy(model), batch, device)
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     images = batch[0].to(memory_format=torch.channels_last)
+    in_bfloat16 = Autocast(torch.bfloat16, (WHOLE,))
     ways = {
         "channels-last": plain_step(last, (images, batch[1]), device),
-        "bfloat16 autocast": plain_step(copy.deepcopy(model), batch, device, torch.bfloat16),
-        "both": plain_step(copy.deepcopy(last), (images, batch[1]), device, torch.bfloat16),
+        "bfloat16 autocast": plain_step(copy.deepcopy(model), batch, device, in_bfloat16),
+        "both": plain_step(copy.deepcopy(last), (images, batch[1]), device, in_bfloat16),
     }
+    chosen, found = copy.deepcopy(last).train(), {}
+    found["chosen"] = measured(task_of("chosen", chosen), batch, device, None, 0)
+    autocast = autocast_of(task_of("chosen", chosen), found)
+    ways[f"channels-last in {found['chosen']['precision']}, as chosen"] = plain_step(chosen, batch, device, autocast)
     for way, step in ways.items():
         show(f"plain step of resnet18 in NCHW and float32 / {way}", ratio(reference, step, device, settings.repeats))
 

@@ -20,6 +20,7 @@ from gemel.sharing.tying import tie
 from gemel.training.context import RoundContext
 from gemel.training.options import TrainingOptions
 from gemel.training.outcome import Standing
+from gemel.training.reduction import Reduction
 from gemel.training.step import Member
 from gemel.training.united import united_state
 from merge_workloads import merge_workload
@@ -91,6 +92,27 @@ def test_losses_and_weights_of_20_steps_are_those_of_one_process(tasks, data, gi
     expected = losses(tasks, data, give_up)
     for found in one_ranks:
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_summed_gradients_lie_as_their_parameters_lie(tasks, data):
+    """Also where the ranks' parameters lie differently: that of the first rank counts, and values are right."""
+
+    def summed():
+        assign()
+        models = nn.ModuleDict({name: task.model for name, task in tasks.items()})
+        tie(models, find_groups(models))
+        if ranks.is_first():
+            models.to(memory_format=torch.channels_last)
+        shared = [models["north_pico"].conv1.weight, models["north_pico"].conv2.weight]
+        reduction = Reduction(models, shared, CPU)
+        for number, parameter in enumerate(shared[: 2 - ranks.rank()]):  # the second has a gradient on one rank
+            parameter.grad = torch.arange(parameter.numel()).view(parameter.shape) * (1.0 + number + ranks.rank())
+        reduction.reduce(torch.zeros(()), 1, False)
+        return [[p.grad.clone(), p.grad.is_contiguous(memory_format=torch.channels_last)] for p in shared]
+
+    for (first, lies_first), (second, lies_second) in on_ranks(2, summed):
+        assert torch.equal(first.flatten(), torch.arange(first.numel()) * 3.0) and lies_first
+        assert torch.equal(second.flatten(), torch.arange(second.numel()) * 2.0) and lies_second
 
 
 @pytest.mark.parametrize("name", ["north_pico", "south_pico"])

@@ -15,6 +15,7 @@ from dataset_manager import open_task
 from gemel.datasets.loaders import num_samples
 from gemel.evaluation.eval_method import evaluate
 from gemel.fitting.ridge import shares_of
+from gemel.merging import layout
 from gemel.merging.check import telling_samples, training_problems
 from gemel.merging.initialisation import donate_weights
 from gemel.merging.layout import can_be_channels_last
@@ -126,6 +127,29 @@ def test_channels_last_is_tried_first(make, works, datasets):
     unmerged = {name: task.model for name, task in tasks.items()}
     assert can_be_channels_last(tasks, data, unmerged, seed=0) is works
     assert all(p.is_contiguous() for task in tasks.values() for p in task.model.parameters())
+
+
+@pytest.mark.parametrize("seconds, expected", [((2.0, 1.0), True), ((1.0, 1.0), False), ((0.0, 0.0), False)])
+def test_on_another_device_the_quicker_layout_is_taken_and_recorded(seconds, expected, datasets, monkeypatch):
+    entries = entries_of(PicoNet, datasets, steps=1)
+    tasks, _ = read_workload(entries)
+    data = {name: open_task(t, [datasets], device=CPU, seed=0, batch_size=6) for name, t in tasks.items()}
+    state, steps = MergeState(tasks, CPU), []
+
+    def taken(step, autocast):
+        is_last = step.task.model.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+        steps.append((step.task.name, is_last, autocast.dtype))
+        return seconds[is_last]
+
+    monkeypatch.setattr(layout.Step, "seconds", taken)
+    assert layout.is_quicker(tasks, data, state, 0, "auto") is expected
+    assert steps == [(n, last, torch.bfloat16) for n in tasks for last in (False,) * 3 + (True,) * 3]
+    assert all(p.is_contiguous() for task in tasks.values() for p in task.model.parameters())
+    state.use_layout(True)
+    weights = [state.models["north_x"].conv2.weight, state.unmerged["south_x"].conv2.weight]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    state.use_layout(False)
+    assert all(weight.is_contiguous() for weight in weights)
 
 
 def by_features(model, loader):

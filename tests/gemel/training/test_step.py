@@ -1,15 +1,21 @@
 """A step of training when memory runs out, when nothing of a model is to be trained, and when loader processes die."""
 
+import copy
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 from pico import CPU
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemel.datasets.loaders import restarted
 from gemel.training import step as step_module
 from gemel.training.batches import Batches
+from gemel.training.distillation import Teacher
 from gemel.training.options import TrainingOptions
-from gemel.training.outcome import OUT_OF_MEMORY
+from gemel.training.outcome import NOT_FINITE, OUT_OF_MEMORY
 from gemel.training.schedule import Schedule
 from gemel.training.step import JointStep, Member
 
@@ -98,3 +104,61 @@ def test_loader_processes_that_die_twice_at_a_batch_are_done_without(data, monke
     monkeypatch.setattr(batches, "_take", take)
     assert len(batches.next()[0]) == len(expected.next()[0]) == 6
     assert started == [{}, {"num_workers": 0}] and "loaded in the main process" in caplog.text
+
+
+class NeverWaits(TorchDispatchMode):
+    """Fails where a value is looked at, for which a CUDA device would have to be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"), f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_with_the_fused_optimizer_looks_at_no_value(members):
+    """As on CUDA; a loss that is not finite leaves the step out, and is found later."""
+    training = step_of(members, TrainingOptions(feature_weight=1.0, probability_weight=1.0))
+    training.optimizer, training.looks_later = torch.optim.AdamW(training.trained, lr=0.1, fused=True), True
+    for member in members:
+        model = member.task.model
+        training.teachers = {**training.teachers, member.task.name: Teacher(model, _frozen_copy(model), ["conv2"])}
+        batch = member.batches.next()  # loaders draw on the CPU
+        member.batches = SimpleNamespace(next=lambda batch=batch: batch)
+    with NeverWaits():
+        assert [training.step(members) for _ in range(2)] == [None, None]
+    assert training.why_failed() is None
+    members[0].task.model.fc.bias.data.fill_(torch.nan)
+    before = members[1].task.model.fc.weight.clone()
+    with NeverWaits():
+        assert training.step(members) is None
+    assert training.why_failed() == NOT_FINITE and torch.equal(before, members[1].task.model.fc.weight)
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+class Kept:
+    """A tensor that is kept for a backward pass."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def test_activations_of_one_task_are_held_at_a_time_and_none_of_frozen_layers(members):
+    kept, at_begin, in_frozen = weakref.WeakSet(), [], []
+
+    def pack(tensor):
+        kept.add(found := Kept(tensor))
+        return found
+
+    for member in members:
+        model = member.task.model
+        for layer in (model.conv1, model.bn1):
+            layer.requires_grad_(False)
+        model.register_forward_pre_hook(lambda *_: at_begin.append(len(kept)))
+        model.bn1.register_forward_hook(lambda *_: in_frozen.append(len(kept)))
+    training = step_of(members)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda found: found.tensor):
+        assert training.step(members) is None and training.step(members) is None
+    assert at_begin == in_frozen == [0] * 4
