@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from gemel.results_store.manifest import read_manifest
 from gemel.thresholds import THRESHOLDS
 from gemel.training import precision
 from gemel.training.context import RoundContext
+from gemel.training.early_stopping import Progress
 from gemel.training.options import TrainingOptions
 from gemel.training.precision import decide, first_batch, measured, parts_of
-from gemel.training.step import Member
+from gemel.training.schedule import Schedule
+from gemel.training.step import JointStep, Member
 from gemel.workload import WorkloadError
 from merge_workloads import merge_workload
 from model_architectures import build
@@ -175,3 +178,29 @@ def test_a_merge_records_the_precision_and_judges_in_float32(entries, datasets, 
         merge_workload(entries, tmp_path / "r", **options)
     with pytest.raises(WorkloadError, match=r"precision: got 'int4'; allowed: auto, float32, bfloat16"):
         merge_workload(entries, tmp_path / "r", precision="int4", **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_a_step_in_bfloat16_does_not_wait(tasks):
+    """And its losses are those of float32, nearly."""
+    device = torch.device("cuda")
+    model = build("resnet18", 3).to(device, memory_format=torch.channels_last).train()
+    task = replace(tasks["north_pico"], model=model)
+    batch = torch.rand(16, 3, 224, 224, device=device), torch.randint(3, (16,), device=device)
+    found = measured(task, batch, device, None, 0)
+    print(found)
+    assert found["loss_difference"] <= THRESHOLDS.precision.loss_difference
+    nothing = SimpleNamespace(next=lambda: batch)
+    member = Member(task, None, nothing, Progress(1.0, accuracy=1.0))
+    options = TrainingOptions()
+    training = JointStep(nn.ModuleDict({"north_pico": model}), options, Schedule(options, 9, False), device, {})
+    training.autocasts = {"north_pico": precision.Autocast(torch.bfloat16, ("",))}
+    training.begin_stage([member])
+    training.step([member])  # the first step makes the state of the optimizer
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert training.step([member]) is None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert training.why_failed() is None
