@@ -99,3 +99,21 @@ def test_compared_are_tied_layers_over_the_depth_and_the_last():
     layers = compared_layers(models["a_x"], "a_x", find_groups(models))
     assert len(layers) == 9 and layers[0] == "conv1" and layers[-2:] == ["more.19", "fc"]
     assert compared_layers(models["a_x"], "a_x", ()) == ["fc"]
+
+
+def test_the_teacher_of_a_detector_without_labels_runs_once_a_batch(images):
+    """Its detections are the targets, and what it computed for them is what features are compared with."""
+    torch.manual_seed(3)
+    model, unmerged, passes = PicoDetector(), PicoDetector().eval(), []
+    unmerged.register_forward_pre_hook(lambda *_: passes.append(1))
+    targets = [{"boxes": torch.tensor([[0.0, 0.0, 8.0, 16.0]]), "labels": torch.tensor([1])}] * len(images)
+    teacher = Teacher(model, unmerged, ["conv1", "conv2"])
+    expected = teacher.losses(list(images), model(list(images), targets))
+    assert len(passes) == 1
+    for _ in range(2):
+        passes.clear()
+        teacher.detections(list(images))
+        found = teacher.losses(list(images), model(list(images), targets))
+        assert len(passes) == 1 and found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    teacher.close()
