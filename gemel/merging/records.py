@@ -109,7 +109,9 @@ class RunRecord:
         """Continues the record of an earlier run; run: that part of its manifest."""
         self.rounds, self.history = run["rounds"], run["history"]
         self.attempts = run.get("attempts", {})
-        self.precision.update(run.get("training_precision", {}))
+        devices = [part.get("flags", {}).get("device") for part in (run, self.started_with)]
+        if devices[0] == devices[1]:  # what is quick on one may be slow on another
+            self.precision.update(run.get("training_precision", {}))
 
     def not_shared(self, strategy: Strategy, fits: bool) -> list[dict]:
         """Why each group that is not wholly shared is not. fits: whether a memory goal ended the search."""

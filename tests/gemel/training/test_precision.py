@@ -12,6 +12,7 @@ from torch import nn
 
 from gemel.environment import ranks
 from gemel.forward.autocast import IN_FLOAT32
+from gemel.merging.records import RunRecord
 from gemel.results_store.manifest import read_manifest
 from gemel.thresholds import THRESHOLDS
 from gemel.training import precision
@@ -178,6 +179,16 @@ def test_a_merge_records_the_precision_and_judges_in_float32(entries, datasets, 
         merge_workload(entries, tmp_path / "r", **options)
     with pytest.raises(WorkloadError, match=r"precision: got 'int4'; allowed: auto, float32, bfloat16"):
         merge_workload(entries, tmp_path / "r", precision="int4", **options)
+
+
+@pytest.mark.parametrize("device, expected", [("cpu", {"north_pico": BFLOAT16}), ("cuda", {})])
+def test_what_was_chosen_on_another_device_is_not_taken(device, expected):
+    record = RunRecord({"flags": {"device": device}}, {}, ())
+    chosen = {"training_precision": {"north_pico": BFLOAT16}}
+    record.load_rounds({"flags": {"device": "cpu"}, "rounds": [], "history": [], **chosen})
+    assert record.precision == expected
+    record.load_rounds({"rounds": [], "history": []})  # of an earlier version
+    assert record.precision == expected
 
 
 @pytest.mark.gpu
