@@ -63,9 +63,9 @@ class BatchTransform:
     is_random: bool
 
     def __call__(self, pixels: Sequence[Tensor], targets: list[dict] | None, seed: int) -> Tensor | list[Tensor]:
-        """Float images [3, H, W]; targets, of a detector, are changed. pixels: uint8 [H, W, 3] each, on one device."""
+        """Float images [3, H, W]; targets, of a detector, are changed. pixels: uint8 [3, H, W] each, on one device."""
         draws = torch.Generator().manual_seed(seed)
-        images = Images([image.permute(2, 0, 1) for image in pixels], targets, draws)
+        images = Images(list(pixels), targets, draws)
         for step in self.steps:
             step(images)
         return images.stacked()
@@ -90,7 +90,7 @@ def batch_transform(steps: Sequence[Any], has_boxes: bool, is_tensor: bool) -> B
         elif kind is v2.ToPureTensor and not has_boxes:
             continue
         elif kind in (v2.Normalize, v1.Normalize):
-            own = Each(step)
+            own = Normalise(list(step.mean), list(step.std))
         elif kind in RANDOM:
             is_random, own = True, RANDOM[kind](step, has_boxes, is_tensor)
         elif kind is v2.Resize and has_boxes:
@@ -113,13 +113,14 @@ def _makes_floats(step: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Each:
-    """A transform that works on batches as it is, or on images of different sizes one by one."""
+class Normalise:
+    """Subtracts the mean and divides by the standard deviation of each channel, in place."""
 
-    transform: Any
+    mean: list[float]
+    std: list[float]
 
     def __call__(self, images: Images) -> None:
-        images.change(self.transform)
+        images.change(lambda pixels: functional.normalize_image(pixels, self.mean, self.std, inplace=True))
 
 
 @dataclass(frozen=True)

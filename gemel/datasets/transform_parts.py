@@ -27,7 +27,10 @@ PIL, IMAGE, TENSOR = "PIL", "image", "tensor"  # what a step is given: a PIL ima
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image of 8-bit RGB as the first steps leave it; pixels: uint8 [H, W, 3]; form: what the next step is given."""
+    """An image of 8-bit RGB as the first steps leave it; form: what the next step is given.
+
+    pixels: uint8 [H, W, 3] of a PIL image, else [3, H, W].
+    """
 
     pixels: Tensor
     form: str
@@ -43,7 +46,7 @@ class Decoded:
         """The image in its form; the caller may change it."""
         if self.form == PIL:
             return Image.fromarray(self.pixels.numpy())
-        image = self.pixels.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+        image = self.pixels.clone()
         return tv_tensors.Image(image) if self.form == IMAGE else image
 
     def own_target(self) -> Any:
@@ -57,7 +60,7 @@ class Decoded:
 class TransformParts:
     """first: steps that are not random and leave 8-bit RGB. rest: the steps behind them.
 
-    batch: what the rest does, for whole batches; None where a step of it is not known.
+    batch: what the rest does, for whole batches, where `first` leaves tensors; None where a step of it is not known.
     """
 
     first: tuple[Callable, ...]
@@ -70,7 +73,7 @@ def decoded(image: Any, target: Any) -> Decoded:
     if isinstance(image, Image.Image):
         return Decoded(torch.from_numpy(np.array(image)), PIL, target)
     form = IMAGE if isinstance(image, tv_tensors.Image) else TENSOR
-    return Decoded(image.as_subclass(Tensor).permute(1, 2, 0).contiguous(), form, target)
+    return Decoded(image.as_subclass(Tensor).contiguous(), form, target)
 
 
 def apply(steps: Sequence[Callable], *inputs: Any) -> Any:
@@ -98,8 +101,11 @@ def parts_of(transform: Callable, has_boxes: bool) -> TransformParts:
     while count < len(steps) and _is_fixed(steps[count]):
         count += 1
     first, rest = steps[:count], steps[count:]
-    becomes_tensor = any(isinstance(step, (v2.ToImage, v2.PILToTensor, v1.PILToTensor)) for step in first)
-    return TransformParts(first, rest, batch_transform(rest, has_boxes, becomes_tensor))
+    is_tensor = any(isinstance(step, (v2.ToImage, v2.PILToTensor, v1.PILToTensor)) for step in first)
+    batch = batch_transform(rest, has_boxes, is_tensor)
+    if batch is not None and not is_tensor:
+        first = (*first, v2.ToImage())
+    return TransformParts(first, rest, batch)
 
 
 def _steps(transform: Callable, has_boxes: bool) -> tuple[Callable, ...]:

@@ -22,7 +22,7 @@ def pictures(count=6, size=(30, 20), seed=0):
 
 
 def pixels_of(images):
-    return [torch.from_numpy(np.array(image)) for image in images]
+    return [functional.pil_to_tensor(image) for image in images]
 
 
 def target_of(image, boxes=((2, 3, 12, 15),)):
@@ -103,7 +103,7 @@ def test_crops_have_the_sizes_that_torchvision_draws():
 def test_a_crop_has_the_pixels_of_its_place():
     images = pictures(4)
     step = Crop((8, 8), (0.3, 0.6), (0.75, 4 / 3), v2.InterpolationMode.BILINEAR, True)
-    changed = Images([pixels.permute(2, 0, 1) for pixels in pixels_of(images)], None, torch.Generator().manual_seed(5))
+    changed = Images(pixels_of(images), None, torch.Generator().manual_seed(5))
     step(changed)
     draws = torch.Generator().manual_seed(5)
     shares, places = torch.rand(4, 10, 2, generator=draws).tolist(), torch.rand(4, 2, generator=draws).tolist()
@@ -120,7 +120,7 @@ def test_every_image_is_flipped_or_not_by_itself_and_its_boxes_with_it():
             image.paste((255, 255, 255), (2, 3, 12, 15))
         targets = [target_of(image) for image in images]
         steps = [Flip(0.5, -1), Flip(0.5, -2)]
-        changed = Images([p.permute(2, 0, 1) for p in pixels_of(images)], targets, torch.Generator().manual_seed(1))
+        changed = Images(pixels_of(images), targets, torch.Generator().manual_seed(1))
         for step in steps:
             step(changed)
         corners = set()
