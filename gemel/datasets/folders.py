@@ -21,7 +21,7 @@ from gemel.datasets.cache import SampleCache, bytes_of
 from gemel.datasets.class_folders import class_names, read_split
 from gemel.datasets.layouts import open_layout
 from gemel.datasets.records import Layout, Objects, Source, Split
-from gemel.datasets.transform_parts import Decoded, apply, decoded, parts_of
+from gemel.datasets.transform_parts import Decoded, TransformParts, apply, decoded, parts_of
 from gemel.workload import CLASSIFICATION, Task
 
 PER_BOX = ("labels", "area", "iscrowd")  # keys of a target with one value per box
@@ -136,6 +136,12 @@ class FolderDataset(Dataset):
             return [self._fixed_sample(index) for index in keys]
         parts = [[index] for index in keys] if batch.is_random else [keys]
         return [sample for part in parts for sample in self._batch(part, part[0])]
+
+    def image_by_image(self) -> "FolderDataset":
+        """The same samples without a cache, with the transform called on each image as it is."""
+        other = copy.copy(self)
+        other.cache, other.parts = None, TransformParts((), (self.transform,), None)
+        return other
 
     def load(self, index: int) -> tuple[Image.Image, Any]:
         """The decoded image, and what the annotations say of it."""

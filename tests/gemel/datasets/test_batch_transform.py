@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from gemel.datasets.batch_transform import Crop, Flip, Images, Jitter, batch_transform
+from gemel.datasets.folders import transform_seed
 from gemel.datasets.transform_parts import apply, decoded, parts_of
 from transforms import classification_transforms, detection_transforms
 
@@ -199,3 +200,14 @@ def test_augmented_images_depend_on_the_seed_alone(tmp_path, kind):
     assert len(set(wanted)) == len(wanted)
     assert passes(cache_bytes=3000) == wanted == passes(cache_bytes=1 << 20) == passes(num_workers=1, cache_bytes=4000)
     assert passes(seed=1) != wanted
+
+
+def test_a_fingerprint_sees_the_transform_as_it_is(tmp_path):
+    """Not how it is computed here, so that results of earlier versions are recognised."""
+    write_classification(tmp_path, "cars_CL", classes=2, images=2)
+    transform = classification_transforms(12)["train"]
+    dataset = opened(classifier_task(train=transform), tmp_path, cache_bytes=1 << 20).train.dataset
+    with transform_seed(7):
+        wanted = transform(Image.open(dataset.samples[1][0]).convert("RGB"))
+    assert torch.equal(dataset.image_by_image()[1, 7][0], wanted)
+    assert not torch.equal(dataset[1, 7][0], wanted)
