@@ -198,9 +198,7 @@ class Crop:
         cropped = []
         for image, share, place in zip(images.pixels, shares, places, strict=True):
             box = self.box(image.shape[-2], image.shape[-1], share, place)
-            cropped.append(
-                functional.resized_crop_image(image, *box, [*self.size], self.interpolation, self.antialias)
-            )
+            cropped.append(functional.resized_crop_image(image, *box, [*self.size], self.interpolation, self.antialias))
         images.pixels = cropped
 
     def box(

@@ -12,10 +12,7 @@ MAX_LOADER_PROCESSES = 8  # of all tasks together
 
 def usable_cores() -> int:
     """Cores that this process may use, at least 1: the smallest of what affinity mask and quotas allow."""
-    if hasattr(os, "sched_getaffinity"):
-        allowed = len(os.sched_getaffinity(0))
-    else:
-        allowed = os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([allowed, *map(int, _quotas())]))
 
 
