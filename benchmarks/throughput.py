@@ -8,9 +8,9 @@
 - Layout: a plain step of resnet18 in NCHW and float32 over the same with channels-last weights; with bfloat16 autocast;
   with both.
 - Average: AveragedModel.update_parameters over the trainer's own, for six ResNet-50.
-- Data path: samples per second of joint steps whose batches come from files, named transforms and the trainer's loaders,
-  over the same steps on random tensors that are on the device already; the same of evaluation. After the first pass, in
-  which images are decoded; "first pass" includes it. JPEG files of 256 x 192 pixels, drawn by chance.
+- Data path: samples per second of joint steps on batches that the trainer's loaders make of files, over those of the
+  same steps on random tensors that are on the device already; of evaluation, over that of the same images there. "First
+  pass" includes decoding, which later passes need not do. JPEG files of 256 x 192 pixels, drawn; named transforms.
 
 Ratios of the device's own time: CPU seconds of one thread, on CUDA seconds after a synchronisation.
 """
@@ -37,6 +37,7 @@ import dataset_manager
 from eval_methods import classification_eval, frcnn_eval
 from gemel.datasets.loaders import TaskData
 from gemel.environment import DEVICES
+from gemel.environment.cores import loader_processes
 from gemel.environment.device import pick_device
 from gemel.evaluation.eval_method import evaluate
 from gemel.sharing.groups import find_groups
@@ -205,7 +206,7 @@ def tasks_of(kind: str, settings: argparse.Namespace, device: torch.device) -> M
             sizes = {"layers": (1, 1, 1, 1), "width": 24, "head_convs": 1, "min_size": FILE_SIZE[1]}
             model = build("fcos_model", CLASSES + 1, backbone="slim_resnet", **sizes)
             more = {"eval_method": frcnn_eval, "transforms": detection_transforms()}
-            entry = {**more, "dataset": "cars_OD", "batch_size": max(1, settings.batch // 4)}
+            entry = {**more, "dataset": "cars_OD", "batch_size": max(2, settings.batch // 4)}
         entries[f"cars{number}_net"] = {**entry, "model": model.to(device), "task": kind, "unmerged_acc": 1.0}
     tasks, problems = read_workload(entries)
     assert not problems, problems
@@ -217,14 +218,13 @@ def print_data_path(kind: str, root: Path, settings: argparse.Namespace, device:
     tasks = tasks_of(kind, settings, device)
     models = nn.ModuleDict({name: task.model for name, task in tasks.items()})
     tie(models, find_groups(models))
+    num_workers = 0 if device.type == "cpu" else loader_processes(len(tasks))
+    options: dict[str, Any] = {"device": device, "seed": 0, "num_workers": num_workers, "cache_bytes": 1 << 30}
     data = {
-        name: dataset_manager.open_task(
-            task, [root], device=device, seed=0, batch_size=task.batch_size or 1, cache_bytes=1 << 30
-        )
+        name: dataset_manager.open_task(task, [root], batch_size=task.batch_size or 1, **options)
         for name, task in tasks.items()
     }
-    first = [next(iter(data[name].train)) for name in tasks]
-    given = [Given(_random_like(batch, device)) for batch in first]
+    given = [Given(_random_batch(data[name], task.batch_size or 1, device)) for name, task in tasks.items()]
     on_tensors = step_of(models, list(tasks.values()), given, device)
     on_files = step_of(models, list(tasks.values()), [Batches(data[name]) for name in tasks], device)
     steps = len(data[next(iter(tasks))].train)
@@ -234,17 +234,22 @@ def print_data_path(kind: str, root: Path, settings: argparse.Namespace, device:
 
 
 def print_evaluation(task: Task, data: TaskData, settings: argparse.Namespace, device: torch.device) -> None:
-    batches = [_random_like(batch, device) for batch in data.val]
+    """On the same images: what a detector finds decides what its evaluation costs."""
+    batches = [(_moved(images, device), targets) for images, targets in data.val]
     found = ratio(lambda: evaluate(task, batches), lambda: evaluate(task, data.val), device, settings.repeats)
     show(f"data path, evaluation, {task.kind}", found)
 
 
-def _random_like(batch: Any, device: torch.device) -> tuple[Any, Any]:
-    """Random images of the same sizes on the device; targets as they are."""
-    images, targets = batch
+def _random_batch(data: TaskData, size: int, device: torch.device) -> tuple[Any, Any]:
+    """Random images on the device, of the sizes that the task has, with targets of val; no image of train is read."""
+    images, targets = next(iter(data.val))
     if torch.is_tensor(images):
-        return torch.rand_like(images).to(device), targets.to(device)
-    return [torch.rand_like(image).to(device) for image in images], targets
+        return torch.rand_like(images[:size]).to(device), targets[:size].to(device)
+    return [torch.rand_like(image).to(device) for image in images[:size]], targets[:size]
+
+
+def _moved(images: Any, device: torch.device) -> Any:
+    return images.to(device) if torch.is_tensor(images) else [image.to(device) for image in images]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -255,19 +260,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--models", nargs="*", default=["resnet18", "mobilenet_v3_small"])
     parser.add_argument("--without-average", action="store_true", help="six ResNet-50 take 1.5 GiB")
-    parser.add_argument("--only", choices=PARTS, help="one part of what is measured")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts of what is measured")
     settings = parser.parse_args(arguments)
-    parts = [settings.only] if settings.only else PARTS
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device = pick_device(settings.device)
-    for name in settings.models if "step" in parts else ():
+    for name in settings.models if "step" in settings.only else ():
         print_joint_step(name, settings, device)
-    if "layout" in parts:
+    if "layout" in settings.only:
         print_layouts(settings, device)
-    if "average" in parts and not settings.without_average:
+    if "average" in settings.only and not settings.without_average:
         print_average(settings, device)
-    if "data" in parts:
+    if "data" in settings.only:
         with tempfile.TemporaryDirectory() as folder:
             write_files(Path(folder))
             for kind in (CLASSIFICATION, DETECTION):

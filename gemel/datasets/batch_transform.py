@@ -79,7 +79,8 @@ def batch_transform(steps: Sequence[Any], has_boxes: bool, is_tensor: bool) -> B
     found: list[Step] = []
     is_float = is_random = False
     for step in steps:
-        kind, own = type(step), None
+        kind = type(step)
+        own: Step | None = None
         if has_boxes and not kind.__module__.startswith(v2.__name__):
             return None  # others pass no boxes on
         if kind in TO_TENSOR:

@@ -117,7 +117,7 @@ def _steps(transform: Callable, has_boxes: bool) -> tuple[Callable, ...]:
     return tuple(step for part in inner for step in _steps(part, has_boxes))
 
 
-def _is_fixed(step: Callable) -> bool:
+def _is_fixed(step: Any) -> bool:
     if type(step) is v2.ToDtype:
         return step.dtype == torch.uint8 and step.scale
     return type(step) in (*FIXED, *FIXED_OF_V1)
