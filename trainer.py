@@ -8,6 +8,7 @@ rate), validation.py (when to validate, when to give up), losses.py, distillatio
 import itertools
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -157,5 +158,5 @@ class Round:
         met = tuple(n for n, m in self.members.items() if m.progress.met and not m.progress.given_up)
         now = self.schedule.step
         verified = tuple(name for name in met if self.members[name].progress.validated[-1][0] == now)
-        seconds = {"training_seconds": self.training_seconds, "reading_seconds": self.training.reading_seconds}
+        seconds: Any = {"training_seconds": self.training_seconds, "reading_seconds": self.training.reading_seconds}
         return Outcome(self.reason or "", accuracies, met, now, self.training.samples, verified, **seconds)

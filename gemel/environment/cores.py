@@ -29,7 +29,7 @@ def _quotas() -> list[float]:
         lines = OWN_CGROUPS.read_text().splitlines()
     except OSError:
         return []
-    found = []
+    found: list[float] = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
