@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from gemel.datasets import class_folders
-from gemel.datasets.cache import SampleCache
+from gemel.datasets.cache import CacheBudget, SampleCache
 from gemel.datasets.checks import check
 from gemel.datasets.folders import dataset_class_names, find_dataset, open_split
 from gemel.datasets.layouts import open_layout
@@ -39,19 +39,20 @@ def open_task(
     batch_size: of train; classifiers are evaluated with twice as many. num_workers: processes per loader; None: 0,
     since on a CPU the computation is the bottleneck and loader processes would take cores from it (with CUDA the caller
     divides min(8, cores) among its tasks). screening_images: size of the subset of val that is evaluated first; it
-    never decides that a task is at target. cache_bytes: memory for samples of val, and of train without augmentation,
-    that are kept after the first read. Raises ValueError if the dataset is not found or has a fault.
+    never decides that a task is at target. cache_bytes: memory for images of val and train that are kept after they
+    were decoded. Raises ValueError if the dataset is not found or has a fault.
     """
     folder = find_dataset(task, roots)
     if folder is None:
         raise ValueError(f"{task.name}: dataset: got no folder {task.dataset!r} in {', '.join(map(str, roots))}")
 
+    budget = CacheBudget(cache_bytes)
     layout = None if task.kind == CLASSIFICATION else open_layout(task, folder)
 
     def loader(split: str, plain: bool = False) -> DataLoader:
         dataset = open_split(task, folder, split, plain, layout)
-        if cache_bytes and (plain or split == "val"):
-            dataset.cache = SampleCache(cache_bytes // 2)
+        if cache_bytes and split != "test":
+            dataset.cache = SampleCache(budget, whole=plain or split == "val")
         order = generator(seed, "loader", task.name)
         order_and_size = sampling(dataset, "plain" if plain else split, batch_size, order)
         return DataLoader(

@@ -35,6 +35,7 @@ from gemel.datasets.loaders import TaskData
 from gemel.environment import ranks
 from gemel.environment.alive import leave_it_to_the_first, say_once, watched
 from gemel.environment.clock import Clock
+from gemel.environment.cores import loader_processes
 from gemel.environment.device import pick_device
 from gemel.environment.events import Listener, emit, listening, warnings_as_events
 from gemel.environment.imports import CHECKOUT, imported_from
@@ -288,7 +289,7 @@ def _open_data(
 ) -> dict[str, TaskData]:
     num_workers = options.num_workers
     if num_workers is None and device.type == "cuda":
-        num_workers = max(1, min(8, os.cpu_count() or 1) // len(tasks))
+        num_workers = loader_processes(len(tasks))
     return {
         name: dataset_manager.open_task(
             task,

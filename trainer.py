@@ -6,7 +6,9 @@ rate), validation.py (when to validate, when to give up), losses.py, distillatio
 """
 
 import itertools
+import time
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -71,6 +73,7 @@ class Round:
         self.training = JointStep(models, options, self.schedule, context.device, teachers or {})
         self.validation = Validation(members, self.training.averaged.module, options, self.schedule, context)
         self.reason: str | None = None
+        self.training_seconds = 0.0
 
     def run(self) -> Outcome:
         """Trains and validates in turn until the round is decided."""
@@ -80,7 +83,9 @@ class Round:
         except TimeOver:
             self.reason = TIME_OVER
         while self.reason is None:
+            began = time.perf_counter()
             self.train()
+            self.training_seconds += time.perf_counter() - began
             if self.reason is None:
                 self.validate()
         self.training.finish()
@@ -159,4 +164,5 @@ class Round:
         met = tuple(n for n, m in self.members.items() if m.progress.met and not m.progress.given_up)
         now = self.schedule.step
         verified = tuple(name for name in met if self.members[name].progress.validated[-1][0] == now)
-        return Outcome(self.reason or "", accuracies, met, now, self.training.samples, verified)
+        seconds: Any = {"training_seconds": self.training_seconds, "reading_seconds": self.training.reading_seconds}
+        return Outcome(self.reason or "", accuracies, met, now, self.training.samples, verified, **seconds)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.workloads import Workload, add_workload_arguments, open_workload, run_command
-from gemel.datasets.cache import SampleCache
+from gemel.datasets.cache import CacheBudget, SampleCache
 from gemel.datasets.folders import load_image, open_split
 from gemel.forward.modes import device_of, evaluation_mode
 from gemel.merging.console import table
@@ -40,7 +40,7 @@ def row_of(task: Task, workload: Workload, num_images: int) -> list[str]:
     times: dict[str, list[float]] = {"decode": [], "read": [], "cache": [], "forward": []}
     stored, given = [], []
     dataset[indices[0]], load_image(dataset.samples[indices[0]][0])  # imports and allocations of a first read
-    dataset.cache = SampleCache(1 << 40)
+    dataset.cache = SampleCache(CacheBudget(1 << 40))
     device = device_of(task.model)
     with evaluation_mode(task.model):
         for index in indices:

@@ -1,6 +1,6 @@
 """What a joint training step costs beside plain ones: prints one line a ratio, each the median of alternated pairs.
 
-    python -m benchmarks.throughput [--device cpu] [--pixels 96] [--batch 16] [--repeats 9]
+    python -m benchmarks.throughput [--device cpu] [--pixels 96] [--batch 16] [--repeats 9] [--only data]
 
 - Joint step: three models of one architecture, all layers tied, one step of the trainer (optimizer and moving average
   of weights included), over the sum of three plain steps of the same models and batches (torchvision's reference loop:
@@ -8,6 +8,9 @@
 - Layout and precision: a plain step of resnet18 in NCHW and float32 over the same with channels-last weights; with
   bfloat16 autocast; with both; and with channels-last weights in the precision that a merge chooses by measuring.
 - Average: AveragedModel.update_parameters over the trainer's own, for six ResNet-50.
+- Data path: samples per second of joint steps on batches that the trainer's loaders make of files, over those of the
+  same steps on random tensors that are on the device already; of evaluation, over that of the same images there. "First
+  pass" includes decoding, which later passes need not do. JPEG files of 256 x 192 pixels, drawn; named transforms.
 
 Ratios of the device's own time: CPU seconds of one thread, on CUDA seconds after a synchronisation.
 """
@@ -15,37 +18,52 @@ Ratios of the device's own time: CPU seconds of one thread, on CUDA seconds afte
 import argparse
 import copy
 import statistics
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 from torchvision import models as classifiers
 
+import dataset_manager
+from eval_methods import classification_eval, frcnn_eval
+from gemel.datasets.loaders import TaskData
 from gemel.environment import DEVICES
+from gemel.environment.cores import loader_processes
 from gemel.environment.device import pick_device, seconds_of
+from gemel.evaluation.eval_method import evaluate
 from gemel.forward.autocast import IN_FLOAT32, WHOLE, Autocast
 from gemel.sharing.groups import find_groups
 from gemel.sharing.tying import tie
+from gemel.training.batches import Batches
 from gemel.training.early_stopping import Progress
 from gemel.training.options import TrainingOptions
 from gemel.training.precision import autocast_of, measured
 from gemel.training.schedule import Schedule
 from gemel.training.step import JointStep, Member
-from gemel.workload import CLASSIFICATION, Reading, Task
+from gemel.workload import CLASSIFICATION, DETECTION, Reading, Task, read_workload
+from model_architectures import build
+from transforms import classification_transforms, detection_transforms
 
+PARTS = ("step", "layout", "average", "data")
 NUM_MODELS, CLASSES = 3, 4
+FILE_SIZE = (256, 192)  # pixels
+NUM_FILES = 96  # of a split
 
 
 class Given:
     """Batches that are one and the same, on the device already."""
 
-    def __init__(self, batch: tuple[Tensor, Tensor]):
+    def __init__(self, batch: tuple[Any, Any]):
         self.batch = batch
 
-    def next(self) -> tuple[Tensor, Tensor]:
+    def next(self) -> tuple[Any, Any]:
         return self.batch
 
 
@@ -70,12 +88,16 @@ def task_of(name: str, model: nn.Module) -> Task:
 
 def joint_step(models: nn.ModuleDict, batches: list, device: torch.device) -> Callable[[], object]:
     """One step of the trainer over all models."""
+    tasks = [task_of(name, model) for name, model in models.items()]
+    return step_of(models, tasks, list(map(Given, batches)), device)
+
+
+def step_of(models: nn.ModuleDict, tasks: list[Task], sources: list, device: torch.device) -> Callable[[], object]:
+    """One step of the trainer; sources: what gives each task's batches."""
     options = TrainingOptions(warmup_steps=0)
-    members = []
-    for (name, model), batch in zip(models.items(), batches, strict=True):
-        nothing: Any = None  # what a step does not read
-        given: Any = Given(batch)
-        members.append(Member(task_of(name, model), nothing, given, Progress(1.0, accuracy=1.0)))
+    nothing: Any = None
+    pairs = zip(tasks, sources, strict=True)
+    members = [Member(task, nothing, source, Progress(1.0, accuracy=1.0)) for task, source in pairs]
     training = JointStep(models, options, Schedule(options, 100, True), device, {})
     training.begin_stage(members)
     return lambda: training.step(members)
@@ -145,6 +167,83 @@ def print_average(settings: argparse.Namespace, device: torch.device) -> None:
     show("average of six ResNet-50: AveragedModel.update_parameters / the trainer's", found)
 
 
+# ---- the data path -------------------------------------------------------------------------------------------
+
+
+def write_files(root: Path) -> None:
+    """Drawn datasets: cars_CL with CLASSES classes, cars_OD with one object an image."""
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for number in range(NUM_FILES):
+            coarse = random.integers(0, 256, (FILE_SIZE[1] // 8, FILE_SIZE[0] // 8, 3), dtype=np.uint8)
+            image = Image.fromarray(coarse).resize(FILE_SIZE, Image.Resampling.BICUBIC)
+            places = [root / "cars_CL" / split / str(number % CLASSES), root / "cars_OD" / split / "images"]
+            for folder in places:
+                folder.mkdir(parents=True, exist_ok=True)
+                image.save(folder / f"{number}.jpg", quality=90)
+            notes = root / "cars_OD" / split / "annotations"
+            notes.mkdir(exist_ok=True)
+            (notes / f"{number}.txt").write_text(f"{number % CLASSES} 0.5 0.5 0.4 0.4\n")
+
+
+def tasks_of(kind: str, settings: argparse.Namespace, device: torch.device) -> Mapping[str, Task]:
+    """NUM_MODELS tasks of one kind and one architecture, on one dataset."""
+    entries: dict[str, dict] = {}
+    for number in range(NUM_MODELS):
+        if kind == CLASSIFICATION:
+            model = classifiers.resnet18(num_classes=CLASSES)
+            more = {"eval_method": classification_eval, "transforms": classification_transforms(settings.pixels)}
+            entry = {**more, "dataset": "cars_CL", "batch_size": settings.batch}
+        else:
+            sizes = {"layers": (1, 1, 1, 1), "width": 24, "head_convs": 1, "min_size": FILE_SIZE[1]}
+            model = build("fcos_model", CLASSES + 1, backbone="slim_resnet", **sizes)
+            more = {"eval_method": frcnn_eval, "transforms": detection_transforms()}
+            entry = {**more, "dataset": "cars_OD", "batch_size": max(2, settings.batch // 4)}
+        entries[f"cars{number}_net"] = {**entry, "model": model.to(device), "task": kind, "unmerged_acc": 1.0}
+    tasks, problems = read_workload(entries)
+    assert not problems, problems
+    return tasks
+
+
+def print_data_path(kind: str, root: Path, settings: argparse.Namespace, device: torch.device) -> None:
+    """Steps and evaluation on samples from files, over the same on tensors that are on the device."""
+    tasks = tasks_of(kind, settings, device)
+    models = nn.ModuleDict({name: task.model for name, task in tasks.items()})
+    tie(models, find_groups(models))
+    num_workers = 0 if device.type == "cpu" else loader_processes(len(tasks))
+    options: dict[str, Any] = {"device": device, "seed": 0, "num_workers": num_workers, "cache_bytes": 1 << 30}
+    data = {
+        name: dataset_manager.open_task(task, [root], batch_size=task.batch_size or 1, **options)
+        for name, task in tasks.items()
+    }
+    given = [Given(_random_batch(data[name], task.batch_size or 1, device)) for name, task in tasks.items()]
+    on_tensors = step_of(models, list(tasks.values()), given, device)
+    on_files = step_of(models, list(tasks.values()), [Batches(data[name]) for name in tasks], device)
+    steps = len(data[next(iter(tasks))].train)
+    show(f"data path, training, {kind}, first pass", ratio(on_tensors, on_files, device, steps - 1))
+    show(f"data path, training, {kind}", ratio(on_tensors, on_files, device, max(settings.repeats, steps)))
+    print_evaluation(next(iter(tasks.values())), next(iter(data.values())), settings, device)
+
+
+def print_evaluation(task: Task, data: TaskData, settings: argparse.Namespace, device: torch.device) -> None:
+    """On the same images: what a detector finds decides what its evaluation costs."""
+    batches = [(_moved(images, device), targets) for images, targets in data.val]
+    found = ratio(lambda: evaluate(task, batches), lambda: evaluate(task, data.val), device, settings.repeats)
+    show(f"data path, evaluation, {task.kind}", found)
+
+
+def _random_batch(data: TaskData, size: int, device: torch.device) -> tuple[Any, Any]:
+    """Random images on the device, of the sizes that the task has, with targets of val; no image of train is read."""
+    images, targets = next(iter(data.val))
+    if torch.is_tensor(images):
+        return torch.rand_like(images[:size]).to(device), targets[:size].to(device)
+    return [torch.rand_like(image).to(device) for image in images[:size]], targets[:size]
+
+
+def _moved(images: Any, device: torch.device) -> Any:
+    return images.to(device) if torch.is_tensor(images) else [image.to(device) for image in images]
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=DEVICES, default="auto")
@@ -153,15 +252,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--models", nargs="*", default=["resnet18", "mobilenet_v3_small"])
     parser.add_argument("--without-average", action="store_true", help="six ResNet-50 take 1.5 GiB")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts of what is measured")
     settings = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device = pick_device(settings.device)
-    for name in settings.models:
+    for name in settings.models if "step" in settings.only else ():
         print_joint_step(name, settings, device)
-    print_layouts(settings, device)
-    if not settings.without_average:
+    if "layout" in settings.only:
+        print_layouts(settings, device)
+    if "average" in settings.only and not settings.without_average:
         print_average(settings, device)
+    if "data" in settings.only:
+        with tempfile.TemporaryDirectory() as folder:
+            write_files(Path(folder))
+            for kind in (CLASSIFICATION, DETECTION):
+                print_data_path(kind, Path(folder), settings, device)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_same_seed_same_weights(entries, tasks, models, data):
         results.append((outcome, {key: value.clone() for key, value in models.state_dict().items()}))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(value, results[1][1][key]) for key, value in results[0][1].items())
-    assert results[0][0].steps > 0
+    assert results[0][0].steps > 0 and 0 < results[0][0].reading_seconds < results[0][0].training_seconds
 
 
 def test_a_step_with_nothing_tied_is_a_plain_step_of_each_model(models, tasks, data):

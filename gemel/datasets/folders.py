@@ -4,6 +4,7 @@ Classification: <name>_CL/{train,val[,test]}/<class>/*.jpg. Detection: <name>_OD
 """
 
 import contextlib
+import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from gemel.datasets.cache import SampleCache
+from gemel.datasets.cache import SampleCache, bytes_of
 from gemel.datasets.class_folders import class_names, read_split
 from gemel.datasets.layouts import open_layout
 from gemel.datasets.records import Layout, Objects, Source, Split
+from gemel.datasets.transform_parts import Decoded, TransformParts, apply, decoded, parts_of
 from gemel.workload import CLASSIFICATION, Task
 
 PER_BOX = ("labels", "area", "iscrowd")  # keys of a target with one value per box
@@ -97,14 +99,18 @@ class FolderDataset(Dataset):
     """Samples of one split, by index or by (index, seed).
 
     The random numbers of a transform depend on the seed (on the index if there is no seed), not on the global
-    generators or the loader process. So a sample without a seed is always the same, and is kept if there is a `cache`.
-    Subclasses define `read`. Raises SampleError on any failure.
+    generators or the loader process. So a sample without a seed is always the same. If there is a `cache`, decoded
+    images are kept in it, or whole samples where the transform is not known. Subclasses define `load` and `checked`.
+    Raises SampleError on any failure.
     """
+
+    has_targets = False  # whether the transform is given (image, target)
 
     def __init__(self, task: Task, samples: list[tuple], transform: Callable) -> None:
         self.task, self.samples, self.transform = task.name, samples, transform
         self.turned, self.first_label = task.reading.exif_orientation, int(task.background_class)
         self.cache: SampleCache | None = None
+        self.parts = parts_of(transform, self.has_targets)
 
     @property
     def moves_boxes(self) -> bool:
@@ -119,42 +125,110 @@ class FolderDataset(Dataset):
 
     def __getitems__(self, keys: list) -> list[tuple]:
         """The samples of one batch; keys with seeds use the first seed for the whole batch."""
-        if not isinstance(keys[0], tuple):
+        batch = self.parts.batch
+        if isinstance(keys[0], tuple):
+            indices, seed = [index for index, _ in keys], keys[0][1]
+            if batch is not None:
+                return self._batch(indices, seed)
+            with transform_seed(seed):
+                return [self._sample(index) for index in indices]
+        if batch is None:
             return [self._fixed_sample(index) for index in keys]
-        with transform_seed(keys[0][1]):
-            return [self._sample(index) for index, _ in keys]
+        parts = [[index] for index in keys] if batch.is_random else [keys]
+        return [sample for part in parts for sample in self._batch(part, part[0])]
 
-    def _fixed_sample(self, index: int) -> tuple:
-        if self.cache is not None and (known := self.cache.get(index)) is not None:
-            return known
-        with transform_seed(index):
-            sample = self._sample(index)
-        if self.cache is not None:
-            self.cache.put(index, sample)
-        return sample
+    def image_by_image(self) -> "FolderDataset":
+        """The same samples without a cache, with the transform called on each image as it is."""
+        other = copy.copy(self)
+        other.cache, other.parts = None, TransformParts((), (self.transform,), None)
+        return other
 
-    def _sample(self, index: int) -> tuple:
-        try:
-            return self.read(index)
-        except Exception as error:  # a broken image or a user's transform may raise anything
-            path = self.samples[index][0]
-            raise SampleError(f"{self.task}: {path}: {type(error).__name__}: {error}") from error
+    def load(self, index: int) -> tuple[Image.Image, Any]:
+        """The decoded image, and what the annotations say of it."""
+        raise NotImplementedError
+
+    def checked(self, image: Any, target: Any) -> tuple:
+        """The sample of what the transform returned. Raises TypeError if that is something else."""
+        raise NotImplementedError
 
     def has_labels(self, index: int) -> bool:
         """Whether accuracy is defined on this sample alone: for a detector, whether the image has objects."""
         return True
 
-    def read(self, index: int) -> tuple:
-        """The transformed sample."""
-        raise NotImplementedError
+    # ---- a transform that works on batches -------------------------------------------------------------------
+
+    def _batch(self, indices: list[int], seed: int) -> list[tuple]:
+        assert self.parts.batch is not None
+        images = [self._decoded(index) for index in indices]
+        targets = [image.own_target() for image in images]
+        try:
+            changed = self.parts.batch([image.pixels for image in images], targets if self.has_targets else None, seed)
+            return [self.checked(image, target) for image, target in zip(changed, targets, strict=True)]
+        except Exception as error:  # such as a crop that cannot be resized
+            raise self._error(indices[0], error) from error
+
+    def _decoded(self, index: int) -> Decoded:
+        """The image after the transform's first steps."""
+        if self.cache is not None and (known := self.cache.get(index)) is not None:
+            return known
+        try:
+            found = decoded(*self._after_first_steps(index))
+        except Exception as error:  # a broken image may raise anything
+            raise self._error(index, error) from error
+        if self.cache is not None:
+            self.cache.put(index, found, bytes_of([found.pixels, found.target]))
+        return found
+
+    def _after_first_steps(self, index: int) -> tuple[Any, Any]:
+        image, target = self.load(index)
+        if self.has_targets:
+            return apply(self.parts.first, image, target)
+        return apply(self.parts.first, image), target
+
+    # ---- a transform that is called image by image -----------------------------------------------------------
+
+    def _fixed_sample(self, index: int) -> tuple:
+        """A sample that is the same each time."""
+        cache = self.cache if self.cache is not None and self.cache.whole else None
+        if cache is not None and (known := cache.get(index)) is not None:
+            return copy.deepcopy(known)
+        with transform_seed(index):
+            sample = self._sample(index)
+        if cache is not None:
+            cache.put(index, copy.deepcopy(sample), bytes_of(sample))
+        return sample
+
+    def _sample(self, index: int) -> tuple:
+        try:
+            if self.cache is None or self.cache.whole or (self.cache.is_full and self.cache.get(index) is None):
+                image, target = self._after_first_steps(index)
+            else:
+                known = self._decoded(index)
+                image, target = known.image(), known.own_target()
+            if not self.has_targets:
+                return self.checked(apply(self.parts.rest, image), target)
+            result = apply(self.parts.rest, image, target)
+            if not isinstance(result, (tuple, list)) or len(result) != 2:
+                raise TypeError(f"the transform returned {describe(result)} instead of (image, target)")
+            return self.checked(*result)
+        except SampleError:
+            raise
+        except Exception as error:  # a broken image or a user's transform may raise anything
+            raise self._error(index, error) from error
+
+    def _error(self, index: int, error: Exception) -> SampleError:
+        return SampleError(f"{self.task}: {self.samples[index][0]}: {type(error).__name__}: {error}")
 
 
 class ClassificationFolder(FolderDataset):
     """Yields (float tensor [C, H, W], label); samples: (image file, label)."""
 
-    def read(self, index: int) -> tuple[Tensor, int]:
+    def load(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        return plain_image(self.transform(load_image(path, self.turned))), label
+        return load_image(path, self.turned), label
+
+    def checked(self, image: Any, target: Any) -> tuple[Tensor, int]:
+        return plain_image(image), target
 
 
 class DetectionFolder(FolderDataset):
@@ -162,6 +236,8 @@ class DetectionFolder(FolderDataset):
 
     crowds: "dropped", "marked" by the target's "iscrowd", or None if the format has no crowds.
     """
+
+    has_targets = True
 
     def __init__(self, task: Task, samples: list[tuple], transform: Callable, crowds: str | None = None) -> None:
         super().__init__(task, samples, transform)
@@ -171,15 +247,15 @@ class DetectionFolder(FolderDataset):
     def moves_boxes(self) -> bool:
         return True
 
-    def read(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+    def load(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
         path, source = self.samples[index]
         image, objects = load_image(path, self.turned), objects_of(source)
         if wrong := wrong_size(image, objects):
             raise ValueError(f"got {wrong}, as {source.file} states")
-        result = self.transform(image, self._target(index, objects, image.width, image.height))
-        if not isinstance(result, (tuple, list)) or len(result) != 2:
-            raise TypeError(f"the transform returned {describe(result)} instead of (image, target)")
-        return plain_image(result[0]), without_empty_boxes(checked_target(result[1]))
+        return image, self._target(index, objects, image.width, image.height)
+
+    def checked(self, image: Any, target: Any) -> tuple[Tensor, dict[str, Any]]:
+        return plain_image(image), without_empty_boxes(checked_target(target))
 
     def has_labels(self, index: int) -> bool:
         """Whether the image has objects that count."""
@@ -206,10 +282,12 @@ class UnlabelledDetectionFolder(DetectionFolder):
     def moves_boxes(self) -> bool:
         return False
 
-    def read(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+    def load(self, index: int) -> tuple[Image.Image, dict[str, Any]]:
         image = load_image(self.samples[index][0], self.turned)
-        result = self.transform(image, self._target(index, Objects(), image.width, image.height))
-        return plain_image(result[0]), checked_target(result[1])
+        return image, self._target(index, Objects(), image.width, image.height)
+
+    def checked(self, image: Any, target: Any) -> tuple[Tensor, dict[str, Any]]:
+        return plain_image(image), checked_target(target)
 
 
 def objects_of(source: Source) -> Objects:

@@ -222,7 +222,16 @@ def closing_table(manifest: Mapping) -> str:
         f"in {manifest['run']['seconds']:.0f} s"
     )
     header = ("task", "unmerged", "target", "merged", "met", "on the test split")
-    return f"{fit_table(header, rows)}\n{wrap(last)}"
+    return "\n".join([fit_table(header, rows), wrap(last), *_time_of_steps(manifest["run"].get("rounds", []))])
+
+
+def _time_of_steps(rounds: Sequence[Mapping]) -> list[str]:
+    """How long training took, and how much of it went into waiting for images; nothing where nothing was trained."""
+    training, reading = (sum(row.get(f"{what}_seconds", 0.0) for row in rounds) for what in ("training", "reading"))
+    if not training:
+        return []
+    steps = sum(row["steps"] for row in rounds)
+    return [f"training: {steps} steps in {training:.1f} s, of which {reading:.1f} s waiting for images"]
 
 
 def per_class_table(manifest: Mapping) -> str:

@@ -185,6 +185,7 @@ def _yielded(dataset: FolderDataset) -> list | str:
 
     "random" for a transform that does not depend on the seeded generators alone, "fails" for one that cannot be used.
     """
+    dataset = dataset.image_by_image()
     length = len(dataset)
     indices = sorted({round(i * (length - 1) / max(1, NUM_YIELDED - 1)) for i in range(min(NUM_YIELDED, length))})
     try:

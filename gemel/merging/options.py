@@ -67,8 +67,8 @@ class MergeOptions:
     0: no adapters (only "adaptive" has them).
     num_threads: that torch computes with on a CPU (default: as many as there are idle cores when the merge begins, or
     as in the run that is resumed).
-    num_workers: loader processes per task (default: none on a CPU; with CUDA eight, or the number of cores, in all).
-    cache_bytes: of the memory in which images stay as the models get them, of all tasks together (0: none); with
+    num_workers: loader processes per task (default: none on a CPU; with CUDA eight, or the usable cores, in all).
+    cache_bytes: of the memory in which decoded images stay, of all tasks together (0: none); with
     freeze_prefix, half of it is for what the frozen layers put out.
     store_dtype: the type in which the weights are stored, and in which every task is judged: "float32", "float16" or
     "bfloat16" (docs/results.md, "Half precision").

@@ -83,6 +83,8 @@ class RunRecord:
             "steps": outcome.steps,
             "samples": outcome.samples,
             "private_training": outcome.private_training,
+            "training_seconds": outcome.training_seconds,
+            "reading_seconds": outcome.reading_seconds,
             "seconds": seconds,
             "ended_at": ended_at,
         }

@@ -26,6 +26,8 @@ class Outcome:
     samples: int
     verified: tuple[str, ...] = ()  # tasks of `met` that were evaluated on all of val with the weights as they are now
     private_training: list[dict] = field(default_factory=list)  # what short trainings after fits gained, by task
+    training_seconds: float = field(default=0.0, compare=False)  # of all steps of this process
+    reading_seconds: float = field(default=0.0, compare=False)  # of these, waited for batches
 
     @property
     def fitted_ratios(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ A tied parameter is in the optimizer once, so it is stepped once, with the sum o
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,7 @@ class JointStep:
         self.averaged = AveragedModel(self.own, use_buffers=True)
         self.averages = _by_type(list(self.averaged.module.parameters()), list(self.own.parameters()))
         self.samples = 0
+        self.reading_seconds = 0.0  # that this process waited for batches
         self.seed = torch.initial_seed()
         self.loss = torch.zeros((), device=device)  # of the last step, the sum over the tasks of all ranks
         self.has_failed = torch.zeros((), dtype=torch.bool, device=device)  # a loss was not finite; not looked at yet
@@ -122,7 +124,9 @@ class JointStep:
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate()
         mine = [member for member in members if ranks.is_mine(member.task.name)]
+        began = time.perf_counter()
         batches = [(member, member.batches.next()) for member in mine]
+        self.reading_seconds += time.perf_counter() - began
         num_samples, reason = sum(len(batch[0]) for _, batch in batches), None
         while (total := self._backward(batches)) is None:
             if any(member.num_parts > len(batch[0]) for member, batch in batches):

@@ -4,7 +4,7 @@ from benchmarks import throughput
 
 
 def test_steps_and_layouts_are_compared(capsys):
-    small = ["--device", "cpu", "--pixels", "32", "--batch", "2", "--repeats", "1", "--without-average"]
+    small = ["--device", "cpu", "--pixels", "32", "--batch", "2", "--repeats", "1", "--only", "step", "layout"]
     throughput.main([*small, "--models", "mobilenet_v3_small"])
     lines = capsys.readouterr().out.splitlines()
     titles = [line.partition(":")[0].replace("bfloat16, as", "float32, as") for line in lines]  # either may be chosen
@@ -15,4 +15,16 @@ def test_steps_and_layouts_are_compared(capsys):
         "plain step of resnet18 in NCHW and float32 / both",
         "plain step of resnet18 in NCHW and float32 / channels-last in float32, as chosen",
     ]
+    assert all(0 < float(line.split(": ")[1].split()[0]) < 100 for line in lines)
+
+
+def test_steps_on_files_are_compared_with_steps_on_tensors(capsys, monkeypatch):
+    monkeypatch.setattr(throughput, "NUM_FILES", 8)
+    monkeypatch.setattr(throughput, "FILE_SIZE", (64, 64))
+    throughput.main(["--device", "cpu", "--pixels", "32", "--batch", "4", "--repeats", "1", "--only", "data"])
+    lines = capsys.readouterr().out.splitlines()
+    kinds = ("image_classification", "object_detection")
+    parts = ("training, {}, first pass", "training, {}", "evaluation, {}")
+    wanted = [f"data path, {part.format(kind)}" for kind in kinds for part in parts]
+    assert [line.partition(":")[0] for line in lines] == wanted
     assert all(0 < float(line.split(": ")[1].split()[0]) < 100 for line in lines)

@@ -51,6 +51,10 @@ def test_the_closing_table_says_who_met_the_target_and_what_was_saved(test_acc, 
     *_, row, summary = lines.split("\n")
     assert row.split() == ["a_x", "0.900", "0.855", "0.860", "yes", *last.split()]
     assert summary == "memory 8.00 MiB -> 6.00 MiB: saved 2.00 MiB (25.0 %), 50.0 % of the optimal 4.00 MiB, in 65 s"
+    rounds = [{**ROW, "training_seconds": 2.5, "reading_seconds": 0.25}, {**ROW, "steps": 0}]
+    trained = {"tasks": {"a_x": {**task, **tested}}, "memory": memory, "run": {"seconds": 65, "rounds": rounds}}
+    last_line = tables.closing_table(trained).splitlines()[-1]
+    assert last_line == "training: 120 steps in 2.5 s, of which 0.2 s waiting for images"
 
 
 def test_what_could_be_saved_before_anything_is_trained():
