@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from gemel.alignment.matching import BY_ORDER
 from gemel.datasets.loaders import TaskData
@@ -39,6 +38,7 @@ from gemel.merging.out_of_memory import on_fewer_images
 from gemel.merging.placement import place_tasks
 from gemel.merging.private_training import PrivateTraining
 from gemel.merging.records import RunRecord, memory_part, precision_part, run_part, task_parts
+from gemel.merging.reloaded import ReloadedModels
 from gemel.merging.resume import groups_to_tie, new_strategy
 from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_tied
 from gemel.merging.state import MergeState
@@ -389,21 +389,16 @@ class Merger:
         RuntimeError if it is not.
         """
         emit("doing", what="loading what was written, and comparing it with what was judged")
-        run, reloaded = self._run_part(), dict(self.state.models.items())
-        ranks.of_first(lambda: reloaded.update(self._reloaded(run)))
+        reloaded = ReloadedModels(self.results_path, self.state, self.architectures)
+        ranks.of_first(reloaded.check)
         with self.clock.interrupts.immediate():
-            self.evaluator.measure_reloaded(reloaded, self.options.per_class)
+            merged = reloaded if ranks.is_first() else self.state.models
+            self.evaluator.measure_reloaded(merged, self.options.per_class)
             if ranks.is_first():
                 write_examples(self.results_path, self.tasks, self.data, self.state.unmerged, reloaded)
         manifest = self.store()
         emit("run ends", finished=self.record.finished, saved_bytes=manifest["memory"]["saved_bytes"])
         return manifest
-
-    def _reloaded(self, run: dict) -> dict[str, nn.Module]:
-        reloaded = self.architectures.reload(self.results_path, lambda: self._write(run))
-        if (different := self.state.difference_to(reloaded)) is not None:
-            raise RuntimeError(f"{different}: reloaded from {self.results_path} it is not what was judged")
-        return reloaded
 
     def store(self) -> dict:
         """Writes the workload as it is now; returns the manifest."""
