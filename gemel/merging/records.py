@@ -9,6 +9,7 @@ from gemel.forward.arithmetic import arithmetic_on
 from gemel.merging.architecture import Recorded
 from gemel.merging.evaluator import Evaluator
 from gemel.merging.goal import goal_part
+from gemel.merging.memory_need import MemoryNeed
 from gemel.merging.options import LEAST_SQUARES, MergeOptions
 from gemel.merging.state import MergeState
 from gemel.merging.why_not import GOAL_REACHED, TIME_OVER, Attempts, add_attempts, not_shared
@@ -30,6 +31,8 @@ class RunRecord:
     finished: bool = False  # whether everything was tried
     attempts: Attempts = field(default_factory=dict)  # what was tied in a round and could not be kept
     would_take: dict | None = None  # what the memory goal would take (GoalReplay); {}: not found; None: not looked for
+    memory_needs: list[MemoryNeed] = field(default_factory=list)  # of this run
+    memory_of_before: list[dict] = field(default_factory=list)  # `memory_use` of the run that this one resumes
 
     @property
     def optimal_saved_bytes(self) -> int:
@@ -107,7 +110,11 @@ class RunRecord:
     def load_rounds(self, run: Mapping) -> None:
         """Continues the record of an earlier run; run: that part of its manifest."""
         self.rounds, self.history = run["rounds"], run["history"]
-        self.attempts = run.get("attempts", {})
+        self.attempts, self.memory_of_before = run.get("attempts", {}), run.get("memory_use", [])
+
+    def memory_use(self) -> list[dict]:
+        """What was predicted and used, of each memory; all ranks ask."""
+        return [need.to_plain() for need in self.memory_needs] or self.memory_of_before
 
     def not_shared(self, strategy: Strategy, fits: bool) -> list[dict]:
         """Why each group that is not wholly shared is not. fits: whether a memory goal ended the search."""
@@ -134,6 +141,7 @@ def run_part(
         "cpu_seconds": clock.cpu_seconds,
         "finished": record.finished,
         "goal": goal_part(options.memory, record.would_take, merged_bytes),
+        "memory_use": record.memory_use(),
         "groups": to_plain(record.groups),
         "strategy_state": strategy.state(),
         "accuracy": evaluator.state(),
