@@ -40,7 +40,7 @@ from gemel.merging.placement import place_tasks
 from gemel.merging.private_training import PrivateTraining
 from gemel.merging.records import RunRecord, memory_part, precision_part, run_part, task_parts
 from gemel.merging.reloaded import ReloadedModels
-from gemel.merging.resume import groups_to_tie, new_strategy
+from gemel.merging.resume import groups_to_tie, load_search, new_strategy
 from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_tied
 from gemel.merging.state import MergeState
 from gemel.merging.teachers import FrozenPrefixes, teachers_of
@@ -93,7 +93,7 @@ class Merger:
         self.images = ImageSampler(tasks, data, options.seed, device, options.fit_memory)
         self.record = RunRecord(started_with, fingerprint, matched_groups(tasks, self.state, self.images, options))
         self.strategy = self._new_strategy()
-        place_tasks(tasks, data, self.state, options.seed)
+        place_tasks(tasks, data, self.state, options.seed, self.strategy.searched_apart)
         screens = options.training.screening_images > 0
         self.evaluator = Evaluator(tasks, data, self.state.unmerged, screens, self.state.store_dtype)
         self.prefixes = FrozenPrefixes(self.state, data, self.images, options.memory_per_task(len(tasks)))
@@ -146,7 +146,8 @@ class Merger:
         self.is_new = False
         self.record.groups = from_plain(run["groups"])  # matched again, layers could pair differently by rounding
         self.strategy = self._new_strategy()
-        self.strategy.load_state(run["strategy_state"])
+        groups = self.record.groups
+        goes_on = load_search(self.strategy, run["strategy_state"], self.options, self.state.models, groups)
         self.state.set_kept(self.strategy.kept)
         goal = run.get("goal")
         self.record.would_take = goal["would_take"] if goal and goal["bytes"] == self.options.memory else None
@@ -155,7 +156,7 @@ class Merger:
             self.state.hand_back()
             return
         checkpoint = read_checkpoint(self.results_path)
-        if checkpoint is not None and checkpoint["round"] == len(self.record.rounds):
+        if goes_on and checkpoint is not None and checkpoint["round"] == len(self.record.rounds):
             if checkpoint["state"] is not None:
                 self.in_flight = checkpoint["state"]
             if checkpoint["working"] is not None:

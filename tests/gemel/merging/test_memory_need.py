@@ -1,5 +1,7 @@
 """What a merge is predicted to take in memory, and where that is more than there is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pico import same_state
@@ -54,7 +56,7 @@ def test_activations_are_those_of_a_whole_batch(tasks, data, state):
         def forward(self, images):
             return torch.tanh(self.conv(images)).mean((2, 3))[:, :3]
 
-    task.model = Small()
+    task = replace(task, model=Small())
     state.unmerged["north_pico"] = Small()
     options = MergeOptions(training=TrainingOptions())
     found = bytes_of_training({"north_pico": task}, data, state, options)["activations of a batch"]
