@@ -4,7 +4,9 @@
         [--num-models 100 1000]
 
 - Makespan: 64 classifiers and detectors of torchvision at 64 px, costs of a training step measured, placed on 1, 2, 4
-  and 8 ranks that are simulated: the most that a rank has to do, over the total divided by the number of ranks.
+  and 8 ranks that are simulated: the most that a rank has to do, over the total divided by the number of ranks. The
+  same with uneven costs: as measured, times 1 to 30; and with one task that costs a quarter of all, which is never
+  split.
 - Plan: CPU seconds and peak memory for so many models, on the meta device.
 - With a workload: the same merge by one process with as many threads as there are ranks, and by ranks of one thread
   each: wall and CPU seconds, peak memory of a process, whether the kept configuration and the weights are the same.
@@ -77,12 +79,21 @@ def step_seconds(name: str) -> float:
 def print_makespan(num_tasks: int = 64) -> None:
     costs = {name: step_seconds(name) for name in (*CLASSIFIERS, *DETECTORS)}
     names = list(costs)
-    tasks = {f"task{i}": costs[names[i % len(names)]] for i in range(num_tasks)}
-    for num_ranks in (1, 2, 4, 8):
-        owners = placed(tasks, num_ranks)
-        loads = [sum(cost for task, cost in tasks.items() if owners[task] == rank) for rank in range(num_ranks)]
-        ratio = max(loads) / (sum(loads) / num_ranks)
-        print(f"makespan of {num_tasks} tasks on {num_ranks} ranks: {ratio:.3f} x total / ranks", flush=True)
+    even = {f"task{i}": costs[names[i % len(names)]] for i in range(num_tasks)}
+    source = random.Random(0)
+    uneven = {task: cost * 30 ** source.random() for task, cost in even.items()}
+    heavy = {**even, "task0": sum(list(even.values())[1:]) / 3}
+    for what, tasks in (("", even), ("of uneven cost ", uneven), ("of which one costs a quarter of all ", heavy)):
+        for num_ranks in (1, 2, 4, 8):
+            ratio = makespan(tasks, num_ranks)
+            print(f"makespan of {num_tasks} tasks {what}on {num_ranks} ranks: {ratio:.3f} x total / ranks", flush=True)
+
+
+def makespan(costs: dict[str, float], num_ranks: int) -> float:
+    """The most that a rank has to do, over the total divided by the number of ranks."""
+    owners = placed(costs, num_ranks)
+    loads = [sum(cost for task, cost in costs.items() if owners[task] == rank) for rank in range(num_ranks)]
+    return max(loads) / (sum(loads) / num_ranks)
 
 
 def print_plan(num_models: int) -> None:
