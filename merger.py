@@ -398,8 +398,7 @@ class Merger:
         with self.clock.interrupts.immediate():
             merged = reloaded if ranks.is_first() else self.state.models
             self.evaluator.measure_reloaded(merged, self.options.per_class)
-            if ranks.is_first():
-                write_examples(self.results_path, self.tasks, self.data, self.state.unmerged, reloaded)
+            write_examples(self.results_path, self.tasks, self.data, self.state.unmerged, merged)
         manifest = self.store()
         emit("run ends", finished=self.record.finished, saved_bytes=manifest["memory"]["saved_bytes"])
         return manifest

@@ -25,7 +25,7 @@ def place_tasks(
     seed: int,
     apart: Sequence[Collection[str]] = (),
 ) -> None:
-    """Gives every task a rank, by costs that the first rank measures; all ranks call it.
+    """Gives every task a rank, by costs of which each rank measures its part; all ranks call it.
 
     apart: sets of tasks that are worked on one after the other, each of which is spread over the ranks.
 
@@ -36,7 +36,9 @@ def place_tasks(
         return
     synchronise(state.models)
     synchronise(state.unmerged)
-    costs = ranks.of_first(lambda: {name: step_seconds(task, data[name], state, seed) for name, task in tasks.items()})
+    own = list(tasks)[ranks.rank() :: ranks.size()]
+    costs = ranks.united({name: step_seconds(tasks[name], data[name], state, seed) for name in own})
+    costs = {name: costs[name] for name in tasks}
     ranks.assign(ranks.placed(costs, ranks.size(), apart))
     park(state.models)
     park(state.unmerged)
