@@ -164,7 +164,8 @@ def merge_workload(
     if chosen.pareto is not None:
         files.write(Path(chosen.pareto), [json_bytes({"points": points_of(manifest)})])
     _write_report(results_path)
-    print("\n" + console.closing_report(manifest, chosen.per_class, chosen.memory), flush=True)
+    print("\n" + console.closing_report(manifest, chosen.per_class, chosen.memory))
+    print(console.memory_use(manifest["run"].get("memory_use", [])), flush=True)
     return manifest
 
 

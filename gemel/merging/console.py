@@ -165,17 +165,17 @@ def closing_report(manifest: Mapping, per_class: bool, goal: int | None = None) 
     lines = [] if goal is None else [goal_report(manifest, goal)]
     if not manifest["run"]["finished"]:
         lines.append("without --memory the same command saves more" if lines and fits(manifest, goal) else over)
-    return "\n".join(["\n\n".join(parts), *lines, *memory_use(manifest["run"].get("memory_use", []))])
+    return "\n".join(["\n\n".join(parts), *lines])
 
 
-def memory_use(measured: Sequence[Mapping]) -> list[str]:
-    """A line per memory, of the machine or of a device: the most that a merge used, beside what was predicted."""
+def memory_use(measured: Sequence[Mapping]) -> str:
+    """`memory_use` of a run, a line per memory, of the machine or of a device: the most that a merge used, beside what was predicted."""
     lines = []
     for one in measured:
         name = "machine" if one["memory_of"] == "cpu" else one["memory_of"]
         used, predicted = mib(one["used_bytes"]), mib(one["predicted_bytes"])
-        lines.append(f"memory of the {name} in this run: {used} used, at most {predicted} predicted")
-    return lines
+        lines.append(f"memory of the {name} in this run: {used} used, {predicted} predicted")
+    return "\n".join(lines)
 
 
 def fits(manifest: Mapping, goal: int | None) -> bool:

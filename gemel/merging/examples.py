@@ -65,6 +65,7 @@ def write_examples(
     found, failed = {}, None
     try:
         found = examples_of(tasks, data, unmerged, merged)
+        json_bytes(found)  # what cannot be written fails here, before the others are told
     except Exception as error:  # a user's model may put out anything
         failed = f"{type(error).__name__}: {error}"
     parts = ranks.gathered([found, failed])
@@ -78,7 +79,7 @@ def write_examples(
 def _write(results_path: Path, found: Mapping[str, Any], order: Sequence[str]) -> None:
     try:
         files.write(results_path / files.EXAMPLES, [json_bytes({name: found[name] for name in order})])
-    except Exception as error:  # of the disk, or of what cannot be written as JSON
+    except Exception as error:  # of the disk
         log.warning("no examples for the report: %s: %s", type(error).__name__, error)
 
 

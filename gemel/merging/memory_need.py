@@ -122,7 +122,7 @@ def memory_text(needs: Sequence[MemoryNeed]) -> str:
     for need in needs:
         parts = ", ".join(f"{what} {mib(size)}" for what, size in need.at_worst.items())
         there = "" if need.there is None else f" of {mib(need.there)}"
-        lines.append(wrap(f"memory of the {_name_of(need)}: at most {mib(need.predicted)}{there}: {parts}"))
+        lines.append(wrap(f"memory of the {_name_of(need)}: up to about {mib(need.predicted)}{there}: {parts}"))
     return "\n".join(lines)
 
 

@@ -73,7 +73,7 @@ def test_what_is_predicted_is_the_sum_of_the_worst_moment(tasks, data, state):
     phases = [sum(parts.values()) for parts in need.phases.values()]
     assert need.predicted == sum(need.always.values()) + max(phases)
     assert need.always["samples in memory"] <= 1000
-    assert "memory of the machine: at most" in memory_text([need])
+    assert "memory of the machine: up to about" in memory_text([need])
 
 
 def test_the_manifest_has_what_was_predicted_and_used(entries, datasets, tmp_path, capsys):
@@ -83,7 +83,7 @@ def test_the_manifest_has_what_was_predicted_and_used(entries, datasets, tmp_pat
     assert 0 < found["used_bytes"] < found["available_bytes"]
     assert "models as they came" in found["parts"]
     said = capsys.readouterr().out
-    assert "memory of the machine: at most" in said and "memory of the machine in this run: " in said
+    assert "memory of the machine: up to about" in said and "memory of the machine in this run: " in said
     again = merge_workload(entries, tmp_path / "r", per_class=True, **options)
     assert again["run"]["memory_use"] == [found], "a finished run is not predicted again"
 
