@@ -169,7 +169,7 @@ def closing_report(manifest: Mapping, per_class: bool, goal: int | None = None) 
 
 
 def memory_use(measured: Sequence[Mapping]) -> str:
-    """`memory_use` of a run, a line per memory, of the machine or of a device: the most that a merge used, beside what was predicted."""
+    """`memory_use` of a run, a line per memory, of the machine or of a device: what was used and predicted, at most."""
     lines = []
     for one in measured:
         name = "machine" if one["memory_of"] == "cpu" else one["memory_of"]
