@@ -80,14 +80,14 @@ def memory_needs(
     came = {"models as they came": earlier_merges.bytes_kept(task.model for task in tasks.values())}
     loaded = {"samples in memory": sum(bytes_of_samples(data[name], _cache(options, tasks)) for name in own)}
     kept = {**came, **loaded, "copies to undo a round": models}
-    fits = {"copies of weights in a fit": 2 * models}
-    fit_work = {"images, activations and rows of a fit": bytes_of_fits(own, data, state, images)}
+    fits, fit_work = {}, {}
+    if options.initial_weights == LEAST_SQUARES:
+        fits = {"copies of weights in a fit": 2 * models}
+        fit_work = {"images, activations and rows of a fit": bytes_of_fits(own, data, state, images)}
     training = bytes_of_training(own, data, state, options)
     written = {
         "state of a round that is written": training["average of weights"] + training["optimizer state"] + models
     }
-    if options.initial_weights != LEAST_SQUARES:
-        fits = fit_work = {}
     machine = pick_device("cpu")
     if state.device == machine:
         other = {"the rest of the process": max(0, memory_used(machine) - sum({**live, **came}.values()))}
