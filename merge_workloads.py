@@ -45,6 +45,7 @@ from gemel.environment.threads import choose_num_threads, num_threads_set
 from gemel.merging import console, earlier_merges
 from gemel.merging.fingerprint import fingerprint
 from gemel.merging.judged_as_stored import type_problems
+from gemel.merging.memory_need import memory_text
 from gemel.merging.options import MergeOptions, read_options
 from gemel.merging.plan import tables_and_plan
 from gemel.merging.progress import Progress
@@ -164,7 +165,8 @@ def merge_workload(
     if chosen.pareto is not None:
         files.write(Path(chosen.pareto), [json_bytes({"points": points_of(manifest)})])
     _write_report(results_path)
-    print("\n" + console.closing_report(manifest, chosen.per_class, chosen.memory), flush=True)
+    print("\n" + console.closing_report(manifest, chosen.per_class, chosen.memory))
+    print(console.memory_use(manifest["run"].get("memory_use", [])), flush=True)
     return manifest
 
 
@@ -203,6 +205,7 @@ def _merge(
             manifest = merger.confirm() if chosen.per_class else previous
         else:
             merger.preflight()
+            say(memory_text(merger.record.memory_needs) + "\n")
             if chosen.fresh:
                 ranks.of_first(lambda: _set_aside(stack, results_path, say))
             if not merger.record.groups:
@@ -400,7 +403,8 @@ def _run(flags: argparse.Namespace) -> int:
     if flags.plan or flags.check:
         return _look(flags, model_dict) if ranks.is_first() else EXIT_DONE
     chosen = {key: value for key, value in vars(flags).items() if key not in NOT_OPTIONS}
-    manifest = merge_workload(model_dict, flags.results, **chosen)
+    with earlier_merges.not_remembered():
+        manifest = merge_workload(model_dict, flags.results, **chosen)
     return EXIT_DONE if console.fits(manifest, flags.memory) else EXIT_FAILED
 
 

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from gemel.alignment.matching import BY_ORDER
 from gemel.datasets.loaders import TaskData
@@ -34,12 +33,14 @@ from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisatio
 from gemel.merging.judged_as_stored import judge_folded, judged_as_stored
 from gemel.merging.layout import choose_layout
 from gemel.merging.matched_groups import matched_groups
+from gemel.merging.memory_need import memory_needs, warn_if_short
 from gemel.merging.options import LEAST_SQUARES, NO_ALIGNMENT, MergeOptions
 from gemel.merging.out_of_memory import on_fewer_images
 from gemel.merging.placement import place_tasks
 from gemel.merging.private_training import PrivateTraining
 from gemel.merging.records import RunRecord, memory_part, precision_part, run_part, task_parts
-from gemel.merging.resume import groups_to_tie, new_strategy
+from gemel.merging.reloaded import ReloadedModels
+from gemel.merging.resume import groups_to_tie, load_search, new_strategy
 from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_tied
 from gemel.merging.state import MergeState
 from gemel.merging.teachers import FrozenPrefixes, teachers_of
@@ -92,7 +93,7 @@ class Merger:
         self.images = ImageSampler(tasks, data, options.seed, device, options.fit_memory)
         self.record = RunRecord(started_with, fingerprint, matched_groups(tasks, self.state, self.images, options))
         self.strategy = self._new_strategy()
-        place_tasks(tasks, data, self.state, options.seed)
+        place_tasks(tasks, data, self.state, options.seed, self.strategy.searched_apart)
         screens = options.training.screening_images > 0
         self.evaluator = Evaluator(tasks, data, self.state.unmerged, screens, self.state.store_dtype)
         self.prefixes = FrozenPrefixes(self.state, data, self.images, options.memory_per_task(len(tasks)))
@@ -121,6 +122,8 @@ class Merger:
         if problems:
             self.state.hand_back()
             raise WorkloadError(problems)
+        self.record.memory_needs = memory_needs(self.tasks, self.data, self.state, self.images, self.options)
+        warn_if_short(self.record.memory_needs)
 
     def resume(self, manifest: Mapping) -> list[str]:
         """Puts the search where the run that wrote the manifest was, or on top of it where tasks came or went.
@@ -143,7 +146,8 @@ class Merger:
         self.is_new = False
         self.record.groups = from_plain(run["groups"])  # matched again, layers could pair differently by rounding
         self.strategy = self._new_strategy()
-        self.strategy.load_state(run["strategy_state"])
+        groups = self.record.groups
+        goes_on = load_search(self.strategy, run["strategy_state"], self.options, self.state.models, groups)
         self.state.set_kept(self.strategy.kept)
         goal = run.get("goal")
         self.record.would_take = goal["would_take"] if goal and goal["bytes"] == self.options.memory else None
@@ -152,7 +156,7 @@ class Merger:
             self.state.hand_back()
             return
         checkpoint = read_checkpoint(self.results_path)
-        if checkpoint is not None and checkpoint["round"] == len(self.record.rounds):
+        if goes_on and checkpoint is not None and checkpoint["round"] == len(self.record.rounds):
             if checkpoint["state"] is not None:
                 self.in_flight = checkpoint["state"]
             if checkpoint["working"] is not None:
@@ -390,21 +394,15 @@ class Merger:
         RuntimeError if it is not.
         """
         emit("doing", what="loading what was written, and comparing it with what was judged")
-        run, reloaded = self._run_part(), dict(self.state.models.items())
-        ranks.of_first(lambda: reloaded.update(self._reloaded(run)))
+        reloaded = ReloadedModels(self.results_path, self.state, self.architectures)
+        ranks.of_first(reloaded.check)
         with self.clock.interrupts.immediate():
-            self.evaluator.measure_reloaded(reloaded, self.options.per_class)
-            if ranks.is_first():
-                write_examples(self.results_path, self.tasks, self.data, self.state.unmerged, reloaded)
+            merged = reloaded if ranks.is_first() else self.state.models
+            self.evaluator.measure_reloaded(merged, self.options.per_class)
+            write_examples(self.results_path, self.tasks, self.data, self.state.unmerged, merged)
         manifest = self.store()
         emit("run ends", finished=self.record.finished, saved_bytes=manifest["memory"]["saved_bytes"])
         return manifest
-
-    def _reloaded(self, run: dict) -> dict[str, nn.Module]:
-        reloaded = self.architectures.reload(self.results_path, lambda: self._write(run))
-        if (different := self.state.difference_to(reloaded)) is not None:
-            raise RuntimeError(f"{different}: reloaded from {self.results_path} it is not what was judged")
-        return reloaded
 
     def store(self) -> dict:
         """Writes the workload as it is now; returns the manifest."""

@@ -4,7 +4,9 @@
         [--num-models 100 1000]
 
 - Makespan: 64 classifiers and detectors of torchvision at 64 px, costs of a training step measured, placed on 1, 2, 4
-  and 8 ranks that are simulated: the most that a rank has to do, over the total divided by the number of ranks.
+  and 8 ranks that are simulated: the most that a rank has to do, over the total divided by the number of ranks. The
+  same with uneven costs: as measured, times 1 to 30; and with one task that costs a quarter of all, which is never
+  split.
 - Plan: CPU seconds and peak memory for so many models, on the meta device.
 - With a workload: the same merge by one process with as many threads as there are ranks, and by ranks of one thread
   each: wall and CPU seconds, peak memory of a process, whether the kept configuration and the weights are the same.
@@ -77,12 +79,21 @@ def step_seconds(name: str) -> float:
 def print_makespan(num_tasks: int = 64) -> None:
     costs = {name: step_seconds(name) for name in (*CLASSIFIERS, *DETECTORS)}
     names = list(costs)
-    tasks = {f"task{i}": costs[names[i % len(names)]] for i in range(num_tasks)}
-    for num_ranks in (1, 2, 4, 8):
-        owners = placed(tasks, num_ranks)
-        loads = [sum(cost for task, cost in tasks.items() if owners[task] == rank) for rank in range(num_ranks)]
-        ratio = max(loads) / (sum(loads) / num_ranks)
-        print(f"makespan of {num_tasks} tasks on {num_ranks} ranks: {ratio:.3f} x total / ranks", flush=True)
+    even = {f"task{i}": costs[names[i % len(names)]] for i in range(num_tasks)}
+    source = random.Random(0)
+    uneven = {task: cost * 30 ** source.random() for task, cost in even.items()}
+    heavy = {**even, "task0": sum(list(even.values())[1:]) / 3}
+    for what, tasks in (("", even), ("of uneven cost ", uneven), ("of which one costs a quarter of all ", heavy)):
+        for num_ranks in (1, 2, 4, 8):
+            ratio = makespan(tasks, num_ranks)
+            print(f"makespan of {num_tasks} tasks {what}on {num_ranks} ranks: {ratio:.3f} x total / ranks", flush=True)
+
+
+def makespan(costs: dict[str, float], num_ranks: int) -> float:
+    """The most that a rank has to do, over the total divided by the number of ranks."""
+    owners = placed(costs, num_ranks)
+    loads = [sum(cost for task, cost in costs.items() if owners[task] == rank) for rank in range(num_ranks)]
+    return max(loads) / (sum(loads) / num_ranks)
 
 
 def print_plan(num_models: int) -> None:
@@ -155,10 +166,30 @@ def ranks_of(launcher: int) -> list[int]:
     return [int(word) for word in children.read_text().split()] if children.exists() else []
 
 
-def killed(settings: argparse.Namespace, results: Path, delay: float) -> tuple[float, bool]:
-    """Seconds from the kill of one rank until all have ended, and whether the merge was still running then."""
+def seconds_at_work(settings: argparse.Namespace, results: Path) -> float:
+    """Of a whole merge, from when it makes the results folder."""
     words, environment = command(settings, results, settings.ranks)
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
+    _wait_for(results, process)
+    began = time.monotonic()
+    process.wait()
+    return time.monotonic() - began
+
+
+def _wait_for(results: Path, process: subprocess.Popen) -> None:
+    """Until the merge makes its folder, or ends: on a busy machine its processes take long to start."""
+    while not results.exists() and process.poll() is None:
+        time.sleep(0.05)
+
+
+def killed(settings: argparse.Namespace, results: Path, delay: float) -> tuple[float, bool]:
+    """Seconds from the kill of one rank until all have ended, and whether the merge was still running then.
+
+    delay: seconds from when the merge makes the results folder.
+    """
+    words, environment = command(settings, results, settings.ranks)
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
+    _wait_for(results, process)
     with_end = time.monotonic() + delay
     while time.monotonic() < with_end and process.poll() is None:
         time.sleep(0.05)
@@ -175,11 +206,11 @@ def killed(settings: argparse.Namespace, results: Path, delay: float) -> tuple[f
 
 
 def print_kills(settings: argparse.Namespace, folder: Path) -> None:
-    whole = run(settings, folder / "whole", settings.ranks).seconds
+    whole = seconds_at_work(settings, folder / "whole")
     counts = dict.fromkeys(("killed", "ended in time", "valid", "went on"), 0)
     for number in range(settings.kills):
         results = folder / f"killed-{number}"
-        seconds, was_running = killed(settings, results, random.uniform(0.3, 0.9) * whole)
+        seconds, was_running = killed(settings, results, random.uniform(0.0, 0.9) * whole)
         counts["killed"] += was_running
         counts["ended in time"] += was_running and seconds <= TIME_TO_END
         verify = [sys.executable, "-m", "gemel", "verify", str(results)]

@@ -11,7 +11,7 @@ only for lack of memory, within `together`; any other error ends the process, an
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -103,17 +103,21 @@ def mine(tasks: Iterable[str]) -> list[str]:
     return [task for task in tasks if is_mine(task)]
 
 
-def placed(costs: Mapping[str, float], num_ranks: int) -> dict[str, int]:
+def placed(costs: Mapping[str, float], num_ranks: int, apart: Sequence[Collection[str]] = ()) -> dict[str, int]:
     """Task -> rank: the most expensive tasks first, each to the rank that has least to do so far.
 
-    At most 4/3 of the shortest possible time. Source: Graham, "Bounds on multiprocessing timing anomalies", SIAM
-    Journal on Applied Mathematics 17, 1969.
+    apart: sets of tasks that are worked on one after the other: of each in turn, the rank that has least of it to do,
+    and among these the one that has least in all. At most 4/3 of the shortest possible time. Source: Graham, "Bounds on
+    multiprocessing timing anomalies", SIAM Journal on Applied Mathematics 17, 1969.
     """
-    loads = [0.0] * num_ranks
-    found = {}
-    for task in sorted(costs, key=lambda task: (-costs[task], task)):
-        found[task] = loads.index(min(loads))
-        loads[found[task]] += costs[task]
+    totals, found = [0.0] * num_ranks, {}
+    alone = set(costs) - {task for part in apart for task in part}
+    for part in [*apart, alone]:
+        loads = [0.0] * num_ranks
+        for task in sorted(part, key=lambda task: (-costs[task], task)):
+            chosen = min(range(num_ranks), key=lambda rank: (loads[rank], totals[rank], rank))
+            loads[chosen], totals[chosen] = loads[chosen] + costs[task], totals[chosen] + costs[task]
+            found[task] = chosen
     return {task: found[task] for task in costs}
 
 

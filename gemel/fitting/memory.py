@@ -55,7 +55,7 @@ def footprint_of(model: nn.Module, names: Iterable[str], images: Batch) -> Footp
         layers[name] = layers[name]._replace(positions=layers[name].positions + positions)
 
     names = list(names)
-    alive = _LiveBytes([*model.parameters(), *model.buffers()])
+    alive = LiveBytes([*model.parameters(), *model.buffers()])
     with evaluating(model), hooked(model, names, arrive, before=True), hooked(model, names, leave), alive:
         model(_copied(to_device(images, device)))
     return Footprint(layers, alive.peak / num_images)
@@ -65,7 +65,7 @@ def _copied(images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
     return images.clone() if torch.is_tensor(images) else [image.clone() for image in images]
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors that operations return, from then until their memory is free again."""
 
     def __init__(self, known: Iterable[Tensor]):

@@ -78,5 +78,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def state_on_cpu(model: nn.Module) -> dict:
-    """A copy of the model's state dict in CPU memory."""
-    return {key: value.to("cpu", copy=True) for key, value in model.state_dict().items()}
+    """A copy of the model's state dict in CPU memory; what it holds under several names is copied once."""
+    own = model.state_dict(keep_vars=True)
+    copies = {id(value): value.detach().to("cpu", copy=True) for value in {id(v): v for v in own.values()}.values()}
+    return {key: copies[id(value)] for key, value in own.items()}

@@ -5,7 +5,6 @@ changing. So the rebuilt model is compared in everything it is made of, and in w
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,34 +54,29 @@ class Architectures:
                 self._recorded[name] = recorded_architecture(model, self.images.few_of(name, PURPOSE))
         return self._recorded
 
-    def reload(self, results_path: Path, store: Callable[[], object]) -> dict[str, nn.Module]:
-        """The models as they load without code of the user where an architecture is recorded, else into copies.
+    def reload(self, results_path: Path, name: str, verify: bool = False) -> nn.Module:
+        """A task's model as it loads without code of the user where an architecture is recorded, else into a copy.
 
-        Where one that was built from its architecture puts out something else, it is no longer recorded, and `store`
-        writes the result once more. Raises ResultsError.
+        Where one that was built from its architecture puts out something else, that is no longer recorded: the result
+        is to be written once more. verify: also the sha256 of the whole store. Raises ResultsError.
         """
-        copies, stored = dict(deep_copy(self.state.models).items()), read_manifest(results_path)["tasks"]
-        recorded = self.recorded()
-        own = {n: copies[n] for n in copies if None in (recorded[n].architecture, stored[n]["architecture"])}
-        reloaded = load_merged(results_path, own, self.state.device, verify=True)
-        self.state.lay_out(nn.ModuleDict(reloaded))
-        found = {
-            name: output_difference(
-                as_stored(model, self.state.store_dtype), reloaded[name], self.images.few_of(name, PURPOSE)
-            )
-            for name, model in self.state.models.items()
-            if name not in own
-        }
-        if not any(found.values()):
-            return reloaded
-        for name in (name for name, why in found.items() if why):
-            note = f"built from its architecture and loaded, {found[name]}"
+        is_built = self.recorded()[name].architecture is not None
+        if is_built and read_manifest(results_path)["tasks"][name]["architecture"] is not None:
+            model = self._loaded(results_path, name, {}, verify)
+            live = as_stored(self.state.models[name], self.state.store_dtype)
+            why = output_difference(live, model, self.images.few_of(name, PURPOSE))
+            if why is None:
+                return model
+            note = f"built from its architecture and loaded, {why}"
             log.warning("%s: %s", name, note)
             self._recorded[name] = Recorded(None, note)
-        store()
-        reloaded = load_merged(results_path, copies, self.state.device, verify=True)
-        self.state.lay_out(nn.ModuleDict(reloaded))
-        return reloaded
+        return self._loaded(results_path, name, {name: deep_copy(self.state.models[name])}, verify)
+
+    def _loaded(self, results_path: Path, name: str, into: dict[str, nn.Module], verify: bool) -> nn.Module:
+        """The task alone, so that no more than one model is in memory twice."""
+        reloaded = nn.ModuleDict(load_merged(results_path, into, self.state.device, tasks=[name], verify=verify))
+        self.state.lay_out(reloaded)
+        return reloaded[name]
 
 
 def recorded_architecture(model: nn.Module, images: Batch) -> Recorded:

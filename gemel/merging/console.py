@@ -168,6 +168,16 @@ def closing_report(manifest: Mapping, per_class: bool, goal: int | None = None) 
     return "\n".join(["\n\n".join(parts), *lines])
 
 
+def memory_use(measured: Sequence[Mapping]) -> str:
+    """`memory_use` of a run, a line per memory, of the machine or of a device: what was used and predicted, at most."""
+    lines = []
+    for one in measured:
+        name = "machine" if one["memory_of"] == "cpu" else one["memory_of"]
+        used, predicted = mib(one["used_bytes"]), mib(one["predicted_bytes"])
+        lines.append(f"memory of the {name} in this run: {used} used, {predicted} predicted")
+    return "\n".join(lines)
+
+
 def fits(manifest: Mapping, goal: int | None) -> bool:
     """Whether the merged workload takes no more than so many bytes; without a goal it always fits."""
     return goal is None or manifest["memory"]["merged_bytes"] <= goal

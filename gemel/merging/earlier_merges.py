@@ -4,8 +4,9 @@ A merge ties the models of the dictionary in place. Without this, the second cal
 parameters with each other, and other weights than those that the results folder was made from.
 """
 
+import contextlib
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,11 +29,28 @@ class Original:
 
 
 _ORIGINALS: weakref.WeakKeyDictionary[nn.Module, Original] = weakref.WeakKeyDictionary()
+_forgetful: list[bool] = []  # not empty within `not_remembered`
+
+
+@contextlib.contextmanager
+def not_remembered() -> Iterator[None]:
+    """Within, no copies are kept: for a program that merges once and ends."""
+    _forgetful.append(True)
+    try:
+        yield
+    finally:
+        _forgetful.pop()
+
+
+def bytes_kept(models: Iterable[nn.Module]) -> int:
+    """Bytes of the copies of these models."""
+    originals = (_ORIGINALS[model] for model in models if model in _ORIGINALS)
+    return sum(tensor.nbytes for original in originals for tensor in original.tensors.values())
 
 
 def remember(models: Mapping[str, nn.Module]) -> None:
     """Keeps copies of the models on the CPU, for as long as the models live."""
-    for model in models.values():
+    for model in () if _forgetful else models.values():
         own = named_tensors(model)
         _ORIGINALS[model] = Original(
             tensors={key: tensor.detach().cpu().clone() for key, tensor in own.items()},

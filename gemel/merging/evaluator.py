@@ -14,6 +14,7 @@ from gemel.environment.clock import Clock
 from gemel.environment.events import emit
 from gemel.evaluation.eval_method import EvalMethodError, evaluate
 from gemel.forward import WEIGHT_TYPES
+from gemel.forward.modes import Models
 from gemel.merging.diagnosis import explanations
 from gemel.sharing.precision import as_stored, overflows
 from gemel.thresholds import THRESHOLDS
@@ -150,18 +151,18 @@ class Evaluator:
             return 0.0
         return evaluate(self.tasks[name], self.data[name].val, as_stored(model, self.store_dtype))
 
-    def measure_reloaded(self, reloaded: Mapping[str, nn.Module], per_class: bool) -> None:
+    def measure_reloaded(self, reloaded: Models, per_class: bool) -> None:
         """Measures what decides nothing, of models as they were loaded from disk: the test split, and every class.
 
         The test split only of tasks whose weights were changed by a kept round since it was measured.
         """
 
         def measure(name: str) -> dict:
-            task, test, model = self.tasks[name], self.data[name].test, reloaded[name]
+            task, test = self.tasks[name], self.data[name].test  # a model is loaded only where something is measured
             found: dict[str, Any] = {"merged_test": self.accuracy[name].merged_test}
             if test is not None and found["merged_test"] is None:
-                found["merged_test"] = evaluate(task, test, model)
-            return found | ({"per_class": self._per_class(task, model)} if per_class else {})
+                found["merged_test"] = evaluate(task, test, reloaded[name])
+            return found | ({"per_class": self._per_class(task, reloaded[name])} if per_class else {})
 
         title = "evaluating what was written"
         found = ranks.together(lambda: self._each(title, self.tasks, measure))

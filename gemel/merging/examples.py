@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from gemel.datasets.loaders import TaskData
+from gemel.environment import ranks
 from gemel.environment.events import emit
 from gemel.forward.batches import run
 from gemel.forward.modes import Models, logits_of
@@ -34,7 +35,7 @@ MIN_SCORE, MAX_BOXES, SAME_BOX = 0.5, 20, 0.5  # detections that are shown, and 
 
 
 def examples_of(tasks: Mapping[str, Task], data: Mapping[str, TaskData], unmerged: Models, merged: Models) -> dict:
-    """Per task, {"looked_at": number of images, "shown": [{"image": JPEG in base64, "width", "height",
+    """Per task of this rank, {"looked_at": number of images, "shown": [{"image": JPEG in base64, "width", "height",
     "disagreement": 0 to 1, ...}]}.
 
     Of a classifier each also has `label`, and `unmerged` and `merged` as {"class", "probability"}; of a detector these
@@ -44,7 +45,8 @@ def examples_of(tasks: Mapping[str, Task], data: Mapping[str, TaskData], unmerge
     count = max(1, min(SHOWN, SHOWN_IN_ALL // len(tasks)))
     side = LONGEST_SIDE if len(tasks) <= MANY_TASKS else SMALL_SIDE
     found = {}
-    for name, task in tasks.items():
+    for name in ranks.mine(tasks):
+        task = tasks[name]
         emit("doing", what=f"comparing what the models say about images of val: {name}")
         looked_at = _compare(task, data[name], unmerged[name], merged[name], MAX_SECONDS / len(tasks))
         looked_at.sort(key=lambda example: -example["disagreement"])
@@ -56,11 +58,28 @@ def examples_of(tasks: Mapping[str, Task], data: Mapping[str, TaskData], unmerge
 def write_examples(
     results_path: Path, tasks: Mapping[str, Task], data: Mapping[str, TaskData], unmerged: Models, merged: Models
 ) -> None:
-    """Writes the file. Where the models give what cannot be shown, a warning: the result is complete without it."""
+    """Writes the file. Where the models give what cannot be shown, a warning: the result is complete without it.
+
+    Every rank compares its own tasks' models; all ranks call it, and the first one writes.
+    """
+    found, failed = {}, None
     try:
         found = examples_of(tasks, data, unmerged, merged)
-        files.write(results_path / files.EXAMPLES, [json_bytes(found)])
+        json_bytes(found)  # what cannot be written fails here, before the others are told
     except Exception as error:  # a user's model may put out anything
+        failed = f"{type(error).__name__}: {error}"
+    parts = ranks.gathered([found, failed])
+    failures = [why for _, why in parts if why is not None]
+    if failures and ranks.is_first():
+        log.warning("no examples for the report: %s", failures[0])
+    elif ranks.is_first():
+        _write(results_path, {name: example for part, _ in parts for name, example in part.items()}, list(tasks))
+
+
+def _write(results_path: Path, found: Mapping[str, Any], order: Sequence[str]) -> None:
+    try:
+        files.write(results_path / files.EXAMPLES, [json_bytes({name: found[name] for name in order})])
+    except Exception as error:  # of the disk
         log.warning("no examples for the report: %s: %s", type(error).__name__, error)
 
 

@@ -87,8 +87,9 @@ class WeightFitter:
         """The best of several fits of the container's models, each from the state `before`."""
         images, teacher_samples = samples
         models, unmerged = self.state.models, self.state.unmerged
-        best: dict = {}
-        reached = dict.fromkeys(container, Standing(0.0))
+        best: dict = {}  # the state of the best fit, where the models hold another one
+        reached: dict[str, Standing] = {}
+        is_best = False  # whether the models hold the best fit
         balance = TaskWeights(dict.fromkeys(task for group in groups for task in group.tasks))
         for attempt in range(max_fits):
             container.load_state_dict(before)
@@ -103,11 +104,14 @@ class WeightFitter:
             log.debug("round %d, fit %d with weights %s: %s of the targets", number, attempt, balance.weights, ratios)
             if self.improve is not None and worst(found) < 1:
                 found = self.improve(found, teacher_samples.num_images)
-            if not best or worst(found) > worst(reached):
-                best, reached = state_on_cpu(container), found
+            is_best = not reached or worst(found) > worst(reached)
+            reached = found if is_best else reached
             if worst(reached) >= 1 or balance.update(ratios) < THRESHOLDS.fit.refit_from:
                 break
-        container.load_state_dict(best)
+            if is_best and attempt + 1 < max_fits:
+                best = state_on_cpu(container)
+        if not is_best:
+            container.load_state_dict(best)
         return reached
 
 

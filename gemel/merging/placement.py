@@ -1,7 +1,7 @@
 """Which rank works for which task: by the time that a training step of each takes."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -18,8 +18,16 @@ from gemel.workload import Task
 REPEATS = 2  # of a step, after one that warms up
 
 
-def place_tasks(tasks: Mapping[str, Task], data: Mapping[str, TaskData], state: MergeState, seed: int) -> None:
-    """Gives every task a rank, by costs that the first rank measures; all ranks call it.
+def place_tasks(
+    tasks: Mapping[str, Task],
+    data: Mapping[str, TaskData],
+    state: MergeState,
+    seed: int,
+    apart: Sequence[Collection[str]] = (),
+) -> None:
+    """Gives every task a rank, by costs of which each rank measures its part; all ranks call it.
+
+    apart: sets of tasks that are worked on one after the other, each of which is spread over the ranks.
 
     The models of all ranks are those of the first one from then on, should a workload file draw random weights.
     """
@@ -28,8 +36,10 @@ def place_tasks(tasks: Mapping[str, Task], data: Mapping[str, TaskData], state: 
         return
     synchronise(state.models)
     synchronise(state.unmerged)
-    costs = ranks.of_first(lambda: {name: step_seconds(task, data[name], state, seed) for name, task in tasks.items()})
-    ranks.assign(ranks.placed(costs, ranks.size()))
+    own = list(tasks)[ranks.rank() :: ranks.size()]
+    costs = ranks.united({name: step_seconds(tasks[name], data[name], state, seed) for name in own})
+    costs = {name: costs[name] for name in tasks}
+    ranks.assign(ranks.placed(costs, ranks.size(), apart))
     park(state.models)
     park(state.unmerged)
 

@@ -9,6 +9,7 @@ from gemel.forward.arithmetic import arithmetic_on
 from gemel.merging.architecture import Recorded
 from gemel.merging.evaluator import Evaluator
 from gemel.merging.goal import goal_part
+from gemel.merging.memory_need import MemoryNeed
 from gemel.merging.options import LEAST_SQUARES, MergeOptions
 from gemel.merging.state import MergeState
 from gemel.merging.why_not import GOAL_REACHED, TIME_OVER, Attempts, add_attempts, not_shared
@@ -31,6 +32,8 @@ class RunRecord:
     precision: dict[str, dict] = field(default_factory=dict)  # of training steps, by task (training/precision.py)
     attempts: Attempts = field(default_factory=dict)  # what was tied in a round and could not be kept
     would_take: dict | None = None  # what the memory goal would take (GoalReplay); {}: not found; None: not looked for
+    memory_needs: list[MemoryNeed] = field(default_factory=list)  # of this run
+    memory_of_before: list[dict] = field(default_factory=list)  # `memory_use` of the run that this one resumes
 
     @property
     def optimal_saved_bytes(self) -> int:
@@ -110,10 +113,14 @@ class RunRecord:
     def load_rounds(self, run: Mapping) -> None:
         """Continues the record of an earlier run; run: that part of its manifest."""
         self.rounds, self.history = run["rounds"], run["history"]
-        self.attempts = run.get("attempts", {})
+        self.attempts, self.memory_of_before = run.get("attempts", {}), run.get("memory_use", [])
         devices = [part.get("flags", {}).get("device") for part in (run, self.started_with)]
         if devices[0] == devices[1]:  # what is quick on one may be slow on another
             self.precision.update(run.get("training_precision", {}))
+
+    def memory_use(self) -> list[dict]:
+        """What was predicted and used, of each memory; all ranks ask."""
+        return [need.to_plain() for need in self.memory_needs] or self.memory_of_before
 
     def not_shared(self, strategy: Strategy, fits: bool) -> list[dict]:
         """Why each group that is not wholly shared is not. fits: whether a memory goal ended the search."""
@@ -140,6 +147,7 @@ def run_part(
         "cpu_seconds": clock.cpu_seconds,
         "finished": record.finished,
         "goal": goal_part(options.memory, record.would_take, merged_bytes),
+        "memory_use": record.memory_use(),
         "groups": to_plain(record.groups),
         "strategy_state": strategy.state(),
         "accuracy": evaluator.state(),

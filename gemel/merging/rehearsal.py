@@ -5,7 +5,6 @@ modes.
 """
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 
 from gemel.datasets.loaders import TaskData, num_samples
-from gemel.environment.device import total_memory
 from gemel.environment.events import emit
+from gemel.environment.memory import memory_there
 from gemel.environment.seeds import seeded
 from gemel.environment.units import duration, mib
 from gemel.evaluation.eval_method import evaluate
@@ -185,7 +184,7 @@ def _whole(
     yield Finding(NOTE, "", f"{text} that")
     needs = 2 * total + memory_of_fits(device, options.fit_memory) + options.cache_bytes
     text = f"memory: at most about {mib(needs)} (models twice, fit_memory, cache_bytes)"
-    there = total_memory(device) or _memory_of_this_machine()
+    there = memory_there(device)
     if there is not None:
         text = f"{text}; there are {mib(there)}"
     yield Finding(OK if there is None or needs < there else NOTE, "", text)
@@ -193,14 +192,6 @@ def _whole(
     free, wanted = shutil.disk_usage(folder).free, COPIES_ON_DISK * total
     said = f"disk: {mib(free)} free for the results, which take up to {mib(wanted)}"
     yield Finding(OK if free > wanted else PROBLEM, "", said if free > wanted else f"{said}: free some, or --results")
-
-
-def _memory_of_this_machine() -> int | None:
-    """Bytes; None where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _sheet(task: Task, batch: Any) -> list[dict[str, Any]]:

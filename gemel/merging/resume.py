@@ -15,6 +15,7 @@ from gemel.results_store.write import repair
 from gemel.sharing.groups import Configuration
 from gemel.strategies import STEM, strategy_class
 from gemel.strategies.base import Strategy
+from gemel.strategies.components import Components, components_of, is_by_components
 from gemel.workload import Problem, WorkloadError
 
 MAX_SET_ASIDE = 10_000
@@ -62,10 +63,39 @@ def groups_to_tie(options: MergeOptions, models: Models, groups: Configuration) 
 
 
 def new_strategy(options: MergeOptions, models: Models, groups: Configuration) -> Strategy:
-    """A strategy that has tried nothing yet."""
+    """A strategy that has tried nothing yet; of tasks that share nothing with others, "adaptive" searches apart.
+
+    Not with a memory goal, which is of all tasks together.
+    """
+    is_apart = options.strategy == "adaptive" and options.memory is None and len(components_of(groups)) > 1
+    return _by_components(options, models, groups) if is_apart else _as_one(options, models, groups)
+
+
+def _as_one(options: MergeOptions, models: Models, groups: Configuration) -> Strategy:
     given: dict[str, Any] = {"adapter_budget": options.adapter_budget} if options.adapter_budget else {}
     if options.strategy != STEM:
         given["groups"] = groups_to_tie(options, models, groups)
     else:  # it finds its own groups
         given["store_dtype"] = DTYPES[options.store_dtype]
     return strategy_class(options.strategy)(models, **given)
+
+
+def _by_components(options: MergeOptions, models: Models, groups: Configuration) -> Components:
+    return Components(dict(models.items()), groups, lambda own, shared: _as_one(options, own, shared))
+
+
+def load_search(
+    strategy: Strategy, state: Mapping[str, Any], options: MergeOptions, models: Models, groups: Configuration
+) -> bool:
+    """Continues the search that a manifest has the state of; False: a new one begins, on top of what that one kept.
+
+    A new one where tasks were searched together before and are searched apart now, or the other way round, as with and
+    without a memory goal.
+    """
+    if is_by_components(state) == isinstance(strategy, Components):
+        strategy.load_state(dict(state))
+        return True
+    earlier = _by_components(options, models, groups) if is_by_components(state) else _as_one(options, models, groups)
+    earlier.load_state(dict(state))
+    strategy.adopt(earlier.kept)
+    return False

@@ -127,6 +127,10 @@ class Adaptive(Strategy):
     def about_to_do(self) -> str:
         return ABOUT_TO_DO[self.phase]
 
+    @property
+    def effort(self) -> int:
+        return list(ABOUT_TO_DO).index(self.phase)
+
     def predicted_sensitivity(self) -> dict[Occurrence, float]:
         every = ((i, o) for i, group in enumerate(self.groups) for o in group.occurrences)
         return {o: self.sensitivity[i, o.task] for i, o in every if (i, o.task) in self.sensitivity}

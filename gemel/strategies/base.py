@@ -7,7 +7,7 @@ what an earlier run over some of these tasks kept.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from gemel.sharing.groups import Configuration, Group, Occurrence, joined
@@ -38,6 +38,16 @@ class Strategy(ABC):
     def about_to_do(self) -> str:
         """What the next rounds do, in words, for the line above their table."""
         return "each round ties more groups and trains"
+
+    @property
+    def effort(self) -> int:
+        """How costly the next trial is, by the step of the search that it belongs to: 0 in the first one."""
+        return 0
+
+    @property
+    def searched_apart(self) -> Sequence[Collection[str]]:
+        """Sets of tasks of which a trial changes one alone; empty: a trial may change all tasks."""
+        return ()
 
     @abstractmethod
     def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE) -> None:

@@ -86,3 +86,11 @@ def test_tasks_are_placed_by_cost(num_ranks):
     loads = [sum(costs[task] for task, owner in owners.items() if owner == number) for number in range(num_ranks)]
     assert list(owners) == list(costs)
     assert max(loads) <= 1.1 * sum(costs.values()) / num_ranks
+
+
+def test_tasks_that_are_worked_on_apart_are_each_spread_over_the_ranks():
+    costs = {"a1": 8.0, "a2": 8.0, "b1": 1.0, "b2": 1.0, "alone": 4.0}
+    owners = ranks.placed(costs, 2, [["a1", "a2"], ["b1", "b2"]])
+    assert owners["a1"] != owners["a2"] and owners["b1"] != owners["b2"]
+    uneven = ranks.placed({"a1": 8.0, "a2": 1.0, "b1": 8.0, "b2": 1.0}, 2, [["a1", "a2"], ["b1", "b2"]])
+    assert uneven["a1"] != uneven["b1"], "of equal ones the rank that has least to do in all"

@@ -123,6 +123,6 @@ def test_what_loads_as_something_else_is_recorded_no_more(built, datasets, tmp_p
 
     monkeypatch.setattr(architecture, "load_merged", changed)
     manifest = merge_workload(built, tmp_path / "r", datasets=datasets, device="cpu", tolerance=0.5)
-    assert made == [{"north_slim"}, set()]
+    assert made[:2] == [{"north_slim"}, set()] and not any(made[2:])  # one task at a time
     north = manifest["tasks"]["north_slim"]
     assert north["architecture"] is None and "loaded, its outputs differ" in north["architecture_note"]

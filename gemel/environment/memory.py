@@ -1,0 +1,77 @@
+"""How much memory a process may use, and uses: of the machine or its control group (containers), and of a device."""
+
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from gemel.environment.device import total_memory
+
+STATUS, CGROUPS = Path("/proc/self/status"), Path("/sys/fs/cgroup")  # Linux
+OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+def memory_there(device: torch.device) -> int | None:
+    """Bytes that this process may use: of the device's own memory, else of the machine's or its control group's.
+
+    None where the system does not say.
+    """
+    own = total_memory(device)
+    if own is not None:
+        return own
+    return min(filter(None, (_memory_of_the_machine(), _limit_of_cgroup())), default=None)
+
+
+def memory_used(device: torch.device) -> int:
+    """Bytes that this process uses now: tensors on a device that has memory of its own, else its resident memory."""
+    if total_memory(device) is not None:
+        return torch.cuda.memory_allocated(device)
+    try:
+        lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+        return int(lines["VmRSS"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return peak_memory(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has used so far, counted as `memory_used` does."""
+    if total_memory(device) is not None:
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def _memory_of_the_machine() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _limit_of_cgroup() -> int | None:
+    """The lowest limit of the control groups that hold this process; None where there is none."""
+    found = []
+    for file in _limits_of_cgroups():
+        try:
+            found.append(int(file.read_text()))
+        except (OSError, ValueError):  # "max" is no limit
+            continue
+    return min(found, default=None)
+
+
+def _limits_of_cgroups() -> Iterator[Path]:
+    """The files with the limits, of the own group and those above it, in version 1 and 2 of control groups."""
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, own = line.split(":", 2)
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        top, name = (CGROUPS, "memory.max") if number == "0" else (CGROUPS / "memory", "memory.limit_in_bytes")
+        folder = top / own.lstrip("/")
+        yield from (path / name for path in (folder, *folder.parents) if path == top or top in path.parents)

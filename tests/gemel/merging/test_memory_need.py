@@ -1,0 +1,110 @@
+"""What a merge is predicted to take in memory, and where that is more than there is."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pico import same_state
+from torch import nn
+
+from gemel.environment.memory import memory_there
+from gemel.forward.modes import state_on_cpu
+from gemel.merging import earlier_merges, memory_need
+from gemel.merging.images import ImageSampler
+from gemel.merging.measured_memory import bytes_of_training
+from gemel.merging.memory_need import memory_needs, memory_text
+from gemel.merging.options import MergeOptions
+from gemel.merging.state import MergeState
+from gemel.sharing.memory import distinct_bytes
+from gemel.training.options import TrainingOptions
+from merge_workloads import main, merge_workload
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def state(tasks) -> MergeState:
+    return MergeState(tasks, CPU)
+
+
+def test_training_takes_what_is_trained_and_the_activations_of_one_task(tasks, data, state):
+    before = state_on_cpu(state.models)
+    for parameter in tasks["north_pico"].model.conv1.parameters():
+        parameter.requires_grad_(False)
+    frozen = sum(parameter.nbytes for parameter in tasks["north_pico"].model.conv1.parameters())
+    options = MergeOptions(training=TrainingOptions())
+    found = bytes_of_training(tasks, data, state, options)
+    trained = sum(parameter.nbytes for parameter in state.models.parameters()) - frozen
+    assert found["gradients"] == trained and found["optimizer state"] == 2 * trained
+    assert found["average of weights"] == distinct_bytes(state.models)
+    each = [bytes_of_training({n: tasks[n]}, data, state, options)["activations of a batch"] for n in tasks]
+    assert found["activations of a batch"] == max(each)
+    assert same_state(before, state_on_cpu(state.models)), "measuring changes nothing"
+    assert not any(parameter.grad is not None for parameter in state.models.parameters())
+
+
+def test_activations_are_those_of_a_whole_batch(tasks, data, state):
+    """Of a convolution and an activation: their outputs and the images, for each of the batch's images."""
+    task = tasks["north_pico"]
+    size, pixels = 6, 16 * 16
+
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 64, 3, padding=1)
+
+        def forward(self, images):
+            return torch.tanh(self.conv(images)).mean((2, 3))[:, :3]
+
+    task = replace(task, model=Small())
+    state.unmerged["north_pico"] = Small()
+    options = MergeOptions(training=TrainingOptions())
+    found = bytes_of_training({"north_pico": task}, data, state, options)["activations of a batch"]
+    assert found == pytest.approx(2 * size * 64 * pixels * 4, rel=0.1)
+
+
+def test_what_is_predicted_is_the_sum_of_the_worst_moment(tasks, data, state):
+    options = MergeOptions(cache_bytes=1000)
+    images = ImageSampler(tasks, data, 0, CPU, 16 << 20)
+    (need,) = memory_needs(tasks, data, state, images, options)
+    models = distinct_bytes(state.models)
+    assert need.at_worst["models"] == need.at_worst["unmerged copies"] == models
+    assert need.predicted == sum(need.at_worst.values()) and need.there == memory_there(CPU)
+    phases = [sum(parts.values()) for parts in need.phases.values()]
+    assert need.predicted == sum(need.always.values()) + max(phases)
+    assert need.always["samples in memory"] <= 1000
+    assert "memory of the machine: up to about" in memory_text([need])
+
+
+def test_the_manifest_has_what_was_predicted_and_used(entries, datasets, tmp_path, capsys):
+    options = {"datasets": datasets, "device": "cpu", "tolerance": 0.3}
+    (found,) = merge_workload(entries, tmp_path / "r", **options)["run"]["memory_use"]
+    assert found["predicted_bytes"] == sum(found["parts"].values()) and found["memory_of"] == "cpu"
+    assert 0 < found["used_bytes"] < found["available_bytes"]
+    assert "models as they came" in found["parts"]
+    said = capsys.readouterr().out
+    assert "memory of the machine: up to about" in said and "memory of the machine in this run: " in said
+    again = merge_workload(entries, tmp_path / "r", per_class=True, **options)
+    assert again["run"]["memory_use"] == [found], "a finished run is not predicted again"
+
+
+def test_more_than_there_is_is_a_warning(entries, datasets, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(memory_need, "memory_there", lambda device: 1 << 20)
+    merge_workload(entries, tmp_path / "r", datasets=datasets, device="cpu", tolerance=0.3, time_budget=30.0)
+    assert "are predicted, and there are 1.00 MiB" in caplog.text
+
+
+def test_a_program_that_merges_once_keeps_no_copies_of_models_as_they_came(monkeypatch, tmp_path):
+    model = nn.Linear(2, 2)
+    seen = []
+    monkeypatch.setattr("merge_workloads._loaded", lambda workload: {})
+
+    def merge(*args, **kwargs):
+        earlier_merges.remember({"one": model})
+        seen.append(earlier_merges.bytes_kept([model]))
+        return {"memory": {}}
+
+    monkeypatch.setattr("merge_workloads.merge_workload", merge)
+    main(["--results", str(tmp_path)])
+    earlier_merges.remember({"one": model})
+    assert (seen, earlier_merges.bytes_kept([model])) == ([0], 24)
