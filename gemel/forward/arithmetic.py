@@ -16,18 +16,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from gemel.environment.device import computes_in_16_bits
-from gemel.forward import WEIGHT_TYPES
+from gemel.forward import STORE_TYPES, WEIGHT_TYPES
 from gemel.forward.modes import device_of
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WEIGHT_TYPES}
+STORE_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in STORE_TYPES}
 SHORT = (torch.float16, torch.bfloat16)
 
 _running = threading.local()  # .entered: a list of (id of a model, what its forward pass runs in)
 
 
 def arithmetic_on(device_type: str, weights: str) -> str:
-    """The name of the type in which a model with weights of a type (a name of DTYPES) computes on a kind of device."""
-    return weights if computes_in_16_bits(device_type) else "float32"
+    """The name of the type in which a model with weights of a type (of STORE_TYPES) computes on a kind of device."""
+    return weights if weights != "int8" and computes_in_16_bits(device_type) else "float32"
 
 
 def run_with_weights_of(model: nn.Module, dtype: torch.dtype) -> None:
