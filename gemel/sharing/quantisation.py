@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from gemel.forward.eight_bits import dequantised
 from gemel.sharing.adapters import own_modules
 
 LEVELS = 127
@@ -28,7 +29,7 @@ class Quantised(NamedTuple):
 
     def dequantised(self) -> Tensor:
         """The weight in float32: the same bits on every machine."""
-        return self.values.float() * self.scale.view(-1, *[1] * (self.values.dim() - 1))
+        return dequantised(self.values, self.scale)
 
     @property
     def nbytes(self) -> int:

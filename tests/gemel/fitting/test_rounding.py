@@ -1,4 +1,4 @@
-"""Rounding on the inputs of a layer: less error at its outputs than the nearest numbers, shared layers on all inputs."""
+"""Rounding on the inputs of a layer: less error at its outputs; shared layers on the inputs of all tasks."""
 
 import copy
 
