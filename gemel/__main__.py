@@ -156,7 +156,7 @@ def evaluations_of(workload: str, datasets: str | None, device: "torch.device") 
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends without taking down the modules of torch, which takes seconds on a busy machine; nothing is left to write."""
+    """Ends without taking down the modules of torch, which takes seconds on a busy machine: all is written."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it any more
             stream.flush()

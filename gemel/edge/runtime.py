@@ -11,7 +11,6 @@ are those of the models loaded whole, bit by bit: the same tensors go through th
 """
 
 import math
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -86,7 +85,7 @@ class Runtime:
         self.transforms = {task: self.transforms[kind] for task, kind in self.kinds.items()} | dict(transforms or {})
         _check_batches(self.options.batches or {}, self.kinds)
         self._turns(dict.fromkeys(self.kinds, Arrivals(1, None, 1, 1)))  # raises for a wrong budget or order
-        self._stop = threading.Event()
+        self._stop = self.weights.stop
         for model in self.weights.models.values():
             stop_at_layers(model, self._stop)
         self._reader = ThreadPoolExecutor(1, "weights")
@@ -173,7 +172,7 @@ class Runtime:
 
     def _move(self, move: Move) -> None:
         self.weights.evict(move.evicted)
-        self.weights.load(move.loaded, self._stop)
+        self.weights.load(move.loaded)
         assert self.weights.resident_bytes <= self.budget, "more in memory than the budget"
 
     # ---- running a model ----------------------------------------------------------------------------------

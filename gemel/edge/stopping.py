@@ -14,8 +14,8 @@ class Stopped(Exception):
 def stop_at_layers(model: nn.Module, stop: threading.Event) -> None:
     """From now on a call of the model raises Stopped before the next layer, once the event is set.
 
-    Layers within torch's attention are left out: with hooks on them it computes on another path, whose answers differ in
-    the last bits.
+    Layers within torch's attention are left out: with hooks on them it computes on another path, and the answers differ
+    in the last bits.
     """
 
     def check(module: nn.Module, inputs: tuple) -> None:

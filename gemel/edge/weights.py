@@ -70,6 +70,7 @@ class Weights:
         self.entries: dict[str, Entry] = store.entries
         self.blocks: Blocks = blocks_of(self.manifest["tensors"], sizes_of(store.entries), tuple(self.models), merged)
         self.places = _places_of(self.models, self.manifest["tensors"])
+        self.stop = threading.Event()
         self.resident_bytes = self.peak_bytes = self.moved_bytes = 0
         self._is_resident = [False] * len(self.blocks.all)
         self._file = open(store.file, "rb", buffering=0)  # noqa: SIM115  # closed by `close`
@@ -104,10 +105,10 @@ class Weights:
             self._is_resident[i] = False
             self.resident_bytes -= self.blocks.all[i].bytes
 
-    def load(self, blocks: Iterable[int], stop: threading.Event | None = None) -> None:
-        """Reads these blocks into memory, until the event is set. Raises ResultsError if the file cannot be read."""
+    def load(self, blocks: Iterable[int]) -> None:
+        """Reads these blocks into memory, until `stop` is set. Raises ResultsError if the file cannot be read."""
         for i in blocks:
-            if stop is not None and stop.is_set():
+            if self.stop.is_set():
                 return
             assert not self._is_resident[i], f"block {i} is in memory already"
             block = self.blocks.all[i]

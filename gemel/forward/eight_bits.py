@@ -4,6 +4,7 @@ The answers are, bit by bit, those of a model with the same weights in float32.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,35 +61,22 @@ def _widened(value: Any) -> Any:
 def widen_attention(model: nn.Module) -> None:
     """From now on layers of attention have float32 weights while they run, and no function is intercepted meanwhile.
 
-    Where functions are intercepted they compute on another path, whose answers differ in the last bits.
+    Where functions are intercepted, or hooks are on them, they compute on another path, whose answers differ in the
+    last bits.
     """
     for module in model.modules():
         if isinstance(module, READS_WEIGHTS):
-            hooks = _Widen()
-            module.register_forward_pre_hook(hooks.before, prepend=True, with_kwargs=True)
-            module.register_forward_hook(hooks.after, always_call=True)
+            module.forward = partial(_with_float32, module, module.forward)  # type: ignore[method-assign]
 
 
-class _Widen:
-    """The hooks of one layer, which may be called within itself."""
-
-    def __init__(self) -> None:
-        self.entered: list[tuple[Any, list[tuple[dict, str, nn.Parameter]]]] = []
-
-    def before(self, module: nn.Module, inputs: tuple, named: dict) -> None:
-        context = torch._C.DisableTorchFunction()
-        context.__enter__()
-        replaced = []
-        for part in module.modules():
-            for name, parameter in part._parameters.items():
-                if parameter is not None and _scale_of(parameter) is not None:
-                    replaced.append((part._parameters, name, parameter))
-                    part._parameters[name] = nn.Parameter(_widened(parameter), requires_grad=False)
-        self.entered.append((context, replaced))
-
-    def after(self, module: nn.Module, inputs: tuple, output: Any) -> None:
-        if self.entered:
-            context, replaced = self.entered.pop()
-            for holder, name, parameter in replaced:
+def _with_float32(module: nn.Module, forward: Callable, *inputs: Any, **named: Any) -> Any:
+    with torch._C.DisableTorchFunction():
+        parts = [(part._parameters, name) for part in module.modules() for name in part._parameters]
+        held = [(holder, name, holder[name]) for holder, name in parts if _scale_of(holder[name]) is not None]
+        try:
+            for holder, name, parameter in held:
+                holder[name] = nn.Parameter(_widened(parameter), requires_grad=False)
+            return forward(*inputs, **named)
+        finally:
+            for holder, name, parameter in held:
                 holder[name] = parameter
-            context.__exit__(None, None, None)

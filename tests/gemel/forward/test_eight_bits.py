@@ -39,6 +39,7 @@ CASES = {
     "convolutions": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8)), 3),
     "attention": (vit, 3),
     "windows": (swin, 3),
+    "encoder": (lambda: nn.TransformerEncoderLayer(12, 2, 24, batch_first=True), 0),
     "reads": (Reads, 0),
 }
 
@@ -57,7 +58,7 @@ def test_answers_are_those_of_float32(make, channels):
         module._parameters[name] = with_scale(*quantise(parameter))
     assert weights and all(hasattr(p, SCALE) == (p.dtype == torch.int8) for p in small.parameters())
     run_with_weights_of(small, torch.int8)
-    images = torch.randn(2, channels, 32, 32) if channels else torch.randn(4, 12)
+    images = torch.randn(2, channels, 32, 32) if channels else torch.randn(2, 4, 12)
     with torch.inference_mode():
         assert torch.equal(small(images), model(images))
         assert torch.equal(small(images), model(images)), "and again"
