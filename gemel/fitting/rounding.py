@@ -7,6 +7,7 @@ al., "GPTQ", ICLR 2023 (after Hassibi and Stork, "Optimal brain surgeon", 1993),
 (Chen et al., "The geometry of LLM quantization", 2025), which takes one Cholesky factor and no inverse.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ from gemel.sharing.quantisation import (
 )
 
 CLIPPED = (1.0, 0.95, 0.9, 0.85, 0.8)  # the largest number of a row stands for these shares of its largest value
-DAMPING = 0.01  # of the mean square of the inputs
+DAMPING = 0.01  # of the mean square of the inputs, as in GPTQ
 BLOCK = 128
 ROWS = 4096  # of inputs, per layer and task
 MOST_INPUTS = 4608  # of a layer; wider ones are rounded to the nearest numbers
@@ -68,7 +69,8 @@ def round_to_inputs(
     places = {w: found for w, found in places.items() if bool(w.isfinite().all()) and not is_rounded(w)}
     seen = {weight: found for weight, found in places.items() if _see_inputs(models, found)}
     for chunk in _chunks(models, seen):
-        grams = _grams(models, chunk, images, seed)
+        with ranks.sharing_memory_errors() if with_other_ranks else contextlib.nullcontext():
+            grams = _grams(models, chunk, images, seed)
         for weight, found in chunk.items():
             if with_other_ranks and ranks.size() > 1:
                 ranks.sum_in_place(grams[weight])

@@ -74,9 +74,7 @@ class Rounding:
     def undo(self, before: dict) -> None:
         """Takes back what `of_trial` did."""
         if before:
-            nn.ModuleDict({name: self.state.models[name] for name in self.state.models}).load_state_dict(
-                before, strict=False
-            )
+            self.state.models.load_state_dict(before, strict=False)
 
     def _images_of(self, name: str) -> list[Batch]:
         return self.images.of_tasks([name], THRESHOLDS.fit.pixels, "fit", max_batch=MOST_IMAGES)[name]
