@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from rank_processes import on_ranks
 from torch import nn
 
+from gemel.environment import ranks
 from gemel.fitting.rounding import best_scales, round_to_inputs, rounded_matrix
 from gemel.sharing.precision import round_weights
 from gemel.sharing.quantisation import is_rounded, quantise, quantised_weights
@@ -63,6 +65,25 @@ def test_a_shared_layer_is_rounded_on_the_inputs_of_all_its_tasks():
     assert models["a"][0].weight is models["b"][0].weight and is_rounded(shared.weight)
     for task in models:
         assert error(came, shared, images[task]) < 0.7 * error(came, nearest, images[task])
+
+
+def test_several_ranks_round_a_shared_layer_as_one_process_does():
+    """Inputs of few bits, whose sums of products are exact in any order."""
+    torch.manual_seed(0)
+    shared = nn.Linear(24, 10)
+    images = {task: [(x * 8).round() / 8 for x in images_for(shared, seed)] for task, seed in (("a", 1), ("b", 2))}
+
+    def rounded() -> list[torch.Tensor]:
+        own = copy.deepcopy(shared)
+        models = {"a": nn.Sequential(own), "b": nn.Sequential(nn.Linear(24, 10))}
+        models["b"][0].weight, models["b"][0].bias = own.weight, own.bias
+        ranks.assign({"a": 0, "b": ranks.size() - 1})
+        round_to_inputs(models, {task: images[task] for task in ranks.mine(models)}, seed=0)
+        return [own.weight.detach(), own.bias.detach()]
+
+    expected = rounded()
+    for found in on_ranks(2, rounded):
+        assert all(map(torch.equal, found, expected))
 
 
 def test_what_no_inputs_are_seen_of_gets_the_nearest_numbers():
