@@ -52,22 +52,28 @@ def compiler():
 
 
 MEASURE = """
-import sys, torch
+import gc, sys, torch
 sys.path.insert(0, sys.argv[2])
 from test_aoti import TASKS, SIZE, wide_models
 from gemel.edge.aoti import open_compiled
 
 def pss():
+    gc.collect()
     with open("/proc/self/smaps_rollup") as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("Pss:"))
 
-models, images = wide_models(), torch.rand(2, 3, SIZE, SIZE)
-open_compiled(sys.argv[1], TASKS[:1], wide_models())[TASKS[0]](images)  # what torch itself loads at first
+def run(tasks):
+    with torch.device("meta"):
+        models = wide_models()
+    opened = open_compiled(sys.argv[1], tasks, models)
+    for module in opened.values():
+        module(images)
+    return opened
+
+images = torch.rand(2, 3, SIZE, SIZE)
+run(TASKS[:1])  # what torch itself loads at first
 before = pss()
-opened = open_compiled(sys.argv[1], TASKS[:int(sys.argv[3])], models)
-for module in opened.values():
-    module(images)
-del models
+opened = run(TASKS[:int(sys.argv[3])])
 print(pss() - before)
 """
 
