@@ -121,6 +121,7 @@ def test_the_runtime_does_what_the_simulator_says(tmp_path, merged, eager):
     for budget in [least + (most - least) * i // 4 for i in range(5)]:
         clock = VirtualTime()
         options = {"merged": merged, "eager": eager, "batches": {"a_slim": 2}, "clock": lambda clock=clock: clock}
+        options["shared_computation"] = False
         with Virtual(tmp_path, budget, **options) as runtime:
             blocks = runtime.blocks
             runtime.profile, runtime.clock = profile_of(blocks, 12, 1500), clock
