@@ -26,6 +26,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--time-budget", type=parse_duration, metavar="TIME", help=duration_help)
     types_help = "of the weights as stored and judged (default: %(default)s)"
     parser.add_argument("--store-dtype", choices=WEIGHT_TYPES, default="float32", help=types_help)
+    norm_help = "share normalisation in first layers as well, so that tasks of one camera run them once"
+    parser.add_argument("--share-norm", action="store_true", help=norm_help)
     parser.add_argument("--memory", type=parse_size, metavar="SIZE", help="such as 600MiB: stop once parameters fit it")
     parser.add_argument("--pareto", metavar="FILE.json", help="write what was measured: memory against worst accuracy")
     parser.add_argument("--per-class", action="store_true", help="also say how every class fares")

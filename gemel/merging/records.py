@@ -29,6 +29,7 @@ class RunRecord:
     history: list[dict] = field(default_factory=list)  # one entry per kept round
     finished: bool = False  # whether everything was tried
     attempts: Attempts = field(default_factory=dict)  # what was tied in a round and could not be kept
+    shared_normalisation: dict | None = None  # what sharing it cost and saved; None: it was not asked for, or not yet
     would_take: dict | None = None  # what the memory goal would take (GoalReplay); {}: not found; None: not looked for
 
     @property
@@ -108,6 +109,7 @@ class RunRecord:
         """Continues the record of an earlier run; run: that part of its manifest."""
         self.rounds, self.history = run["rounds"], run["history"]
         self.attempts = run.get("attempts", {})
+        self.shared_normalisation = run.get("shared_normalisation")
 
     def not_shared(self, strategy: Strategy, fits: bool) -> list[dict]:
         """Why each group that is not wholly shared is not. fits: whether a memory goal ended the search."""
@@ -138,6 +140,7 @@ def run_part(
         "strategy_state": strategy.state(),
         "accuracy": evaluator.state(),
         "permutations": state.order.permutations,
+        "shared_normalisation": record.shared_normalisation,
         "rounds": record.rounds,
         "attempts": record.attempts,
         "not_shared": record.not_shared(strategy, options.memory is not None and merged_bytes <= options.memory),
@@ -173,7 +176,8 @@ def task_parts(
 
 def memory_part(state: MergeState, record: RunRecord) -> dict:
     """The `memory` part of the manifest."""
-    memory = Memory(state.unmerged_bytes, state.stored_bytes(), record.optimal_saved_bytes)
+    optimal = record.optimal_saved_bytes + saved_bytes(state.shared_norms)
+    memory = Memory(state.unmerged_bytes, state.stored_bytes(), optimal)
     return {**asdict(memory), "saved_bytes": memory.saved_bytes}
 
 
