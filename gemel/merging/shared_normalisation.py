@@ -98,8 +98,9 @@ class SharedNormalisation:
         try:
             emit("doing", what="looking for first layers that tasks compute alike")
             with self.clock.interruptible():
-                clusters = with_equal_entries(self._traces(list(self.tasks), wildcard=True))
-            groups = [group for tasks in clusters for group in self._share(tasks)]
+                traces = self._traces(list(self.tasks), wildcard=True)
+                alike = [group for tasks in with_equal_entries(traces) for group in members_of(traces, tasks)]
+            groups = [group for tasks in alike for group in self._share(list(tasks))]
         except BaseException:
             restore_snapshot(snapshot)
             self.evaluator.accuracy |= accuracies

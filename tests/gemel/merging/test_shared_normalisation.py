@@ -10,6 +10,7 @@ from test_merger import merge
 from gemel.edge import Runtime
 from gemel.edge.frames import RandomFrames
 from gemel.environment.clock import TimeOver
+from gemel.merging.console import closing_report
 from gemel.merging.shared_normalisation import SharedNormalisation
 from gemel.results_store.load import load_merged
 from gemel.results_store.verify import FAIL, Evaluation, verify
@@ -52,6 +53,8 @@ def test_norms_are_one_after_loading_and_every_task_is_at_target(shared):
     accuracy = {name: record["merged_acc"] for name, record in manifest["tasks"].items()}
     evaluations = {n: Evaluation(m, lambda *_, n=n: accuracy[n]) for n, m in copy.deepcopy(models).items()}
     checks = list(verify(path, evaluations))
+    assert "normalisation layers are shared" in (path / "report.html").read_text()
+    assert "needs to run once a frame" in closing_report(manifest, False)
     assert len(checks) > 10 and not [check for check in checks if check.status == FAIL]
 
 
