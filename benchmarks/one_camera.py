@@ -1,12 +1,13 @@
 """Two classifiers and a detector that see the frames of one camera: what running their common first layers once gains.
 
-    python -m benchmarks.one_camera [--folder DIR] [--strategy all] [--tolerance 0.95] [--seconds 8] [--repeats 3]
+    python -m benchmarks.one_camera [--folder DIR] [--strategy all] [--tolerance 0.9] [--seconds 8] [--repeats 3]
 
 The detector is the embedded default's of Main & 2nd, and its frames are the camera's. Two classifiers of whole frames,
 whether there is a truck and whether there are many people, are trained from the detector's backbone, with weights and
 normalisation of their own. The three are merged with share_norm; then frames arrive at twice the rate that would fit,
-and the merged workload runs with and without shared computation in turn. Time is counted in CPU seconds. About ten
-minutes of one core, the most of it training.
+and the merged workload runs with and without shared computation in turn. Time is counted in CPU seconds. Some minutes of one
+core, the most of it training. --random: the same architectures with random weights instead, with all that is alike in
+the backbones tied, normalisation too: the most that there is to gain.
 """
 
 import argparse
@@ -14,20 +15,25 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.edge import write_as_merged
 from eval_methods import classification_eval, frcnn_eval
 from gemel.edge.counts import CpuClock
-from gemel.edge.frames import FolderFrames, default_transform
+from gemel.edge.frames import FolderFrames, RandomFrames, default_transform
 from gemel.edge.profile import measure
 from gemel.edge.runtime import Result, Runtime
 from gemel.environment.seeds import seeded
-from gemel.sample_workload.tasks import DATASETS_ROOT, FRAME_SIZE, TASKS, load_trained
+from gemel.sample_workload.tasks import DATASETS_ROOT, FRAME_SIZE, TASKS, load_trained, new_model
 from gemel.sample_workload.tasks import unmerged_acc as accuracy_of
+from gemel.sharing.groups import Occurrence, find_groups
+from gemel.sharing.normalisation import can_share, group_of, own_tensors, tie_normalisation
+from gemel.sharing.tying import tie
 from gemel.workload import CLASSIFICATION, DETECTION
 from merge_workloads import create_sample_model_dict, merge_workload
 from model_architectures import build
@@ -107,6 +113,25 @@ def workload(folder: Path, epochs: int) -> dict:
     return entries
 
 
+def write_random(results: Path) -> None:
+    """A result of the three architectures with random weights, in which the whole backbone is one."""
+    torch.manual_seed(0)
+    kwargs = {key: TASKS[DETECTOR].kwargs[key] for key in ("layers", "width")}
+    models = nn.ModuleDict(
+        {f"{CAMERA}_{question}_resnet10": build("slim_resnet", 2, **kwargs) for question in QUESTIONS}
+    )
+    models[DETECTOR] = new_model(DETECTOR)
+    groups = find_groups(models)
+    tie(models, groups, "first")
+    norms = []
+    for name, norm in next(iter(models.values())).named_modules():
+        if can_share(norm):
+            layers = [name if task != DETECTOR else f"backbone.body.{name}" for task in models]
+            norms.append(group_of(models, [Occurrence(*pair) for pair in zip(models, layers, strict=True)]))
+            tie_normalisation(models, norms[-1], own_tensors(norm))
+    write_as_merged(results, models.eval(), (*groups, *norms))
+
+
 # ---- running it -----------------------------------------------------------------------------------------
 
 
@@ -119,7 +144,9 @@ def opened(results: Path, shared: bool) -> Runtime:
     return Runtime(results, transforms=transforms, device="cpu", clock=CpuClock, shared_computation=shared)
 
 
-def run(results: Path, shared: bool, fps: float, sla: float, seconds: float) -> tuple[dict[str, Any], dict]:
+def run(
+    results: Path, shared: bool, frames: Sequence, fps: float, sla: float, seconds: float
+) -> tuple[dict[str, Any], dict]:
     """(summary, answers by task and frame) of so many seconds of the stream."""
     answers = {}
     with opened(results, shared) as runtime:
@@ -129,7 +156,7 @@ def run(results: Path, shared: bool, fps: float, sla: float, seconds: float) -> 
             if result.frame >= seconds * fps:
                 runtime.stop()
 
-        summary = runtime.run(FolderFrames(_frames()), fps, sla, ENDLESS, on_result=take)
+        summary = runtime.run(frames, fps, sla, ENDLESS, on_result=take)
     return summary, answers
 
 
@@ -144,10 +171,10 @@ def same(one: Any, other: Any) -> bool:
     return torch.equal(one, other)
 
 
-def compare(results: Path, seconds: float, repeats: int) -> float:
+def compare(results: Path, frames: Sequence, seconds: float, repeats: int) -> float:
     """Prints frames in time and answers with and without shared computation; the ratio of frames."""
     with opened(results, False) as runtime:
-        profile = measure(runtime, FolderFrames(_frames()), (1, 2))
+        profile = measure(runtime, frames, (1, 2))
     cycle = sum(task.run_seconds(1) + task.input_ms / 1e3 for task in profile.tasks.values())
     fps, sla = 2 / cycle, 2.5 * cycle
     in_time: dict[bool, list[float]] = {True: [], False: []}
@@ -155,7 +182,7 @@ def compare(results: Path, seconds: float, repeats: int) -> float:
     for _ in range(repeats):
         answers = {}
         for shared, found in in_time.items():
-            summary, answers[shared] = run(results, shared, fps, sla, seconds)
+            summary, answers[shared] = run(results, shared, frames, fps, sla, seconds)
             found.append(sum(task["processed"] for task in summary["tasks"].values()) / summary["seconds"])
             if shared:
                 said = summary["shared_computation"]
@@ -177,9 +204,11 @@ def compare(results: Path, seconds: float, repeats: int) -> float:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="keep the datasets and the results there; default: nowhere")
+    parser.add_argument("--random", action="store_true", help="random weights; trains and merges nothing")
     parser.add_argument("--epochs", type=int, default=8, help="of the classifiers (default: %(default)s)")
     parser.add_argument("--strategy", default="all", help="of the merge (default: %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=0.95, help="default: %(default)s")
+    parser.add_argument("--tolerance", type=float, default=0.9, help="default: %(default)s")
+    parser.add_argument("--max-epochs", type=float, default=1.0, help="of a trial (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=8.0, help="of a run (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
     flags = parser.parse_args(arguments)
@@ -187,14 +216,16 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = flags.folder or Path(temporary)
         results = folder / "results"
-        if not (results / "merged.json").is_file():
+        if flags.random:
+            write_random(results)
+        elif not (results / "merged.json").is_file():
             entries = workload(folder / "datasets", flags.epochs)
             options = {"tolerance": flags.tolerance, "share_norm": True, "num_threads": 1, "device": "cpu"}
-            options |= {"strategy": flags.strategy}
-            if flags.strategy != "adaptive":  # which compares with the unmerged models anyway
-                options |= {"feature_weight": 1.0, "probability_weight": 1.0}
+            options |= {"strategy": flags.strategy, "max_epochs": flags.max_epochs, "initial_weights": "least_squares"}
+            options |= {"feature_weight": 1.0, "probability_weight": 1.0}
             merge_workload(entries, results, datasets=folder / "datasets", **options)
-        compare(results, flags.seconds, flags.repeats)
+        frames = RandomFrames(FRAME_SIZE, FRAME_SIZE) if flags.random else FolderFrames(_frames())
+        compare(results, frames, flags.seconds, flags.repeats)
     return 0
 
 
