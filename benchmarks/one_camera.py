@@ -5,9 +5,9 @@
 The detector is the embedded default's of Main & 2nd, and its frames are the camera's. Two classifiers of whole frames,
 whether there is a truck and whether there are many people, are trained from the detector's backbone, with weights and
 normalisation of their own. The three are merged with share_norm; then frames arrive at twice the rate that would fit,
-and the merged workload runs with and without shared computation in turn. Time is counted in CPU seconds. Some minutes of one
-core, the most of it training. --random: the same architectures with random weights instead, with all that is alike in
-the backbones tied, normalisation too: the most that there is to gain.
+and the merged workload runs with and without shared computation in turn. Time is counted in CPU seconds. Some minutes
+of one core, the most of it training. --random: the same architectures with random weights instead, with all that is
+alike in the backbones tied, normalisation too: the most that there is to gain.
 """
 
 import argparse
