@@ -247,6 +247,7 @@ class SharedNormalisation:
             if not kept:
                 restore_snapshot(snapshot)
         if kept:
+            self.state.round_weights()
             self.evaluator.keep(measured)
             new = [layer.occurrences for layer in layers if not self._is_shared(layer.occurrences)]
             self.shared |= {occurrence: occurrences for occurrences in new for occurrence in occurrences}
