@@ -43,6 +43,7 @@ from gemel.merging.reloaded import ReloadedModels
 from gemel.merging.resume import groups_to_tie, load_search, new_strategy
 from gemel.merging.rounding import Rounding
 from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_tied
+from gemel.merging.shared_normalisation import share_norms
 from gemel.merging.state import MergeState
 from gemel.merging.teachers import FrozenPrefixes, teachers_of
 from gemel.merging.verified_part import part_to_keep
@@ -167,7 +168,8 @@ class Merger:
         """Tasks that are still here keep what they share; the search begins anew from there."""
         common = [name for name in self.tasks if name in manifest["tasks"]]
         self._load_kept(manifest, common)
-        kept = restrict(from_plain(manifest["shared_layers"]), common)
+        self.state.untie_norms()
+        kept = restrict(tuple(g for g in from_plain(manifest["shared_layers"]) if not g.normalisation), common)
         if self.options.matching != BY_ORDER:  # with other tasks, others may be the most alike
             self.record.groups = reconciled(kept, self.record.groups)
             self.strategy = self._new_strategy()
@@ -210,11 +212,12 @@ class Merger:
         try:
             with contextlib.suppress(TimeOver):
                 self._search()
+                share_norms(self.options, self.state, self.evaluator, self.images, self.clock, self.record, recover)
         finally:
             self.state.undo()
             self.state.hand_back()
-        if ranks.of_first(lambda: self.state.is_stored_otherwise(read_manifest(self.results_path)["tasks"])):
-            self.store()  # it was stored beside tasks that share, and has its own order of channels again
+        if ranks.of_first(lambda: self.state.is_stored_otherwise(read_manifest(self.results_path))):
+            self.store()  # before normalisation was shared; or beside tasks that share, in another order of channels
         return self.confirm()
 
     def _search(self) -> None:
@@ -269,6 +272,7 @@ class Merger:
         """Tries one configuration, keeps or undoes it, and stores; False if the time ran out before it was decided."""
         began, before = time.monotonic(), self.strategy.kept
         self._say_what_begins(proposal)
+        self.state.untie_norms()
         outcome = self._try(proposal)
         if outcome.reason == TIME_OVER:
             return False
@@ -412,7 +416,7 @@ class Merger:
     def _write(self, run: dict) -> dict:
         manifest = {
             "tasks": task_parts(self.evaluator, self.state, self.options, self.architectures.recorded()),
-            "shared_layers": to_plain(self.state.kept),
+            "shared_layers": to_plain((*self.state.kept, *self.state.shared_norms)),
             "memory": memory_part(self.state, self.record),
             "run": run,
             "precision": precision_part(self.state),

@@ -31,7 +31,7 @@ from gemel.edge.simulator import Load, Plan, budgets_between, simulate
 from gemel.merging.console import table
 from gemel.results_store.manifest import read_result
 from gemel.results_store.write import write_results
-from gemel.sharing.groups import find_groups, saved_bytes
+from gemel.sharing.groups import Configuration, find_groups, saved_bytes, to_plain
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.tying import tie
 from model_architectures import build
@@ -47,17 +47,23 @@ def write_tied(path: Path, architectures: Sequence[str]) -> None:
     models = nn.ModuleDict({f"task{i}_{name}": build(name, NUM_CLASSES) for i, name in enumerate(architectures)})
     groups = find_groups(models)
     tie(models, groups, "first")
+    write_as_merged(path, models, groups)
+
+
+def write_as_merged(path: Path, models: nn.ModuleDict, groups: Configuration) -> None:
+    """A result of these models, in which these groups are tied, that says of every task that it is at its target."""
     merged, saved = distinct_bytes(models), saved_bytes(groups)
     record = {"unmerged_acc": 1.0, "measured_unmerged_acc": 1.0, "target_acc": 0.9, "merged_acc": 1.0, "met": True}
     tasks = {
         name: {"task": _kind(name), "architecture": model.architecture, **record} for name, model in models.items()
     }
-    shared = [
-        {"signature": group.signature, "bytes": group.bytes, "occurrences": [o._asdict() for o in group.occurrences]}
-        for group in groups
-    ]
     memory = {"unmerged_bytes": merged + saved, "merged_bytes": merged, "saved_bytes": saved}
-    manifest = {"tasks": tasks, "shared_layers": shared, "memory": {**memory, "optimal_saved_bytes": saved}, "run": {}}
+    manifest = {
+        "tasks": tasks,
+        "shared_layers": to_plain(groups),
+        "memory": {**memory, "optimal_saved_bytes": saved},
+        "run": {},
+    }
     write_results(path, dict(models.items()), manifest, {"history": []})
 
 

@@ -1,9 +1,10 @@
-"""Workloads for the tests of the edge: results folders of small models, blocks drawn at random, made-up profiles."""
+"""For the tests of the edge: results of small models, blocks drawn at random, made-up profiles, time that is set."""
 
 import random
 
 from results_samples import slim_models, write
 
+from gemel.edge import Runtime
 from gemel.edge.blocks import Block, Blocks, blocks_of
 from gemel.edge.profile import Profile, TaskProfile
 
@@ -56,3 +57,38 @@ def profile_of(blocks: Blocks, run_ms: float = 10.0, ms_per_mib: float = 0.0) ->
         for task in blocks.needs
     }
     return Profile("merged-0.safetensors", "cpu", 0.0, 0.0, ms_per_mib, tasks)
+
+
+class VirtualTime:
+    """A clock that advances by what is waited for: nothing else in the process matters."""
+
+    def __init__(self):
+        self.now = self.read_ahead_until = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self, stop, seconds: float) -> None:
+        self.now += seconds
+
+
+class Virtual(Runtime):
+    """A runtime whose models and moves take the time that the profile states, on a virtual clock."""
+
+    profile: Profile
+    clock: VirtualTime
+
+    def seconds_of(self, move) -> float:
+        return self.profile.load_seconds(sum(len(self.blocks.all[i].keys) for i in move.loaded), move.bytes)
+
+    def enter(self, step):
+        super().enter(step)
+        self.clock.now = max(self.clock.now, self.clock.read_ahead_until) + self.seconds_of(step.enter)
+
+    def read_ahead(self, step):
+        super().read_ahead(step)
+        self.clock.read_ahead_until = self.clock.now + self.seconds_of(step.prefetch)
+
+    def forward(self, task, inputs):
+        self.clock.now += self.profile.tasks[task].run_seconds(len(inputs))
+        return super().forward(task, inputs)

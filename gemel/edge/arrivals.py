@@ -40,19 +40,36 @@ class Arrivals:
         """Frames from the start of the stream that must be there for `take`."""
         return min(self.num_arrived(now), self.following + self.batch) if self.sla is None else self.num_arrived(now)
 
-    def take(self, now: float) -> tuple[range, int]:
-        """(frames to run now, frames that were dropped as too late); at least one frame must have arrived."""
+    def take(self, now: float, after: float = 0.0, ahead: range | None = None) -> tuple[range, int]:
+        """(frames to run now, frames that were dropped as too late); at least one frame must have arrived.
+
+        after: seconds that other tasks of its group run on the same frames afterwards, and are to be in time as well.
+        ahead: frames that another task of its group ran on just now: taken, if all of them are left and in time.
+        """
         oldest, end = self.following, self.num_arrived(now)
         assert end > oldest, "no frame has arrived"
-        first = self._first_in_time(now, oldest, end)
-        taken = range(first, min(end, first + self.batch))
+        if ahead is not None and self._can_take(ahead, now, oldest, end):
+            taken = ahead
+        else:
+            first = self._first_in_time(now, oldest, end, after)
+            taken = range(first, min(end, first + self.batch))
         self.following = taken.stop
-        return taken, first - oldest
+        return taken, taken.start - oldest
 
-    def _first_in_time(self, now: float, oldest: int, end: int) -> int:
+    def _can_take(self, frames: range, now: float, oldest: int, end: int) -> bool:
+        """Without an SLA no frame is left out for the sake of others."""
+        fits = 0 < len(frames) <= self.batch and oldest <= frames.start and frames.stop <= end
+        return (
+            fits
+            and (self.sla is not None or frames.start == oldest)
+            and (frames.start >= self._first_in_time(now, oldest, end, 0.0))
+        )
+
+    def _first_in_time(self, now: float, oldest: int, end: int, after: float) -> int:
         if self.sla is None:
             return oldest
-        latest = now + MARGIN * self.expected - self.sla  # a frame that arrived before this would be answered too late
+        expected = MARGIN * (self.expected + after)
+        latest = now + expected - self.sla  # a frame that arrived before this would be answered too late
         first = max(oldest, math.ceil(latest * self.fps - 1e-9))
         return first if first < end else max(oldest, end - self.batch)
 

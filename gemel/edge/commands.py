@@ -69,6 +69,7 @@ def _run(flags: argparse.Namespace) -> int:
     plan = _read_plan(flags.plan) if flags.plan else Plan()
     options = {"order": plan.order, "batches": plan.batches, "eager": flags.eager or plan.eager}
     options |= {"merged": not flags.unmerged, "through_cache": not flags.cold}
+    options |= {"shared_computation": not flags.no_shared_computation}
     source = frames_from(flags.frames)
     with (
         _open(flags, memory=flags.memory, **options) as runtime,
@@ -151,7 +152,7 @@ def _load(flags: argparse.Namespace) -> Load:
 
 def _schedule(flags: argparse.Namespace) -> int:
     _, blocks, _, profile = _read(flags.results)
-    order = best_order(blocks, flags.memory, flags.eager)
+    order = best_order(blocks, flags.memory, flags.eager, profile.groups)
     batches = best_batches(blocks, profile, flags.memory, _load(flags), order, flags.eager)
     given = cycle_bytes(blocks, list(blocks.needs), flags.memory, flags.eager)
     plan = {"order": order, "batches": batches, "eager": flags.eager}

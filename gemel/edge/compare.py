@@ -48,17 +48,17 @@ def compare(
     sizes = budgets_between(merged, unmerged, budgets) if isinstance(budgets, int) else list(budgets)
     rows = []
     for budget in sizes:
-        order = best_order(merged, budget, eager)
+        order = best_order(merged, budget, eager, profile.groups)
         batches = best_batches(merged, profile, budget, load, order, eager)
         ways = {
-            "unmerged": (unmerged, Plan(eager=eager)),
+            "unmerged": (unmerged, Plan(eager=eager, shared_computation=False)),
             "merged, given order": (merged, Plan(eager=eager)),
             "merged, our order": (merged, Plan(order, eager=eager)),
             "merged, our order and batches": (merged, Plan(order, batches, eager)),
         }
         for way, (own, plan) in ways.items():
             rows.append(_row(way, budget, simulate(own, profile, budget, load, plan), accuracies))
-    everything = simulate(unmerged, profile, unmerged.distinct_bytes, load)
+    everything = simulate(unmerged, profile, unmerged.distinct_bytes, load, Plan(shared_computation=False))
     return [*rows, _row(RESIDENT, unmerged.distinct_bytes, everything, accuracies)]
 
 

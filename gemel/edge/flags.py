@@ -33,6 +33,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", metavar="FILE.json", help="order and batch sizes, as `edge schedule` writes them")
     parser.add_argument("--eager", action="store_true", help="load the next model early even where more bytes move")
     parser.add_argument("--unmerged", action="store_true", help="give every model weights of its own")
+    alone_help = "run every layer of every model, also those that several models compute alike"
+    parser.add_argument("--no-shared-computation", action="store_true", help=alone_help)
     parser.add_argument("--cold", action="store_true", help="read weights from the disk, not from the system's cache")
     parser.add_argument("--json", metavar="FILE", help="write the summary there")
     parser.add_argument("--outputs", metavar="FILE", help="write an answer a line as JSON; - is standard output")

@@ -7,7 +7,7 @@ results, the device and the sizes of images with which it was measured.
 import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,19 @@ class TaskProfile:
     input_ms: float  # the transform of one frame
     input: int  # tasks with the same number take the same input: it is made once a frame
     activation_bytes: dict[int, int]  # most at once, by batch size
+    group: int | None = None  # tasks with the same number compute their first layers alike
+    following_ms: dict[int, float] = field(default_factory=dict)  # where another one of its group ran before it
 
-    def run_seconds(self, batch: int) -> float:
-        """Of a batch of any size: between the measured ones along straight lines, beyond the largest in proportion."""
-        sizes = list(self.run_ms)
+    def run_seconds(self, batch: int, follows: bool = False) -> float:
+        """Of a batch of any size: between the measured ones along straight lines, beyond the largest in proportion.
+
+        follows: whether another task of its group ran on the same frames just before.
+        """
+        measured = self.following_ms if follows and self.following_ms else self.run_ms
+        sizes = list(measured)
         if batch > sizes[-1]:
-            return self.run_ms[sizes[-1]] * batch / sizes[-1] / 1e3
-        return float(np.interp(batch, sizes, list(self.run_ms.values()))) / 1e3
+            return measured[sizes[-1]] * batch / sizes[-1] / 1e3
+        return float(np.interp(batch, sizes, list(measured.values()))) / 1e3
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,12 @@ class Profile:
     def load_seconds(self, num_tensors: int, num_bytes: int) -> float:
         """Of reading so many tensors of so many bytes together."""
         return (self.ms_per_tensor * num_tensors + self.ms_per_mib * num_bytes / (1 << 20)) / 1e3
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """Tasks that compute their first layers alike."""
+        numbers = sorted({task.group for task in self.tasks.values() if task.group is not None})
+        return [[name for name, task in self.tasks.items() if task.group == number] for number in numbers]
 
     def write(self, results: str | Path) -> Path:
         """Writes it into the results folder. Raises ResultsError if that is refused."""
@@ -88,7 +100,7 @@ def read_profile(results: str | Path, store: str) -> Profile:
 
 
 def _task_profile(record: dict[str, Any]) -> TaskProfile:
-    for name in ("run_ms", "activation_bytes"):
+    for name in ("run_ms", "activation_bytes", *(["following_ms"] if "following_ms" in record else [])):
         record[name] = {int(size): record[name][size] for size in sorted(record[name], key=int)}
     return TaskProfile(**record)
 
@@ -113,6 +125,11 @@ def measure(runtime: Runtime, source: Iterable, sizes: Sequence[int] = (1, 2, 4,
         load = partial(_load, runtime, task, loads)
         tasks[task] = _measure_task(runtime, frames, task, sizes, repeats, load, inputs[id(runtime.transforms[task])])
         runtime.weights.start_counting()
+    runtime.find_common_layers(frames)
+    for i, group in enumerate(runtime.common.groups):
+        for task, following_ms in _measure_group(runtime, frames, list(group), sizes, repeats).items():
+            tasks[task] = replace(tasks[task], group=i, following_ms=following_ms)
+    runtime.weights.start_counting()
     per_tensor, per_mib = _fit_loading(loads)
     clock = runtime.options.clock
     image_ms = statistics.median(_timed(clock, partial(_image, source, frames, k)) for k in range(sizes[-1]))
@@ -149,6 +166,25 @@ def _measure_task(
         input=number,
         activation_bytes=activations,
     )
+
+
+def _measure_group(
+    runtime: Runtime, frames: Frames, group: Sequence[str], sizes: Sequence[int], repeats: int
+) -> dict[str, dict[int, float]]:
+    """Task -> batch size -> milliseconds behind the tasks before it; of the first task behind all others."""
+    found: dict[str, dict[int, float]] = {task: {} for task in group}
+    for size in sizes:
+        for order, measured in ((group, group[1:]), (group[::-1], group[:1])):
+            times: dict[str, list[float]] = {task: [] for task in group}
+            for task in [*order] * (repeats + 1):
+                runtime.weights.start_counting()
+                runtime.weights.load(runtime.blocks.needs[task])
+                images = [frames.input(task, k) for k in range(size)]
+                run = partial(runtime.answer, task, images, range(size))
+                times[task].append(_timed(runtime.options.clock, run))
+            for task in measured:
+                found[task][size] = round(statistics.median(times[task][1:]), 4)
+    return found
 
 
 def _load(runtime: Runtime, task: str, loads: list[tuple[int, int, float]]) -> float:

@@ -10,8 +10,11 @@ that it can still answer in time; meanwhile a thread (on a GPU: and a stream) re
 are those of the models loaded whole, bit by bit: the same tensors go through the same modules.
 """
 
+import contextlib
+import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +25,18 @@ from torch import Tensor, nn
 
 from gemel.edge.arrivals import Arrivals
 from gemel.edge.blocks import Blocks
+from gemel.edge.common_layers import CommonLayers, find_groups, same_bits, traced
 from gemel.edge.counts import Counts, Stopwatch, counts_of
 from gemel.edge.frames import Frames, Transform, default_transform
 from gemel.edge.residency import Move, Step
 from gemel.edge.stopping import Stopped, stop_at_layers
-from gemel.edge.turns import Turns
+from gemel.edge.turns import Turns, neighbouring
 from gemel.edge.weights import Weights
 from gemel.environment.device import pick_device
+from gemel.sharing.computation import Member
 from gemel.workload import DETECTION
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class RuntimeOptions:
     eager: bool = False  # load the next model early even where that moves more bytes
     clock: Callable[[], Stopwatch] = Stopwatch  # made at the start of a run; counts.py has another one
     through_cache: bool = True  # False: the system forgets what was read from the store's file
+    shared_computation: bool = True  # run layers once that several tasks compute alike on the same frames
 
 
 class Runtime:
@@ -84,6 +92,7 @@ class Runtime:
         self.transforms = {kind: default_transform(kind, None) for kind in set(self.kinds.values())}
         self.transforms = {task: self.transforms[kind] for task, kind in self.kinds.items()} | dict(transforms or {})
         _check_batches(self.options.batches or {}, self.kinds)
+        self.common = CommonLayers([], self.options.clock)
         self._turns(dict.fromkeys(self.kinds, Arrivals(1, None, 1, 1)))  # raises for a wrong budget or order
         self._stop = self.weights.stop
         for model in self.weights.models.values():
@@ -135,15 +144,18 @@ class Runtime:
         source, counts = Frames(frames, self.transforms), counts_of(self.kinds)
         if on_counts is not None:
             on_counts(counts)
-        self.weights.start_counting()
         self._stop.clear()
+        with contextlib.suppress(Stopped):  # the run ends at once then
+            self.find_common_layers(source)
+        self.weights.start_counting()
         run = _Run(self, source, self._turns(arrivals), counts, on_result or (lambda result: None))
         run.until_the_end(max_turns)
-        return {**self.describe(), "turns": run.turns.number, "fps": fps, "sla_seconds": sla, **counts.summary()}
+        said = {"turns": run.turns.number, "fps": fps, "sla_seconds": sla}
+        return {**self.describe(), **said, **counts.summary(), "shared_computation": self.common.summary()}
 
     def describe(self) -> dict[str, Any]:
         """How models are run: budget, order, batches."""
-        order = self.options.order or list(self.kinds)
+        order = self.options.order or neighbouring(list(self.kinds), self.common.groups)
         return {
             "merged": self.options.merged,
             "budget_bytes": self.budget,
@@ -154,7 +166,8 @@ class Runtime:
         }
 
     def _turns(self, arrivals: Mapping[str, Arrivals]) -> Turns:
-        return Turns(self.blocks, self.options.order, self.budget, arrivals, self.options.eager)
+        groups = self.common.groups
+        return Turns(self.blocks, self.options.order, self.budget, arrivals, self.options.eager, groups)
 
     # ---- moving weights -----------------------------------------------------------------------------------
 
@@ -179,16 +192,71 @@ class Runtime:
 
     def forward(self, task: str, inputs: Sequence[Tensor]) -> list[Any]:
         """The outputs of a model whose weights are in memory, one a frame, on its device. Raises Stopped."""
-        images = [image.to(self.device) for image in inputs]
         with torch.inference_mode():
-            if self.kinds[task] == DETECTION:
-                outputs = self.weights.models[task](images)
-            else:
-                outputs = self.weights.models[task](torch.stack(images))
+            outputs = self.weights.models[task](self._as_batch(task, inputs))
             outputs = list(getattr(outputs, "logits", outputs))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return outputs
+
+    def answer(self, task: str, inputs: Sequence[Tensor], frames: range) -> list[Any]:
+        """As `forward`, but layers whose outputs another task has for these frames do not run."""
+        return self.common.run(task, self.weights.models[task], lambda: self.forward(task, inputs), frames)
+
+    def _as_batch(self, task: str, inputs: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        images = [image.to(self.device) for image in inputs]
+        return images if self.kinds[task] == DETECTION else torch.stack(images)
+
+    # ---- shared computation -------------------------------------------------------------------------------
+
+    def find_common_layers(self, source: Frames) -> None:
+        """Finds what tasks compute alike on the first frame (`common`); each model is in memory alone meanwhile.
+
+        Nothing without frames, or where the models are to run as if they were not merged.
+        """
+        self.common, keys = CommonLayers([], self.options.clock), self._content_keys()
+        wanted = self.options.shared_computation and self.options.merged and len(keys) > 1
+        if not wanted or source.read_until(1) < 1:
+            return
+        traces = {}
+        for task, own in keys.items():
+            with self._alone(task):
+                found = traced(task, self.weights.models[task], self._as_batch(task, [source.input(task, 0)] * 2), own)
+            if found is not None:
+                traces[task] = found
+        exact = [group for group in find_groups(traces) if self._is_exact(group, source)]
+        self.common = CommonLayers(exact, self.options.clock)
+
+    def _content_keys(self) -> dict[str, dict[str, str]]:
+        """Task -> state-dict key -> what stands for the content; only tasks that have a tensor in common with others.
+
+        A store key is a digest of the content, and a number where there are several such tensors.
+        """
+        stored = self.weights.manifest["tensors"]
+        keys = {task: {name: key.partition(".")[0] for name, key in stored[task].items()} for task in self.kinds}
+        users = Counter(content for own in keys.values() for content in set(own.values()))
+        return {task: own for task, own in keys.items() if any(users[content] > 1 for content in own.values())}
+
+    def _is_exact(self, group: Mapping[str, Member], source: Frames) -> bool:
+        """Whether all answers for the first frame are those of the whole models, bit by bit; warns if not."""
+        self.common = CommonLayers([group], self.options.clock)
+        for task in group:
+            with self._alone(task):
+                inputs = [source.input(task, 0)]
+                if not same_bits(self.forward(task, inputs), self.answer(task, inputs, range(1))):
+                    log.warning("%s share no computation: %s would answer otherwise", ", ".join(group), task)
+                    return False
+        return True
+
+    @contextlib.contextmanager
+    def _alone(self, task: str) -> Iterator[None]:
+        """Within, the weights of this model are in memory, and no others."""
+        self.weights.start_counting()
+        self.weights.load(self.blocks.needs[task])
+        try:
+            yield
+        finally:
+            self.weights.evict(self.weights.resident())
 
 
 def _check_batches(batches: Mapping[str, int], tasks: Iterable[str]) -> None:
@@ -235,10 +303,10 @@ class _Run:
         if not self._is_there(arrivals.num_wanted(self.now())) and arrivals.is_exhausted:
             return
         began = self.now()
-        taken, dropped = arrivals.take(began)
+        taken, dropped = self.turns.take(task, began)
         counted.dropped += dropped
         try:
-            outputs = self.runtime.forward(task, [self.frames.input(task, k) for k in taken])
+            outputs = self.runtime.answer(task, [self.frames.input(task, k) for k in taken], taken)
         except Stopped:
             counted.dropped += len(taken)
             return

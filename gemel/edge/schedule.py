@@ -9,7 +9,7 @@ then the size of one task at a time goes up or down for as long as that raises t
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import networkx
 from networkx.algorithms.approximation import greedy_tsp, simulated_annealing_tsp
@@ -18,6 +18,7 @@ from gemel.edge.blocks import Blocks
 from gemel.edge.profile import Profile
 from gemel.edge.residency import Residency
 from gemel.edge.simulator import Load, Plan, simulate
+from gemel.edge.turns import neighbouring
 
 EXACT_TASKS = 8
 STARTS = 4  # of the solver
@@ -29,12 +30,13 @@ def cycle_bytes(blocks: Blocks, order: Sequence[str], budget: int, eager: bool =
     return Residency(blocks, order, budget, eager).cycle_bytes()
 
 
-def best_order(blocks: Blocks, budget: int, eager: bool = False) -> list[str]:
+def best_order(blocks: Blocks, budget: int, eager: bool = False, groups: Sequence[Collection[str]] = ()) -> list[str]:
     """The cyclic order whose cycle moves the fewest bytes; for more than EXACT_TASKS models, one close to it.
 
+    groups: of tasks that are to stand next to each other, as they compute their first layers alike.
     The first task of the results comes first. Raises ValueError if a model does not fit the budget.
     """
-    tasks = list(blocks.needs)
+    tasks = neighbouring(list(blocks.needs), groups)
     judged = {tuple(tasks): cycle_bytes(blocks, tasks, budget, eager)}
     if len(tasks) < 3 or not judged[tuple(tasks)]:
         return tasks
@@ -43,10 +45,11 @@ def best_order(blocks: Blocks, budget: int, eager: bool = False) -> list[str]:
     else:
         candidates = _tours(blocks)
     for order in candidates:
-        judged[tuple(order)] = cycle_bytes(blocks, order, budget, eager)
+        if list(order) == neighbouring(order, groups):
+            judged[tuple(order)] = cycle_bytes(blocks, order, budget, eager)
     best = min(judged, key=lambda order: judged[order])
     if len(tasks) > EXACT_TASKS:
-        best = _improved(blocks, best, budget, eager)
+        best = tuple(neighbouring(_improved(blocks, best, budget, eager), groups))
     first = best.index(tasks[0])
     return [*best[first:], *best[:first]]
 

@@ -34,6 +34,7 @@ class Plan:
     order: Sequence[str] | None = None
     batches: Mapping[str, int] | None = None
     eager: bool = False
+    shared_computation: bool = True  # layers that tasks compute alike run once a frame; False: as for unmerged models
 
 
 def simulate(
@@ -47,8 +48,9 @@ def simulate(
     arrivals = {
         task: Arrivals(load.fps, load.sla, (plan.batches or {}).get(task, 1), load.count) for task in blocks.needs
     }
-    turns = Turns(blocks, plan.order, budget, arrivals, plan.eager)
-    simulation = _Simulation(blocks, profile, arrivals)
+    groups = [[task for task in group if task in arrivals] for group in profile.groups]
+    turns = Turns(blocks, plan.order, budget, arrivals, plan.eager, groups if plan.shared_computation else ())
+    simulation = _Simulation(blocks, profile, turns)
     while (max_turns is None or turns.number < max_turns) and (turn := turns.next()) is not None:
         task, step = turn
         simulation.counts.peak_resident_bytes = max(simulation.counts.peak_resident_bytes, step.peak_bytes)
@@ -57,14 +59,15 @@ def simulate(
 
 
 class _Simulation:
-    def __init__(self, blocks: Blocks, profile: Profile, arrivals: Mapping[str, Arrivals]):
-        self.blocks, self.profile, self.arrivals = blocks, profile, arrivals
+    def __init__(self, blocks: Blocks, profile: Profile, turns: Turns):
+        self.blocks, self.profile, self.turns, self.arrivals = blocks, profile, turns, turns.arrivals
         self.counts = counts_of(blocks.needs)
         self.now = 0.0
         self.read_ahead_until = 0.0
         self.prepared: OrderedDict[tuple[int, int], None] = OrderedDict()  # inputs that are kept
         self.move_seconds: dict[tuple[int, ...], float] = {}
-        self.run_seconds: dict[tuple[str, int], float] = {}
+        self.run_seconds: dict[tuple[str, int, bool], float] = {}
+        self.ran_on: dict[int, range] = {}  # group -> frames whose outputs of common layers are kept
 
     def turn(self, task: str, enter: Move, prefetch: Move) -> None:
         counted, arrivals = self.counts.tasks[task], self.arrivals[task]
@@ -75,9 +78,11 @@ class _Simulation:
         self.counts.bytes_moved += enter.bytes + prefetch.bytes
         self.read_ahead_until = self.now + self._seconds_of(prefetch)
         self.now = max(self.now, arrivals.next_arrival)
-        taken, dropped = arrivals.take(self.now)
+        taken, dropped = self.turns.take(task, self.now)
         counted.dropped += dropped
-        seconds = self._run_seconds(task, len(taken)) + sum(self._input_seconds(task, k) for k in taken)
+        seconds = self._run_seconds(task, len(taken), self._follows(task, taken)) + sum(
+            self._input_seconds(task, k) for k in taken
+        )
         self.now += seconds
         counted.run_seconds += seconds
         arrivals.ran(seconds)
@@ -96,10 +101,17 @@ class _Simulation:
             self.move_seconds[move.loaded] = self.profile.load_seconds(num_tensors, move.bytes)
         return self.move_seconds[move.loaded]
 
-    def _run_seconds(self, task: str, batch: int) -> float:
-        if (task, batch) not in self.run_seconds:
-            self.run_seconds[task, batch] = self.profile.tasks[task].run_seconds(batch)
-        return self.run_seconds[task, batch]
+    def _follows(self, task: str, frames: range) -> bool:
+        """Whether the outputs of common layers are there for these frames; else they are from now on."""
+        if (group := self.turns.group_of.get(task)) is None:
+            return False
+        before, self.ran_on[group] = self.ran_on.get(group), frames
+        return before == frames
+
+    def _run_seconds(self, task: str, batch: int, follows: bool) -> float:
+        if (task, batch, follows) not in self.run_seconds:
+            self.run_seconds[task, batch, follows] = self.profile.tasks[task].run_seconds(batch, follows)
+        return self.run_seconds[task, batch, follows]
 
     def _input_seconds(self, task: str, k: int) -> float:
         """Of making the input of a frame, unless another task made it; and of reading the image."""

@@ -38,7 +38,23 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         f"{_table(header, rows)}\n\n{kind}: {summary['bytes_moved'] / MIB:.2f} MiB of weights moved in "
         f"{summary['seconds']:.2f} s, {summary['swap_seconds']:.2f} s of them waited for; at most "
         f"{summary['peak_resident_bytes'] / MIB:.2f} MiB in memory, budget {summary['budget_bytes'] / MIB:.2f} MiB"
+        f"{_shared_computation(summary.get('shared_computation', {}))}"
     )
+
+
+def _shared_computation(shared: Mapping[str, Any]) -> str:
+    """A line per group of tasks that compute their first layers alike, and what that saved; "" if there is none."""
+    if not shared.get("groups"):
+        return ""
+    lines = []
+    for group in shared["groups"]:
+        shares = ", ".join(f"{task} {100 * share:.0f} %" for task, share in group["share"].items())
+        lines.append(f"computed alike, and run once a frame: {shares} of the multiplications")
+    lines.append(
+        f"first layers not run again for {sum(shared['frames'].values())} frames, {shared['seconds_saved']:.2f} s "
+        f"saved; {shared['peak_bytes'] / MIB:.2f} MiB of their outputs kept at most (activations)"
+    )
+    return "\n" + "\n".join(lines)
 
 
 def _table(header: list, rows: list) -> str:

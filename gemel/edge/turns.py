@@ -1,6 +1,6 @@
 """Whose turn it is: models in a cyclic order, each until its frames are exhausted, and what each turn moves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from gemel.edge.arrivals import Arrivals
 from gemel.edge.blocks import Blocks
@@ -10,6 +10,7 @@ from gemel.edge.residency import Residency, Step
 class Turns:
     """The turns of a run or a simulation, one after the other; nothing here depends on how long they take.
 
+    groups: of tasks that compute their first layers alike: they run on the same frames, one after the other.
     Raises ValueError if the largest model does not fit the budget, or the order is not one of the tasks.
     """
 
@@ -20,8 +21,9 @@ class Turns:
         budget: int,
         arrivals: Mapping[str, Arrivals],
         eager: bool = False,
+        groups: Sequence[Collection[str]] = (),
     ):
-        order = list(blocks.needs) if order is None else list(order)
+        order = neighbouring(list(blocks.needs), groups) if order is None else list(order)
         if sorted(order) != sorted(blocks.needs):
             raise ValueError(f"order: got {', '.join(order)}; allowed: each of {', '.join(blocks.needs)} once")
         self.arrivals = arrivals
@@ -29,6 +31,23 @@ class Turns:
         self.resident = 0  # the set of blocks in memory
         self.number = 0  # turns taken
         self._turn = 0
+        self.group_of = {task: i for i, group in enumerate(groups) for task in group}
+        self._ahead: dict[int, range] = {}  # group -> frames that its first task took last
+
+    def take(self, task: str, now: float) -> tuple[range, int]:
+        """(frames that the task runs on at its turn, frames that were dropped), as Arrivals.take has it.
+
+        The first task of a group in the order chooses frames that all of them can answer in time; the others follow.
+        """
+        own, group = self.arrivals[task], self.group_of.get(task)
+        if group is None:
+            return own.take(now)
+        members = [other for other in self.residency.order if self.group_of.get(other) == group]
+        if task != members[0]:
+            return own.take(now, ahead=self._ahead.get(group))
+        taken, dropped = own.take(now, sum(self.arrivals[other].expected for other in members[1:]))
+        self._ahead[group] = taken
+        return taken, dropped
 
     def next(self) -> tuple[str, Step] | None:
         """(the task whose turn it is, what moves); None if no task has frames left."""
@@ -50,3 +69,12 @@ class Turns:
             self.residency = Residency(self.residency.blocks, following, self.residency.budget, self.residency.eager)
             self._turn = 0
         return bool(left)
+
+
+def neighbouring(tasks: Sequence[str], groups: Sequence[Collection[str]]) -> list[str]:
+    """The tasks in their order, with those of a group next to each other."""
+    group_of = {task: group for group in groups for task in group}
+    found: list[str] = []
+    for task in tasks:
+        found += [other for other in tasks if other in group_of.get(task, (task,)) and other not in found]
+    return found

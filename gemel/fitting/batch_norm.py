@@ -139,7 +139,7 @@ def match_statistics(
     Source: Jordan et al., "REPAIR", ICLR 2023, section 3.
     """
     wanted = [(name, m) for name, m in model.named_modules() if is_frozen(m) or not frozen_only]
-    layers = {name: module for name, module in wanted if _stores_statistics(module)}
+    layers = {name: module for name, module in wanted if stores_statistics(module)}
     if not layers or not batches:
         return
     targets: dict[str, _Moments] = {name: _Moments() for name in layers}  # of the teacher's outputs
@@ -162,7 +162,7 @@ def match_statistics(
 
 def is_frozen(module: nn.Module) -> bool:
     """Whether the layer normalises by stored statistics without training them: torchvision's FrozenBatchNorm2d."""
-    return _stores_statistics(module) and not isinstance(module, _BatchNorm)
+    return stores_statistics(module) and not isinstance(module, _BatchNorm)
 
 
 class _Normalisation(Protocol):
@@ -191,7 +191,7 @@ class _Moments:
         return mean, var
 
 
-def _stores_statistics(module: nn.Module) -> TypeGuard[_Normalisation]:
+def stores_statistics(module: nn.Module) -> TypeGuard[_Normalisation]:
     """Whether the module is batch normalisation, frozen (torchvision's, or with the same attributes) or not."""
     return all(getattr(module, key, None) is not None for key in ("running_mean", "running_var", "eps"))
 

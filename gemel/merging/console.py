@@ -163,6 +163,7 @@ def closing_report(manifest: Mapping, per_class: bool, goal: int | None = None) 
     parts = [closing_table(manifest), *([per_class_table(manifest)] if per_class else [])]
     over = "the time is over before everything was tried: the same command resumes"
     lines = [] if goal is None else [goal_report(manifest, goal)]
+    lines += shared_normalisation(manifest["run"].get("shared_normalisation"))
     if not manifest["run"]["finished"]:
         lines.append("without --memory the same command saves more" if lines and fits(manifest, goal) else over)
     return "\n".join(["\n\n".join(parts), *lines])
@@ -176,6 +177,25 @@ def memory_use(measured: Sequence[Mapping]) -> str:
         used, predicted = mib(one["used_bytes"]), mib(one["predicted_bytes"])
         lines.append(f"memory of the {name} in this run: {used} used, {predicted} predicted")
     return "\n".join(lines)
+
+
+def shared_normalisation(found: Mapping | None) -> list[str]:
+    """What sharing normalisation saves and costs, a line a group; nothing where it was not asked for."""
+    if found is None:
+        return []
+    if not found["layers"]:
+        return [
+            wrap(f"normalisation: none is shared, after {found['trials']} trials: no two tasks would run more once")
+        ]
+    lines = [f"normalisation: {found['layers']} layers are shared, which saves {mib(found['saved_bytes'])}"]
+    for group in found["groups"]:
+        parts = (
+            f"{name} {share(part, 1)} (accuracy of target "
+            f"{found['accuracy_of_target'][name][0]:.3f} -> {found['accuracy_of_target'][name][1]:.3f})"
+            for name, part in group.items()
+        )
+        lines.append(wrap(f"needs to run once a frame, of the multiplications: {', '.join(parts)}"))
+    return lines
 
 
 def fits(manifest: Mapping, goal: int | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from gemel.alignment.align import METHODS as ALIGNMENTS
 from gemel.alignment.matching import BY_ORDER, BY_WEIGHTS, MATCHINGS
-from gemel.environment import DEVICES
+from gemel.environment import DEVICES, ranks
 from gemel.environment.device import has_device
 from gemel.forward import AUTO, STEP_PRECISIONS, STORE_TYPES
 from gemel.merging.tensorboard import is_installed
@@ -72,6 +72,8 @@ class MergeOptions:
     freeze_prefix, half of it is for what the frozen layers put out.
     store_dtype: the type in which the weights are stored, and in which every task is judged: "float32", "float16",
     "bfloat16" or "int8" (docs/results.md, "Half precision", "Eight bits").
+    share_norm: once the search is over, normalisation is shared as well in the first layers of tasks that may see the
+    same frames, as deep as they stay at their targets (docs/strategies.md, "Shared normalisation"); in one process.
     fit_memory: bytes that a fit of weights may take beside the models (default: 2 GiB on a CPU, with CUDA a quarter of
     the device's memory); it decides how many images are in flight at a time.
     training: how a round is trained.
@@ -98,6 +100,7 @@ class MergeOptions:
     num_workers: int | None = None
     cache_bytes: int = 1 << 30
     store_dtype: str = "float32"
+    share_norm: bool = False
     fit_memory: int | None = None
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
@@ -115,6 +118,8 @@ class MergeOptions:
         own = {key: getattr(self, key) for key in keys}
         if self.store_dtype != "float32":  # results of earlier versions do not name it
             own["store_dtype"] = self.store_dtype
+        if self.share_norm:  # nor this
+            own["share_norm"] = True
         training = dataclasses.asdict(self.training)
         if self.training.precision == AUTO:  # nor this
             del training["precision"]
@@ -187,6 +192,10 @@ def _problems(given: Mapping[str, Any]) -> list[Problem]:
             "None or a folder, with the package tensorboard installed (pip install tensorboard)",
         ),
         "quiet": (lambda v: isinstance(v, bool), "True or False"),
+        "share_norm": (
+            lambda v: isinstance(v, bool) and not (v and ranks.size() > 1),
+            "True or False; False in several processes",
+        ),
     }
     for key, (is_right, what) in checks.items():
         if not is_right(options[key]):

@@ -31,6 +31,7 @@ class RunRecord:
     finished: bool = False  # whether everything was tried
     precision: dict[str, dict] = field(default_factory=dict)  # of training steps, by task (training/precision.py)
     attempts: Attempts = field(default_factory=dict)  # what was tied in a round and could not be kept
+    shared_normalisation: dict | None = None  # what sharing it cost and saved; None: it was not asked for, or not yet
     would_take: dict | None = None  # what the memory goal would take (GoalReplay); {}: not found; None: not looked for
     memory_needs: list[MemoryNeed] = field(default_factory=list)  # of this run
     memory_of_before: list[dict] = field(default_factory=list)  # `memory_use` of the run that this one resumes
@@ -114,6 +115,7 @@ class RunRecord:
         """Continues the record of an earlier run; run: that part of its manifest."""
         self.rounds, self.history = run["rounds"], run["history"]
         self.attempts, self.memory_of_before = run.get("attempts", {}), run.get("memory_use", [])
+        self.shared_normalisation = run.get("shared_normalisation")
         devices = [part.get("flags", {}).get("device") for part in (run, self.started_with)]
         if devices[0] == devices[1]:  # what is quick on one may be slow on another
             self.precision.update(run.get("training_precision", {}))
@@ -153,6 +155,7 @@ def run_part(
         "accuracy": evaluator.state(),
         "permutations": state.order.permutations,
         "channels_last": state.channels_last,
+        "shared_normalisation": record.shared_normalisation,
         "rounds": record.rounds,
         "attempts": record.attempts,
         "training_precision": record.precision,
@@ -189,7 +192,8 @@ def task_parts(
 
 def memory_part(state: MergeState, record: RunRecord) -> dict:
     """The `memory` part of the manifest."""
-    memory = Memory(state.unmerged_bytes, state.stored_bytes(), record.optimal_saved_bytes)
+    optimal = record.optimal_saved_bytes + saved_bytes(state.shared_norms)
+    memory = Memory(state.unmerged_bytes, state.stored_bytes(), optimal)
     return {**asdict(memory), "saved_bytes": memory.saved_bytes}
 
 

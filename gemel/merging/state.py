@@ -16,8 +16,9 @@ from gemel.forward.batches import Batch
 from gemel.forward.modes import deep_copy, set_layout, state_on_cpu
 from gemel.results_store.load import load_merged
 from gemel.sharing.adapters import fold, has_additions, own_modules
-from gemel.sharing.groups import Configuration, affected_tasks, from_plain, joined
+from gemel.sharing.groups import Configuration, affected_tasks, from_plain, joined, restrict
 from gemel.sharing.memory import named_tensors
+from gemel.sharing.normalisation import untie_normalisation
 from gemel.sharing.precision import round_weights, stored_bytes
 from gemel.sharing.tying import (
     Snapshot,
@@ -81,6 +82,7 @@ class MergeState:
         freeze(self.models, self._frozen)
         self.unmerged_bytes = self.stored_bytes()
         self.kept: Configuration = ()  # tied in the last trial that was kept
+        self.shared_norms: Configuration = ()  # groups of normalisation layers, which no trial of the search ties
         self.tied: Configuration = ()  # tied now: more than `kept` within a trial, and where the next one continues it
         self.order = ChannelOrder()
         self._undo: Snapshot | None = None  # of what is kept, while the models hold something else
@@ -239,9 +241,11 @@ class MergeState:
         for name in set(self.order.applied) - self.sharing():
             self.order.revert(name, self.models[name])
 
-    def is_stored_otherwise(self, stored: Mapping[str, Mapping]) -> bool:
-        """Whether a stored task has its channels in another order than now; stored: `tasks` of a manifest."""
-        return any(task["permuted"] and name not in self.order.applied for name, task in stored.items())
+    def is_stored_otherwise(self, manifest: Mapping) -> bool:
+        """Whether a stored task has its channels in another order than now, or other normalisation is shared."""
+        tasks, num_shared = manifest["tasks"], sum(g.get("normalisation", False) for g in manifest["shared_layers"])
+        permuted = any(task["permuted"] and name not in self.order.applied for name, task in tasks.items())
+        return permuted or num_shared != len(self.shared_norms)
 
     def sharing(self) -> set[str]:
         """Tasks that share something in what is kept."""
@@ -258,6 +262,8 @@ class MergeState:
         models = {name: self.models[name] for name in names}
         load_merged(results_path, models, self.device, tasks=names, verify=True, dtype=self._computed_in)
         self.lay_out(self.models)
+        shared = restrict(from_plain(manifest["shared_layers"]), names)
+        self.shared_norms = tuple(group for group in shared if group.normalisation)
         sharing = {o["task"] for group in manifest["shared_layers"] for o in group["occurrences"]}
         recorded = manifest["run"]["permutations"]
         self.order.permutations = {name: recorded[name] for name in names if name in recorded}
@@ -277,6 +283,11 @@ class MergeState:
         """Says what the loaded models have tied."""
         assert all(is_tied(self.models, group) for group in kept), "the store and the search state disagree"
         self.kept = self.tied = kept
+
+    def untie_norms(self) -> None:
+        """Gives every task normalisation of its own again, with the values that it has now."""
+        untie_normalisation(self.models, self.shared_norms)
+        self.shared_norms = ()
 
     def fold_adapters(self, names: Iterable[str]) -> list[str]:
         """Writes adapters, scales and biases of layers that no longer share into the layers' own weights.

@@ -30,7 +30,23 @@ def summary(record: Record) -> Html:
     keys = ("measured_unmerged_acc", "target_acc", "merged_acc", "met", "unmerged_test_acc", "test_acc")
     rows = [[name, *(_task_cell(name, key, task[key]) for key in keys)] for name, task in tasks.items()]
     text = Html(f'<p class="lead">{"".join(map(as_html, lead))}</p>')
-    return section("What was reached", text, table(header, rows, "Accuracy of each task, on val unless it says test"))
+    accuracies = table(header, rows, "Accuracy of each task, on val unless it says test")
+    return section("What was reached", text, accuracies, _shared_normalisation(record))
+
+
+def _shared_normalisation(record: Record) -> Html:
+    """What sharing normalisation costs and saves; nothing where none is shared."""
+    found = record.manifest["run"].get("shared_normalisation")
+    if not found or not found["layers"]:
+        return Html("")
+    rows = [
+        (name, share(part, 1), *(f"{ratio:.3f}" for ratio in found["accuracy_of_target"][name]))
+        for group in found["groups"]
+        for name, part in group.items()
+    ]
+    caption = f"{found['layers']} normalisation layers are shared: tasks that see the same frames run these parts once"
+    header = ("task", "multiplications that run once", "accuracy of target before", "after")
+    return table(header, rows, caption)
 
 
 def _task_cell(name: str, key: str, value: Any) -> Html:

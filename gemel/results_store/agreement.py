@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gemel.results_store.precision import precision_of
-from gemel.results_store.schema import adapter_bytes_of, private_bytes_of
+from gemel.results_store.schema import SHARED_NORMALISATION, adapter_bytes_of, private_bytes_of
 from gemel.results_store.tensors import SCALES, Entry, Store, entries_as_loaded, sizes_with_scales
 from gemel.sharing import affine
 from gemel.sharing.adapters import adapter_part, affine_part, is_sound, own_part
@@ -30,6 +30,9 @@ def agreement_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield "store: checksums: are not of the tensors that the tasks use"
     if manifest["file_bytes"][manifest["store"]["file"]] != manifest["store"]["bytes"]:
         yield "store: bytes: differ from those in file_bytes"
+    shares_norms = any(group.get("normalisation") for group in manifest["shared_layers"])
+    if shares_norms != (manifest["normalisation"] == SHARED_NORMALISATION):
+        yield f"normalisation: got {manifest['normalisation']!r}, but shared_layers say otherwise"
     memory = manifest["memory"]
     saved = sum(g["bytes"] * (len(g["occurrences"]) - 1) for g in manifest["shared_layers"]) - _all_private(manifest)
     if not memory["saved_bytes"] == memory["unmerged_bytes"] - memory["merged_bytes"] == saved:

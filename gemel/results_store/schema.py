@@ -17,7 +17,8 @@ from gemel.results_store.files import STATISTICS, STORE_PATTERN, WEIGHTS_PATTERN
 from gemel.results_store.tensors import KNOWN_BLOCK_BYTES
 from gemel.workload import CLASSIFICATION, DETECTION, NAME_PATTERN
 
-NORMALISATION = "private"  # normalisation layers are never shared
+NORMALISATION = "private"  # no normalisation layer is shared
+SHARED_NORMALISATION = "shared"  # some are: those groups say so
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CHECKSUM = re.compile(r"[0-9a-f]{16}")
 STORE_KEY = re.compile(r"[0-9a-f]{32}(\.[0-9]{1,9})?(\.scale)?")
@@ -118,6 +119,7 @@ GROUP = {
     "bytes": _BYTES,
     "occurrences": Rule(_are_occurrences, "two or more of {task, layer}"),
     "affine_bytes": Rule(lambda value: _is_count(value) and value > 0, "a number of bytes above 0", required=False),
+    "normalisation": Rule(lambda value: value is True, "true", required=False),
 }
 MEMORY = dict.fromkeys(("unmerged_bytes", "merged_bytes", "saved_bytes", "optimal_saved_bytes"), _BYTES)
 PRECISION = {
@@ -139,8 +141,9 @@ def part_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def entry_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong within each part; `part_problems` must have found nothing."""
-    if manifest["normalisation"] != NORMALISATION:
-        yield f"normalisation: got {short(manifest['normalisation'])}; allowed: {NORMALISATION!r}"
+    if manifest["normalisation"] not in (NORMALISATION, SHARED_NORMALISATION):
+        allowed = f"{NORMALISATION!r}, {SHARED_NORMALISATION!r}"
+        yield f"normalisation: got {short(manifest['normalisation'])}; allowed: {allowed}"
     if not manifest["tasks"]:
         yield "tasks: there is none"
     for name, task in manifest["tasks"].items():

@@ -19,6 +19,7 @@ from gemel.results_store.manifest import adapted_layers, read_manifest, read_res
 from gemel.results_store.precision import loaded_dtype, plain_tensors, precision_of, unjudged
 from gemel.results_store.tensors import Store, entries_as_loaded, raw_bytes, read_tensors, sizes_with_scales
 from gemel.sharing.memory import distinct_bytes
+from gemel.sharing.normalisation import own_tensors
 from gemel.sharing.precision import weights_of
 from gemel.sharing.signatures import has_signature
 
@@ -241,7 +242,8 @@ def _tie_checks(path: Path, manifest: dict, loaded: Mapping[str, nn.Module]) -> 
         if len(layers) < 2:
             continue
         checked += 1
-        tensors = [tuple(map(id, layer.parameters(recurse=False))) for layer in layers]
+        own = own_tensors if group.get("normalisation") else _own_parameters
+        tensors = [tuple(map(id, own(layer).values())) for layer in layers]
         explained.update(tensors[0])
         stored_in = precision_of(manifest)["weights"]
         agree = all(has_signature(loaded[task], layer, group["signature"], stored_in) for task, layer in places)
@@ -259,6 +261,10 @@ def _tie_checks(path: Path, manifest: dict, loaded: Mapping[str, nn.Module]) -> 
         left = len(manifest["shared_layers"]) - checked
         rest = f"; {left} more could not be loaded" if left else ""
         yield Check(OK, f"{path}: {checked} shared layers are one parameter each after loading, and only those{rest}")
+
+
+def _own_parameters(layer: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(layer.named_parameters(recurse=False))
 
 
 def _evaluated(manifest: dict, name: str, model: nn.Module, evaluation: Evaluation | None) -> Check:

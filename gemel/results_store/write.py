@@ -47,7 +47,7 @@ from gemel.results_store.manifest import (
 )
 from gemel.results_store.points import points_of
 from gemel.results_store.precision import plain_tensors, weights_dtype
-from gemel.results_store.schema import NORMALISATION
+from gemel.results_store.schema import NORMALISATION, SHARED_NORMALISATION
 from gemel.results_store.tensors import (
     BLOCK_BYTES,
     Store,
@@ -82,7 +82,9 @@ def write_results(
         repair(path)
         before = read_manifest(path)
     keys, tensors = name_by_content(models, weights_dtype(manifest))
-    new = {"format": FORMAT, "normalisation": NORMALISATION, **manifest, "tensors": keys}
+    shares_norms = any(group.get("normalisation") for group in manifest["shared_layers"])
+    normalisation = SHARED_NORMALISATION if shares_norms else NORMALISATION
+    new = {"format": FORMAT, "normalisation": normalisation, **manifest, "tensors": keys}
     new["store"], store_written = _put_store(path, keys, tensors, before)
     written = {new["store"]["file"]: store_written}
     staged: dict[Path, Path] = {}  # temporary -> the file that it becomes

@@ -30,6 +30,7 @@ class Group:
 
     rank: of the private adapter that each occurrence has beside the shared parameters (adapters.py); 0: none.
     affine_bytes: of the private scale and bias of each occurrence (affine.py); 0: it has none.
+    normalisation: whether they are normalisation layers, which share their buffers as well (normalisation.py).
     """
 
     signature: str
@@ -38,6 +39,7 @@ class Group:
     rank: int = 0
     adapter_bytes: int = 0  # of one occurrence
     affine_bytes: int = 0
+    normalisation: bool = False
 
     @property
     def private_bytes(self) -> int:
@@ -168,6 +170,7 @@ def to_plain(configuration: Configuration) -> list[dict]:
         {"signature": g.signature, "bytes": g.bytes, "occurrences": [o._asdict() for o in g.occurrences]}
         | ({"rank": g.rank, "adapter_bytes": g.adapter_bytes} if g.rank else {})
         | ({"affine_bytes": g.affine_bytes} if g.affine_bytes else {})
+        | ({"normalisation": True} if g.normalisation else {})
         for g in configuration
     ]
 
@@ -182,6 +185,7 @@ def from_plain(plain: list[dict]) -> Configuration:
             g.get("rank", 0),
             g.get("adapter_bytes", g.get("residual_bytes", 0)),  # the key of earlier versions
             g.get("affine_bytes", 0),
+            g.get("normalisation", False),
         )
         for g in plain
     )

@@ -3,14 +3,13 @@
 import time
 
 import pytest
-from edge_samples import profile_of, random_blocks, unshared, write_slim
+from edge_samples import Virtual, VirtualTime, profile_of, random_blocks, unshared, write_slim
 
 from gemel.edge import Runtime
 from gemel.edge.arrivals import Arrivals
 from gemel.edge.blocks import blocks_of
 from gemel.edge.compare import RESIDENT, compare, draw, rows_table
 from gemel.edge.frames import RandomFrames
-from gemel.edge.profile import Profile
 from gemel.edge.simulator import Load, Plan, budgets_between, simulate
 
 MIB = 1 << 20
@@ -75,41 +74,6 @@ def test_a_simulation_is_a_thousand_times_as_fast_as_the_stream():
 # ---- against the runtime ----------------------------------------------------------------------------------
 
 
-class VirtualTime:
-    """A clock that advances by what is waited for: nothing else in the process matters."""
-
-    def __init__(self):
-        self.now = self.read_ahead_until = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def wait(self, stop, seconds: float) -> None:
-        self.now += seconds
-
-
-class Virtual(Runtime):
-    """A runtime whose models and moves take the time that the profile states, on a virtual clock."""
-
-    profile: Profile
-    clock: VirtualTime
-
-    def seconds_of(self, move) -> float:
-        return self.profile.load_seconds(sum(len(self.blocks.all[i].keys) for i in move.loaded), move.bytes)
-
-    def enter(self, step):
-        super().enter(step)
-        self.clock.now = max(self.clock.now, self.clock.read_ahead_until) + self.seconds_of(step.enter)
-
-    def read_ahead(self, step):
-        super().read_ahead(step)
-        self.clock.read_ahead_until = self.clock.now + self.seconds_of(step.prefetch)
-
-    def forward(self, task, inputs):
-        self.clock.now += self.profile.tasks[task].run_seconds(len(inputs))
-        return super().forward(task, inputs)
-
-
 @pytest.mark.parametrize("eager", [False, True], ids=["lazy", "eager"])
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "unmerged"])
 def test_the_runtime_does_what_the_simulator_says(tmp_path, merged, eager):
@@ -121,6 +85,7 @@ def test_the_runtime_does_what_the_simulator_says(tmp_path, merged, eager):
     for budget in [least + (most - least) * i // 4 for i in range(5)]:
         clock = VirtualTime()
         options = {"merged": merged, "eager": eager, "batches": {"a_slim": 2}, "clock": lambda clock=clock: clock}
+        options["shared_computation"] = False
         with Virtual(tmp_path, budget, **options) as runtime:
             blocks = runtime.blocks
             runtime.profile, runtime.clock = profile_of(blocks, 12, 1500), clock
