@@ -51,6 +51,7 @@ from gemel.merging.rehearsal import rehearsal_text, rehearse
 from gemel.merging.resume import previous_manifest, set_aside
 from gemel.merging.run_log import RunLog
 from gemel.merging.tensorboard import TensorBoardLog
+from gemel.merging.unmerged_store import unmerged_problems, write_unmerged
 from gemel.report.check_page import check_page
 from gemel.report.page import write_report
 from gemel.report.plan_page import writable_problems, write_plan
@@ -207,6 +208,8 @@ def _merge(
             if not merger.record.groups:
                 say("nothing to merge: no two tasks have an identical layer; the models are stored as they are")
             manifest = merger.merge()
+        if chosen.keep_unmerged:
+            write_unmerged(results_path, manifest, merger.state, merger.evaluator)
     return manifest
 
 
@@ -276,6 +279,7 @@ def _checked_tasks(
     for name in foreign_files(results_path, tasks):
         allowed = "a folder in which nothing of yours would be overwritten"
         problems.append(Problem("options", "results", f"{results_path}, which holds {name} of something else", allowed))
+    problems += unmerged_problems(results_path, tasks) if options.keep_unmerged else []
     if problems:
         if said := console.dataset_notes(notes):
             print(said, flush=True)

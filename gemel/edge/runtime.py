@@ -27,8 +27,12 @@ from gemel.edge.counts import Counts, Stopwatch, counts_of
 from gemel.edge.frames import Frames, Transform, default_transform
 from gemel.edge.residency import Move, Step
 from gemel.edge.turns import Turns
+from gemel.edge.two_stores import TwoStores, unmerged_name, with_unmerged
+from gemel.edge.watch import Watch, WatchOptions
 from gemel.edge.weights import Weights
 from gemel.environment.device import pick_device
+from gemel.evaluation.agreement import agreement_of
+from gemel.results_store.files import UNMERGED
 from gemel.workload import DETECTION
 
 
@@ -41,6 +45,7 @@ class Result:
     output: Any  # a classifier's row of logits [K]; a detector's dictionary
     latency: float  # seconds from the frame's arrival to the answer
     in_time: bool
+    unmerged: bool = False  # by its unmerged model, to which the task went back
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class RuntimeOptions:
     eager: bool = False  # load the next model early even where that moves more bytes
     clock: Callable[[], Stopwatch] = Stopwatch  # made at the start of a run; counts.py has another one
     through_cache: bool = True  # False: the system forgets what was read from the store's file
+    watch: WatchOptions | None = None  # compare with the unmerged models on sampled frames
 
 
 class Runtime:
@@ -76,11 +82,15 @@ class Runtime:
     ):
         self.options = RuntimeOptions(**options)
         self.device = pick_device(self.options.device)
-        self.weights = Weights(results, self.device, tasks, models, self.options.merged, self.options.through_cache)
+        options_of_weights = (tasks, models, self.options.merged, self.options.through_cache)
+        merged = Weights(results, self.device, *options_of_weights)
+        self.weights: Weights | TwoStores = merged
+        if self.options.watch is not None:
+            self.weights = with_unmerged(merged, self.options.watch.store or Path(results) / UNMERGED, models)
         self.blocks: Blocks = self.weights.blocks
-        self.budget = self.blocks.distinct_bytes if memory is None else memory
-        records = self.weights.manifest["tasks"]
-        self.kinds: dict[str, str] = {task: records[task]["task"] for task in self.blocks.needs}
+        self.budget = self.weights.default_budget if memory is None else memory
+        records = merged.manifest["tasks"]
+        self.kinds: dict[str, str] = {task: records[task]["task"] for task in merged.models}
         self.transforms = {kind: default_transform(kind, None) for kind in set(self.kinds.values())}
         self.transforms = {task: self.transforms[kind] for task, kind in self.kinds.items()} | dict(transforms or {})
         _check_batches(self.options.batches or {}, self.kinds)
@@ -128,6 +138,9 @@ class Runtime:
         batches = self.options.batches or {}
         arrivals = {task: Arrivals(fps, sla, batches.get(task, 1), total) for task in self.kinds}
         source, counts = Frames(frames, self.transforms), counts_of(self.kinds)
+        if self.options.watch is not None:
+            records = self.weights.manifest["tasks"]
+            counts.watch = Watch(self.options.watch, {task: records[task] for task in self.kinds})
         if on_counts is not None:
             on_counts(counts)
         self.weights.start_counting()
@@ -142,7 +155,7 @@ class Runtime:
         return {
             "merged": self.options.merged,
             "budget_bytes": self.budget,
-            "distinct_bytes": self.blocks.distinct_bytes,
+            "distinct_bytes": self.weights.workload_bytes,
             "order": list(order),
             "batches": {task: (self.options.batches or {}).get(task, 1) for task in order},
             "device": str(self.device),
@@ -155,10 +168,14 @@ class Runtime:
 
     def enter(self, step: Step) -> None:
         """Moves what the step's model needs, after what was being read ahead has arrived."""
+        self.move(step.enter)
+
+    def move(self, move: Move) -> None:
+        """Moves weights, after what was being read ahead has arrived."""
         if self._ahead is not None:
             self._ahead.result()
             self._ahead = None
-        self._move(step.enter)
+        self._move(move)
 
     def read_ahead(self, step: Step) -> None:
         """Begins to read weights of the next model."""
@@ -172,14 +189,15 @@ class Runtime:
 
     # ---- running a model ----------------------------------------------------------------------------------
 
-    def forward(self, task: str, inputs: Sequence[Tensor]) -> list[Any]:
-        """The outputs of a model whose weights are in memory, one a frame, on its device."""
+    def forward(self, task: str, inputs: Sequence[Tensor], model: str | None = None) -> list[Any]:
+        """The outputs of a model whose weights are in memory, one a frame, on its device.
+
+        model: its name among the blocks, where that is not the task's.
+        """
+        module = self.weights.models[model or task]
         images = [image.to(self.device) for image in inputs]
         with torch.inference_mode():
-            if self.kinds[task] == DETECTION:
-                outputs = self.weights.models[task](images)
-            else:
-                outputs = self.weights.models[task](torch.stack(images))
+            outputs = module(images if self.kinds[task] == DETECTION else torch.stack(images))
             outputs = list(getattr(outputs, "logits", outputs))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -232,16 +250,33 @@ class _Run:
         began = self.now()
         taken, dropped = arrivals.take(began)
         counted.dropped += dropped
-        outputs = self.runtime.forward(task, [self.frames.input(task, k) for k in taken])
+        model = self.turns.models[task]
+        inputs = {k: self.frames.input(task, k) for k in taken}
+        outputs = self.runtime.forward(task, list(inputs.values()), model)
         ended = self.now()
         arrivals.ran(ended - began)
         counted.run_seconds += ended - began
         for k, output in zip(taken, outputs, strict=True):
             latency = ended - k / arrivals.fps
             counted.answered(latency, arrivals.sla)
-            self.on_result(Result(task, k, output, latency, arrivals.sla is None or latency <= arrivals.sla))
+            in_time = arrivals.sla is None or latency <= arrivals.sla
+            self.on_result(Result(task, k, output, latency, in_time, model != task))
+        if self.counts.watch is not None:
+            self._compare(self.counts.watch, task, inputs, dict(zip(taken, outputs, strict=True)))
         self._count_bytes()
         self.frames.forget(min(a.following for a in self.turns.arrivals.values()))
+
+    def _compare(self, watch: Watch, task: str, inputs: Mapping[int, Tensor], merged: Mapping[int, Any]) -> None:
+        """Runs the unmerged model on the sampled ones of the frames that were just answered."""
+        if not (sampled := watch.samples(task, inputs)):
+            return
+        began, name = self.now(), unmerged_name(task)
+        self.runtime.move(self.turns.visit(name))
+        unmerged = self.runtime.forward(task, [inputs[k] for k in sampled], name)
+        for k, output in zip(sampled, unmerged, strict=True):
+            if watch.observe(task, k, agreement_of(self.runtime.kinds[task], merged[k], output)):
+                self.turns.serve_by(task, name)
+        self.counts.tasks[task].watch_seconds += self.now() - began
 
     def _count_bytes(self) -> None:
         self.counts.bytes_moved = self.runtime.weights.moved_bytes
