@@ -149,7 +149,7 @@ def row_of(bench: Bench, budget: int, load: Load, repeats: int) -> list[str]:
 
 
 class MemorySampler:
-    """Notes the proportional set size of this process every second, from a thread; `read`: MiB that it is said to hold."""
+    """Notes the proportional set size of this process, from a thread. read: MiB that weights take now."""
 
     def __init__(self, read: Callable[[], float], every: float = 1.0):
         self.read, self.every = read, every
@@ -192,10 +192,9 @@ def flat_memory(bench: Bench, load: Load, minutes: float) -> bool:
     spread = (max(held) - min(held)) / max(statistics.median(held), 1.0)
     arrived = min(math.floor(summary["seconds"] * load.fps + 1e-9) + 1, math.ceil(60 * minutes * load.fps))
     lost = {n: arrived - t["processed"] - t["late"] - t["dropped"] for n, t in summary["tasks"].items()}
-    print(
-        f"\nfrom the second tenth on within {100 * spread:.1f} %; {arrived} frames arrived for each task, not counted: "
-    )
-    print(", ".join(f"{name} {count}" for name, count in lost.items()) + f"; {summary['turns']} turns")
+    counted = ", ".join(f"{name} {count}" for name, count in lost.items())
+    print(f"\nfrom the second tenth on within {100 * spread:.1f} %, in {summary['turns']} turns")
+    print(f"{arrived} frames arrived for each task; not counted: {counted}")
     return spread <= FLAT and not any(lost.values())
 
 
