@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,11 +149,10 @@ def row_of(bench: Bench, budget: int, load: Load, repeats: int) -> list[str]:
 
 
 class MemorySampler:
-    """Notes the proportional set size of this process, from a thread. read: MiB that weights take now."""
+    """Notes the proportional set size of this process twice a second, from a thread, in MiB."""
 
-    def __init__(self, read: Callable[[], float], every: float = 1.0):
-        self.read, self.every = read, every
-        self.samples: list[tuple[float, float]] = []  # MiB: of the process, and of it that weights take
+    def __init__(self) -> None:
+        self.samples: list[float] = []
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample)
 
@@ -166,40 +165,31 @@ class MemorySampler:
         self._thread.join()
 
     def _sample(self) -> None:
-        while not self._over.wait(self.every):
+        while not self._over.wait(0.5):
             text = Path("/proc/self/smaps_rollup").read_text()
-            kib = next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
-            self.samples.append((kib / 1024, self.read()))
+            self.samples += [int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("Pss:")]
 
 
 def flat_memory(bench: Bench, load: Load, minutes: float) -> bool:
     """Runs for so many minutes and prints the memory of each tenth; whether it is flat, and all frames are counted.
 
-    Compared are the tenths after the first one, by the median of what the process holds beside the weights in memory,
-    which come and go, plus the budget.
+    Flat: the medians of all tenths but the first, in which the process takes what it will keep, differ by FLAT at most.
     """
     budget = int(1.4 * bench.unmerged.bytes_of(bench.unmerged.largest))
-    with (
-        bench.runtime(budget, False) as runtime,
-        MemorySampler(lambda: runtime.weights.resident_bytes / MIB, min(1.0, minutes)) as sampler,
-    ):
+    with bench.runtime(budget, False) as runtime, MemorySampler() as sampler:
         summary = runtime.run(bench.frames, load.fps, load.sla, seconds=60 * minutes)
     size = max(1, len(sampler.samples) // 10)
-    tenths = [sampler.samples[i : i + size] for i in range(0, size * (len(sampler.samples) // size), size)]
-    rows = [(statistics.median(p for p, _ in t), statistics.median(p - own for p, own in t)) for t in tenths]
-    print(table(("tenth", "MiB (PSS)", "without weights"), [[i, *map(_tenths, row)] for i, row in enumerate(rows, 1)]))
-    held = [beside + budget / MIB for _, beside in rows[1:]] or [0.0]
-    spread = (max(held) - min(held)) / max(statistics.median(held), 1.0)
+    tenths = [sampler.samples[i * size : (i + 1) * size] for i in range(min(10, len(sampler.samples)))]
+    rows = [[f"{i}", *(f"{of(t):.1f}" for of in (min, statistics.median, max))] for i, t in enumerate(tenths, 1)]
+    print(table(("tenth", "least MiB (PSS)", "median", "most"), rows))
+    medians = [statistics.median(tenth) for tenth in tenths[1:]] or [1.0]
+    spread = (max(medians) - min(medians)) / min(medians)
     arrived = min(math.floor(summary["seconds"] * load.fps + 1e-9) + 1, math.ceil(60 * minutes * load.fps))
     lost = {n: arrived - t["processed"] - t["late"] - t["dropped"] for n, t in summary["tasks"].items()}
     counted = ", ".join(f"{name} {count}" for name, count in lost.items())
-    print(f"\nfrom the second tenth on within {100 * spread:.1f} %, in {summary['turns']} turns")
+    print(f"\nmedians from the second tenth on within {100 * spread:.1f} %, in {summary['turns']} turns")
     print(f"{arrived} frames arrived for each task; not counted: {counted}")
     return spread <= FLAT and not any(lost.values())
-
-
-def _tenths(value: float) -> str:
-    return f"{value:.1f}"
 
 
 HEADER = (
