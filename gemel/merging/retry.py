@@ -71,7 +71,7 @@ def _measured(task: Task, data: TaskData) -> float:
 def retry_text(task: Task) -> str:
     """What is said of the task that is merged again."""
     return (
-        f"{task.name}: merged again with {task.dataset}: the unmerged model reaches {task.unmerged_acc:.4f} on its val\n"
+        f"{task.name}: merged again with {task.dataset}; its unmerged model reaches {task.unmerged_acc:.4f} there\n"
         f"later runs need in the dictionary: dataset {Path(task.dataset).name!r}, unmerged_acc {task.unmerged_acc!r}"
     )
 

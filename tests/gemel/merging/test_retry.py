@@ -1,6 +1,7 @@
 """--retry TASK --data NEW: one task is merged again with other data, the others keep what they share."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -30,9 +31,15 @@ def new_data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def first(trained_entries, datasets, tmp_path_factory):
+def merged(trained_entries, datasets, tmp_path_factory):
     path = tmp_path_factory.mktemp("retry") / "results"
     return path, merge(trained_entries, path, datasets)
+
+
+@pytest.fixture
+def first(merged, tmp_path):
+    """(a results folder, its manifest)."""
+    return shutil.copytree(merged[0], tmp_path / "results"), merged[1]
 
 
 def with_data(entries, folder, accuracy: float) -> dict:
@@ -49,11 +56,13 @@ def test_the_task_is_merged_again_and_the_others_keep_what_they_share(
     after = merge(trained_entries, path, datasets, retry=RETRIED, data=new_data)
     assert f"{RETRIED}: merged again with {new_data}" in capsys.readouterr().out
     task = read_workload(copy.deepcopy(trained_entries))[0][RETRIED]
+    root = tmp_path / "datasets"
+    root.mkdir()
     for folder in (*datasets.iterdir(), new_data):
-        (tmp_path / folder.name).symlink_to(folder)
+        (root / folder.name).symlink_to(folder)
     entries = with_data(trained_entries, new_data, after["tasks"][RETRIED]["unmerged_acc"])
     new = read_workload(entries)[0][RETRIED]
-    data = open_task(new, [tmp_path], device=torch.device("cpu"), seed=0, batch_size=8)
+    data = open_task(new, [root], device=torch.device("cpu"), seed=0, batch_size=8)
     assert evaluate(task, data.val) == after["tasks"][RETRIED]["unmerged_acc"]
     models = {name: copy.deepcopy(entry["model"]) for name, entry in trained_entries.items()}
     loaded = load_merged(path, models)
@@ -67,25 +76,25 @@ def test_the_task_is_merged_again_and_the_others_keep_what_they_share(
     assert not [check for check in verify(path) if check.status == FAIL]
     # the same command finds it finished, and so does the dictionary with the new data
     assert merge(trained_entries, path, datasets, retry=RETRIED, data=new_data) == after
-    assert merge(entries, path, tmp_path) == after
+    assert merge(entries, path, root) == after
     with pytest.raises(WorkloadError, match=f"{RETRIED}: dataset: was"):
         merge(trained_entries, path, datasets)
 
 
 def test_a_retry_that_shares_nothing_leaves_the_others_bit_by_bit(
-    trained_entries, datasets, new_data, tmp_path, monkeypatch
+    first, trained_entries, datasets, new_data, monkeypatch
 ):
     """No round is played after the task has left."""
-    before = merge(trained_entries, tmp_path / "results", datasets)
-    files = {name: (tmp_path / "results" / "weights" / f"{name}.pt").read_bytes() for name in trained_entries}
+    path, before = first
+    files = {name: (path / "weights" / f"{name}.pt").read_bytes() for name in trained_entries}
     monkeypatch.setattr("merger.Merger._fits", lambda self: True)
-    after = merge(trained_entries, tmp_path / "results", datasets, retry=RETRIED, data=new_data)
+    after = merge(trained_entries, path, datasets, retry=RETRIED, data=new_data)
     for name in trained_entries:
         if name != RETRIED:
-            assert (tmp_path / "results" / "weights" / f"{name}.pt").read_bytes() == files[name]
+            assert (path / "weights" / f"{name}.pt").read_bytes() == files[name]
             assert after["tasks"][name] == before["tasks"][name]
     assert all(o["task"] != RETRIED for g in after["shared_layers"] for o in g["occurrences"])
-    state = torch.load(tmp_path / "results" / "weights" / f"{RETRIED}.pt", weights_only=True)
+    state = torch.load(path / "weights" / f"{RETRIED}.pt", weights_only=True)
     unmerged = trained_entries[RETRIED]["model"].state_dict()
     assert all(torch.equal(value, unmerged[key]) for key, value in state.items())
 
@@ -93,7 +102,7 @@ def test_a_retry_that_shares_nothing_leaves_the_others_bit_by_bit(
 def test_all_that_is_wrong_is_listed_and_nothing_is_written(first, trained_entries, datasets, new_data, tmp_path):
     wrong = {"retry": "west_pico", "data": tmp_path / "none", "fresh": True}
     with pytest.raises(WorkloadError) as error:
-        merge(trained_entries, tmp_path / "results", datasets, **wrong)
+        merge(trained_entries, tmp_path / "empty", datasets, **wrong)
     said = str(error.value)
     assert "retry: got 'west_pico'; allowed: a task of the dictionary: north_pico" in said
     assert f"data: got '{tmp_path / 'none'}'; allowed: a dataset folder" in said and "retry: got with fresh" in said
@@ -104,8 +113,8 @@ def test_all_that_is_wrong_is_listed_and_nothing_is_written(first, trained_entri
         ({"retry": "north_pico", "data": new_data}, "where there are none; allowed: a results folder"),
     ):
         with pytest.raises(WorkloadError, match=expected):
-            merge(trained_entries, tmp_path / "results", datasets, **options)
-    assert not (tmp_path / "results").exists()
+            merge(trained_entries, tmp_path / "empty", datasets, **options)
+    assert not (tmp_path / "empty").exists()
     before = read_manifest(first[0])
     with pytest.raises(WorkloadError, match="north_pico: "):  # it has three classes, the new data four
         merge(trained_entries, first[0], datasets, retry="north_pico", data=new_data)
