@@ -65,6 +65,11 @@ class TwoStores:
         self.unmerged.start_counting()
         self.peak_bytes = 0
 
+    def resident(self) -> list[int]:
+        """The blocks of both that are in memory."""
+        first = len(self.merged.blocks.all)
+        return [*self.merged.resident(), *(first + i for i in self.unmerged.resident())]
+
     def evict(self, blocks: Iterable[int]) -> None:
         """Gives the memory of these blocks back."""
         for store, i in self._where(blocks):
