@@ -27,7 +27,7 @@ from gemel.edge.counts import Counts, Stopwatch, counts_of
 from gemel.edge.frames import Frames, Transform, default_transform
 from gemel.edge.residency import Move, Step
 from gemel.edge.turns import Turns
-from gemel.edge.two_stores import TwoStores, unmerged_name, with_unmerged
+from gemel.edge.two_stores import TwoStores, task_of, unmerged_name, with_unmerged
 from gemel.edge.watch import Watch, WatchOptions
 from gemel.edge.weights import Weights
 from gemel.environment.device import pick_device
@@ -189,15 +189,15 @@ class Runtime:
 
     # ---- running a model ----------------------------------------------------------------------------------
 
-    def forward(self, task: str, inputs: Sequence[Tensor], model: str | None = None) -> list[Any]:
+    def forward(self, model: str, inputs: Sequence[Tensor]) -> list[Any]:
         """The outputs of a model whose weights are in memory, one a frame, on its device.
 
-        model: its name among the blocks, where that is not the task's.
+        model: the name of its task, or as `unmerged_name` gives it.
         """
-        module = self.weights.models[model or task]
+        module, kind = self.weights.models[model], self.kinds[task_of(model)]
         images = [image.to(self.device) for image in inputs]
         with torch.inference_mode():
-            outputs = module(images if self.kinds[task] == DETECTION else torch.stack(images))
+            outputs = module(images if kind == DETECTION else torch.stack(images))
             outputs = list(getattr(outputs, "logits", outputs))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -252,7 +252,7 @@ class _Run:
         counted.dropped += dropped
         model = self.turns.models[task]
         inputs = {k: self.frames.input(task, k) for k in taken}
-        outputs = self.runtime.forward(task, list(inputs.values()), model)
+        outputs = self.runtime.forward(model, list(inputs.values()))
         ended = self.now()
         arrivals.ran(ended - began)
         counted.run_seconds += ended - began
@@ -272,7 +272,7 @@ class _Run:
             return
         began, name = self.now(), unmerged_name(task)
         self.runtime.move(self.turns.visit(name))
-        unmerged = self.runtime.forward(task, [inputs[k] for k in sampled], name)
+        unmerged = self.runtime.forward(name, [inputs[k] for k in sampled])
         for k, output in zip(sampled, unmerged, strict=True):
             if watch.observe(task, k, agreement_of(self.runtime.kinds[task], merged[k], output)):
                 self.turns.serve_by(task, name)

@@ -24,6 +24,11 @@ def unmerged_name(task: str) -> str:
     return task + UNMERGED
 
 
+def task_of(model: str) -> str:
+    """The task of a model that is named by it, or by `unmerged_name`."""
+    return model.removesuffix(UNMERGED)
+
+
 class TwoStores:
     """As `Weights`, over two of them: the merged ones, and the unmerged ones of the same tasks."""
 
