@@ -50,10 +50,11 @@ def weather_of(name: str, camera: Camera) -> Camera:
     if name == HAZE:
         return camera
     if camera.night:  # a foggy morning
-        light = {"sun_light": (0.2, 0.22, 0.3), "sky_light": (0.5, 0.5, 0.56)}
-        return camera._replace(**light, haze=25.0, blur=0.9, sky=((196, 200, 206), (170, 178, 190)))
-    low = {"sun": (0.7, 0.3, 0.35), "sun_light": (0.9, 0.5, 0.25), "sky_light": (0.2, 0.2, 0.28)}  # evening
-    return camera._replace(**low, haze=35.0, blur=0.9, sky=((230, 190, 150), (150, 130, 160)))
+        camera = camera._replace(sun_light=(0.2, 0.22, 0.3), sky_light=(0.5, 0.5, 0.56))
+        return camera._replace(haze=25.0, blur=0.9, sky=((196, 200, 206), (170, 178, 190)))
+    # evening
+    camera = camera._replace(sun=(0.7, 0.3, 0.35), sun_light=(0.9, 0.5, 0.25), sky_light=(0.2, 0.2, 0.28))
+    return camera._replace(haze=35.0, blur=0.9, sky=((230, 190, 150), (150, 130, 160)))
 
 
 class Models(NamedTuple):
@@ -137,7 +138,7 @@ def rows_of(records: Mapping, streams: Streams, runs: int) -> list[list[str]]:
     groups["any"] = list(records)
     rows = []
     for title, tasks in groups.items():
-        first = [min((d[t] for t in tasks if d[t] is not None), default=None) for d in found]
+        first = [min((at for t in tasks if (at := d[t]) is not None), default=None) for d in found]
         noticed, early = [d for d in first if d is not None and d > 0], [d for d in first if d is not None and d < 0]
         median = f"{statistics.median(noticed):.0f}" if noticed else "-"
         row = [title, "", "", f"{len(early)} of {runs}", f"{len(noticed)} of {runs - len(early)}", median]
