@@ -51,8 +51,10 @@ from gemel.merging.plan import tables_and_plan
 from gemel.merging.progress import Progress
 from gemel.merging.rehearsal import rehearsal_text, rehearse
 from gemel.merging.resume import previous_manifest, set_aside
+from gemel.merging.retry import measured_anew, retry_text, with_new_data
 from gemel.merging.run_log import RunLog
 from gemel.merging.tensorboard import TensorBoardLog
+from gemel.merging.unmerged_store import unmerged_problems, write_unmerged
 from gemel.report.check_page import check_page
 from gemel.report.page import write_report
 from gemel.report.plan_page import writable_problems, write_plan
@@ -186,10 +188,13 @@ def _merge(
     tasks = _checked_tasks(model_dict, chosen, roots, results_path, problems, notes)
     device = pick_device(chosen.device)
     data = _open_data(tasks, roots, device, chosen)
+    if chosen.retry is not None:
+        tasks = measured_anew(tasks, data, chosen)
+        say(retry_text(tasks[chosen.retry]) + "\n")
     mark = fingerprint(tasks, find_datasets(tasks, roots), chosen.deciding)
     with contextlib.ExitStack() as stack, clock.interrupts.deferred():
         ranks.of_first(lambda: _locked(stack, results_path))
-        previous = None if chosen.fresh else ranks.of_first(lambda: previous_manifest(results_path, mark))
+        previous = None if chosen.fresh else ranks.of_first(lambda: previous_manifest(results_path, mark, chosen.retry))
         stack.enter_context(num_threads_set(_num_threads(chosen, previous)))
         models = {name: task.model for name, task in tasks.items()}
         earlier_merges.remember(models)
@@ -211,6 +216,8 @@ def _merge(
             if not merger.record.groups:
                 say("nothing to merge: no two tasks have an identical layer; the models are stored as they are")
             manifest = merger.merge()
+        if chosen.keep_unmerged:
+            write_unmerged(results_path, manifest, merger.state, merger.evaluator)
     return manifest
 
 
@@ -273,13 +280,15 @@ def _checked_tasks(
     if isinstance(model_dict, Mapping):
         earlier_merges.restore(entry.get("model") for entry in model_dict.values() if isinstance(entry, Mapping))
     tasks, found = read_workload(model_dict, options.tolerance)
-    problems = found + problems + type_problems(tasks, options.store_dtype)
+    tasks, more = with_new_data(tasks, options, results_path)
+    problems = found + problems + more + type_problems(tasks, options.store_dtype)
     problems += (
         Problem(*p) for p in ranks.of_first(lambda: [[*p] for p in dataset_manager.check(tasks, roots, notes)])
     )
     for name in foreign_files(results_path, tasks):
         allowed = "a folder in which nothing of yours would be overwritten"
         problems.append(Problem("options", "results", f"{results_path}, which holds {name} of something else", allowed))
+    problems += unmerged_problems(results_path, tasks) if options.keep_unmerged else []
     if problems:
         if said := console.dataset_notes(notes):
             print(said, flush=True)

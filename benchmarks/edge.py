@@ -7,12 +7,19 @@ that can be. The workload is profiled; then frames arrive at --load times the ra
 memory, and at every budget the merged and the unmerged workload run in turn, `repeats` times. Medians. Time is counted
 in CPU seconds, so that other programs do not matter; --wall: in seconds. --cold: weights come from the disk each time,
 as on a box whose memory does not hold them (with --wall). About budgets x repeats x 2 x seconds.
+
+    python -m benchmarks.edge [RESULTS] --minutes 30
+
+Instead, one run of so many minutes (by the wall clock) of the unmerged workload in 1.4 x the memory of its largest
+model: whether the memory of the process stays flat, and whether every frame that arrived is counted.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +46,7 @@ from model_architectures import build
 MIB = 1 << 20
 ENDLESS = 10**9  # frames: runs are stopped, so that no task runs out of frames before the others
 NUM_CLASSES = 10
+FLAT = 0.02  # by how much memory may differ between the tenths of a long run
 
 
 def write_tied(path: Path, architectures: Sequence[str]) -> None:
@@ -95,6 +103,11 @@ class Bench:
         with self.runtime(None, True) as runtime:
             return measure(runtime, self.frames, (1, 2, 4))
 
+    @property
+    def cycle_seconds(self) -> float:
+        """Of one turn of every model, without reading weights."""
+        return sum(task.run_seconds(1) + task.input_ms / 1e3 for task in self.profile.tasks.values())
+
     def runtime(self, budget: int | None, merged: bool) -> Runtime:
         options: dict[str, Any] = {"merged": merged, "device": "cpu", "through_cache": not self.flags.cold}
         options["clock"] = Stopwatch if self.flags.wall else CpuClock
@@ -141,6 +154,51 @@ def row_of(bench: Bench, budget: int, load: Load, repeats: int) -> list[str]:
     return cells
 
 
+class MemorySampler:
+    """Notes the proportional set size of this process twice a second, from a thread, in MiB."""
+
+    def __init__(self) -> None:
+        self.samples: list[float] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> "MemorySampler":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._over.wait(0.5):
+            text = Path("/proc/self/smaps_rollup").read_text()
+            self.samples += [int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("Pss:")]
+
+
+def flat_memory(bench: Bench, load: Load, minutes: float) -> bool:
+    """Runs for so many minutes and prints the memory of each tenth; whether it is flat, and all frames are counted.
+
+    Flat: the most that it takes in a tenth differs by FLAT at most, in all tenths but the first, in which it takes what
+    it will keep. (Within a cycle of turns memory goes up and down, as weights come and go.)
+    """
+    budget = int(1.4 * bench.unmerged.bytes_of(bench.unmerged.largest))
+    with bench.runtime(budget, False) as runtime, MemorySampler() as sampler:
+        summary = runtime.run(bench.frames, load.fps, load.sla, seconds=60 * minutes)
+    size = max(1, len(sampler.samples) // 10)
+    tenths = [sampler.samples[i * size : (i + 1) * size] for i in range(min(10, len(sampler.samples)))]
+    rows = [[f"{i}", *(f"{of(t):.1f}" for of in (min, statistics.median, max))] for i, t in enumerate(tenths, 1)]
+    print(table(("tenth", "least MiB (PSS)", "median", "most"), rows))
+    most = [max(tenth) for tenth in tenths[1:]] or [1.0]
+    spread = (max(most) - min(most)) / min(most)
+    arrived = min(math.floor(summary["seconds"] * load.fps + 1e-9) + 1, math.ceil(60 * minutes * load.fps))
+    lost = {n: arrived - t["processed"] - t["late"] - t["dropped"] for n, t in summary["tasks"].items()}
+    counted = ", ".join(f"{name} {count}" for name, count in lost.items())
+    print(f"\nfrom the second tenth on within {100 * spread:.1f} %, in {summary['turns']} turns")
+    print(f"{arrived} frames arrived for each task; not counted: {counted}")
+    return spread <= FLAT and not any(lost.values())
+
+
 HEADER = (
     *("MiB", "in time, unmerged", "merged", "ratio"),
     *("unmerged, simulated", "MiB a turn", "s waited", "merged, simulated", "MiB a turn", "s waited"),
@@ -159,23 +217,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--load", type=float, default=2.0, help="times what fits (default: %(default)s)")
     parser.add_argument("--cold", action="store_true", help="read weights from the disk every time")
     parser.add_argument("--wall", action="store_true", help="by wall time: for an idle machine")
+    parser.add_argument("--minutes", type=float, help="one run of so many minutes instead, and what memory it takes")
     flags = parser.parse_args(arguments)
+    flags.wall |= flags.minutes is not None
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if flags.results is None:
             write_tied(Path(folder) / "tied", flags.architectures)
-        print_table(Bench(Path(flags.results or Path(folder) / "tied"), flags), flags)
+        bench = Bench(Path(flags.results or Path(folder) / "tied"), flags)
+        if flags.minutes is not None:
+            return int(not flat_memory(bench, load_of(bench, flags), flags.minutes))
+        print_table(bench, flags)
     return 0
 
 
-def print_table(bench: Bench, flags: argparse.Namespace) -> None:
-    cycle = sum(task.run_seconds(1) + task.input_ms / 1e3 for task in bench.profile.tasks.values())
+def load_of(bench: Bench, flags: argparse.Namespace) -> Load:
+    """--load times the frames that would fit if everything were in memory."""
+    cycle = bench.cycle_seconds
     fps = flags.load / cycle
-    load = Load(fps, max(2.5 * cycle, 2 / fps), max(10, round(flags.seconds * fps)))
+    return Load(fps, max(2.5 * cycle, 2 / fps), max(10, round(flags.seconds * fps)))
+
+
+def print_table(bench: Bench, flags: argparse.Namespace) -> None:
+    load = load_of(bench, flags)
     print(
         f"{len(bench.profile.tasks)} tasks, {bench.merged.distinct_bytes / MIB:.1f} MiB merged, "
-        f"{bench.unmerged.distinct_bytes / MIB:.1f} MiB unmerged; a cycle runs {1e3 * cycle:.1f} ms; "
-        f"{fps:.1f} frames a second and task, each to be answered within {1e3 * (load.sla or 0):.0f} ms"
+        f"{bench.unmerged.distinct_bytes / MIB:.1f} MiB unmerged; a cycle runs {1e3 * bench.cycle_seconds:.1f} ms; "
+        f"{load.fps:.1f} frames a second and task, each to be answered within {1e3 * (load.sla or 0):.0f} ms"
     )
     rows = [row_of(bench, b, load, flags.repeats) for b in budgets_between(bench.merged, bench.unmerged, flags.budgets)]
     print(table(HEADER, rows), flush=True)

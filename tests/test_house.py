@@ -39,6 +39,7 @@ FLAGS = {
     *("--workload", "--datasets", "--results", "--tolerance", "--strategy", "--device"),
     *("--time-budget", "--fresh", "--per-class", "--plan", "--seed", "--memory", "--pareto", "--tensorboard"),
     *("--check", "--html", "--json", "--quiet", "--debug", "--store-dtype", "--precision", "--share-norm"),
+    *("--keep-unmerged", "--retry", "--data"),
 }
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()

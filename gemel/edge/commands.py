@@ -23,7 +23,8 @@ from gemel.edge.profile import Profile, measure, read_profile
 from gemel.edge.runtime import Result, Runtime
 from gemel.edge.schedule import best_batches, best_order, cycle_bytes
 from gemel.edge.simulator import Load, Plan, simulate
-from gemel.edge.tables import profile_table, summary_table
+from gemel.edge.tables import event_text, profile_table, summary_table
+from gemel.edge.watch import WatchOptions
 from gemel.results_store import files
 from gemel.results_store.files import ResultsError
 from gemel.results_store.manifest import json_bytes, read_result
@@ -72,8 +73,8 @@ def _run(flags: argparse.Namespace) -> int:
     options |= {"shared_computation": not flags.no_shared_computation}
     source = frames_from(flags.frames)
     with (
-        _open(flags, memory=flags.memory, **options) as runtime,
-        _writer(flags.outputs) as on_result,
+        _writer(flags.outputs) as write,
+        _open(flags, memory=flags.memory, watch=_watch_options(flags, write), **options) as runtime,
         _ended_by_signals(runtime.stop),
     ):
 
@@ -84,11 +85,32 @@ def _run(flags: argparse.Namespace) -> int:
         seconds = flags.seconds
         if seconds is None and flags.frames is None:
             seconds = 10.0  # of random images, which have no end of their own
-        summary = runtime.run(source, flags.fps, flags.sla, seconds=seconds, on_result=on_result, on_counts=start)
+
+        def answer(result: Result) -> None:
+            if flags.outputs:
+                write(json_line(result))
+
+        summary = runtime.run(source, flags.fps, flags.sla, seconds=seconds, on_result=answer, on_counts=start)
     if flags.json:
         files.write(Path(flags.json), [json_bytes(summary)])
     print(summary_table(summary), file=sys.stderr if flags.outputs == "-" else sys.stdout)
     return 0
+
+
+def _watch_options(flags: argparse.Namespace, write: Callable[[str], object]) -> WatchOptions | None:
+    """What --watch and the flags beside it ask for. write: for the events."""
+    own = {"store": flags.unmerged_store, "alpha": flags.watch_alpha, "seed": flags.watch_seed}
+    given = {key: value for key, value in own.items() if value is not None}
+    if flags.watch is None:
+        if given:
+            raise ResultsError("--unmerged-store, --watch-alpha, --watch-seed: allowed: with --watch RATE")
+        return None
+
+    def tell(event: dict[str, Any]) -> None:
+        write(json.dumps(event))
+        print(event_text(event), file=sys.stderr if flags.outputs == "-" else sys.stdout, flush=True)
+
+    return WatchOptions(flags.watch, on_event=tell, **given)
 
 
 def _export(flags: argparse.Namespace) -> int:
@@ -100,17 +122,17 @@ def _export(flags: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _writer(target: str | None) -> Iterator[Callable[[Result], object]]:
-    """A function that writes a result as a line of JSON."""
+def _writer(target: str | None) -> Iterator[Callable[[str], object]]:
+    """A function that writes a line; without a target, nothing."""
     if target is None:
-        yield lambda result: None
+        yield lambda line: None
         return
     with contextlib.ExitStack() as stack:
         stream: IO[str] = sys.stdout
         if target != "-":
             with files.naming(Path(target), "written"):
                 stream = stack.enter_context(open(target, "w", buffering=1))  # a line at once, for who follows it
-        yield lambda result: print(json_line(result), file=stream, flush=stream is sys.stdout)
+        yield lambda line: print(line, file=stream, flush=stream is sys.stdout)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from gemel.edge.watch import Watch
+
 NUM_LATENCIES = 10000  # of each task, the newest ones: percentiles of a run without an end take no more memory
 
 
@@ -22,6 +24,7 @@ class TaskCounts:
     turns: int = 0
     run_seconds: float = 0.0
     swap_seconds: float = 0.0  # during which its turn waited for weights
+    watch_seconds: float = 0.0  # in which its unmerged model was read and run, to compare
     latencies: deque = field(default_factory=lambda: deque(maxlen=NUM_LATENCIES))  # seconds, of answered frames
 
     @property
@@ -63,6 +66,7 @@ class Counts:
     bytes_moved: int = 0
     peak_resident_bytes: int = 0
     seconds: float = 0.0
+    watch: Watch | None = None
 
     @property
     def share(self) -> float:
@@ -72,13 +76,18 @@ class Counts:
 
     def summary(self) -> dict[str, Any]:
         """As JSON; times in the units that the keys name."""
+        watched = {} if self.watch is None else {"watch": self._watch_summary(self.watch)}
         return {
+            **watched,
             "tasks": {name: task.summary() for name, task in self.tasks.items()},
             "bytes_moved": self.bytes_moved,
             "peak_resident_bytes": self.peak_resident_bytes,
             "seconds": round(self.seconds, 6),
             "swap_seconds": round(sum(task.swap_seconds for task in self.tasks.values()), 6),
         }
+
+    def _watch_summary(self, watch: Watch) -> dict[str, Any]:
+        return {**watch.summary(), "seconds": round(sum(task.watch_seconds for task in self.tasks.values()), 6)}
 
 
 def counts_of(tasks: Mapping[str, Any]) -> Counts:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gemel.edge.counts import Counts
+from gemel.edge.watch import Watch
 from gemel.results_store.files import ResultsError
 
 
@@ -32,6 +33,26 @@ class _Collector:
         yield families.GaugeMetricFamily("gemel_peak_resident_bytes", "Most bytes of weights in memory", value=peak)
         budget = self.described["budget_bytes"]
         yield families.GaugeMetricFamily("gemel_budget_bytes", "Bytes that weights may take", value=budget)
+        if self.counts.watch is not None:
+            yield from self._watched(self.counts.watch)
+
+    def _watched(self, watch: Watch) -> Iterator[Any]:
+        kinds = {
+            "sampled": ("gemel_compared_frames", "Frames on which merged and unmerged model were compared"),
+            "agreement_recently": ("gemel_agreement", "Of merged and unmerged model, on the newest compared frames"),
+            "agreed": ("gemel_agreed", "Agreement of merged and unmerged model when they were merged"),
+            "level": ("gemel_agreement_level", "Agreement below which a task goes back to its unmerged model"),
+            "evidence": ("gemel_agreement_evidence", "That it has fallen below; a task goes back from a limit on"),
+        }
+        found = {key: self.family.GaugeMetricFamily(*text, labels=["task"]) for key, text in kinds.items()}
+        back = self.family.GaugeMetricFamily("gemel_went_back", "1 if served by its unmerged model", labels=["task"])
+        for name, task in watch.tasks.items():
+            summary = task.summary()
+            for key, family in found.items():
+                if summary[key] is not None:
+                    family.add_metric([name], summary[key])
+            back.add_metric([name], int(task.went_back_at is not None))
+        yield from (*found.values(), back)
 
 
 def serve(address: tuple[str, int], counts: Counts, described: Mapping[str, Any]) -> tuple[Any, Any]:

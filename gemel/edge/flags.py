@@ -1,7 +1,9 @@
 """The command line of `python -m gemel edge`. Imports no torch, so that --help and a wrong flag answer at once."""
 
 import argparse
+import math
 import re
+from collections.abc import Callable
 
 from gemel.environment import DEVICES
 from gemel.merging.flags import parse_duration, parse_size
@@ -36,6 +38,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     alone_help = "run every layer of every model, also those that several models compute alike"
     parser.add_argument("--no-shared-computation", action="store_true", help=alone_help)
     parser.add_argument("--cold", action="store_true", help="read weights from the disk, not from the system's cache")
+    watch_help = "share of frames that also run through the unmerged model, such as 0.01; a task goes back if need be"
+    parser.add_argument("--watch", type=_rate, metavar="RATE", help=watch_help)
+    store_help = "with --watch: results folder of the unmerged models; default: `unmerged` in RESULTS"
+    parser.add_argument("--unmerged-store", metavar="DIR", help=store_help)
+    alpha_help = "with --watch: probability that any task goes back without a cause (default: 0.05)"
+    parser.add_argument("--watch-alpha", type=_probability, metavar="P", help=alpha_help)
+    parser.add_argument("--watch-seed", type=int, metavar="N", help="with --watch: of the sampling (default: 0)")
     parser.add_argument("--json", metavar="FILE", help="write the summary there")
     parser.add_argument("--outputs", metavar="FILE", help="write an answer a line as JSON; - is standard output")
     parser.add_argument("--serve", type=parse_address, metavar="[HOST:]PORT", help="metrics for Prometheus over HTTP")
@@ -106,6 +115,24 @@ def parse_address(text: str) -> tuple[str, int]:
     if not port.isdecimal() or int(port) > 65535:
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a port such as 9100, or HOST:PORT")
     return host or "127.0.0.1", int(port)
+
+
+def _rate(text: str) -> float:
+    return _number_in(text, "(0, 1]", lambda value: 0 < value <= 1)
+
+
+def _probability(text: str) -> float:
+    return _number_in(text, "(0, 1)", lambda value: 0 < value < 1)
+
+
+def _number_in(text: str, allowed: str, fits: Callable[[float], bool]) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a number in {allowed}")
+    return value
 
 
 def _positive(text: str) -> int:

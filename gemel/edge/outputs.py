@@ -11,9 +11,12 @@ LEAST_SCORE = 0.05  # of a detection that is written; torchvision's detectors us
 
 
 def json_line(result: Result) -> str:
-    """One line: task, frame, latency_ms, in_time, and `class` and `score`, or `detections` (box in pixels, XYXY)."""
+    """One line: task, frame, latency_ms, in_time, and `class` and `score`, or `detections` (box in pixels, XYXY);
+    and `unmerged` (true) if the task went back to its unmerged model.
+    """
     line = {"task": result.task, "frame": result.frame, "latency_ms": round(result.latency * 1e3, 3)}
-    return json.dumps({**line, "in_time": result.in_time, **_answer(result.output)})
+    by = {"unmerged": True} if result.unmerged else {}
+    return json.dumps({**line, "in_time": result.in_time, **by, **_answer(result.output)})
 
 
 def _answer(output: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Residency:
     """
 
     def __init__(self, blocks: Blocks, order: Sequence[str], budget: int, eager: bool = False):
-        largest = max(order, key=blocks.bytes_of)
+        largest = blocks.largest  # also of models that are not in the order, but may be visited
         if (least := blocks.bytes_of(largest)) > budget:
             raise ValueError(
                 f"memory: got {budget} bytes; allowed: at least {least}, which the model of {largest} takes alone"
@@ -65,6 +65,17 @@ class Residency:
         if (turn, resident) not in self.steps:
             self.steps[turn, resident] = self._plan(turn, resident)
         return self.steps[turn, resident]
+
+    def visit(self, model: str, turn: int, resident: int) -> tuple[Move, int]:
+        """What moves so that a model runs before this turn, which need not be in the order; and what is then in memory.
+
+        All that it does not need may leave, what the turns need first last.
+        """
+        needs = _set_of(self.blocks.needs[model])
+        missing = _members(needs & ~resident)
+        lack = self.bytes_of(resident) + sum(map(self.sizes.__getitem__, missing)) - self.budget
+        move = self._move(self._evict(turn, resident & ~needs, lack), missing)
+        return move, self._after(resident, move)
 
     def bytes_of(self, resident: int) -> int:
         """Bytes of a set of blocks."""

@@ -31,8 +31,12 @@ from gemel.edge.frames import Frames, Transform, default_transform
 from gemel.edge.residency import Move, Step
 from gemel.edge.stopping import Stopped, stop_at_layers
 from gemel.edge.turns import Turns, neighbouring
+from gemel.edge.two_stores import TwoStores, task_of, unmerged_name, with_unmerged
+from gemel.edge.watch import Watch, WatchOptions
 from gemel.edge.weights import Weights
 from gemel.environment.device import pick_device
+from gemel.evaluation.agreement import agreement_of
+from gemel.results_store.files import UNMERGED
 from gemel.sharing.computation import Member
 from gemel.workload import DETECTION
 
@@ -48,6 +52,7 @@ class Result:
     output: Any  # a classifier's row of logits [K]; a detector's dictionary
     latency: float  # seconds from the frame's arrival to the answer
     in_time: bool
+    unmerged: bool = False  # by its unmerged model, to which the task went back
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class RuntimeOptions:
     clock: Callable[[], Stopwatch] = Stopwatch  # made at the start of a run; counts.py has another one
     through_cache: bool = True  # False: the system forgets what was read from the store's file
     shared_computation: bool = True  # run layers once that several tasks compute alike on the same frames
+    watch: WatchOptions | None = None  # compare with the unmerged models on sampled frames
 
 
 class Runtime:
@@ -84,11 +90,15 @@ class Runtime:
     ):
         self.options = RuntimeOptions(**options)
         self.device = pick_device(self.options.device)
-        self.weights = Weights(results, self.device, tasks, models, self.options.merged, self.options.through_cache)
+        options_of_weights = (tasks, models, self.options.merged, self.options.through_cache)
+        merged = Weights(results, self.device, *options_of_weights)
+        self.weights: Weights | TwoStores = merged
+        if self.options.watch is not None:
+            self.weights = with_unmerged(merged, self.options.watch.store or Path(results) / UNMERGED, models)
         self.blocks: Blocks = self.weights.blocks
-        self.budget = self.blocks.distinct_bytes if memory is None else memory
-        records = self.weights.manifest["tasks"]
-        self.kinds: dict[str, str] = {task: records[task]["task"] for task in self.blocks.needs}
+        self.budget = self.weights.default_budget if memory is None else memory
+        records = merged.manifest["tasks"]
+        self.kinds: dict[str, str] = {task: records[task]["task"] for task in merged.models}
         self.transforms = {kind: default_transform(kind, None) for kind in set(self.kinds.values())}
         self.transforms = {task: self.transforms[kind] for task, kind in self.kinds.items()} | dict(transforms or {})
         _check_batches(self.options.batches or {}, self.kinds)
@@ -142,6 +152,9 @@ class Runtime:
         batches = self.options.batches or {}
         arrivals = {task: Arrivals(fps, sla, batches.get(task, 1), total) for task in self.kinds}
         source, counts = Frames(frames, self.transforms), counts_of(self.kinds)
+        if self.options.watch is not None:
+            records = self.weights.manifest["tasks"]
+            counts.watch = Watch(self.options.watch, {task: records[task] for task in self.kinds})
         if on_counts is not None:
             on_counts(counts)
         self._stop.clear()
@@ -159,7 +172,7 @@ class Runtime:
         return {
             "merged": self.options.merged,
             "budget_bytes": self.budget,
-            "distinct_bytes": self.blocks.distinct_bytes,
+            "distinct_bytes": self.weights.workload_bytes,
             "order": list(order),
             "batches": {task: (self.options.batches or {}).get(task, 1) for task in order},
             "device": str(self.device),
@@ -173,10 +186,14 @@ class Runtime:
 
     def enter(self, step: Step) -> None:
         """Moves what the step's model needs, after what was being read ahead has arrived."""
+        self.move(step.enter)
+
+    def move(self, move: Move) -> None:
+        """Moves weights, after what was being read ahead has arrived."""
         if self._ahead is not None:
             self._ahead.result()
             self._ahead = None
-        self._move(step.enter)
+        self._move(move)
 
     def read_ahead(self, step: Step) -> None:
         """Begins to read weights of the next model."""
@@ -190,18 +207,21 @@ class Runtime:
 
     # ---- running a model ----------------------------------------------------------------------------------
 
-    def forward(self, task: str, inputs: Sequence[Tensor]) -> list[Any]:
-        """The outputs of a model whose weights are in memory, one a frame, on its device. Raises Stopped."""
+    def forward(self, model: str, inputs: Sequence[Tensor]) -> list[Any]:
+        """The outputs of a model whose weights are in memory, one a frame, on its device. Raises Stopped.
+
+        model: the name of its task, or as `unmerged_name` gives it.
+        """
         with torch.inference_mode():
-            outputs = self.weights.models[task](self._as_batch(task, inputs))
+            outputs = self.weights.models[model](self._as_batch(task_of(model), inputs))
             outputs = list(getattr(outputs, "logits", outputs))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return outputs
 
-    def answer(self, task: str, inputs: Sequence[Tensor], frames: range) -> list[Any]:
+    def answer(self, model: str, inputs: Sequence[Tensor], frames: range) -> list[Any]:
         """As `forward`, but layers whose outputs another task has for these frames do not run."""
-        return self.common.run(task, self.weights.models[task], lambda: self.forward(task, inputs), frames)
+        return self.common.run(model, self.weights.models[model], lambda: self.forward(model, inputs), frames)
 
     def _as_batch(self, task: str, inputs: Sequence[Tensor]) -> Tensor | list[Tensor]:
         images = [image.to(self.device) for image in inputs]
@@ -305,8 +325,10 @@ class _Run:
         began = self.now()
         taken, dropped = self.turns.take(task, began)
         counted.dropped += dropped
+        model = self.turns.models[task]
+        inputs = {k: self.frames.input(task, k) for k in taken}
         try:
-            outputs = self.runtime.answer(task, [self.frames.input(task, k) for k in taken], taken)
+            outputs = self.runtime.answer(model, list(inputs.values()), taken)
         except Stopped:
             counted.dropped += len(taken)
             return
@@ -316,9 +338,27 @@ class _Run:
         for k, output in zip(taken, outputs, strict=True):
             latency = ended - k / arrivals.fps
             counted.answered(latency, arrivals.sla)
-            self.on_result(Result(task, k, output, latency, arrivals.sla is None or latency <= arrivals.sla))
+            in_time = arrivals.sla is None or latency <= arrivals.sla
+            self.on_result(Result(task, k, output, latency, in_time, model != task))
+        if self.counts.watch is not None:
+            self._compare(self.counts.watch, task, inputs, dict(zip(taken, outputs, strict=True)))
         self._count_bytes()
         self.frames.forget(min(a.following for a in self.turns.arrivals.values()))
+
+    def _compare(self, watch: Watch, task: str, inputs: Mapping[int, Tensor], merged: Mapping[int, Any]) -> None:
+        """Runs the unmerged model on the sampled ones of the frames that were just answered."""
+        if not (sampled := watch.samples(task, inputs)):
+            return
+        began, name = self.now(), unmerged_name(task)
+        self.runtime.move(self.turns.visit(name))
+        try:
+            unmerged = self.runtime.forward(name, [inputs[k] for k in sampled])
+        except Stopped:
+            return
+        for k, output in zip(sampled, unmerged, strict=True):
+            if watch.observe(task, k, agreement_of(self.runtime.kinds[task], merged[k], output)):
+                self.turns.serve_by(task, name)
+        self.counts.tasks[task].watch_seconds += self.now() - began
 
     def _count_bytes(self) -> None:
         self.counts.bytes_moved = self.runtime.weights.moved_bytes

@@ -34,11 +34,12 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         row = [name, task["processed"], task["late"], task["dropped"], *percentiles, task["turns"]]
         rows.append([*row, f"{task['run_seconds']:.2f}", f"{task['swap_seconds']:.2f}"])
     kind = "merged" if summary["merged"] else "unmerged"
+    watched = f"\n\n{_watch_table(summary['watch'])}" if "watch" in summary else ""
     return (
         f"{_table(header, rows)}\n\n{kind}: {summary['bytes_moved'] / MIB:.2f} MiB of weights moved in "
         f"{summary['seconds']:.2f} s, {summary['swap_seconds']:.2f} s of them waited for; at most "
         f"{summary['peak_resident_bytes'] / MIB:.2f} MiB in memory, budget {summary['budget_bytes'] / MIB:.2f} MiB"
-        f"{_shared_computation(summary.get('shared_computation', {}))}"
+        f"{_shared_computation(summary.get('shared_computation', {}))}{watched}"
     )
 
 
@@ -55,6 +56,26 @@ def _shared_computation(shared: Mapping[str, Any]) -> str:
         f"saved; {shared['peak_bytes'] / MIB:.2f} MiB of their outputs kept at most (activations)"
     )
     return "\n" + "\n".join(lines)
+
+
+def event_text(event: Mapping[str, Any]) -> str:
+    """What is printed when a task goes back."""
+    return (
+        f"{event['task']}: from frame {event['frame']} on served by its unmerged model: of {event['sampled']} sampled "
+        f"frames, merged and unmerged agree on {100 * event['agreement_recently']:.1f} % of the newest, "
+        f"agreed were {100 * event['agreed']:.1f} %, at least {100 * event['level']:.1f} % are allowed"
+    )
+
+
+def _watch_table(watch: Mapping[str, Any]) -> str:
+    """A row per watched task."""
+    header = ["task", "frames compared", "agreement", "agreed", "least allowed", "served by"]
+    rows = []
+    for name, task in watch["tasks"].items():
+        shares = ["-" if task[key] is None else f"{100 * task[key]:.1f} %" for key in ("agreement", "agreed", "level")]
+        back = task["went_back_at"]
+        rows.append([name, task["sampled"], *shares, "merged" if back is None else f"unmerged, from frame {back} on"])
+    return f"{_table(header, rows)}\n{watch['seconds']:.2f} s for comparing merged and unmerged models"
 
 
 def _table(header: list, rows: list) -> str:

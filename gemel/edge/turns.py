@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from gemel.edge.arrivals import Arrivals
 from gemel.edge.blocks import Blocks
-from gemel.edge.residency import Residency, Step
+from gemel.edge.residency import Move, Residency, Step
 
 
 class Turns:
@@ -23,10 +23,12 @@ class Turns:
         eager: bool = False,
         groups: Sequence[Collection[str]] = (),
     ):
-        order = neighbouring(list(blocks.needs), groups) if order is None else list(order)
-        if sorted(order) != sorted(blocks.needs):
-            raise ValueError(f"order: got {', '.join(order)}; allowed: each of {', '.join(blocks.needs)} once")
+        order = neighbouring(list(arrivals), groups) if order is None else list(order)
+        if sorted(order) != sorted(arrivals):
+            raise ValueError(f"order: got {', '.join(order)}; allowed: each of {', '.join(arrivals)} once")
         self.arrivals = arrivals
+        self.order = order
+        self.models = {task: task for task in order}  # task -> the model that serves it, by its name among the blocks
         self.residency = Residency(blocks, order, budget, eager)
         self.resident = 0  # the set of blocks in memory
         self.number = 0  # turns taken
@@ -42,7 +44,7 @@ class Turns:
         own, group = self.arrivals[task], self.group_of.get(task)
         if group is None:
             return own.take(now)
-        members = [other for other in self.residency.order if self.group_of.get(other) == group]
+        members = [other for other in self.order if self.group_of.get(other) == group]
         if task != members[0]:
             return own.take(now, ahead=self._ahead.get(group))
         taken, dropped = own.take(now, sum(self.arrivals[other].expected for other in members[1:]))
@@ -53,22 +55,35 @@ class Turns:
         """(the task whose turn it is, what moves); None if no task has frames left."""
         if not self._leave_out_exhausted():
             return None
-        task = self.residency.order[self._turn]
+        task = self.order[self._turn]
         step = self.residency.step(self._turn, self.resident)
         self.resident = step.resident
-        self._turn = (self._turn + 1) % len(self.residency.order)
+        self._turn = (self._turn + 1) % len(self.order)
         self.number += 1
         return task, step
 
+    def visit(self, model: str) -> Move:
+        """What moves so that a model runs between two turns."""
+        move, self.resident = self.residency.visit(model, self._turn, self.resident)
+        return move
+
+    def serve_by(self, task: str, model: str) -> None:
+        """From its next turn on, a task is served by another model, which computes nothing as other tasks do."""
+        self.models[task] = model
+        self.group_of.pop(task, None)
+        self._plan_for(self.order)
+
     def _leave_out_exhausted(self) -> bool:
         """Goes on with the tasks that have frames; whether there are any."""
-        order = self.residency.order
-        left = [task for task in order if not self.arrivals[task].is_exhausted]
-        if left and len(left) < len(order):
-            following = [task for task in (*order[self._turn :], *order[: self._turn]) if task in left]
-            self.residency = Residency(self.residency.blocks, following, self.residency.budget, self.residency.eager)
+        left = [task for task in self.order if not self.arrivals[task].is_exhausted]
+        if left and len(left) < len(self.order):
+            self._plan_for([task for task in (*self.order[self._turn :], *self.order[: self._turn]) if task in left])
             self._turn = 0
         return bool(left)
+
+    def _plan_for(self, order: list[str]) -> None:
+        before, self.order = self.residency, order
+        self.residency = Residency(before.blocks, [self.models[t] for t in order], before.budget, before.eager)
 
 
 def neighbouring(tasks: Sequence[str], groups: Sequence[Collection[str]]) -> list[str]:

@@ -5,6 +5,8 @@ stay in memory: a tensor that is not resident is a parameter on the meta device,
 block is read from the store's file into memory of its own, which is given back when it leaves.
 """
 
+import contextlib
+import mmap
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +26,7 @@ from gemel.results_store.precision import precision_of, warn_if_unjudged, weight
 from gemel.results_store.tensors import SCALES, Entry, raw_bytes
 
 ALIGNMENT = 64
+MAPPED_BYTES = 2 << 20  # of a tensor, from which on its memory is a mapping of its own: a huge page of most CPUs
 
 
 class _Place(NamedTuple):
@@ -82,6 +85,16 @@ class Weights:
         for model in self.models.values():
             _move_rest(model, device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def workload_bytes(self) -> int:
+        """Bytes of all blocks."""
+        return self.blocks.distinct_bytes
+
+    @property
+    def default_budget(self) -> int:
+        """Bytes with which nothing has to be evicted."""
+        return self.blocks.distinct_bytes
 
     def close(self) -> None:
         """Closes the store's file; models keep what is in memory."""
@@ -156,11 +169,26 @@ def _empty(entry: Entry) -> Tensor:
     """Memory for a tensor, which begins at a multiple of ALIGNMENT bytes plus as many as in the store.
 
     Kernels of a CPU may add up numbers in another order where memory begins elsewhere. Like this, the answers are bit
-    by bit those of `load_merged`, whose tensors lie on a memory map of the store.
+    by bit those of `load_merged`, whose tensors lie on a memory map of the store. A large tensor has a mapping of its
+    own, which goes back to the system when the tensor leaves: the allocator of the C library would keep the memory, in
+    pieces, and the process would grow.
     """
-    buffer = torch.empty(entry.bytes + ALIGNMENT, dtype=torch.uint8)
+    size = entry.bytes + ALIGNMENT
+    if size < MAPPED_BYTES:
+        buffer = torch.empty(size, dtype=torch.uint8)
+    else:
+        buffer = torch.frombuffer(_mapped(size), dtype=torch.uint8)
     begin = (entry.begin - buffer.data_ptr()) % ALIGNMENT
     return buffer[begin : begin + entry.bytes].view(entry.dtype).view(entry.shape)
+
+
+def _mapped(size: int) -> mmap.mmap:
+    """Memory that is mapped for itself, in huge pages where the system has them, as small ones take longer to get."""
+    mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return mapped
 
 
 def _read_into(descriptor: int, data: memoryview, offset: int, name: str) -> None:

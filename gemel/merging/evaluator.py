@@ -1,5 +1,6 @@
 """The accuracies of a workload: of the unmerged models, on the screening subset, merged, and reloaded from disk."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from gemel.datasets.loaders import TaskData
 from gemel.environment import ranks
 from gemel.environment.clock import Clock
 from gemel.environment.events import emit
+from gemel.evaluation.agreement import mean_agreement
 from gemel.evaluation.eval_method import EvalMethodError, evaluate
 from gemel.forward import STORE_TYPES
 from gemel.forward.modes import Models
@@ -21,6 +23,8 @@ from gemel.sharing.precision import as_stored, overflows
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
 from gemel.workload import DETECTION, Problem, Task
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Accuracy:
     unmerged_test: float | None = None
     merged_test: float | None = None
     per_class: dict[str, dict] | None = None  # class id -> {"unmerged": measures, "merged": measures}, on val
+    agreement: float | None = None  # of the merged and the unmerged model, on val; None: not measured
 
 
 class Evaluator:
@@ -153,9 +158,10 @@ class Evaluator:
         return evaluate(self.tasks[name], self.data[name].val, as_stored(model, self.store_dtype))
 
     def measure_reloaded(self, reloaded: Models, per_class: bool) -> None:
-        """Measures what decides nothing, of models as they were loaded from disk: the test split, and every class.
+        """Measures what decides nothing, of models as they were loaded from disk: the test split, every class, and how
+        much they agree with the unmerged models.
 
-        The test split only of tasks whose weights were changed by a kept round since it was measured.
+        All but the classes only of tasks whose weights were changed by a kept round since it was measured.
         """
 
         def measure(name: str) -> dict:
@@ -163,6 +169,8 @@ class Evaluator:
             found: dict[str, Any] = {"merged_test": self.accuracy[name].merged_test}
             if test is not None and found["merged_test"] is None:
                 found["merged_test"] = evaluate(task, test, reloaded[name])
+            if self.accuracy[name].agreement is None:
+                found["agreement"] = self._agreement(task, reloaded[name])
             return found | ({"per_class": self._per_class(task, reloaded[name])} if per_class else {})
 
         title = "evaluating what was written"
@@ -173,7 +181,7 @@ class Evaluator:
         """Takes over what a kept trial measured."""
         for name, accuracy in accuracies.items():
             known = self.accuracy[name]
-            known.merged, known.merged_test, known.per_class = accuracy, None, None
+            known.merged, known.merged_test, known.per_class, known.agreement = accuracy, None, None, None
 
     def ratios(self) -> dict[str, float]:
         """Task -> accuracy / target, of what is kept."""
@@ -210,6 +218,20 @@ class Evaluator:
         before, after = measure(self.unmerged[task.name], val), measure(merged, val)
         first = int(task.kind == DETECTION and task.background_class)
         return {str(label - first): {"unmerged": before[label], "merged": after[label]} for label in before}
+
+    def _agreement(self, task: Task, merged: nn.Module) -> float | None:
+        """How much a merged model agrees with the unmerged one as it would be stored; None where outputs tell nothing.
+
+        Of these models' own outputs: an eval method may treat them in a way of its own.
+        """
+        unmerged = as_stored(self.unmerged[task.name], self.store_dtype)
+        try:
+            return mean_agreement(task.kind, self.data[task.name].val, merged, unmerged)
+        except SampleError:
+            raise
+        except Exception as error:  # a user's model may put out anything
+            log.warning("%s: no agreement of merged and unmerged model: %s: %s", task.name, type(error).__name__, error)
+            return None
 
     def _each(self, title: str, names: Iterable[str], measure: Callable[[str], Any]) -> dict[str, Any]:
         """What `measure` returns for each of this rank's tasks; each is said to begin."""

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.ops import box_iou
 
 from gemel.datasets.loaders import TaskData
 from gemel.environment import ranks
 from gemel.environment.events import emit
+from gemel.evaluation.agreement import MIN_SCORE, Boxes, f1_of
 from gemel.forward.batches import run
 from gemel.forward.modes import Models, logits_of
 from gemel.results_store import files
@@ -31,7 +31,7 @@ LOOKED_AT = 24  # images of val per task, evenly spread
 MAX_SECONDS = 20.0  # of all tasks together; each looks at one image at least
 SHOWN, SHOWN_IN_ALL = 3, 24  # per task, and of all tasks together (but at least one of each)
 LONGEST_SIDE, SMALL_SIDE, MANY_TASKS = 128, 72, 8  # pixels of a thumbnail, and where there are many tasks
-MIN_SCORE, MAX_BOXES, SAME_BOX = 0.5, 20, 0.5  # detections that are shown, and the overlap of the same object
+MAX_BOXES = 20  # detections that are shown, of those with a score of at least MIN_SCORE
 
 
 def examples_of(tasks: Mapping[str, Task], data: Mapping[str, TaskData], unmerged: Models, merged: Models) -> dict:
@@ -130,19 +130,12 @@ def _detected(output: Any, shape: Sequence[int], first: int) -> list[dict[str, A
 
 
 def _detections_differ(first: list[dict], second: list[dict]) -> float:
-    """1 - F1, where boxes of one class that overlap by half are the same object, the best scores first."""
-    if not first and not second:
-        return 0.0
-    if not first or not second:
-        return 1.0
-    overlap = box_iou(torch.tensor([d["box"] for d in first]), torch.tensor([d["box"] for d in second]))
-    free, same = set(range(len(second))), 0
-    for i, one in enumerate(first):
-        fits = [j for j in free if second[j]["class"] == one["class"] and overlap[i, j] >= SAME_BOX]
-        if fits:
-            free.remove(max(fits, key=lambda j: float(overlap[i, j])))
-            same += 1
-    return round(1 - 2 * same / (len(first) + len(second)), 4)
+    """1 - F1 (gemel/evaluation/agreement.py), the best scores first."""
+    one, other = (
+        Boxes(torch.tensor([d["box"] for d in found]).reshape(-1, 4), [d["class"] for d in found])
+        for found in (first, second)
+    )
+    return round(1 - f1_of(one, other), 4)
 
 
 def thumbnail(image: Tensor, side: int) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _of_task(task: Task, folder: Path) -> dict:
     return {
         "model": model_digest(task.model),
         "model_settings": _code({name: settings_of(module) for name, module in own_modules(task.model)}),
-        "dataset": f"{task.dataset} {_samples_digest(folder, splits, layout)}",
+        "dataset": f"{Path(task.dataset).name} {_samples_digest(folder, splits, layout)}",
         "dataset_content": _content_digest(images.values()),
         "dataset_times": digest([[image.stat().st_mtime_ns for image in own] for own in images.values()]),
         "task": task.kind,

@@ -33,6 +33,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory", type=parse_size, metavar="SIZE", help="such as 600MiB: stop once parameters fit it")
     parser.add_argument("--pareto", metavar="FILE.json", help="write what was measured: memory against worst accuracy")
     parser.add_argument("--per-class", action="store_true", help="also say how every class fares")
+    retry_help = "merge this task of the results again, with the dataset of --data"
+    parser.add_argument("--retry", metavar="TASK", help=retry_help)
+    parser.add_argument("--data", metavar="DIR", help="with --retry: the task's new dataset folder")
+    kept_help = "also store the unmerged models, for `edge run --watch`"
+    parser.add_argument("--keep-unmerged", action="store_true", help=kept_help)
     parser.add_argument("--fresh", action="store_true", help="start anew; an earlier result is kept aside")
     board_help = "write what is measured there as well, for TensorBoard (which must be installed)"
     parser.add_argument("--tensorboard", metavar="DIR", help=board_help)

@@ -57,6 +57,8 @@ class MergeOptions:
     memory: bytes of the merged workload's parameters at which the search is over; without it everything is tried.
     pareto: a .json file that the points of memory against accuracy are written to.
     fresh: start anew although the folder holds a result, which is kept aside.
+    retry: a task of the results that is merged again, with the dataset folder `data`; the others keep what they share.
+    keep_unmerged: the unmerged models are stored as well, in the folder `unmerged` of the results.
     tensorboard: a folder for what is measured, for TensorBoard.
     quiet: only the closing tables are printed.
     per_class: every task is also judged class by class.
@@ -87,6 +89,9 @@ class MergeOptions:
     memory: int | None = None
     pareto: str | Path | None = None
     fresh: bool = False
+    keep_unmerged: bool = False
+    retry: str | None = None
+    data: str | Path | None = None
     per_class: bool = False
     tensorboard: str | Path | None = None
     quiet: bool = False
@@ -186,6 +191,9 @@ def _problems(given: Mapping[str, Any]) -> list[Problem]:
         "num_workers": (lambda v: v is None or (isinstance(v, int) and v >= 0), "None or a whole number from 0 on"),
         "tolerance": (lambda v: v is None or (_is_number(v) and 0 < v <= 1), "a number in (0, 1]"),
         "fresh": (lambda v: isinstance(v, bool), "True or False"),
+        "retry": (lambda v: v is None or isinstance(v, str), "None or the name of a task"),
+        "data": (lambda v: v is None or isinstance(v, str | Path), "None or the path of a dataset folder"),
+        "keep_unmerged": (lambda v: isinstance(v, bool), "True or False"),
         "per_class": (lambda v: isinstance(v, bool), "True or False"),
         "tensorboard": (
             lambda v: v is None or (isinstance(v, str | Path) and is_installed()),

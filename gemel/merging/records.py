@@ -184,6 +184,7 @@ def task_parts(
             "unmerged_test_acc": evaluator.accuracy[name].unmerged_test,
             "test_acc": evaluator.accuracy[name].merged_test,
             "per_class": evaluator.accuracy[name].per_class,
+            "agreement": evaluator.accuracy[name].agreement,
             "met": evaluator.accuracy[name].merged >= task.target_acc,
         }
         for name, task in evaluator.tasks.items()

@@ -9,6 +9,7 @@ from gemel.forward.arithmetic import STORE_DTYPES
 from gemel.forward.modes import Models
 from gemel.merging.fingerprint import differences
 from gemel.merging.options import LEAST_SQUARES, MergeOptions
+from gemel.merging.retry import without_retried
 from gemel.results_store.files import ResultsError
 from gemel.results_store.manifest import has_results, read_manifest
 from gemel.results_store.write import repair
@@ -21,16 +22,17 @@ from gemel.workload import Problem, WorkloadError
 MAX_SET_ASIDE = 10_000
 
 
-def previous_manifest(results_path: Path, fingerprint: Mapping) -> dict | None:
+def previous_manifest(results_path: Path, fingerprint: Mapping, retried: str | None = None) -> dict | None:
     """The manifest to resume from, its files repaired; None if the folder holds none.
 
+    retried: a task that is merged again with new data, and is left out if it was not merged with these before.
     Raises WorkloadError if it is of another workload; tasks that were added or taken away do not make it another one.
     """
     if not has_results(results_path):
         return None
     allowed = "the same as before, or --fresh to start anew (the old result is kept aside), or another --results"
     try:
-        stored = read_manifest(results_path)["run"]["fingerprint"]
+        stored = without_retried(read_manifest(results_path), fingerprint, retried)["run"]["fingerprint"]
     except ResultsError as error:
         raise WorkloadError([Problem(str(results_path), "results", str(error), allowed)]) from None
     changed = differences(stored, fingerprint)
@@ -40,7 +42,7 @@ def previous_manifest(results_path: Path, fingerprint: Mapping) -> dict | None:
         raise WorkloadError([Problem(str(results_path), "results", line, allowed) for line in changed])
     for line in repair(results_path):
         print(line)
-    return read_manifest(results_path)
+    return without_retried(read_manifest(results_path), fingerprint, retried)
 
 
 def set_aside(results_path: Path) -> Path:

@@ -23,6 +23,7 @@ LOG = "log.jsonl"  # what happened; like the two below no part of the result: a 
 EXAMPLES = "examples.json"  # images of val with what unmerged and merged models say
 REPORT = "report.html"
 WEIGHTS = "weights"
+UNMERGED = "unmerged"  # a result of the unmerged models, where they are kept
 TEMPORARY = ".tmp"
 PENDING = MANIFEST + TEMPORARY  # a complete manifest whose commit is under way: merged.json is replaced by it last
 STORE_PATTERN = re.compile(r"merged-[0-9a-f]{16}\.safetensors")
@@ -129,8 +130,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder and those above it. Raises ResultsError if it cannot, or if `weights` is a link elsewhere."""
-    if folder.name == WEIGHTS and folder.is_symlink():
+    """Makes the folder and those above it. Raises ResultsError if it cannot, or if our own one within it is a link."""
+    if folder.name in (WEIGHTS, UNMERGED) and folder.is_symlink():
         raise ResultsError(f"{folder}: is a link; allowed: a folder, as nothing is written outside the results folder")
     if not folder.is_dir():
         with naming(folder, "made"):

@@ -98,6 +98,7 @@ TASK = {
     "met": _TRUE_OR_FALSE,
     "test_acc": _MAYBE_ACCURACY,
     "unmerged_test_acc": _MAYBE_ACCURACY,
+    "agreement": _MAYBE_ACCURACY,
     "class_names": _or_null(_are_names, "a list of texts"),
     "frozen_normalisation": _or_null(lambda value: value in ("kept", "refitted"), "'kept', 'refitted'"),
     "architecture_note": _or_null(lambda value: isinstance(value, str), "a text"),

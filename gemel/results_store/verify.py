@@ -15,7 +15,7 @@ from gemel.results_store import files
 from gemel.results_store.checkpoint import open_checkpoint
 from gemel.results_store.files import ResultsError, first_line, sha256_of, size_of
 from gemel.results_store.load import load_merged
-from gemel.results_store.manifest import adapted_layers, read_manifest, read_result
+from gemel.results_store.manifest import adapted_layers, has_results, read_manifest, read_result
 from gemel.results_store.precision import loaded_dtype, plain_tensors, precision_of, unjudged
 from gemel.results_store.tensors import Store, entries_as_loaded, raw_bytes, read_tensors, sizes_with_scales
 from gemel.sharing.memory import distinct_bytes
@@ -60,8 +60,14 @@ def verify(
     evaluations: Mapping[str, Evaluation] | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[Check]:
-    """Checks a results folder; evaluations: by task, for those that are evaluated again. Raises nothing."""
-    return _checks(Path(results_path).expanduser(), evaluations or {}, torch.device(device))
+    """Checks a results folder, and the unmerged models in it; raises nothing.
+
+    evaluations: by task, for those that are evaluated again.
+    """
+    path = Path(results_path).expanduser()
+    yield from _checks(path, evaluations or {}, torch.device(device))
+    if has_results(path / files.UNMERGED):
+        yield from _checks(path / files.UNMERGED, evaluations or {}, torch.device(device))
 
 
 def _checks(path: Path, evaluations: Mapping[str, Evaluation], device: torch.device) -> Iterator[Check]:
@@ -129,7 +135,8 @@ def _other_files(path: Path, manifest: dict) -> Iterator[Check]:
         yield _checkpoint_check(path, manifest)
     known = {*left, *manifest["files"], files.MANIFEST, files.IN_FLIGHT, files.LOG, files.EXAMPLES, files.REPORT}
     present = [*path.iterdir(), *((path / files.WEIGHTS).iterdir() if (path / files.WEIGHTS).is_dir() else ())]
-    others = {str(file.relative_to(path)) for file in present} - known - {files.WEIGHTS}
+    kept = {files.UNMERGED} if has_results(path / files.UNMERGED) else set()
+    others = {str(file.relative_to(path)) for file in present} - known - {files.WEIGHTS} - kept
     for name in sorted(others):
         yield Check(SKIP, f"{str(path / name)!r}: not a file of the result; not checked")
 
