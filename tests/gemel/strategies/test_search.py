@@ -3,12 +3,17 @@
 import itertools
 import json
 import math
+from statistics import NormalDist
 
 import pytest
-from pico import PicoNet
+from pico import PicoNet, thresholds
 
 from gemel.sharing.groups import find_groups, restrict, saved_bytes, verified_part
+from gemel.strategies import STRATEGIES, strategy_class
 from gemel.strategies.adaptive import RISKS, Adaptive
+from gemel.strategies.baselines import Stem
+from gemel.strategies.curves import Curve
+from gemel.thresholds import THRESHOLDS
 
 NAMES = ("task0_x", "task1_x", "task2_x")
 
@@ -145,8 +150,10 @@ def test_sensitivity_that_is_known_is_looked_up_and_otherwise_in_proportion_to_b
     first, second = strategy.groups[:2]
     bytes_of = [strategy._sensitivity_of(i, "task0_x") / group.bytes for i, group in enumerate(strategy.groups)]
     assert bytes_of == pytest.approx([1 / saved_bytes(strategy.groups)] * len(bytes_of))
-    strategy.set_sensitivity({(first, "task0_x"): 0.7}, losses={"task0_x": 2.0}, reached={"task0_x": 1.1})
-    assert strategy.predicted_sensitivity() == {first.occurrences[0]: 0.7} and not strategy.needs_sensitivity
+    known = {(first, "task0_x"): 0.7, (second, "task1_x"): 0.5}
+    strategy.set_sensitivity(known, losses={"task0_x": 2.0}, reached={"task0_x": 1.1})
+    assert strategy.predicted_sensitivity() == {first.occurrences[0]: 0.7, second.occurrences[1]: 0.5}
+    assert not strategy.needs_sensitivity
     curve, other = strategy.curves["task0_x"], strategy.curves["task1_x"]
     assert (curve.unshared, curve.slope) == (1.1, 1.4) and (other.unshared, other.slope) == (1.0, 0.0)
 
@@ -168,3 +175,102 @@ def test_the_share_that_is_tied_leaves_out_layers_with_adapters():
     assert whole == pytest.approx(1.0)
     own = [group for group in find_groups(models(width=32)) if "task0_x" in group.tasks]
     assert without == pytest.approx(1 - own[0].bytes / sum(group.bytes for group in own))
+
+
+# ---- filling in -------------------------------------------------------------------------------------------
+
+
+def filling(phase: str, kept=(), num_extra: int = 0) -> Adaptive:
+    """A strategy that fills in what is missing besides what is kept, and expects it to work."""
+    strategy = Adaptive(models(extra=num_extra))
+    strategy.curves = {name: Curve(unshared=2.0) for name in NAMES}
+    strategy.own = kept
+    strategy._begin_filling(phase)
+    return strategy
+
+
+def test_a_part_joins_the_tasks_that_share_a_group_already_and_no_others():
+    strategy = filling("fill in with training")
+    strategy.own = restrict(strategy.groups, NAMES[:1] + NAMES[2:])[:1]
+    (index,) = (i for i, group in enumerate(strategy.groups) if set(strategy.own[0].occurrences) < {*group.occurrences})
+    assert strategy._filled({index: NAMES[1:2]}) == strategy.groups[index : index + 1]
+    strategy.own = ()
+    assert strategy._filled({index: NAMES[1:]}) == restrict(strategy.groups[index : index + 1], NAMES[1:])
+    assert strategy._filled({index: NAMES[:1]}) == (), "one task alone shares nothing"
+
+
+def test_the_tasks_that_missed_their_targets_are_tried_among_themselves():
+    """When the one that met it shares nothing without them."""
+    groups = find_groups(models())
+    strategy = filling("fill in with training", groups[1:])
+    assert strategy.propose() == groups
+    strategy.record(False, NAMES[:1])
+    assert set(strategy.propose()) == {*groups[1:], *restrict(groups[:1], NAMES[1:])}
+
+
+def test_a_part_that_fails_for_all_is_halved_the_largest_savings_first():
+    strategy = filling("fill in with training", num_extra=4)
+    groups = strategy.groups
+    assert len(groups) == 7 and strategy.propose() == groups
+    strategy.record(False, ())
+    assert strategy.propose() == groups[:4]
+    strategy.record(False, ())
+    assert strategy.propose() == groups[:2]
+    strategy.record(True, NAMES)
+    assert set(strategy.propose()) == {*groups[:2], *groups[4:]}, "the smaller half of a half comes last"
+
+
+@pytest.mark.parametrize("least, halved", [(0.9, True), (1.1, False)])
+@pytest.mark.parametrize("limit", ["worth_a_fit", "smallest_part"])
+def test_a_part_that_would_save_little_is_not_halved_without_training(limit, least, halved, monkeypatch):
+    others = {"worth_a_fit": 0.0, "smallest_part": 0.0, limit: least}
+    monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(**others))
+    strategy = filling("fill in")
+    assert strategy.propose() == strategy.groups, "all of the possible saving, and all that was missing at first"
+    strategy.record(False, (), dict.fromkeys(NAMES, 0.99))
+    assert (strategy.phase == "fill in") == halved
+
+
+# ---- the other strategies ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_what_was_adopted_survives_json(name):
+    strategy, other = strategy_class(name)(models()), strategy_class(name)(models())
+    strategy.adopt(restrict(find_groups(models()), NAMES[:2]))
+    other.load_state(json.loads(json.dumps(strategy.state())))
+    assert other.adopted == strategy.adopted and other.kept == strategy.kept != ()
+    assert other.propose() == strategy.propose()
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "adaptive"])
+def test_a_strategy_that_keeps_whole_trials_refuses_a_part(name):
+    strategy = strategy_class(name)(models())
+    assert not strategy.keeps_verified_part
+    with pytest.raises(NotImplementedError, match=type(strategy).__name__):
+        strategy.keep_part(())
+
+
+def test_a_stem_that_is_tied_already_is_not_tried():
+    strategy = Stem(models())
+    strategy.adopt(strategy.stems[-1])
+    assert strategy.propose() is None and strategy.kept == strategy.stems[-1]
+
+
+# ---- curves -----------------------------------------------------------------------------------------------
+
+
+def test_the_probability_is_that_of_a_normal_loss_beyond_what_worked():
+    """Deviations grow with the distance from what worked, and between two trials from the nearer one."""
+    noise, uncertainty = THRESHOLDS.search.noise, THRESHOLDS.search.uncertainty
+    curve = Curve(unshared=1.1, slope=0.2, points=[(0.4, 1.03)])
+    slope, deviation = curve._expected_slope()
+    expected = NormalDist(1.03 - 0.3 * slope, math.hypot(noise, 0.3 * deviation))
+    assert curve.probability(0.7) == pytest.approx(1 - expected.cdf(1.0))
+    curve.add(0.9, 0.98)
+    slope = 0.05 / 0.5
+    for share, distance in ((0.5, 0.1), (0.8, 0.1), (0.65, 0.25), (1.0, 0.1)):
+        spread = math.hypot(noise, uncertainty * slope * distance)
+        expected = NormalDist(1.03 - slope * (share - 0.4), spread)
+        assert curve.probability(share) == pytest.approx(1 - expected.cdf(1.0)), share
+    assert curve.probability(0.4) == 1.0
