@@ -16,7 +16,6 @@ import torch
 from results_samples import fresh_models, pico_models, same_state, slim_models, tree, write
 
 from gemel.results_store import files as results_files
-from gemel.results_store import files
 from gemel.results_store.checkpoint import read_checkpoint, write_checkpoint
 from gemel.results_store.files import ResultsError, leftovers, lock
 from gemel.results_store.load import load_merged
@@ -191,16 +190,16 @@ def test_temporaries_of_ours_are_found_and_no_others(tmp_path):
 
 def test_lines_are_appended_behind_one_that_was_cut(tmp_path):
     file = tmp_path / "log.jsonl"
-    files.append(file, b"one\n")
-    files.append(file, b"two\n")
+    results_files.append(file, b"one\n")
+    results_files.append(file, b"two\n")
     assert file.read_bytes() == b"one\ntwo\n"
     file.write_bytes(b"one\ntw")
-    files.append(file, b"three\n")
+    results_files.append(file, b"three\n")
     assert file.read_bytes() == b"one\ntw\nthree\n"
     link = tmp_path / "link.jsonl"
     link.symlink_to(file)
     with pytest.raises(ResultsError, match=r"link\.jsonl: cannot be written"):
-        files.append(link, b"four\n")
+        results_files.append(link, b"four\n")
     assert file.read_bytes() == b"one\ntw\nthree\n"
 
 
