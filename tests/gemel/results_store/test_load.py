@@ -220,6 +220,33 @@ def test_models_that_do_not_fit_are_refused_and_left_as_they_are(models, tmp_pat
         load_merged(tmp_path, {**fresh, "b_x": whole})
 
 
+def test_five_of_many_problems_are_listed(tmp_path):
+    write(tmp_path, pico_models())
+    for extra, more in (
+        (3, ""),
+        (4, "; and 1 more"),
+        (6, "; and 5 more"),
+    ):  # two tensors a layer, of which one is there
+        with pytest.raises(ResultsError) as raised:
+            load_merged(tmp_path, {**fresh_models(), "a_x": PicoNet(3, extra=extra)}, tasks="a_x")
+        listed = str(raised.value).partition("fit the model: ")[2]
+        missing = [f"more.{i}.{part} is missing in the results" for i in range(1, extra) for part in ("weight", "bias")]
+        assert listed == "; ".join(missing[:5]) + more
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_are_loaded_in_another_type_and_normalisation_is_not(dtype, tmp_path):
+    models = pico_models()
+    write(tmp_path, models)
+    with pytest.warns(UserWarning, match="were judged in float32"):
+        loaded = load_merged(tmp_path, fresh_models(), dtype=dtype)
+    assert loaded["a_x"].conv1.weight is loaded["b_x"].conv1.weight is loaded["c_x"].conv1.weight
+    for name, model in loaded.items():
+        for key, value in model.state_dict().items():
+            own = models[name].state_dict()[key]
+            assert torch.equal(value, own if "bn1" in key else own.to(dtype)), (name, key)
+
+
 # ---- built without initialisation -----------------------------------------------------------------------
 
 

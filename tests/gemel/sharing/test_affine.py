@@ -14,6 +14,7 @@ from results_samples import (
     fresh_models,
     pico_models,
     same_state,
+    write,
 )
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -278,6 +279,17 @@ def written(tmp_path):
 def test_they_are_loaded_into_modules_that_have_none(written):
     path, models, _ = written
     assert_loaded_as_written(path, models)
+
+
+def test_those_that_the_result_does_not_have_are_removed(tmp_path):
+    models, handed_in = pico_models(1), fresh_models()
+    write(tmp_path, models)
+    filled(handed_in["b_x"].conv2)
+    with pytest.raises(ResultsError, match="c_x: the results do not fit"):
+        load_merged(tmp_path, {**handed_in, "c_x": PicoNet(9)})
+    assert affine_of(handed_in["b_x"].conv2) is not None, "it is left as it was"
+    assert same_state(models, load_merged(tmp_path, handed_in))
+    assert affine_of(handed_in["b_x"].conv2) is None and not handed_in["b_x"].conv2._forward_hooks
 
 
 def test_plain_files_hold_the_folded_weights(written):
