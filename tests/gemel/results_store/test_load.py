@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,30 @@ def test_a_damaged_store_is_refused_by_name(models, tmp_path):
     file.unlink()
     with pytest.raises(ResultsError, match="it is missing"):
         load_merged(tmp_path, fresh_models())
+
+
+def test_a_store_whose_header_was_changed_is_refused(models, tmp_path):
+    """Two tensors of one shape change their names: all sizes still agree."""
+    write(tmp_path, models)
+    file = store_of(tmp_path)
+    content = file.read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:length])
+    one, other = (key for key in list(header) if header[key].get("shape") == [8, 8, 3, 3])
+    header[one], header[other] = header[other], header[one]
+    changed = json.dumps(header, separators=(",", ":")).encode().ljust(length - 8)
+    assert len(changed) == length - 8
+    file.write_bytes(content[:8] + changed + content[length:])
+    with pytest.raises(ResultsError, match=f"{file.name}: the sha256 of its header is not the one in the manifest"):
+        load_merged(tmp_path, fresh_models())
+
+
+def test_what_is_in_no_state_dict_moves_to_the_device_as_well(models, tmp_path):
+    write(tmp_path, models)
+    handed_in = fresh_models()
+    handed_in["a_x"].register_buffer("grid", torch.arange(3), persistent=False)
+    loaded = load_merged(tmp_path, handed_in, device="meta")
+    assert all(tensor.is_meta for model in loaded.values() for tensor in [*model.parameters(), *model.buffers()])
 
 
 def test_models_that_do_not_fit_are_refused_and_left_as_they_are(models, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from results_samples import pico_models, write
 
 from gemel.results_store.files import ResultsError
-from gemel.results_store.manifest import digest_of, has_results, read_manifest, read_result, seal
+from gemel.results_store.manifest import SHOWN, _raise_if_any, digest_of, has_results, read_manifest, read_result, seal
 
 
 def test_a_folder_without_manifest_is_no_result(tmp_path):
@@ -134,3 +134,13 @@ def test_the_type_of_the_weights_is_checked(tmp_path, precision, message):
         return
     with pytest.raises(ResultsError, match=message):
         read_result(tmp_path)
+
+
+@pytest.mark.parametrize("more", [0, 1, 7])
+def test_a_few_of_many_problems_are_listed(more, tmp_path):
+    problems = [f"problem {i}" for i in range(SHOWN + more)]
+    with pytest.raises(ResultsError) as raised:
+        _raise_if_any(tmp_path / "merged.json", iter(problems))
+    rest = f"; and {more} more" if more else ""
+    assert str(raised.value) == f"{tmp_path / 'merged.json'}: {'; '.join(problems[:SHOWN])}{rest}"
+    _raise_if_any(tmp_path / "merged.json", iter(()))
