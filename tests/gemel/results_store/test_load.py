@@ -16,6 +16,7 @@ from torch import nn
 from gemel.results_store import load as results_load
 from gemel.results_store.files import ResultsError
 from gemel.results_store.load import build_empty, load_merged
+from gemel.results_store.tensors import open_store
 from gemel.sharing.groups import find_groups
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.tying import is_tied, tie
@@ -215,6 +216,24 @@ def test_a_store_whose_header_was_changed_is_refused(models, tmp_path):
     file.write_bytes(content[:8] + changed + content[length:])
     with pytest.raises(ResultsError, match=f"{file.name}: the sha256 of its header is not the one in the manifest"):
         load_merged(tmp_path, fresh_models())
+
+
+@pytest.mark.parametrize("first, message", [(4, None), (1, "b: a tensor is not aligned")])
+def test_a_store_of_another_program_is_refused_where_a_tensor_is_not_aligned(first, message, tmp_path):
+    entries = {"a": ("U8", first, 0), "b": ("F32", 1, first)}
+    header = {
+        key: {"dtype": dtype, "shape": [length], "data_offsets": [begin, begin + length * (4 if dtype == "F32" else 1)]}
+        for key, (dtype, length, begin) in entries.items()
+    }
+    text = json.dumps(header).encode()
+    text = text.ljust(len(text) + -len(text) % 8)
+    file = tmp_path / "merged.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(first + 4))
+    if message is None:
+        assert list(open_store(file).entries) == ["a", "b"]
+    else:
+        with pytest.raises(ResultsError, match=message):
+            open_store(file)
 
 
 def test_what_is_in_no_state_dict_moves_to_the_device_as_well(models, tmp_path):

@@ -40,7 +40,7 @@ from gemel.sharing.adapters import (
 from gemel.sharing.groups import Group, Occurrence, find_groups, from_plain, joined, restrict, saved_bytes, to_plain
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.signatures import find_layers
-from gemel.sharing.tying import restore_snapshot, retie, take_snapshot
+from gemel.sharing.tying import is_tied, restore_snapshot, retie, take_snapshot, tie, untie
 from gemel.strategies.adaptive import Adaptive
 
 LAYERS = {
@@ -134,6 +134,19 @@ def test_shapes_that_are_not_those_of_a_layer_and_its_adapter():
         assert not is_sound(own, {**adapter, "up.weight": wrong}, 2)
     assert not is_sound({"bias": (8,)}, {**adapter, **up}, 2) and not is_sound(own, adapter, 2)
     assert not is_sound({**own, "bias": (4,)}, {**adapter, **up}, 2)
+
+
+def test_layers_with_adapters_of_their_own_are_tied():
+    models = {"a_x": PicoNet(), "b_x": PicoNet()}
+    group = find_groups(models)[0]
+    layers = [models[o.task].get_submodule(o.layer) for o in group.occurrences]
+    assert not is_tied(models, group)
+    tie(models, (group,))
+    for layer in layers:
+        set_rank(layer, 1)
+    assert is_tied(models, group) and adapter_of(layers[0]) is not adapter_of(layers[1])
+    untie(models, group.occurrences[0])
+    assert not is_tied(models, group)
 
 
 def test_an_adapter_is_no_layer_of_its_own():
