@@ -8,6 +8,7 @@ from results_samples import pico_models, write
 
 from gemel.results_store import checkpoint
 from gemel.results_store.checkpoint import CHECKPOINT_SHARE, read_checkpoint, throttled, write_checkpoint
+from gemel.results_store.verify import verify
 
 
 class Pair(NamedTuple):
@@ -78,3 +79,16 @@ def test_saving_takes_its_share_of_the_time_and_the_last_state_is_always_saved(m
     time.now = began + 2.0 / CHECKPOINT_SHARE
     save_some({"step": 4}, False)
     assert saved == [0, 2, 4]
+
+
+def test_verify_says_to_which_result_it_belongs(tmp_path):
+    said = []
+    for seed in (0, 1):  # the second result does not know the first one's checkpoint
+        write(tmp_path / str(seed), pico_models(seed))
+        if seed == 0:
+            write_checkpoint(tmp_path / "0", {"step": 1})
+        else:
+            (tmp_path / "1" / "in_flight.pt").write_bytes((tmp_path / "0" / "in_flight.pt").read_bytes())
+        (check,) = (check for check in verify(tmp_path / str(seed)) if "in_flight.pt" in check[1])
+        said.append(check[1].partition("in_flight.pt: ")[2])
+    assert said == ["the round in flight", "the round in flight of another result; the next run removes it"]
