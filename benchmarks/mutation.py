@@ -46,11 +46,11 @@ WARM = (
 )
 # CPU seconds: slower tests are left out; of all tests of a mutant; more that a test may take, as of fixtures it shares.
 LIMITS = {"test": 20.0, "mutant": 30.0, "more": 8.0}
-COMPARED = {
+COMPARED: dict[type, Any] = {
     **{ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn},
     **{ast.NotIn: ast.In, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt},
 }
-OPERATORS = {
+OPERATORS: dict[type, Any] = {
     **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult},
     **{ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr},
     **{ast.And: ast.Or, ast.Or: ast.And},
@@ -151,7 +151,8 @@ def mutated(source: str, mutant: Mutant) -> ast.Module:
         def visit(self, node: ast.AST) -> ast.AST:
             return other if node is target else self.generic_visit(node)
 
-    return ast.fix_missing_locations(Replace().visit(tree))
+    changed: ast.Module = Replace().visit(tree)  # type: ignore[assignment]
+    return ast.fix_missing_locations(changed)
 
 
 # ---- children ---------------------------------------------------------------------------------------------
@@ -246,16 +247,22 @@ class Recorder:
 
 
 def tests_of(mutant: Mutant, covered: Covered) -> list[str]:
-    """Tests that execute the line (where none does, as on import: the file), the quickest files and tests first."""
+    """Tests that execute the line, the quickest files and tests first.
+
+    Where none does, because it runs on import: all tests of files with a test that executes anything of the file.
+    """
     quick = {test: entry for test, entry in covered.items() if entry["seconds"] <= LIMITS["test"]}
     here = {test: entry["lines"].get(mutant.file, []) for test, entry in quick.items()}
-    found = [test for test, lines in here.items() if mutant.line in lines] or [t for t, lines in here.items() if lines]
+    near = {test.split("::")[0] for test, lines in here.items() if lines}
+    found = [test for test, lines in here.items() if mutant.line in lines]
+    found = found or [test for test in quick if test.split("::")[0] in near]
     seconds = {test: quick[test]["seconds"] for test in found}
     files: dict[str, list[float]] = {}
     for test in found:
         files.setdefault(test.split("::")[0], []).append(seconds[test])
     mean = {file: sum(all_) / len(all_) for file, all_ in files.items()}
-    chosen, total = [], 0.0
+    chosen: list[str] = []
+    total = 0.0
     for test in sorted(found, key=lambda test: (mean[test.split("::")[0]], test.split("::")[0], seconds[test])):
         total += seconds[test]
         if total > LIMITS["mutant"] and chosen:
@@ -273,8 +280,11 @@ def outcome(mutant: Mutant, covered: Covered, folder: Path) -> str:
     code = compile(mutated(path.read_text(), mutant), str(path), "exec")
     honest = SourceFileLoader.get_code
 
+    def get_code(self: Any, name: str) -> Any:
+        return code if self.path == str(path) else honest(self, name)
+
     def work() -> int:
-        SourceFileLoader.get_code = lambda self, name: code if self.path == str(path) else honest(self, name)  # type: ignore[assignment, method-assign, misc]
+        setattr(SourceFileLoader, "get_code", get_code)  # noqa: B010 (mypy refuses an assignment)
         return run_tests(tests, folder, [Limits(covered)], "-x", "--no-header", "--tb=line")
 
     log = folder / "output"

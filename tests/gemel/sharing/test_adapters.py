@@ -126,7 +126,7 @@ def test_shapes_that_are_not_those_of_a_layer_and_its_adapter():
     up = {"up.weight": (8, 2, 1, 1)}
     assert is_sound(own, {**adapter, **up}, 2), "two groups"
     assert is_sound({"weight": (8, 5)}, {"down.weight": (2, 5), "up.weight": (8, 2)}, 2)
-    assert not is_sound(own, {**adapter, **up}, 0) and not is_sound(own, {**adapter, **up}, 3)
+    assert not is_sound(own, {**adapter, "up.weight": (8, 0, 1, 1)}, 0) and not is_sound(own, {**adapter, **up}, 3)
     assert not is_sound({"weight": (9, 3, 3, 3), "bias": (9,)}, {**adapter, "up.weight": (9, 2, 1, 1)}, 2)
     for part in ({"down.weight": (4, 3, 3, 1)}, {"down.weight": (5, 3, 3, 3)}, {"down.bias": (5,)}):
         assert not is_sound(own, {**adapter, **up, **part}, 2)

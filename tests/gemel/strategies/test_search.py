@@ -35,6 +35,7 @@ def test_risks_are_probabilities_from_near_certainty_down_to_any_chance():
 
 def test_without_a_budget_no_trial_has_adapters():
     strategy, trials = Adaptive(models(width=32)), []
+    assert strategy.adapted == list(strategy.groups)
     while (trial := strategy.propose()) is not None:
         trials.append(trial)
         strategy.record(False, ())
