@@ -7,7 +7,7 @@ from results_samples import pico_models, write
 
 from gemel.results_store.files import ResultsError
 from gemel.results_store.manifest import SHOWN, _raise_if_any, digest_of, has_results, read_manifest, read_result, seal
-from gemel.results_store.schema import _is_accuracy, _is_number
+from gemel.results_store.schema import HISTORY, _history_problems, _is_accuracy, _is_number
 
 
 def test_a_folder_without_manifest_is_no_result(tmp_path):
@@ -165,3 +165,12 @@ def test_what_became_of_frozen_normalisation_may_be_there(tmp_path, value, fits)
     else:
         with pytest.raises(ResultsError, match=r"a_x: frozen_normalisation: .*'kept', 'refitted'"):
             read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("entry", [3, None, {}, {"seconds": -1.0}, {"seconds": "1"}])
+def test_what_is_no_entry_of_the_history(entry):
+    right = dict.fromkeys(HISTORY, 1.0)
+    wrong = {**right, **entry} if isinstance(entry, dict) and entry else entry
+    assert not list(_history_problems([right, right]))
+    (problem,) = _history_problems([right, wrong])
+    assert problem.startswith("run: history: got ") and "all numbers from 0 on" in problem
