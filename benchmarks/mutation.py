@@ -196,11 +196,11 @@ class Limits:
     """A plugin of pytest: a test that takes ten times its CPU seconds ends the process."""
 
     def __init__(self, covered: Covered):
-        self.covered = covered
+        self.seconds = {test: entry["seconds"] for test, entry in covered.items()}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Any:
-        signal.setitimer(signal.ITIMER_PROF, LIMITS["more"] + 10 * self.covered[item.nodeid]["seconds"])
+        signal.setitimer(signal.ITIMER_PROF, LIMITS["more"] + 10 * self.seconds.get(item.nodeid, 1.0))
         return (yield)
 
 
