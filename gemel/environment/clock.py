@@ -3,6 +3,7 @@
 import contextlib
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -83,12 +84,31 @@ def _alarm_at(deadline: float) -> Iterator[None]:
     others, interval = 0.0, 0.0  # the alarm of somebody else, such as a test runner
     try:
         others, interval = signal.setitimer(signal.ITIMER_REAL, max(1e-3, deadline - began))
-        yield
+        with _alarm_again_where_it_is_lost():
+            yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, previous)
         if others:
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, others - (time.monotonic() - began)), interval)
+
+
+@contextlib.contextmanager
+def _alarm_again_where_it_is_lost() -> Iterator[None]:
+    """In a destructor, or as an object is collected, Python drops what is raised: the alarm then comes once more."""
+    previous = sys.unraisablehook
+
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
+        if issubclass(dropped.exc_type, TimeOver):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            previous(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
 
 
 def _raise_time_over(number: int, frame: object) -> None:

@@ -1,6 +1,7 @@
 """Seconds over all runs, the deadline, and work that can be thrown away at any instant."""
 
 import signal
+import sys
 import threading
 import time
 
@@ -80,3 +81,25 @@ def test_another_thread_is_not_interrupted():
     thread.start()
     thread.join()
     assert done == [True]
+
+
+def test_the_end_of_the_time_is_not_lost_in_a_destructor():
+    """Python drops what is raised there."""
+    ended = []
+
+    class Slow:
+        def __del__(self):
+            ends = time.monotonic() + 0.2
+            while time.monotonic() < ends:
+                pass
+            ended.append("without an alarm")
+
+    hook = sys.unraisablehook
+    with pytest.raises(TimeOver), Clock(time_budget=0.05).interruptible():
+        Slow()
+        ends = time.monotonic() + 5
+        while time.monotonic() < ends:
+            pass
+        pytest.fail("the time budget is spent, and the work goes on")
+    assert not ended, "the alarm came within the destructor"
+    assert sys.unraisablehook is hook

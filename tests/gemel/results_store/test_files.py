@@ -188,6 +188,21 @@ def test_temporaries_of_ours_are_found_and_no_others(tmp_path):
     assert sorted(leftovers(tmp_path)) == sorted(ours)
 
 
+def test_lines_are_appended_behind_one_that_was_cut(tmp_path):
+    file = tmp_path / "log.jsonl"
+    results_files.append(file, b"one\n")
+    results_files.append(file, b"two\n")
+    assert file.read_bytes() == b"one\ntwo\n"
+    file.write_bytes(b"one\ntw")
+    results_files.append(file, b"three\n")
+    assert file.read_bytes() == b"one\ntw\nthree\n"
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(file)
+    with pytest.raises(ResultsError, match=r"link\.jsonl: cannot be written"):
+        results_files.append(link, b"four\n")
+    assert file.read_bytes() == b"one\ntw\nthree\n"
+
+
 # ---- the checkpoint -------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from gemel.results_store import load as results_load
 from gemel.results_store.files import ResultsError
 from gemel.results_store.load import build_empty, load_merged
+from gemel.results_store.tensors import open_store
 from gemel.sharing.groups import find_groups
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.tying import is_tied, tie
@@ -200,6 +202,48 @@ def test_a_damaged_store_is_refused_by_name(models, tmp_path):
         load_merged(tmp_path, fresh_models())
 
 
+def test_a_store_whose_header_was_changed_is_refused(models, tmp_path):
+    """Two tensors of one shape change their names: all sizes still agree."""
+    write(tmp_path, models)
+    file = store_of(tmp_path)
+    content = file.read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:length])
+    one, other = (key for key in list(header) if header[key].get("shape") == [8, 8, 3, 3])
+    header[one], header[other] = header[other], header[one]
+    changed = json.dumps(header, separators=(",", ":")).encode().ljust(length - 8)
+    assert len(changed) == length - 8
+    file.write_bytes(content[:8] + changed + content[length:])
+    with pytest.raises(ResultsError, match=f"{file.name}: the sha256 of its header is not the one in the manifest"):
+        load_merged(tmp_path, fresh_models())
+
+
+@pytest.mark.parametrize("first, message", [(4, None), (1, "b: a tensor is not aligned")])
+def test_a_store_of_another_program_is_refused_where_a_tensor_is_not_aligned(first, message, tmp_path):
+    entries = {"a": ("U8", first, 0), "b": ("F32", 1, first)}
+    header = {
+        key: {"dtype": dtype, "shape": [length], "data_offsets": [begin, begin + length * (4 if dtype == "F32" else 1)]}
+        for key, (dtype, length, begin) in entries.items()
+    }
+    text = json.dumps(header).encode()
+    text = text.ljust(len(text) + -len(text) % 8)
+    file = tmp_path / "merged.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(first + 4))
+    if message is None:
+        assert list(open_store(file).entries) == ["a", "b"]
+    else:
+        with pytest.raises(ResultsError, match=message):
+            open_store(file)
+
+
+def test_what_is_in_no_state_dict_moves_to_the_device_as_well(models, tmp_path):
+    write(tmp_path, models)
+    handed_in = fresh_models()
+    handed_in["a_x"].register_buffer("grid", torch.arange(3), persistent=False)
+    loaded = load_merged(tmp_path, handed_in, device="meta")
+    assert all(tensor.is_meta for model in loaded.values() for tensor in [*model.parameters(), *model.buffers()])
+
+
 def test_models_that_do_not_fit_are_refused_and_left_as_they_are(models, tmp_path):
     write(tmp_path, models)
     fresh = fresh_models()
@@ -218,6 +262,33 @@ def test_models_that_do_not_fit_are_refused_and_left_as_they_are(models, tmp_pat
     whole.bn1.num_batches_tracked = torch.tensor(0.5)
     with pytest.raises(ResultsError, match="num_batches_tracked: got torch.int64, the model has torch.float32"):
         load_merged(tmp_path, {**fresh, "b_x": whole})
+
+
+def test_five_of_many_problems_are_listed(tmp_path):
+    write(tmp_path, pico_models())
+    for extra, more in (
+        (3, ""),
+        (4, "; and 1 more"),
+        (6, "; and 5 more"),
+    ):  # two tensors a layer, of which one is there
+        with pytest.raises(ResultsError) as raised:
+            load_merged(tmp_path, {**fresh_models(), "a_x": PicoNet(3, extra=extra)}, tasks="a_x")
+        listed = str(raised.value).partition("fit the model: ")[2]
+        missing = [f"more.{i}.{part} is missing in the results" for i in range(1, extra) for part in ("weight", "bias")]
+        assert listed == "; ".join(missing[:5]) + more
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_are_loaded_in_another_type_and_normalisation_is_not(dtype, tmp_path):
+    models = pico_models()
+    write(tmp_path, models)
+    with pytest.warns(UserWarning, match="were judged in float32"):
+        loaded = load_merged(tmp_path, fresh_models(), dtype=dtype)
+    assert loaded["a_x"].conv1.weight is loaded["b_x"].conv1.weight is loaded["c_x"].conv1.weight
+    for name, model in loaded.items():
+        for key, value in model.state_dict().items():
+            own = models[name].state_dict()[key]
+            assert torch.equal(value, own if "bn1" in key else own.to(dtype)), (name, key)
 
 
 # ---- built without initialisation -----------------------------------------------------------------------

@@ -6,7 +6,8 @@ import pytest
 from results_samples import pico_models, write
 
 from gemel.results_store.files import ResultsError
-from gemel.results_store.manifest import digest_of, has_results, read_manifest, read_result, seal
+from gemel.results_store.manifest import SHOWN, _raise_if_any, digest_of, has_results, read_manifest, read_result, seal
+from gemel.results_store.schema import HISTORY, _history_problems, _is_accuracy, _is_number
 
 
 def test_a_folder_without_manifest_is_no_result(tmp_path):
@@ -134,3 +135,42 @@ def test_the_type_of_the_weights_is_checked(tmp_path, precision, message):
         return
     with pytest.raises(ResultsError, match=message):
         read_result(tmp_path)
+
+
+@pytest.mark.parametrize("more", [0, 1, 7])
+def test_a_few_of_many_problems_are_listed(more, tmp_path):
+    problems = [f"problem {i}" for i in range(SHOWN + more)]
+    with pytest.raises(ResultsError) as raised:
+        _raise_if_any(tmp_path / "merged.json", iter(problems))
+    rest = f"; and {more} more" if more else ""
+    assert str(raised.value) == f"{tmp_path / 'merged.json'}: {'; '.join(problems[:SHOWN])}{rest}"
+    _raise_if_any(tmp_path / "merged.json", iter(()))
+
+
+@pytest.mark.parametrize("value", [True, "1", None, [1], float("nan"), float("inf"), 1e300, -1e300, 10**301])
+def test_what_is_no_number(value):
+    assert not _is_number(value) and not _is_accuracy(value)
+    assert _is_number(9e299) and _is_number(-9e299) and _is_number(0)
+    assert _is_accuracy(0) and _is_accuracy(1) and not _is_accuracy(1.01) and not _is_accuracy(-0.01)
+
+
+@pytest.mark.parametrize("value, fits", [("kept", True), ("refitted", True), (None, True), ("", False), (1, False)])
+def test_what_became_of_frozen_normalisation_may_be_there(tmp_path, value, fits):
+    write(tmp_path, pico_models())
+    manifest = read_manifest(tmp_path)
+    manifest["tasks"]["a_x"]["frozen_normalisation"] = value
+    (tmp_path / "merged.json").write_text(json.dumps(seal(manifest)))
+    if fits:
+        assert read_manifest(tmp_path)["tasks"]["a_x"]["frozen_normalisation"] == value
+    else:
+        with pytest.raises(ResultsError, match=r"a_x: frozen_normalisation: .*'kept', 'refitted'"):
+            read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("entry", [3, None, {}, {"seconds": -1.0}, {"seconds": "1"}])
+def test_what_is_no_entry_of_the_history(entry):
+    right = dict.fromkeys(HISTORY, 1.0)
+    wrong = {**right, **entry} if isinstance(entry, dict) and entry else entry
+    assert not list(_history_problems([right, right]))
+    (problem,) = _history_problems([right, wrong])
+    assert problem.startswith("run: history: got ") and "all numbers from 0 on" in problem

@@ -213,6 +213,43 @@ def test_nothing_is_written_through_a_link(models, tmp_path):
 # ---- interrupted, repaired ------------------------------------------------------------------------------
 
 
+def test_files_are_renamed_for_good_before_the_manifest_names_them(models, tmp_path, monkeypatch):
+    """A rename that is not synced may be lost with the power, and the manifest's may not."""
+    done, commit, sync = [], results_files.commit, results_files.sync_folder
+
+    def recorded_commit(temporary, target):
+        done.append((target.parent, target.name))
+        commit(temporary, target)
+
+    def recorded_sync(folder):
+        done.append((folder, "synced"))
+        sync(folder)
+
+    monkeypatch.setattr(results_files, "commit", recorded_commit)
+    monkeypatch.setattr(results_files, "sync_folder", recorded_sync)
+    write(tmp_path, models)
+    last = done.index((tmp_path, "merged.json"))
+    assert done[last + 1 :] == [(tmp_path, "synced")]
+    renamed = [(i, folder) for i, (folder, name) in enumerate(done[:last]) if name.endswith((".pt", ".safetensors"))]
+    assert len(renamed) == 1 + len(models)
+    assert all((folder, "synced") in done[i:last] for i, folder in renamed)
+
+
+@pytest.mark.parametrize("refused, left", [("merged-", []), ("a_x.pt", []), ("merged.json", ["merged.json.tmp"])])
+def test_a_refused_rename_leaves_no_temporary_but_what_a_repair_needs(models, tmp_path, monkeypatch, refused, left):
+    honest = os.replace
+
+    def replace(temporary, target):
+        if target.name.startswith(refused):
+            raise OSError(28, "No space left on device")
+        honest(temporary, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(ResultsError, match=rf"{refused}.*: cannot be replaced: No space left on device"):
+        write(tmp_path, models)
+    assert results_files.leftovers(tmp_path) == left
+
+
 @pytest.mark.parametrize("renames", range(6))
 def test_an_interrupted_commit_is_recognised_and_repaired(models, tmp_path, monkeypatch, renames):
     """Killed after so many renames: the folder holds the old result or the new one, and .pt files of either."""

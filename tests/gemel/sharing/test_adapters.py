@@ -25,11 +25,22 @@ from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import seal
 from gemel.results_store.verify import FAIL, verify
 from gemel.results_store.write import repair, update_run, write_results
-from gemel.sharing.adapters import adapter_bytes, adapter_of, fold, max_rank, plain_state, rank_within, set_rank
+from gemel.sharing.adapters import (
+    adapter_bytes,
+    adapter_of,
+    can_have_affine,
+    fold,
+    is_sound,
+    max_rank,
+    owns_its_weight,
+    plain_state,
+    rank_within,
+    set_rank,
+)
 from gemel.sharing.groups import Group, Occurrence, find_groups, from_plain, joined, restrict, saved_bytes, to_plain
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.signatures import find_layers
-from gemel.sharing.tying import restore_snapshot, retie, take_snapshot
+from gemel.sharing.tying import is_tied, restore_snapshot, retie, take_snapshot, tie, untie
 from gemel.strategies.adaptive import Adaptive
 
 LAYERS = {
@@ -93,6 +104,49 @@ def test_ranks_within_a_budget():
     state = torch.get_rng_state()
     set_rank(layer, 3)
     assert torch.equal(torch.get_rng_state(), state), "other random numbers stay the same"
+
+
+def test_a_layer_that_cannot_have_additions():
+    """Its weight or bias is computed from others, or it uses their names itself."""
+    plain, computed, named = (nn.Linear(4, 4) for _ in range(3))
+    of_bias = nn.Linear(4, 4)
+    nn.utils.parametrizations.weight_norm(computed)
+    nn.utils.parametrize.register_parametrization(of_bias, "bias", nn.Tanh())
+    named.low_rank = named.affine = "a user's own"
+    assert owns_its_weight(plain) and owns_its_weight(nn.Linear(4, 4, bias=False)) and owns_its_weight(named)
+    assert max_rank(plain) == 4 and can_have_affine(plain)
+    for layer in (computed, of_bias, nn.BatchNorm2d(4, affine=False), nn.ReLU()):
+        assert not owns_its_weight(layer)
+    for layer in (computed, of_bias, named, nn.LayerNorm(4)):
+        assert max_rank(layer) == rank_within(layer, 1.0) == 0 and not can_have_affine(layer)
+
+
+def test_shapes_that_are_not_those_of_a_layer_and_its_adapter():
+    own, adapter = {"weight": (8, 3, 3, 3), "bias": (8,)}, {"down.weight": (4, 3, 3, 3), "down.bias": (4,)}
+    up = {"up.weight": (8, 2, 1, 1)}
+    assert is_sound(own, {**adapter, **up}, 2), "two groups"
+    assert is_sound({"weight": (8, 5)}, {"down.weight": (2, 5), "up.weight": (8, 2)}, 2)
+    assert not is_sound(own, {**adapter, "up.weight": (8, 0, 1, 1)}, 0) and not is_sound(own, {**adapter, **up}, 3)
+    assert not is_sound({"weight": (9, 3, 3, 3), "bias": (9,)}, {**adapter, "up.weight": (9, 2, 1, 1)}, 2)
+    for part in ({"down.weight": (4, 3, 3, 1)}, {"down.weight": (5, 3, 3, 3)}, {"down.bias": (5,)}):
+        assert not is_sound(own, {**adapter, **up, **part}, 2)
+    for wrong in ((7, 2, 1, 1), (8, 4, 1, 1), (8, 2, 1), (8, 2, 1, 3)):
+        assert not is_sound(own, {**adapter, "up.weight": wrong}, 2)
+    assert not is_sound({"bias": (8,)}, {**adapter, **up}, 2) and not is_sound(own, adapter, 2)
+    assert not is_sound({**own, "bias": (4,)}, {**adapter, **up}, 2)
+
+
+def test_layers_with_adapters_of_their_own_are_tied():
+    models = {"a_x": PicoNet(), "b_x": PicoNet()}
+    group = find_groups(models)[0]
+    layers = [models[o.task].get_submodule(o.layer) for o in group.occurrences]
+    assert not is_tied(models, group)
+    tie(models, (group,))
+    for layer in layers:
+        set_rank(layer, 1)
+    assert is_tied(models, group) and adapter_of(layers[0]) is not adapter_of(layers[1])
+    untie(models, group.occurrences[0])
+    assert not is_tied(models, group)
 
 
 def test_an_adapter_is_no_layer_of_its_own():

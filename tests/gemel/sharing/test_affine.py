@@ -14,6 +14,7 @@ from results_samples import (
     fresh_models,
     pico_models,
     same_state,
+    write,
 )
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -28,7 +29,7 @@ from gemel.results_store.manifest import seal
 from gemel.results_store.verify import FAIL, verify
 from gemel.results_store.write import repair, write_results
 from gemel.sharing.adapters import adapter_bytes, adapter_of, fold, give_affine, plain_state, set_rank
-from gemel.sharing.affine import affine_bytes, affine_of
+from gemel.sharing.affine import affine_bytes, affine_of, is_sound
 from gemel.sharing.groups import Group, Occurrence, find_groups, from_plain, joined, reconciled, saved_bytes, to_plain
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.signatures import find_layers
@@ -75,6 +76,15 @@ def test_a_layer_with_scale_and_bias_is_a_layer_with_the_folded_weight(name, ran
     assert torch.allclose(model(inputs), both, atol=1e-5)
     assert plain.keys() == model.state_dict().keys()
     assert all(torch.equal(plain[key], value) for key, value in model.state_dict().items())
+
+
+def test_shapes_that_are_not_those_of_a_layer_and_its_scale_and_bias():
+    own = {"weight": (7, 5), "bias": (7,)}
+    assert is_sound(own, {"scale": (7,), "bias": (7,)}) and is_sound({"weight": (7, 5)}, {"scale": (7,)})
+    assert not is_sound({}, {"scale": (7,)}), "no weight"
+    assert not is_sound(own, {"scale": (7,)}) and not is_sound({"weight": (7, 5)}, {"scale": (7,), "bias": (7,)})
+    assert not is_sound({**own, "bias": (5,)}, {"scale": (7,), "bias": (7,)}), "the layer's own bias"
+    assert not is_sound(own, {"scale": (5,), "bias": (7,)}) and not is_sound(own, {"scale": (7,), "bias": (7, 1)})
 
 
 def test_scale_and_bias_are_copied_with_their_layers_and_are_no_layer_of_their_own():
@@ -269,6 +279,17 @@ def written(tmp_path):
 def test_they_are_loaded_into_modules_that_have_none(written):
     path, models, _ = written
     assert_loaded_as_written(path, models)
+
+
+def test_those_that_the_result_does_not_have_are_removed(tmp_path):
+    models, handed_in = pico_models(1), fresh_models()
+    write(tmp_path, models)
+    filled(handed_in["b_x"].conv2)
+    with pytest.raises(ResultsError, match="c_x: the results do not fit"):
+        load_merged(tmp_path, {**handed_in, "c_x": PicoNet(9)})
+    assert affine_of(handed_in["b_x"].conv2) is not None, "it is left as it was"
+    assert same_state(models, load_merged(tmp_path, handed_in))
+    assert affine_of(handed_in["b_x"].conv2) is None and not handed_in["b_x"].conv2._forward_hooks
 
 
 def test_plain_files_hold_the_folded_weights(written):

@@ -1,6 +1,7 @@
 import copy
 import io
 
+import pytest
 import torch
 from pico import CPU, PicoNet, same_state
 from rank_processes import on_ranks
@@ -73,3 +74,77 @@ def test_one_process_parks_nothing():
     models = models_of_ranks()
     park(models)
     assert not in_a_file(models["a_x"].conv2.weight) and models["a_x"].conv2.weight.device == CPU
+
+
+# ---- in one process, as on the first of two ranks ---------------------------------------------------------
+
+
+@pytest.fixture
+def first_of_two(monkeypatch):
+    """Of the tasks a_x and b_x the first rank has the first; broadcasts are recorded as (root, tensors)."""
+    owners, sent = {"a_x": 0, "b_x": 1, "c_x": 1}, []
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(ranks, "owner_of", owners.__getitem__)
+    monkeypatch.setattr(ranks, "is_mine", lambda name: owners[name] == 0)
+    monkeypatch.setattr(ranks, "broadcast", lambda tensors, root: sent.append((root, list(map(id, tensors)))))
+    return sent
+
+
+def tied_models() -> nn.ModuleDict:
+    models = nn.ModuleDict({name: PicoNet() for name in ("b_x", "a_x", "c_x")})
+    tie(models, [group.restricted_to({"a_x", "b_x"}) for group in find_groups(models)])
+    return models
+
+
+def test_who_holds_a_parameter(first_of_two):
+    models = tied_models()
+    held = held_by(models)
+    assert set(held) == {*models.parameters()}
+    assert held[models["a_x"].conv1.weight] == {0, 1}, "it is tied"
+    assert held[models["a_x"].bn1.weight] == {0} and held[models["c_x"].conv1.weight] == {1}
+    assert list(own_models(models)) == ["a_x"]
+
+
+def test_each_tensor_is_sent_once_by_the_rank_of_the_first_task_that_holds_it(first_of_two):
+    models = tied_models()
+    synchronise(models)
+    of_b_and_c = {id(t) for name in ("b_x", "c_x") for t in models[name].state_dict(keep_vars=True).values()}
+    of_a_alone = {id(t) for t in models["a_x"].state_dict(keep_vars=True).values()} - of_b_and_c
+    (first, by_first), (second, by_second) = first_of_two
+    assert (first, second) == (0, 1)
+    assert set(by_first) == of_a_alone and set(by_second) == of_b_and_c
+    assert len(by_first) == len(of_a_alone) and len(by_second) == len(of_b_and_c)
+
+
+def test_one_process_sends_nothing(first_of_two, monkeypatch):
+    monkeypatch.setattr(ranks, "size", lambda: 1)
+    synchronise(tied_models())
+    assert first_of_two == []
+
+
+def test_only_large_tensors_that_no_task_of_this_rank_holds_are_parked(first_of_two, monkeypatch):
+    models = tied_models()
+    weight, conv1, bias = models["c_x"].conv2.weight, models["c_x"].conv1.weight, models["c_x"].conv2.bias
+    models["c_x"].conv2.weight.data = weight.data.to(memory_format=torch.channels_last)
+    monkeypatch.setattr(holders, "LEAST_BYTES", conv1.nbytes)
+    tensors = dict(models.state_dict(keep_vars=True))
+    before = {name: (tensor.data_ptr(), tensor.detach().clone(), tensor.stride()) for name, tensor in tensors.items()}
+    park(models)
+    assert models.state_dict(keep_vars=True).keys() == before.keys()
+    moved = {name for name, tensor in tensors.items() if tensor.data_ptr() != before[name][0]}
+    assert moved == {"c_x.conv1.weight", "c_x.conv2.weight"} and bias.nbytes < conv1.nbytes
+    for name, (_, values, stride) in before.items():
+        assert torch.equal(tensors[name], values) and tensors[name].stride() == stride
+    for name in moved:
+        assert tensors[name].untyped_storage().nbytes() == tensors[name].nbytes and tensors[name].storage_offset() == 0
+
+
+def test_the_largest_are_parked_where_there_are_too_many(first_of_two, monkeypatch):
+    models = tied_models()
+    monkeypatch.setattr(holders, "LEAST_BYTES", 1)
+    monkeypatch.setattr(holders, "MAX_FILES", 1)
+    largest = max(models["c_x"].parameters(), key=lambda parameter: parameter.nbytes)
+    before = {name: tensor.data_ptr() for name, tensor in models.state_dict(keep_vars=True).items()}
+    park(models)
+    after = models.state_dict(keep_vars=True)
+    assert [after[name] is largest for name in before if after[name].data_ptr() != before[name]] == [True]

@@ -94,6 +94,12 @@ def test_settings_that_are_not_printed_count(one, other):
     assert signature_of(one) != signature_of(other)
 
 
+def test_a_function_that_a_program_hangs_on_a_layer_counts_only_where_it_replaces_a_method():
+    plain, marked, replaced = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    marked.on_error, replaced.forward = print, print
+    assert signature_of(marked) == signature_of(plain) != signature_of(replaced)
+
+
 def test_marks_of_other_programs_do_not_count():
     marked, printed = nn.Linear(4, 4), signature_of(nn.Linear(4, 4))
     marked.i, marked._is_hf_initialized = 7, True

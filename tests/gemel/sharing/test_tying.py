@@ -53,12 +53,23 @@ def test_initial_weights(models):
 
 
 def test_tying_again_changes_nothing(models):
+    """Neither values nor parameters, on which an optimizer, a snapshot and a memory layout hold on."""
     groups = find_groups(models)
-    tie(models, groups[:1])
-    parameter, values = models["a_x"].conv1.weight, state_of(models)
-    tie(models, groups[:1], "first")
-    assert models["a_x"].conv1.weight is parameter
+    tie(models, groups)
+    parameters, values = dict(models.named_parameters(remove_duplicate=False)), state_of(models)
+    tie(models, groups, "first")
+    assert all(value is parameters[key] for key, value in models.named_parameters(remove_duplicate=False))
     assert all(torch.equal(values[key], value) for key, value in models.state_dict().items())
+
+
+def test_the_layout_of_a_tied_parameter_is_that_of_the_first_task():
+    for first in (torch.channels_last, torch.contiguous_format):
+        models = nn.ModuleDict({"a_x": PicoNet().to(memory_format=first), "b_x": PicoNet(), "c_x": PicoNet()})
+        strides = models["a_x"].conv2.weight.stride()
+        models["b_x"].to(memory_format=torch.channels_last)
+        tie(models, find_groups(models))
+        assert models["c_x"].conv2.weight is models["a_x"].conv2.weight
+        assert models["c_x"].conv2.weight.stride() == strides
 
 
 def test_parameters_of_the_container_stand_once_and_memory_counts_them_once(models):

@@ -1,0 +1,277 @@
+"""What the adaptive search expects of a trial, what it learns of one, and how it keeps a part of a failed one."""
+
+import itertools
+import json
+import math
+from statistics import NormalDist
+
+import pytest
+from pico import PicoNet, thresholds
+
+from gemel.sharing.groups import find_groups, restrict, saved_bytes, verified_part
+from gemel.strategies import STRATEGIES, strategy_class
+from gemel.strategies.adaptive import RISKS, Adaptive
+from gemel.strategies.baselines import Stem
+from gemel.strategies.curves import Curve
+from gemel.thresholds import THRESHOLDS
+
+NAMES = ("task0_x", "task1_x", "task2_x")
+
+
+def models(num_tasks: int = 3, **more) -> dict:
+    return {name: PicoNet(**more) for name in NAMES[:num_tasks]}
+
+
+def again(strategy: Adaptive) -> Adaptive:
+    """A strategy that was stored and read."""
+    other = Adaptive(models())
+    other.load_state(json.loads(json.dumps(strategy.state())))
+    return other
+
+
+def test_risks_are_probabilities_from_near_certainty_down_to_any_chance():
+    assert list(RISKS) == sorted(set(RISKS), reverse=True) and 0.9 < RISKS[0] < 1 and RISKS[-1] == 0
+
+
+def test_without_a_budget_no_trial_has_adapters():
+    strategy, trials = Adaptive(models(width=32)), []
+    assert strategy.adapted == list(strategy.groups)
+    while (trial := strategy.propose()) is not None:
+        trials.append(trial)
+        strategy.record(False, ())
+    assert len(trials) > 2 and not [group for trial in trials for group in trial if group.rank]
+
+
+@pytest.mark.parametrize("num_kept", [0, 1])
+def test_the_expected_saving_is_the_mean_over_who_meets_the_target(num_kept, monkeypatch):
+    strategy = Adaptive(models())
+    strategy.own = restrict(strategy.groups, NAMES[:2])[:num_kept]
+    chances = dict(zip(NAMES, (0.9, 0.5, 0.2), strict=True))
+    monkeypatch.setattr(strategy, "_probabilities", lambda trial: chances)
+    certain = {o for group in strategy.own for o in group.occurrences}
+    expected = 0.0
+    for outcome in itertools.product((True, False), repeat=len(NAMES)):
+        chance = math.prod(chances[n] if met else 1 - chances[n] for n, met in zip(NAMES, outcome, strict=True))
+        met = {name for name, good in zip(NAMES, outcome, strict=True) if good}
+        for group in strategy.groups:
+            tied = sum(o.task in met or o in certain for o in group.occurrences)
+            expected += chance * group.bytes * max(0, tied - 1)
+    assert strategy._expected_saving(strategy.groups) == pytest.approx(expected)
+
+
+def test_what_a_trial_teaches_of_each_task():
+    strategy = Adaptive(models())
+    met, ratios = {"task0_x"}, {"task0_x": 0.98, "task1_x": 1.02}
+    assert strategy.propose() == strategy.groups
+    strategy.record(False, met, ratios)
+    points = {name: curve.points for name, curve in strategy.curves.items()}
+    (share, ratio), (_, below) = points["task0_x"][0], points["task1_x"][0]
+    assert share == 1.0 and ratio == 1.0, "it was at its target, whatever a part of val said"
+    assert 1 - 1e-5 < below < 1, "it was not"
+    assert points["task2_x"] == [], "nothing was measured"
+
+
+@pytest.mark.parametrize("kept, ratio", [(True, 1.0), (False, 0.9)])
+def test_a_trial_without_ratios_is_taken_to_be_at_the_targets_or_below_them(kept, ratio):
+    strategy = Adaptive(models())
+    strategy.record(kept, NAMES if kept else ())
+    assert {tuple(curve.points) for curve in strategy.curves.values()} == {((1.0, ratio),)}
+
+
+def test_a_trained_trial_teaches_nothing_of_fits():
+    strategy = Adaptive(models())
+    strategy._begin_filling("fill in with training")
+    strategy.record(False, ())
+    assert not any(curve.points for curve in strategy.curves.values())
+
+
+def failed_with_a_part(strategy: Adaptive) -> tuple:
+    """Records that the next trial failed but for the first two tasks, which keep what they share in it."""
+    trial = strategy.propose()
+    part = verified_part(strategy.kept, trial, NAMES[:2])
+    strategy.record(False, NAMES[:2], {NAMES[2]: 0.95})
+    strategy.keep_part(part)
+    return part
+
+
+def test_the_search_keeps_a_part_but_does_not_build_on_it():
+    strategy = Adaptive(models())
+    part = failed_with_a_part(strategy)
+    for each in (strategy, again(strategy)):
+        assert each.kept == part == restrict(each.groups, NAMES[:2]) and each.base == () and each.phase == "search"
+        assert each.state() == strategy.state()
+    whole = strategy.propose()
+    assert saved_bytes(whole) > saved_bytes(part)
+    strategy.record(True, NAMES)
+    assert strategy.kept == whole and strategy.part == (), "of more saving"
+
+
+def test_what_follows_the_search_builds_on_a_part():
+    strategy = Adaptive(models())
+    strategy.adopt(restrict(strategy.groups, NAMES[1:])[:1])
+    part = failed_with_a_part(strategy)
+    assert saved_bytes(part) > saved_bytes(strategy.adopted)
+    strategy._begin_filling("fill in")
+    assert strategy.own == strategy.base == strategy.kept == part
+    assert strategy.part == strategy.adopted == (), "the part may have split what was adopted"
+
+
+def test_a_part_that_saves_less_than_what_is_kept_is_forgotten():
+    strategy = Adaptive(models())
+    strategy.own = strategy.groups
+    strategy.keep_part(restrict(strategy.groups, NAMES[:2]))
+    assert strategy.kept == strategy.groups
+    strategy._begin_filling("fill in")
+    assert strategy.own == strategy.kept == strategy.groups and strategy.part == ()
+
+
+@pytest.mark.parametrize(
+    "phase, trains",
+    [
+        ("search", False),
+        ("fill in", False),
+        ("fill in with adapters", False),
+        ("fill in with adapters and training", True),
+        ("fill in with training", True),
+    ],
+)
+def test_training_belongs_to_the_last_phases(phase, trains):
+    """Before, a trial releases layers instead, and tasks at their targets keep a part of one that failed."""
+    strategy = Adaptive(models(), adapter_budget=0.5)
+    strategy.phase = phase
+    assert strategy.releases_before_training == strategy.keeps_verified_part == (not trains)
+    assert not strategy.continues_failed_trial, "none has failed"
+    strategy.working = strategy.groups
+    assert strategy.continues_failed_trial == trains
+
+
+def test_sensitivity_that_is_known_is_looked_up_and_otherwise_in_proportion_to_bytes():
+    strategy = Adaptive(models())
+    assert strategy.needs_sensitivity and strategy.predicted_sensitivity() == {}
+    first, second = strategy.groups[:2]
+    bytes_of = [strategy._sensitivity_of(i, "task0_x") / group.bytes for i, group in enumerate(strategy.groups)]
+    assert bytes_of == pytest.approx([1 / saved_bytes(strategy.groups)] * len(bytes_of))
+    known = {(first, "task0_x"): 0.7, (second, "task1_x"): 0.5}
+    strategy.set_sensitivity(known, losses={"task0_x": 2.0}, reached={"task0_x": 1.1})
+    assert strategy.predicted_sensitivity() == {first.occurrences[0]: 0.7, second.occurrences[1]: 0.5}
+    assert not strategy.needs_sensitivity
+    curve, other = strategy.curves["task0_x"], strategy.curves["task1_x"]
+    assert (curve.unshared, curve.slope) == (1.1, 1.4) and (other.unshared, other.slope) == (1.0, 0.0)
+
+
+def test_a_task_that_nothing_is_predicted_to_hurt_is_judged_as_if_all_were_tied():
+    strategy = Adaptive(models())
+    zero = {(group, task): 0.0 for group in strategy.groups for task in group.tasks}
+    strategy.set_sensitivity(zero, reached=dict.fromkeys(NAMES, 1.05))
+    curve = strategy.curves["task0_x"]
+    assert curve.probability(2.0) < curve.probability(1.0) < 1
+    assert strategy._released("task0_x", curve.probability(1.0)) == []
+
+
+def test_the_share_that_is_tied_leaves_out_layers_with_adapters():
+    strategy = Adaptive(models(width=32), adapter_budget=0.5)
+    assert all(group.rank for group in strategy.adapted[:2])
+    whole = strategy._tied_share(strategy.groups, "task0_x")
+    without = strategy._tied_share((strategy.adapted[0], *strategy.groups[1:]), "task0_x")
+    assert whole == pytest.approx(1.0)
+    own = [group for group in find_groups(models(width=32)) if "task0_x" in group.tasks]
+    assert without == pytest.approx(1 - own[0].bytes / sum(group.bytes for group in own))
+
+
+# ---- filling in -------------------------------------------------------------------------------------------
+
+
+def filling(phase: str, kept=(), num_extra: int = 0) -> Adaptive:
+    """A strategy that fills in what is missing besides what is kept, and expects it to work."""
+    strategy = Adaptive(models(extra=num_extra))
+    strategy.curves = {name: Curve(unshared=2.0) for name in NAMES}
+    strategy.own = kept
+    strategy._begin_filling(phase)
+    return strategy
+
+
+def test_a_part_joins_the_tasks_that_share_a_group_already_and_no_others():
+    strategy = filling("fill in with training")
+    strategy.own = restrict(strategy.groups, NAMES[:1] + NAMES[2:])[:1]
+    (index,) = (i for i, group in enumerate(strategy.groups) if set(strategy.own[0].occurrences) < {*group.occurrences})
+    assert strategy._filled({index: NAMES[1:2]}) == strategy.groups[index : index + 1]
+    strategy.own = ()
+    assert strategy._filled({index: NAMES[1:]}) == restrict(strategy.groups[index : index + 1], NAMES[1:])
+    assert strategy._filled({index: NAMES[:1]}) == (), "one task alone shares nothing"
+
+
+def test_the_tasks_that_missed_their_targets_are_tried_among_themselves():
+    """When the one that met it shares nothing without them."""
+    groups = find_groups(models())
+    strategy = filling("fill in with training", groups[1:])
+    assert strategy.propose() == groups
+    strategy.record(False, NAMES[:1])
+    assert set(strategy.propose()) == {*groups[1:], *restrict(groups[:1], NAMES[1:])}
+
+
+def test_a_part_that_fails_for_all_is_halved_the_largest_savings_first():
+    strategy = filling("fill in with training", num_extra=4)
+    groups = strategy.groups
+    assert len(groups) == 7 and strategy.propose() == groups
+    strategy.record(False, ())
+    assert strategy.propose() == groups[:4]
+    strategy.record(False, ())
+    assert strategy.propose() == groups[:2]
+    strategy.record(True, NAMES)
+    assert set(strategy.propose()) == {*groups[:2], *groups[4:]}, "the smaller half of a half comes last"
+
+
+@pytest.mark.parametrize("least, halved", [(0.9, True), (1.1, False)])
+@pytest.mark.parametrize("limit", ["worth_a_fit", "smallest_part"])
+def test_a_part_that_would_save_little_is_not_halved_without_training(limit, least, halved, monkeypatch):
+    others = {"worth_a_fit": 0.0, "smallest_part": 0.0, limit: least}
+    monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(**others))
+    strategy = filling("fill in")
+    assert strategy.propose() == strategy.groups, "all of the possible saving, and all that was missing at first"
+    strategy.record(False, (), dict.fromkeys(NAMES, 0.99))
+    assert (strategy.phase == "fill in") == halved
+
+
+# ---- the other strategies ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_what_was_adopted_survives_json(name):
+    strategy, other = strategy_class(name)(models()), strategy_class(name)(models())
+    strategy.adopt(restrict(find_groups(models()), NAMES[:2]))
+    other.load_state(json.loads(json.dumps(strategy.state())))
+    assert other.adopted == strategy.adopted and other.kept == strategy.kept != ()
+    assert other.propose() == strategy.propose()
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "adaptive"])
+def test_a_strategy_that_keeps_whole_trials_refuses_a_part(name):
+    strategy = strategy_class(name)(models())
+    assert not strategy.keeps_verified_part
+    with pytest.raises(NotImplementedError, match=type(strategy).__name__):
+        strategy.keep_part(())
+
+
+def test_a_stem_that_is_tied_already_is_not_tried():
+    strategy = Stem(models())
+    strategy.adopt(strategy.stems[-1])
+    assert strategy.propose() is None and strategy.kept == strategy.stems[-1]
+
+
+# ---- curves -----------------------------------------------------------------------------------------------
+
+
+def test_the_probability_is_that_of_a_normal_loss_beyond_what_worked():
+    """Deviations grow with the distance from what worked, and between two trials from the nearer one."""
+    noise, uncertainty = THRESHOLDS.search.noise, THRESHOLDS.search.uncertainty
+    curve = Curve(unshared=1.1, slope=0.2, points=[(0.4, 1.03)])
+    slope, deviation = curve._expected_slope()
+    expected = NormalDist(1.03 - 0.3 * slope, math.hypot(noise, 0.3 * deviation))
+    assert curve.probability(0.7) == pytest.approx(1 - expected.cdf(1.0))
+    curve.add(0.9, 0.98)
+    slope = 0.05 / 0.5
+    for share, distance in ((0.5, 0.1), (0.8, 0.1), (0.65, 0.25), (1.0, 0.1)):
+        spread = math.hypot(noise, uncertainty * slope * distance)
+        expected = NormalDist(1.03 - slope * (share - 0.4), spread)
+        assert curve.probability(share) == pytest.approx(1 - expected.cdf(1.0)), share
+    assert curve.probability(0.4) == 1.0
