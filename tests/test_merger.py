@@ -152,8 +152,9 @@ def test_a_reloaded_tensor_that_is_not_what_was_judged_is_an_error(entries, data
 
     def another_bit(*args, **kwargs):
         loaded = honest(*args, **kwargs)
-        with torch.no_grad():
-            loaded["south_pico"].bn1.running_var[0].mul_(1 + 2e-7)
+        if "south_pico" in loaded:  # one task at a time
+            with torch.no_grad():
+                loaded["south_pico"].bn1.running_var[0].mul_(1 + 2e-7)
         return loaded
 
     monkeypatch.setattr(architecture, "load_merged", another_bit)
