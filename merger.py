@@ -21,7 +21,7 @@ from gemel.environment import ranks
 from gemel.environment.clock import Clock, TimeOver
 from gemel.environment.events import emit
 from gemel.environment.failures import is_out_of_memory
-from gemel.forward.arithmetic import DTYPES
+from gemel.forward.arithmetic import STORE_DTYPES
 from gemel.merging.architecture import Architectures
 from gemel.merging.check import training_problems
 from gemel.merging.evaluator import Evaluator
@@ -41,6 +41,7 @@ from gemel.merging.private_training import PrivateTraining
 from gemel.merging.records import RunRecord, memory_part, precision_part, run_part, task_parts
 from gemel.merging.reloaded import ReloadedModels
 from gemel.merging.resume import groups_to_tie, load_search, new_strategy
+from gemel.merging.rounding import Rounding
 from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_tied
 from gemel.merging.state import MergeState
 from gemel.merging.teachers import FrozenPrefixes, teachers_of
@@ -88,14 +89,14 @@ class Merger:
     ):
         self.tasks, self.data, self.options = tasks, data, options
         self.results_path, self.clock = results_path, clock
-        self.state = MergeState(tasks, device, DTYPES[options.store_dtype])
+        self.state = MergeState(tasks, device, STORE_DTYPES[options.store_dtype])
         choose_layout(self.state, tasks, data, options, clock)
         self.images = ImageSampler(tasks, data, options.seed, device, options.fit_memory)
         self.record = RunRecord(started_with, fingerprint, matched_groups(tasks, self.state, self.images, options))
         self.strategy = self._new_strategy()
         place_tasks(tasks, data, self.state, options.seed, self.strategy.searched_apart)
         screens = options.training.screening_images > 0
-        self.evaluator = Evaluator(tasks, data, self.state.unmerged, screens, self.state.store_dtype)
+        self.evaluator = Evaluator(tasks, data, self.state.unmerged, screens, Rounding(self.state, self.images))
         self.prefixes = FrozenPrefixes(self.state, data, self.images, options.memory_per_task(len(tasks)))
         self.architectures = Architectures(self.state, self.images)
         self.is_new = True  # whether the results folder holds nothing of this workload yet
@@ -201,7 +202,7 @@ class Merger:
         From the first moment on, and after every round, the folder holds a complete result (at first: nothing shared).
         """
         if self.is_new:
-            self.state.round_weights()
+            self.evaluator.rounding.begin()
             self.store()
             self._drop_checkpoint()
         number, about = len(self.record.groups), self.strategy.about_to_do

@@ -9,6 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gemel.results_store.tensors import sizes_with_scales
+
 BLOCK_BYTES = 1 << 20
 
 
@@ -82,5 +84,5 @@ def _split(users: tuple[str, ...], keys: Collection[str], sizes: Mapping[str, in
 
 
 def sizes_of(entries: Mapping[str, Any]) -> dict[str, int]:
-    """Store key -> bytes, from the entries of an opened store."""
-    return {key: entry.bytes for key, entry in entries.items()}
+    """Store key -> bytes, from the entries of an opened store; those of the scales of a weight in 8 bits included."""
+    return sizes_with_scales(entries)

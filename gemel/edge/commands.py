@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from gemel.edge.aoti import export_compiled
 from gemel.edge.blocks import Blocks, blocks_of, sizes_of
 from gemel.edge.compare import Row, compare, draw, rows_table
 from gemel.edge.counts import Counts
@@ -91,7 +92,8 @@ def _run(flags: argparse.Namespace) -> int:
 
 def _export(flags: argparse.Namespace) -> int:
     own = own_of(flags.workload) if flags.workload else NOTHING_OWN
-    folder = export(flags.results, flags.size, flags.tasks, own.models)
+    write = export_compiled if flags.format == "aoti" else export
+    folder = write(flags.results, flags.size, flags.tasks, own.models)
     print(f"written: {folder}")
     return 0
 

@@ -55,7 +55,7 @@ def export(
     weights = _Weights()
     record: dict[str, Any] = {"size": size, "store": read_manifest(results)["store"]["file"], "tasks": {}}
     for task, model in load_merged(results, models, tasks=tasks, dtype=torch.float32).items():
-        body, example, keys = _body_of(task, model, kinds[task], size)
+        body, example, keys = body_of(task, model, kinds[task], size)
         proto = _proto_of(task, body, example, dynamic=kinds[task] != DETECTION)
         weights.take_from(proto)
         files.write(folder / f"{task}.onnx", [proto.SerializeToString()])
@@ -65,8 +65,11 @@ def export(
     return folder
 
 
-def _body_of(task: str, model: nn.Module, kind: str, size: int) -> tuple[nn.Module, Tensor, list[str] | None]:
-    """(what is exported, an example of its input, names of a detector's features)."""
+def body_of(task: str, model: nn.Module, kind: str, size: int) -> tuple[nn.Module, Tensor, list[str] | None]:
+    """(what is exported, an example of its input, names of a detector's features).
+
+    Raises ResultsError for a detector that is not torchvision's.
+    """
     images = torch.zeros(2, 3, size, size)
     if kind != DETECTION:
         return _Logits(model), images, None
@@ -183,13 +186,7 @@ def open_models(results: str | Path, tasks: Sequence[str] | None = None) -> dict
 
     Raises ResultsError as `open_session` and `load_merged` do.
     """
-    file = Path(results) / FOLDER / RECORD
-    if not file.is_file():
-        raise ResultsError(f"{file}: not found; `python -m gemel edge export` writes it")
-    with files.naming(file, "read"):
-        record = json.loads(file.read_bytes())
-    if record["store"] != read_manifest(results)["store"]["file"]:
-        raise ResultsError(f"{file}: is of other results; export them again")
+    record = read_record(results, FOLDER)
     chosen = list(record["tasks"]) if tasks is None else tasks
     opened: dict[str, nn.Module] = {}
     for task in chosen:
@@ -201,6 +198,18 @@ def open_models(results: str | Path, tasks: Sequence[str] | None = None) -> dict
         else:
             opened[task] = graph
     return opened
+
+
+def read_record(results: str | Path, folder: str) -> dict[str, Any]:
+    """What was written beside an export. Raises ResultsError if there is none, or it is of other results."""
+    file = Path(results) / folder / RECORD
+    if not file.is_file():
+        raise ResultsError(f"{file}: not found; `python -m gemel edge export` writes it")
+    with files.naming(file, "read"):
+        record = json.loads(file.read_bytes())
+    if record["store"] != read_manifest(results)["store"]["file"]:
+        raise ResultsError(f"{file}: is of other results; export them again")
+    return record
 
 
 class OnnxModule(nn.Module):

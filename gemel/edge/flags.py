@@ -6,7 +6,7 @@ import re
 from gemel.environment import DEVICES
 from gemel.merging.flags import parse_duration, parse_size
 
-FORMATS = ("onnx",)
+FORMATS = ("onnx", "aoti")
 
 
 def add_edge_commands(commands: argparse._SubParsersAction) -> None:
@@ -17,7 +17,7 @@ def add_edge_commands(commands: argparse._SubParsersAction) -> None:
     _add_run(commands.add_parser("run", help="run all models on frames, under a budget of memory"))
     _add_schedule(commands.add_parser("schedule", help="choose the order of turns and the batch sizes"))
     _add_simulate(commands.add_parser("simulate", help="compare orders and budgets by the profile, running no model"))
-    _add_export(commands.add_parser("export", help="write ONNX models whose weights lie in one file"))
+    _add_export(commands.add_parser("export", help="write models that run outside this package, weights shared"))
 
 
 def _add_profile(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", metavar="RESULTS", help="the results folder")
-    parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: %(default)s")
+    parser.add_argument("--format", choices=FORMATS, default="onnx", help="aoti: compiled (default: %(default)s)")
     parser.add_argument("--size", type=_positive, required=True, metavar="PIXELS", help="a side of the images")
     parser.add_argument("--workload", metavar="FILE.py", help="models that the results do not describe")
     parser.add_argument("--tasks", metavar="NAME,NAME", type=lambda text: text.split(","), help="only these")

@@ -11,7 +11,6 @@ are those of the models loaded whole, bit by bit: the same tensors go through th
 """
 
 import math
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from gemel.edge.blocks import Blocks
 from gemel.edge.counts import Counts, Stopwatch, counts_of
 from gemel.edge.frames import Frames, Transform, default_transform
 from gemel.edge.residency import Move, Step
+from gemel.edge.stopping import Stopped, stop_at_layers
 from gemel.edge.turns import Turns
 from gemel.edge.weights import Weights
 from gemel.environment.device import pick_device
@@ -85,7 +85,9 @@ class Runtime:
         self.transforms = {task: self.transforms[kind] for task, kind in self.kinds.items()} | dict(transforms or {})
         _check_batches(self.options.batches or {}, self.kinds)
         self._turns(dict.fromkeys(self.kinds, Arrivals(1, None, 1, 1)))  # raises for a wrong budget or order
-        self._stop = threading.Event()
+        self._stop = self.weights.stop
+        for model in self.weights.models.values():
+            stop_at_layers(model, self._stop)
         self._reader = ThreadPoolExecutor(1, "weights")
         self._ahead: Future | None = None
 
@@ -101,7 +103,10 @@ class Runtime:
         self.weights.close()
 
     def stop(self) -> None:
-        """Ends `run` after the model that runs now; may be called from a signal handler or another thread."""
+        """Ends `run` after the layer that runs now; may be called from a signal handler or another thread.
+
+        Frames of a batch that is given up count as dropped.
+        """
         self._stop.set()
 
     def run(
@@ -173,7 +178,7 @@ class Runtime:
     # ---- running a model ----------------------------------------------------------------------------------
 
     def forward(self, task: str, inputs: Sequence[Tensor]) -> list[Any]:
-        """The outputs of a model whose weights are in memory, one a frame, on its device."""
+        """The outputs of a model whose weights are in memory, one a frame, on its device. Raises Stopped."""
         images = [image.to(self.device) for image in inputs]
         with torch.inference_mode():
             if self.kinds[task] == DETECTION:
@@ -232,7 +237,11 @@ class _Run:
         began = self.now()
         taken, dropped = arrivals.take(began)
         counted.dropped += dropped
-        outputs = self.runtime.forward(task, [self.frames.input(task, k) for k in taken])
+        try:
+            outputs = self.runtime.forward(task, [self.frames.input(task, k) for k in taken])
+        except Stopped:
+            counted.dropped += len(taken)
+            return
         ended = self.now()
         arrivals.ran(ended - began)
         counted.run_seconds += ended - began

@@ -6,6 +6,7 @@ block is read from the store's file into memory of its own, which is given back 
 """
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from gemel.edge.blocks import Blocks, blocks_of, sizes_of
+from gemel.forward.arithmetic import run_with_weights_of
+from gemel.forward.eight_bits import with_scale
 from gemel.results_store.files import ResultsError
 from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import read_result
-from gemel.results_store.precision import precision_of, warn_if_unjudged
-from gemel.results_store.tensors import Entry, raw_bytes
+from gemel.results_store.precision import precision_of, warn_if_unjudged, weights_dtype
+from gemel.results_store.tensors import SCALES, Entry, raw_bytes
 
 ALIGNMENT = 64
 
@@ -59,11 +62,15 @@ class Weights:
         self.manifest, store = read_result(results)
         self.models = load_merged(results, models, tasks=tasks)
         self.device, self.through_cache = device, through_cache
+        if weights_dtype(self.manifest) == torch.int8:
+            for model in self.models.values():
+                run_with_weights_of(model, torch.int8)
         if device.type != "cpu":
             warn_if_unjudged(results, self.manifest, precision_of(self.manifest)["weights"], device.type)
         self.entries: dict[str, Entry] = store.entries
         self.blocks: Blocks = blocks_of(self.manifest["tensors"], sizes_of(store.entries), tuple(self.models), merged)
         self.places = _places_of(self.models, self.manifest["tensors"])
+        self.stop = threading.Event()
         self.resident_bytes = self.peak_bytes = self.moved_bytes = 0
         self._is_resident = [False] * len(self.blocks.all)
         self._file = open(store.file, "rb", buffering=0)  # noqa: SIM115  # closed by `close`
@@ -99,16 +106,17 @@ class Weights:
             self.resident_bytes -= self.blocks.all[i].bytes
 
     def load(self, blocks: Iterable[int]) -> None:
-        """Reads these blocks into memory. Raises ResultsError if the file cannot be read."""
+        """Reads these blocks into memory, until `stop` is set. Raises ResultsError if the file cannot be read."""
         for i in blocks:
+            if self.stop.is_set():
+                return
             assert not self._is_resident[i], f"block {i} is in memory already"
             block = self.blocks.all[i]
-            tensors = {key: self._read(key) for key in block.keys}
-            for key, tensor in tensors.items():
-                parameter = nn.Parameter(tensor, requires_grad=False)
+            tensors = {key: self._parameter(key) for key in block.keys}
+            for key, parameter in tensors.items():
                 for task in block.users:
                     for place in self.places.get((task, key), ()):
-                        place.put(parameter if isinstance(place.absent, nn.Parameter) else tensor)
+                        place.put(parameter if isinstance(place.absent, nn.Parameter) else parameter.data)
             self._is_resident[i] = True
             self.resident_bytes += block.bytes
             self.moved_bytes += block.bytes
@@ -117,6 +125,12 @@ class Weights:
     def _places_of_block(self, i: int) -> Iterator[_Place]:
         block = self.blocks.all[i]
         return (place for key in block.keys for task in block.users for place in self.places.get((task, key), ()))
+
+    def _parameter(self, key: str) -> nn.Parameter:
+        """A tensor of the store in new memory on the device, with its scales where it has 8 bits."""
+        if key + SCALES in self.entries:
+            return with_scale(self._read(key), self._read(key + SCALES))
+        return nn.Parameter(self._read(key), requires_grad=False)
 
     def _read(self, key: str) -> Tensor:
         """A tensor of the store in new memory on the device."""

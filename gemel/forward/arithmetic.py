@@ -16,26 +16,33 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from gemel.environment.device import computes_in_16_bits
-from gemel.forward import WEIGHT_TYPES
+from gemel.forward import STORE_TYPES, WEIGHT_TYPES
+from gemel.forward.eight_bits import FromInt8, widen_attention
 from gemel.forward.modes import device_of
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WEIGHT_TYPES}
+STORE_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in STORE_TYPES}
 SHORT = (torch.float16, torch.bfloat16)
 
 _running = threading.local()  # .entered: a list of (id of a model, what its forward pass runs in)
 
 
 def arithmetic_on(device_type: str, weights: str) -> str:
-    """The name of the type in which a model with weights of a type (a name of DTYPES) computes on a kind of device."""
-    return weights if computes_in_16_bits(device_type) else "float32"
+    """The name of the type in which a model with weights of a type (of STORE_TYPES) computes on a kind of device."""
+    return weights if weights != "int8" and computes_in_16_bits(device_type) else "float32"
 
 
 def run_with_weights_of(model: nn.Module, dtype: torch.dtype) -> None:
-    """From now on the model, which is called with float32 images, runs with weights of that type (float32: as ever)."""
+    """From now on the model, which is called with float32 images, runs with weights of that type (float32: as ever).
+
+    int8: weights are parameters of eight_bits.with_scale; called once for a model.
+    """
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for number, hook in list(hooks.items()):
             if isinstance(hook, _Enter | _Leave):
                 del hooks[number]
+    if dtype == torch.int8:
+        widen_attention(model)
     if dtype != torch.float32:
         model.register_forward_pre_hook(_Enter(dtype), prepend=True)
         model.register_forward_hook(_Leave(), always_call=True)
@@ -49,7 +56,9 @@ class _Enter:
 
     def __call__(self, model: nn.Module, inputs: tuple) -> None:
         stack = contextlib.ExitStack()
-        if computes_in_16_bits(kind := device_of(model).type):
+        if self.dtype == torch.int8:
+            stack.enter_context(FromInt8())
+        elif computes_in_16_bits(kind := device_of(model).type):
             stack.enter_context(torch.autocast(kind, self.dtype))
         else:
             stack.enter_context(InFloat32(self.dtype))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from tabulate import tabulate
 
 from gemel.environment.units import duration, layer_name, mib, share
-from gemel.forward.arithmetic import DTYPES
+from gemel.forward.arithmetic import STORE_DTYPES
 from gemel.forward.modes import Models
 from gemel.results_store.points import points_of
 from gemel.sharing.groups import Configuration, saved_bytes
@@ -69,7 +69,7 @@ def workload_table(
     tasks: Mapping[str, Task], models: Models, groups: Configuration, store_dtype: str = "float32"
 ) -> str:
     """One row per task, and what the workload could save; bytes are those in a store of that type, as the groups'."""
-    dtype = DTYPES[store_dtype]
+    dtype = STORE_DTYPES[store_dtype]
     shared = dict.fromkeys(tasks, 0)
     for group in groups:
         for member in group.tasks:

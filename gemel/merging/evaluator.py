@@ -13,9 +13,10 @@ from gemel.environment import ranks
 from gemel.environment.clock import Clock
 from gemel.environment.events import emit
 from gemel.evaluation.eval_method import EvalMethodError, evaluate
-from gemel.forward import WEIGHT_TYPES
+from gemel.forward import STORE_TYPES
 from gemel.forward.modes import Models
 from gemel.merging.diagnosis import explanations
+from gemel.merging.rounding import Rounding
 from gemel.sharing.precision import as_stored, overflows
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
@@ -36,8 +37,8 @@ class Accuracy:
 class Evaluator:
     """Evaluates the tasks of a workload and remembers what was measured.
 
-    unmerged: copies of the models as they came. screening: whether a subset of val is evaluated first. store_dtype: of
-    the store's weights: what may ship is judged with them.
+    unmerged: copies of the models as they came. screening: whether a subset of val is evaluated first. rounding:
+    to the type of the store's weights: what may ship is judged with them.
     """
 
     def __init__(
@@ -46,10 +47,10 @@ class Evaluator:
         data: Mapping[str, TaskData],
         unmerged: nn.ModuleDict,
         screening: bool,
-        store_dtype: torch.dtype = torch.float32,
+        rounding: Rounding,
     ):
         self.tasks, self.data, self.unmerged, self.screening = tasks, data, unmerged, screening
-        self.store_dtype = store_dtype
+        self.store_dtype, self.rounding = rounding.store_dtype, rounding
         self.accuracy: dict[str, Accuracy] = {}
         self.unmerged_on_screen: dict[str, float] = {}
 
@@ -81,7 +82,7 @@ class Evaluator:
         task, data = self.tasks[name], self.data[name]
         try:
             measured = evaluate(task, data.val)
-            stored = self._as_loaded(name, task.model) if self.rounds else measured
+            stored = self._as_loaded(name, self.rounding.of_unmerged(name, task.model)) if self.rounds else measured
         except SampleError:
             raise
         except EvalMethodError as error:
@@ -194,7 +195,7 @@ class Evaluator:
             f"{name}, in which the unmerged model reaches {stored:.4f} on val, {task.target_acc - stored:.4f} below "
             f"its target {task.target_acc:.4f}; in float32 it reaches {measured:.4f}"
         )
-        others = [other for other in WEIGHT_TYPES if other != name]
+        others = [other for other in STORE_TYPES if other != name]
         return Problem(task.name, "store_dtype", got, f"{' or '.join(others)}, or a lower tolerance of this task")
 
     def _per_class(self, task: Task, merged: nn.Module) -> dict[str, dict] | None:

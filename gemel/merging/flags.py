@@ -4,7 +4,7 @@ import argparse
 import re
 
 from gemel.environment import DEVICES
-from gemel.forward import STEP_PRECISIONS, WEIGHT_TYPES
+from gemel.forward import STEP_PRECISIONS, STORE_TYPES
 from gemel.strategies import STRATEGIES
 
 UNITS = ("", "K", "M", "G")  # powers of 1024 with an i, else of 1000
@@ -25,7 +25,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     duration_help = "such as 90s, 30m or 2h; counts from after the models are loaded (and prepared)"
     parser.add_argument("--time-budget", type=parse_duration, metavar="TIME", help=duration_help)
     types_help = "of the weights as stored and judged (default: %(default)s)"
-    parser.add_argument("--store-dtype", choices=WEIGHT_TYPES, default="float32", help=types_help)
+    parser.add_argument("--store-dtype", choices=STORE_TYPES, default="float32", help=types_help)
     precision_help = "of training steps; auto: as measured, with all that is judged in float32 (default: %(default)s)"
     parser.add_argument("--precision", choices=STEP_PRECISIONS, default="auto", help=precision_help)
     parser.add_argument("--memory", type=parse_size, metavar="SIZE", help="such as 600MiB: stop once parameters fit it")

@@ -79,7 +79,8 @@ class GoalReplay:
         self, trial: Configuration, names: list[str], tasks: Mapping[str, Task], number: int
     ) -> dict[str, Standing]:
         """Where each task is after the fit that a fresh search with these tasks would make of the trial."""
-        judge = Evaluator(tasks, self.evaluator.data, self.evaluator.unmerged, self.evaluator.screening)
+        own = self.evaluator
+        judge = Evaluator(tasks, own.data, own.unmerged, own.screening, own.rounding)
         judge.unmerged_on_screen = self.evaluator.unmerged_on_screen
         self.state.begin_trial(trial, "mean")
         try:

@@ -1,7 +1,8 @@
 """Judging a trial with weights in the type of the store, where that is not float32.
 
 The search computes in float32. What it would keep is measured once more as it will be loaded, and a task that misses
-its target only there has missed it.
+its target only there has missed it. Weights in 8 bits are rounded for that on the images of the fits (rounding.py), and
+stay so if they are kept.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from gemel.environment.clock import Clock
 from gemel.environment.failures import is_out_of_memory
 from gemel.merging.evaluator import Evaluator
 from gemel.merging.state import MergeState
+from gemel.sharing.groups import affected_tasks
 from gemel.sharing.precision import weights_of
 from gemel.training.outcome import BELOW_AS_STORED, OUT_OF_MEMORY, Outcome
 from gemel.workload import Problem, Task, WorkloadError
@@ -26,13 +28,24 @@ def judged_as_stored(state: MergeState, evaluator: Evaluator, clock: Clock, outc
     names = list(outcome.accuracies) if outcome.success else outcome.verified
     if not evaluator.rounds or not names:
         return outcome
+    unrounded: dict = {}
     try:
         with clock.interruptible():
+            unrounded = evaluator.rounding.of_trial(affected_tasks(state.kept, state.tied))
             measured = evaluator.measure_all({name: state.models[name] for name in names})
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        evaluator.rounding.undo(unrounded)
         return replace(outcome, reason=OUT_OF_MEMORY, met=(), verified=())
+    judged = _with(outcome, evaluator, measured)
+    if not judged.success and not judged.verified:
+        evaluator.rounding.undo(unrounded)  # a later trial may go on from these weights
+    return judged
+
+
+def _with(outcome: Outcome, evaluator: Evaluator, measured: Mapping[str, float]) -> Outcome:
+    """The outcome with what was measured of its tasks as stored."""
     missed = {name for name, accuracy in measured.items() if accuracy < evaluator.tasks[name].target_acc}
     return replace(
         outcome,

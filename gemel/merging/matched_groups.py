@@ -22,6 +22,6 @@ def matched_groups(
         shown = None
         if options.matching == BY_ACTIVATIONS:
             shown = images.of_tasks(tasks, THRESHOLDS.sensitivity.alignment_pixels, "match")
-        return groups_as_stored(match_groups(state.models, options.matching, shown), state.store_dtype)
+        return groups_as_stored(match_groups(state.models, options.matching, shown), state.models, state.store_dtype)
 
     return matched() if ranks.size() == 1 else from_plain(ranks.of_first(lambda: to_plain(matched())))

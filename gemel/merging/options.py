@@ -12,7 +12,7 @@ from gemel.alignment.align import METHODS as ALIGNMENTS
 from gemel.alignment.matching import BY_ORDER, BY_WEIGHTS, MATCHINGS
 from gemel.environment import DEVICES
 from gemel.environment.device import has_device
-from gemel.forward import AUTO, STEP_PRECISIONS, WEIGHT_TYPES
+from gemel.forward import AUTO, STEP_PRECISIONS, STORE_TYPES
 from gemel.merging.tensorboard import is_installed
 from gemel.sharing.initial_weights import INITIAL_WEIGHTS
 from gemel.strategies import STEM, STRATEGIES
@@ -70,8 +70,8 @@ class MergeOptions:
     num_workers: loader processes per task (default: none on a CPU; with CUDA eight, or the usable cores, in all).
     cache_bytes: of the memory in which decoded images stay, of all tasks together (0: none); with
     freeze_prefix, half of it is for what the frozen layers put out.
-    store_dtype: the type in which the weights are stored, and in which every task is judged: "float32", "float16" or
-    "bfloat16" (docs/results.md, "Half precision").
+    store_dtype: the type in which the weights are stored, and in which every task is judged: "float32", "float16",
+    "bfloat16" or "int8" (docs/results.md, "Half precision", "Eight bits").
     fit_memory: bytes that a fit of weights may take beside the models (default: 2 GiB on a CPU, with CUDA a quarter of
     the device's memory); it decides how many images are in flight at a time.
     training: how a round is trained.
@@ -151,7 +151,7 @@ def _problems(given: Mapping[str, Any]) -> list[Problem]:
         "alignment": [None, NO_ALIGNMENT, *ALIGNMENTS],
         "matching": [None, *([BY_ORDER] if strategy == STEM else MATCHINGS)],
         "device": [*DEVICES],
-        "store_dtype": [*WEIGHT_TYPES],
+        "store_dtype": [*STORE_TYPES],
     }
     values = {key: options[key] for key in allowed}
     problems = [

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gemel.fitting.least_squares import with_affine
-from gemel.forward.arithmetic import DTYPES
+from gemel.forward.arithmetic import STORE_DTYPES
 from gemel.forward.modes import Models
 from gemel.merging.fingerprint import differences
 from gemel.merging.options import LEAST_SQUARES, MergeOptions
@@ -76,7 +76,7 @@ def _as_one(options: MergeOptions, models: Models, groups: Configuration) -> Str
     if options.strategy != STEM:
         given["groups"] = groups_to_tie(options, models, groups)
     else:  # it finds its own groups
-        given["store_dtype"] = DTYPES[options.store_dtype]
+        given["store_dtype"] = STORE_DTYPES[options.store_dtype]
     return strategy_class(options.strategy)(models, **given)
 
 

@@ -213,8 +213,11 @@ class MergeState:
         for name, permutations in found.items():
             if not ranks.is_first():
                 apply_permutations(self.unmerged[name], permutations)
-            self.models[name].load_state_dict(self.unmerged[name].state_dict())
             self.order.permutations[name] = permutations
+            if self.store_dtype == torch.int8:  # rounded on images: other values than those of rounding it again
+                self.order.apply(name, self.models[name])
+            else:
+                self.models[name].load_state_dict(self.unmerged[name].state_dict())
             self.order.applied.add(name)
         for name in self.models:
             self.order.permutations.setdefault(name, {})

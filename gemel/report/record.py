@@ -12,6 +12,7 @@ from typing import Any
 
 from gemel.results_store.files import EXAMPLES
 from gemel.results_store.manifest import read_result
+from gemel.results_store.tensors import sizes_with_scales
 
 ADAPTED = (".low_rank.", ".affine.")  # within the names of tensors that a task has beside a shared layer
 MAX_EXAMPLES_BYTES = 1 << 20
@@ -61,7 +62,7 @@ def read_record(path: str | Path) -> Record:
     """Reads a results folder. Raises ResultsError if it holds no valid result."""
     path = Path(path)
     manifest, store = read_result(path)
-    size_of = {key: entry.bytes for key, entry in store.entries.items()}
+    size_of = sizes_with_scales(store.entries)
     users = Counter(key for keys in manifest["tensors"].values() for key in set(keys.values()))
     group_of = {
         (o["task"], o["layer"]): i for i, group in enumerate(manifest["shared_layers"]) for o in group["occurrences"]

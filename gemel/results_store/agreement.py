@@ -8,8 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
+
+from gemel.results_store.precision import precision_of
 from gemel.results_store.schema import adapter_bytes_of, private_bytes_of
-from gemel.results_store.tensors import Entry, Store
+from gemel.results_store.tensors import SCALES, Entry, Store, entries_as_loaded, sizes_with_scales
 from gemel.sharing import affine
 from gemel.sharing.adapters import adapter_part, affine_part, is_sound, own_part
 
@@ -22,7 +25,8 @@ def agreement_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
         if not 0 < task["target_acc"] <= task["unmerged_acc"]:
             yield f"{name}: target_acc: got {task['target_acc']}; allowed: up to unmerged_acc {task['unmerged_acc']}"
     used = {key for keys in manifest["tensors"].values() for key in keys.values()}
-    if used != set(manifest["store"]["checksums"]):
+    known = set(manifest["store"]["checksums"])
+    if used | {key for key in known if key.removesuffix(SCALES) in used} != known or any(map(_is_scales, used)):
         yield "store: checksums: are not of the tensors that the tasks use"
     if manifest["file_bytes"][manifest["store"]["file"]] != manifest["store"]["bytes"]:
         yield "store: bytes: differ from those in file_bytes"
@@ -36,10 +40,13 @@ def agreement_problems(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def store_problems(manifest: Mapping[str, Any], store: Store) -> Iterator[str]:
     """In what a manifest contradicts the store."""
-    sizes = {key: entry.bytes for key, entry in store.entries.items()}
-    if sizes.keys() != manifest["store"]["checksums"].keys():
+    if store.entries.keys() != manifest["store"]["checksums"].keys():
         yield f"store: its tensors are not those of {store.file.name}"
         return
+    if problems := list(_scale_problems(manifest, store.entries)):
+        yield from problems
+        return
+    sizes, entries = sizes_with_scales(store.entries), entries_as_loaded(store.entries)
     merged = sum(sizes.values())
     unmerged = sum(sum(map(sizes.__getitem__, set(keys.values()))) for keys in manifest["tensors"].values())
     unmerged -= _all_private(manifest)
@@ -47,8 +54,24 @@ def store_problems(manifest: Mapping[str, Any], store: Store) -> Iterator[str]:
         if manifest["memory"][key] != found:
             yield f"memory: {key}: got {manifest['memory'][key]}, but the store's tensors make {found}"
     yield from _sharing_problems(manifest, sizes)
-    yield from _adapter_problems(manifest, store.entries)
-    yield from _affine_problems(manifest, store.entries)
+    yield from _adapter_problems(manifest, entries)
+    yield from _affine_problems(manifest, entries)
+
+
+def _is_scales(key: str) -> bool:
+    return key.endswith(SCALES)
+
+
+def _scale_problems(manifest: Mapping[str, Any], entries: Mapping[str, Entry]) -> Iterator[str]:
+    """Scales are one float32 number for each row of an int8 tensor, and are there in a store of int8 alone."""
+    for key in filter(_is_scales, entries):
+        scale, weight = entries[key], entries.get(key.removesuffix(SCALES))
+        if weight is None or weight.dtype != torch.int8 or not weight.shape:
+            yield f"store: {key} are scales of no tensor in int8"
+        elif (scale.dtype, scale.shape) != (torch.float32, weight.shape[:1]):
+            yield f"store: {key}: got {scale.dtype} {list(scale.shape)}; allowed: float32 {list(weight.shape[:1])}"
+        elif precision_of(manifest)["weights"] != "int8":
+            yield f"store: {key}: got scales in a store of {precision_of(manifest)['weights']}; allowed: of int8 alone"
 
 
 def _all_private(manifest: Mapping[str, Any]) -> int:

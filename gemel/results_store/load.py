@@ -18,8 +18,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from gemel.forward.arithmetic import DTYPES, run_with_weights_of
 from gemel.results_store.files import ResultsError, sha256_of
 from gemel.results_store.manifest import Additions, adapted_layers, read_result
-from gemel.results_store.precision import precision_of, warn_if_unjudged, weights_dtype
-from gemel.results_store.tensors import Entry, read_tensors
+from gemel.results_store.precision import loaded_dtype, precision_of, warn_if_unjudged
+from gemel.results_store.tensors import Entry, entries_as_loaded, read_tensors
 from gemel.sharing import adapters, affine
 from gemel.sharing.adapters import (
     adapter_of,
@@ -54,6 +54,7 @@ def load_merged(
     copied once.
     tasks: only these; the tensors of the others are not read.
     dtype: of the weights, torch.float32, float16 or bfloat16; None: as they are stored, which is as they were judged.
+    Weights that are stored in int8 are loaded as float32, of the values that were judged.
     Models with weights of 16 bits take float32 images all the same (gemel/forward/arithmetic.py). Warns where they will
     not run as they were judged (docs/results.md, "Half precision").
 
@@ -80,7 +81,7 @@ def load_merged(
     weights = _weights_as(results_path, manifest, dtype)
     with contextlib.ExitStack() as undo:
         slots = {task: _slots_with_adapters(task, model, manifest, undo) for task, model in modules.items()}
-        is_parameter = _check_fit(manifest["tensors"], slots, store.entries)
+        is_parameter = _check_fit(manifest["tensors"], slots, entries_as_loaded(store.entries))
         keys = (key for task in wanted for key in manifest["tensors"][task].values())
         stored = read_tensors(store, keys, manifest["store"])
         undo.pop_all()
@@ -91,7 +92,7 @@ def load_merged(
     placed: dict[str, Tensor] = {}
     for task, model in modules.items():
         _place(model, slots[task], manifest["tensors"][task], stored, is_parameter, placed, device)
-        run_with_weights_of(model, DTYPES[weights])
+        run_with_weights_of(model, DTYPES.get(weights, torch.float32))
     warn_if_unjudged(results_path, manifest, weights, device.type)
     return modules
 
@@ -120,7 +121,7 @@ def _converted(
     stored: Mapping[str, Tensor], manifest: Mapping, modules: Mapping[str, nn.Module], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The stored tensors, with the weights (gemel/sharing/precision.py) in another type."""
-    own, keys = weights_dtype(manifest), set()
+    own, keys = loaded_dtype(manifest), set()
     for task, model in modules.items():
         weights = set(map(id, weights_of(model)))
         keys |= {manifest["tensors"][task][name] for name, t in named_tensors(model).items() if id(t) in weights}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemel.forward.arithmetic import DTYPES, arithmetic_on
+from gemel.forward.arithmetic import STORE_DTYPES, arithmetic_on
 from gemel.sharing import adapters, affine
 from gemel.sharing.adapters import adapter_part, affine_part, own_part, plain_state
 
@@ -25,7 +25,13 @@ def precision_of(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 def weights_dtype(manifest: Mapping[str, Any]) -> torch.dtype:
     """The type in which the weights are stored."""
-    return DTYPES[precision_of(manifest)["weights"]]
+    return STORE_DTYPES[precision_of(manifest)["weights"]]
+
+
+def loaded_dtype(manifest: Mapping[str, Any]) -> torch.dtype:
+    """The type in which models hold the weights after loading: that of the store, or float32 where it has 8 bits."""
+    stored = weights_dtype(manifest)
+    return torch.float32 if stored == torch.int8 else stored
 
 
 def unjudged(manifest: Mapping[str, Any], weights: str, device_type: str) -> str | None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from gemel.forward import WEIGHT_TYPES
+from gemel.forward import STORE_TYPES, WEIGHT_TYPES
 from gemel.results_store.files import STATISTICS, STORE_PATTERN, WEIGHTS_PATTERN
 from gemel.results_store.tensors import KNOWN_BLOCK_BYTES
 from gemel.workload import CLASSIFICATION, DETECTION, NAME_PATTERN
@@ -20,7 +20,7 @@ from gemel.workload import CLASSIFICATION, DETECTION, NAME_PATTERN
 NORMALISATION = "private"  # normalisation layers are never shared
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CHECKSUM = re.compile(r"[0-9a-f]{16}")
-STORE_KEY = re.compile(r"[0-9a-f]{32}(\.[0-9]{1,9})?")
+STORE_KEY = re.compile(r"[0-9a-f]{32}(\.[0-9]{1,9})?(\.scale)?")
 CLASS_ID = re.compile(r"-?[0-9]{1,9}")
 ADAPTER_KEYS = ("adapter_bytes", "residual_bytes")  # the second one in results of earlier versions
 
@@ -121,7 +121,7 @@ GROUP = {
 }
 MEMORY = dict.fromkeys(("unmerged_bytes", "merged_bytes", "saved_bytes", "optimal_saved_bytes"), _BYTES)
 PRECISION = {
-    "weights": Rule(lambda value: value in WEIGHT_TYPES, ", ".join(WEIGHT_TYPES)),
+    "weights": Rule(lambda value: value in STORE_TYPES, ", ".join(STORE_TYPES)),
     "arithmetic": Rule(lambda value: value in WEIGHT_TYPES, ", ".join(WEIGHT_TYPES)),
     "device": Rule(lambda value: isinstance(value, str), "a kind of device"),
 }

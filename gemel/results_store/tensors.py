@@ -24,6 +24,7 @@ from gemel.forward.modes import Models
 from gemel.results_store.files import ResultsError, first_line, naming
 from gemel.sharing.memory import named_tensors
 from gemel.sharing.precision import rounded_weights
+from gemel.sharing.quantisation import Quantised, quantise
 
 DTYPES = {
     "F64": torch.float64,
@@ -43,6 +44,7 @@ BLOCK_BYTES = 16384  # of checksums in new results: summing larger blocks is no 
 _UNRECORDED_BLOCK_BYTES = 4096  # in results of earlier versions, whose manifests do not name it
 KNOWN_BLOCK_BYTES = (_UNRECORDED_BLOCK_BYTES, BLOCK_BYTES)
 _SMALL_BYTES = 65536
+SCALES = ".scale"  # behind the key of a tensor in 8 bits: the key of its scales
 
 
 class Entry(NamedTuple):
@@ -75,7 +77,8 @@ def name_by_content(
 ) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]]:
     """({task: {state-dict key: store key}}, {store key: CPU tensor}); one store key per tensor object.
 
-    dtype: of the weights (gemel/sharing/precision.py); all other tensors keep theirs.
+    dtype: of the weights (gemel/sharing/precision.py); all other tensors keep theirs. With int8 the tensors hold the
+    scales as well, under the key of the weight and SCALES.
     Distinct objects of equal content (two zero biases, say) get a suffix, so that loading never ties what was not tied.
     Raises ResultsError naming task and tensor for a dtype that cannot be stored.
     """
@@ -83,16 +86,20 @@ def name_by_content(
     tensors: dict[str, Tensor] = {}
     keys: dict[str, dict[str, str]] = {}
     for task, model in models.items():
-        keys[task], rounded = {}, set(map(id, rounded_weights(model)))
+        keys[task], rounded = {}, set(map(id, rounded_weights(model, dtype)))
         for name, tensor in named_tensors(model).items():
             if id(tensor) not in key_of:
                 if tensor.dtype not in _DTYPE_NAMES:
                     raise ResultsError(
                         f"{task}: {name}: got {tensor.dtype}; allowed: {', '.join(map(str, _DTYPE_NAMES))}"
                     )
-                values = _own_storage(tensor.detach().to(dtype) if id(tensor) in rounded else tensor)
-                key_of[id(tensor)] = _unused(_content_name(values), tensors)
-                tensors[key_of[id(tensor)]] = values
+                if dtype == torch.int8 and id(tensor) in rounded:
+                    parts = {"": (weight := quantise(tensor)).values, SCALES: weight.scale}
+                else:
+                    parts = {"": tensor.detach().to(dtype) if id(tensor) in rounded else tensor}
+                values = {part: _own_storage(own) for part, own in parts.items()}
+                key_of[id(tensor)] = _unused(_content_name(*values.values()), tensors)
+                tensors |= {key_of[id(tensor)] + part: own for part, own in values.items()}
             keys[task][name] = key_of[id(tensor)]
     return keys, tensors
 
@@ -103,9 +110,11 @@ def _own_storage(tensor: Tensor) -> Tensor:
     return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
 
 
-def _content_name(tensor: Tensor) -> str:
-    digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    digest.update(raw_bytes(tensor))
+def _content_name(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()[:32]
 
 
@@ -173,6 +182,33 @@ def _blake(data: memoryview) -> bytes:
     return hashlib.blake2b(data, digest_size=8).digest()
 
 
+# ---- weights in 8 bits ----------------------------------------------------------------------------------
+
+
+def as_loaded(key: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """A tensor of a store as models hold it: a weight in 8 bits in float32."""
+    scale = tensors.get(key + SCALES)
+    return tensors[key] if scale is None else Quantised(tensors[key], scale).dequantised()
+
+
+def entries_as_loaded(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries without those of scales; of weights in 8 bits with the type that models hold them in."""
+    return {
+        key: entry._replace(dtype=torch.float32) if key + SCALES in entries else entry
+        for key, entry in entries.items()
+        if not key.endswith(SCALES)
+    }
+
+
+def sizes_with_scales(entries: Mapping[str, Any]) -> dict[str, int]:
+    """Key -> bytes of the tensor in the store, those of its scales included; scales have no entry of their own."""
+    return {
+        key: entry.bytes + (entries[key + SCALES].bytes if key + SCALES in entries else 0)
+        for key, entry in entries.items()
+        if not key.endswith(SCALES)
+    }
+
+
 # ---- reading --------------------------------------------------------------------------------------------
 
 
@@ -211,8 +247,8 @@ def _entries(opened: safe_open, begin: int) -> Iterator[tuple[str, Entry]]:
 def read_tensors(store: Store, keys: Iterable[str], record: Mapping[str, Any]) -> dict[str, Tensor]:
     """CPU tensors on a private memory map of the store, each with a storage of its own, after comparing checksums.
 
-    record: the entry `store` of a valid manifest. Only the pages of these tensors are read. Raises ResultsError naming
-    the file and the first damaged tensor.
+    Weights in 8 bits become float32, in memory of their own. record: the entry `store` of a valid manifest. Only the
+    pages of these tensors are read. Raises ResultsError naming the file and the first damaged tensor.
     """
     with naming(store.file, "read"), open(store.file, "rb") as opened:
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -220,8 +256,8 @@ def read_tensors(store: Store, keys: Iterable[str], record: Mapping[str, Any]) -
         raise ResultsError(f"{store.file}: changed while it was read")
     data = memoryview(mapped)
     checksums, block = record["checksums"], checksum_block(record)
-    tensors = {}
-    for key in dict.fromkeys(keys):
+    tensors, wanted = {}, dict.fromkeys(keys)
+    for key in (key + part for key in wanted for part in ("", SCALES) if key + part in store.entries):
         dtype, shape, begin, end = store.entries[key]
         if checksum(data[begin:end], block) != checksums[key]:
             raise ResultsError(
@@ -233,4 +269,4 @@ def read_tensors(store: Store, keys: Iterable[str], record: Mapping[str, Any]) -
             count = (end - begin) // dtype.itemsize
             flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin)
             tensors[key] = flat if len(shape) == 1 else flat.view(shape)
-    return tensors
+    return {key: as_loaded(key, tensors) for key in wanted}

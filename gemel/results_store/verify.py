@@ -3,6 +3,7 @@
 ok: as it must be. skip: could not be checked, and why. FAIL: the result is damaged, or contradicts its manifest.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +16,8 @@ from gemel.results_store.checkpoint import open_checkpoint
 from gemel.results_store.files import ResultsError, first_line, sha256_of, size_of
 from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import adapted_layers, read_manifest, read_result
-from gemel.results_store.precision import plain_tensors, precision_of, unjudged, weights_dtype
-from gemel.results_store.tensors import Store, raw_bytes, read_tensors
+from gemel.results_store.precision import loaded_dtype, plain_tensors, precision_of, unjudged
+from gemel.results_store.tensors import Store, entries_as_loaded, raw_bytes, read_tensors, sizes_with_scales
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.precision import weights_of
 from gemel.sharing.signatures import has_signature
@@ -198,22 +199,27 @@ def _loaded_checks(
         return
     yield _precision_check(path, manifest, loaded, device if evaluations else torch.device("cpu"))
     yield from _tie_checks(path, manifest, loaded)
-    on_disk = sum(
-        store.entries[key].bytes for key in {k for name in loaded for k in manifest["tensors"][name].values()}
-    )
-    in_memory = distinct_bytes(loaded)
-    which = "all tasks" if len(loaded) == len(manifest["tasks"]) else f"{len(loaded)} tasks"
-    yield Check(
-        OK if on_disk == in_memory else FAIL,
-        f"{path}: {which}: {on_disk} bytes of tensors on disk, {in_memory} distinct bytes in memory",
-    )
+    yield _bytes_check(path, manifest, store, loaded)
     for name, model in loaded.items():
         yield _evaluated(manifest, name, model, evaluations.get(name))
 
 
+def _bytes_check(path: Path, manifest: dict, store: Store, loaded: Mapping[str, nn.Module]) -> Check:
+    """Models hold every stored tensor once, those of 8 bits in float32."""
+    keys = {key for name in loaded for key in manifest["tensors"][name].values()}
+    sizes, entries = sizes_with_scales(store.entries), entries_as_loaded(store.entries)
+    on_disk, in_memory = sum(sizes[key] for key in keys), distinct_bytes(loaded)
+    expected = sum(math.prod(entries[key].shape, start=entries[key].dtype.itemsize) for key in keys)
+    which = "all tasks" if len(loaded) == len(manifest["tasks"]) else f"{len(loaded)} tasks"
+    said = f"{path}: {which}: {on_disk} bytes of tensors on disk, {in_memory} distinct bytes in memory"
+    if expected != on_disk:
+        said += f", {expected} with weights of 8 bits in float32"
+    return Check(OK if expected == in_memory else FAIL, said)
+
+
 def _precision_check(path: Path, manifest: dict, loaded: Mapping[str, nn.Module], device: torch.device) -> Check:
     """Weights are of the type that the manifest names, and compute on this device in the one they were judged in."""
-    judged, dtype = precision_of(manifest), weights_dtype(manifest)
+    judged, dtype = precision_of(manifest), loaded_dtype(manifest)
     said = f"{path}: weights in {judged['weights']}, judged in {judged['arithmetic']} on {judged['device']}"
     if dtype != torch.float32:
         others = {p.dtype for model in loaded.values() for p in weights_of(model) if p.is_floating_point()} - {dtype}

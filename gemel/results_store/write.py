@@ -51,6 +51,7 @@ from gemel.results_store.schema import NORMALISATION
 from gemel.results_store.tensors import (
     BLOCK_BYTES,
     Store,
+    as_loaded,
     checksum,
     name_by_content,
     open_store,
@@ -146,7 +147,7 @@ def _pt_bytes(keys: Mapping[str, str], tensors: Mapping, task: str, manifest: Ma
     """The task's state dict as torch.save writes it, with adapters, scales and biases folded in."""
     layers = adapted_layers(manifest["shared_layers"], task)
     buffer = io.BytesIO()
-    torch.save(plain_tensors({name: tensors[key] for name, key in keys.items()}, layers, manifest), buffer)
+    torch.save(plain_tensors({name: as_loaded(key, tensors) for name, key in keys.items()}, layers, manifest), buffer)
     return buffer.getbuffer()
 
 

@@ -54,8 +54,12 @@ class Group:
         return tuple(occurrence.task for occurrence in self.occurrences)
 
     def as_counted(self, layer: nn.Module, num_bytes: int) -> int:
-        """Bytes of something of the layer's type, in the type in which the group's bytes are counted (the store's)."""
-        return num_bytes * self.bytes // sum(parameter.nbytes for parameter in layer.parameters(recurse=False))
+        """Bytes of something of the layer's type beside its weight, in the type of the store.
+
+        Half of them where the group's bytes are counted in 16 bits; beside weights in 8 bits it stays float32.
+        """
+        is_halved = 2 * self.bytes == sum(parameter.nbytes for parameter in layer.parameters(recurse=False))
+        return num_bytes // 2 if is_halved else num_bytes
 
     def restricted_to(self, tasks: Collection[str]) -> "Group":
         """The group without the occurrences of other tasks; with fewer than two left it shares nothing."""

@@ -1,18 +1,20 @@
 """The weights of a workload in the type of its store: which they are, rounding them to it, and their bytes.
 
 Weights are the float32 parameters outside normalisation layers. Normalisation and all buffers stay as they are: they
-are a few bytes, and a running variance may be out of the range of float16.
+are a few bytes, and a running variance may be out of the range of float16. In int8 biases and other small weights stay
+as well (quantisation.py).
 """
 
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gemel.forward.arithmetic import run_with_weights_of
 from gemel.forward.modes import Models, deep_copy
 from gemel.sharing.groups import Configuration, Group
 from gemel.sharing.memory import distinct_tensors
+from gemel.sharing.quantisation import quantise, quantised_bytes, quantised_weights
 from gemel.sharing.signatures import is_normalisation
 
 
@@ -22,8 +24,10 @@ def weights_of(model: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for parameter in model.parameters() if id(parameter) not in kept)
 
 
-def rounded_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Those of `weights_of` that take the type of the store: the ones in float32."""
+def rounded_weights(model: nn.Module, dtype: torch.dtype) -> list[nn.Parameter]:
+    """Those of `weights_of` that take that type in a store: the ones in float32; of int8 as `quantised_weights`."""
+    if dtype == torch.int8:
+        return quantised_weights(model)
     return [parameter for parameter in weights_of(model) if parameter.dtype == torch.float32]
 
 
@@ -31,14 +35,16 @@ def round_weights(models: Iterable[nn.Module], dtype: torch.dtype) -> None:
     """Rounds the weights, in place, to values of that type; they stay float32."""
     if dtype == torch.float32:
         return
-    for parameter in (parameter for model in models for parameter in rounded_weights(model)):
-        parameter.data.copy_(parameter.data.to(dtype))
+    for parameter in (parameter for model in models for parameter in rounded_weights(model, dtype)):
+        parameter.data.copy_(quantise(parameter).dequantised() if dtype == torch.int8 else parameter.data.to(dtype))
 
 
 def overflows(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether a finite weight is beyond the range of that type."""
+    """Whether a finite weight is beyond the range of that type; of int8, which has no NaN, any that is not finite."""
+    if dtype == torch.int8:
+        return not all(bool(p.isfinite().all()) for p in rounded_weights(model, dtype))
     most = torch.finfo(dtype).max
-    return any(bool(((p.abs() > most) & p.isfinite()).any()) for p in rounded_weights(model))
+    return any(bool(((p.abs() > most) & p.isfinite()).any()) for p in rounded_weights(model, dtype))
 
 
 def as_stored(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -46,7 +52,10 @@ def as_stored(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     if dtype == torch.float32:
         return model
     copied = deep_copy(model)
-    for parameter in rounded_weights(copied):
+    if dtype == torch.int8:  # loaded as float32
+        round_weights([copied], dtype)
+        return copied
+    for parameter in rounded_weights(copied, dtype):
         parameter.data = parameter.data.to(dtype)
     run_with_weights_of(copied, dtype)
     return copied
@@ -54,12 +63,23 @@ def as_stored(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def stored_bytes(models: Models, dtype: torch.dtype) -> int:
     """Bytes of the distinct parameters and buffers of a workload in a store of that type."""
-    rounded = {id(parameter) for model in models.values() for parameter in rounded_weights(model)}
-    tensors = list(distinct_tensors(models))
-    return sum(t.numel() * dtype.itemsize if id(t) in rounded else t.nbytes for t in tensors)
+    rounded = {id(parameter) for model in models.values() for parameter in rounded_weights(model, dtype)}
+    return sum(_bytes_in(t, dtype) if id(t) in rounded else t.nbytes for t in distinct_tensors(models))
 
 
-def groups_as_stored(groups: Configuration, dtype: torch.dtype) -> Configuration:
+def _bytes_in(weight: Tensor, dtype: torch.dtype) -> int:
+    return quantised_bytes(weight) if dtype == torch.int8 else weight.numel() * dtype.itemsize
+
+
+def groups_as_stored(groups: Configuration, models: Models, dtype: torch.dtype) -> Configuration:
     """Groups of float32 layers without adapters, scales and biases, with their bytes in a store of that type."""
-    of_float32 = torch.float32.itemsize
-    return tuple(Group(g.signature, g.bytes * dtype.itemsize // of_float32, g.occurrences) for g in groups)
+    if dtype == torch.float32:
+        return groups
+    rounded = {id(parameter) for model in models.values() for parameter in rounded_weights(model, dtype)}
+    return tuple(Group(g.signature, _group_bytes(g, models, rounded, dtype), g.occurrences) for g in groups)
+
+
+def _group_bytes(group: Group, models: Models, rounded: set[int], dtype: torch.dtype) -> int:
+    first = group.occurrences[0]
+    own = models[first.task].get_submodule(first.layer).parameters(recurse=False)
+    return sum(_bytes_in(p, dtype) if id(p) in rounded else p.nbytes for p in own)

@@ -128,7 +128,7 @@ class Stem(Strategy):
     def __init__(self, models: Mapping[str, nn.Module], store_dtype: torch.dtype = torch.float32):
         depth = max((len(find_layers(model)) for model in models.values()), default=0)
         stems = dict.fromkeys(
-            groups_as_stored(find_stem(models, d), store_dtype) for d in range(depth + 1)
+            groups_as_stored(find_stem(models, d), models, store_dtype) for d in range(depth + 1)
         )  # in order, without repeats
         self.stems = tuple(stems)  # stems[0] is empty
         self.longest_kept = 0

@@ -163,7 +163,7 @@ def test_a_wrong_flag_is_refused(slim, flag):
 
 
 def test_sigterm_ends_a_run_within_a_second_with_its_summary(slim, tmp_path):
-    """Timed by the summary: the end of Python and torch takes as long as the machine is busy."""
+    """Timed by the summary: how long the process then takes to end depends on how busy the machine is."""
     lines, summary = tmp_path / "lines.jsonl", tmp_path / "summary.json"
     command = [sys.executable, "-m", "gemel", "edge", "run", str(slim), "--seconds", "600", "--outputs", str(lines)]
     process = subprocess.Popen([*command, "--json", str(summary)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -172,10 +172,12 @@ def test_sigterm_ends_a_run_within_a_second_with_its_summary(slim, tmp_path):
         began = time.time()
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=30)
+        ended = time.time()
     finally:
         process.kill()
     assert process.returncode == 0 and "a_slim" in printed
     assert summary.stat().st_mtime - began < 1
+    assert ended - summary.stat().st_mtime < 2, "the modules of torch are not taken down"
     assert json.loads(summary.read_text())["tasks"]["a_slim"]["processed"] > 0
 
 

@@ -136,6 +136,22 @@ def test_stop_ends_a_run_and_counts_what_had_arrived(slim):
     assert all(t["processed"] + t["late"] + t["dropped"] >= 1 for t in summary["tasks"].values())
 
 
+def test_stop_gives_a_running_model_up_and_counts_its_frames(slim):
+    """The model would take minutes, as each of its layers waits."""
+    with Runtime(slim) as runtime:
+        model = runtime.weights.models["a_slim"]
+        layers = [layer for layer in model.modules() if not any(layer.children())]
+        for layer in layers:
+            layer.register_forward_hook(lambda *_: time.sleep(0.3))
+        began = time.perf_counter()
+        threading.Timer(0.6, runtime.stop).start()
+        summary = runtime.run(FRAMES, fps=100, seconds=60)
+        assert 0.5 < time.perf_counter() - began < 0.3 * len(layers) - 1, "a layer ends, the others do not begin"
+    tasks = summary["tasks"]
+    assert tasks["a_slim"]["processed"] == 0 and tasks["a_slim"]["dropped"] > 0
+    assert len({t["processed"] + t["late"] + t["dropped"] for t in tasks.values()}) == 1, "all that arrived is counted"
+
+
 def test_a_second_run_starts_from_nothing(slim):
     with Runtime(slim) as runtime:
         first, second = (runtime.run(FRAMES, fps=1e5, count=4) for _ in range(2))
