@@ -20,7 +20,7 @@ def test_weights_are_the_float32_parameters_outside_normalisation():
     model = PicoNet()
     model.conv2.double()
     own = [f"{layer}.{part}" for layer in ("conv1", "fc") for part in ("weight", "bias")]
-    assert names_of(model, rounded_weights(model)) == own
+    assert names_of(model, rounded_weights(model, torch.float16)) == own
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -68,5 +68,5 @@ def test_bytes_in_a_store_of_that_type(dtype):
     weights = distinct_bytes(models) - normalisation
     assert private == normalisation + weights * dtype.itemsize // 4
     tie(models, groups)
-    saved = sum(group.saved_bytes for group in groups_as_stored(groups, dtype))
+    saved = sum(group.saved_bytes for group in groups_as_stored(groups, models, dtype))
     assert stored_bytes(models, dtype) == private - saved and saved == weights * dtype.itemsize // 8
