@@ -165,6 +165,7 @@ def end_process(code: int) -> NoReturn:
 
 if __name__ == "__main__":
     exit_code = main()
-    if sys.argv[1:3] == ["edge", "run"]:  # a service is ended by SIGTERM, and has a second for it
+    edge = sys.modules.get("gemel.edge.commands")
+    if edge is not None and edge.signalled.is_set():  # a service is ended by SIGTERM, and has a second for it
         end_process(exit_code)
     sys.exit(exit_code)

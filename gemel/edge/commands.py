@@ -31,6 +31,8 @@ from gemel.results_store.manifest import json_bytes, read_result
 
 DEFAULT_SECONDS = 60.0  # of a simulated stream
 
+signalled = threading.Event()  # whether a signal ended a run of this process
+
 
 def run_command(flags: argparse.Namespace) -> int:
     """Runs the command that the flags name; the exit code. Raises ValueError for wrong input."""
@@ -143,6 +145,7 @@ def _ended_by_signals(stop: Callable[[], None]) -> Iterator[None]:
         return
 
     def handle(number: int, frame: object) -> None:
+        signalled.set()
         stop()
         for other, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             signal.signal(other, handler)
