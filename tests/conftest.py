@@ -1,6 +1,7 @@
 """Pico workloads that all tests share: datasets on disk, models trained on them once."""
 
 import copy
+import importlib
 import sys
 
 import pytest
@@ -18,14 +19,24 @@ from pico import (
 from dataset_manager import open_task
 from gemel.environment.seeds import derive_seed
 from gemel.evaluation.eval_method import evaluate
+from gemel.report.html import Html
 from gemel.workload import read_workload
 
 CPU = torch.device("cpu")
+DRAWING = {"test_any_input", "test_docs", "test_walkthroughs"}  # tests in which charts are drawn
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def undrawn_charts(request, monkeypatch):
+    """Rendering the charts of a report takes as long as a small merge: left to the tests of reports and of docs."""
+    if "report" not in request.path.parts and request.path.stem not in DRAWING:
+        charts = importlib.import_module("gemel.report.charts")
+        monkeypatch.setattr(charts, "_svg", lambda *_: Html("<svg></svg>"))
 
 
 @pytest.fixture(scope="session")

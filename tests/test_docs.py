@@ -257,6 +257,7 @@ def test_shared_layers_of_the_example_are_one_parameter(in_the_box):
     assert cars.conv2.weight is traffic.conv2.weight
 
 
+@pytest.mark.exhaustive
 def test_kills_at_small_size(box, tmp_path, monkeypatch, capsys):
     """The loop of the benchmark, over a "merge" that puts a finished result in place."""
     from benchmarks import kills
@@ -275,6 +276,7 @@ def indented(text: str) -> str:
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
+@pytest.mark.exhaustive
 def test_loading_is_timed_at_small_size(monkeypatch, capsys):
     from benchmarks import load_merged
 

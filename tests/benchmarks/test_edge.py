@@ -1,5 +1,7 @@
 """The benchmark of the edge at small size."""
 
+import pytest
+
 from benchmarks import edge
 
 
@@ -11,6 +13,7 @@ def test_a_row_per_budget(capsys):
     assert "other" not in printed, "bytes are as simulated"
 
 
+@pytest.mark.exhaustive
 def test_a_long_run_says_what_memory_it_takes(capsys):
     command = ["--architectures", "squeezenet1_1", "squeezenet1_1", "--size", "32"]
     edge.main([*command, "--minutes", "0.05"])  # flat or not: of a run of seconds it says nothing

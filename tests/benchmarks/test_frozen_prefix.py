@@ -5,6 +5,7 @@ import pytest
 from benchmarks import frozen_prefix
 
 
+@pytest.mark.exhaustive
 def test_a_frozen_prefix_is_measured(capsys, monkeypatch):
     monkeypatch.setattr(frozen_prefix, "REPEATS", 3)
     given = ["squeezenet1_0:features.12.squeeze", "resnet18:conv1", "--size", "64"]

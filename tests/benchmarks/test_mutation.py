@@ -62,6 +62,7 @@ def test_what_stands_in_the_place_of_what(before, after):
     assert sorted(" ".join(ast.unparse(tree).split()) for tree in found) == sorted(after)
 
 
+@pytest.mark.exhaustive
 def test_the_command_prints_which_mutants_survive(tmp_path, monkeypatch, capsys):
     (tmp_path / "gemel").mkdir()
     (tmp_path / "tests").mkdir()

@@ -13,6 +13,7 @@ from benchmarks.summary import summarise
 from gemel.workload import WorkloadError
 
 
+@pytest.mark.exhaustive
 def test_one_command_compares_strategies_in_processes_of_their_own(arguments, quick, tmp_path, capsys):
     """The only test that really starts processes; what it says must be what is on disk."""
     assert strategies.main([*arguments, "--strategies", "all"]) == 0

@@ -236,6 +236,7 @@ def test_photographs_are_a_random_part_with_their_annotations(tmp_path):
 # ---- runs -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_the_suite_runs_over_its_workloads(prepared, in_this_process, capsys):
     root, _, _ = prepared
     flags = flags_of(root, "--strategies", "all", "stem", "--workloads", "pair", "apart", "with_signs")

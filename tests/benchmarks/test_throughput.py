@@ -1,5 +1,7 @@
 """Ratios of training steps, measured at small size."""
 
+import pytest
+
 from benchmarks import throughput
 
 
@@ -18,6 +20,7 @@ def test_steps_and_layouts_are_compared(capsys):
     assert all(0 < float(line.split(": ")[1].split()[0]) < 100 for line in lines)
 
 
+@pytest.mark.exhaustive
 def test_steps_on_files_are_compared_with_steps_on_tensors(capsys, monkeypatch):
     monkeypatch.setattr(throughput, "NUM_FILES", 8)
     monkeypatch.setattr(throughput, "FILE_SIZE", (64, 64))

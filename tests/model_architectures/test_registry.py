@@ -67,7 +67,14 @@ def test_published_names_build_what_was_published():
     assert full_tail.backbone.features[1][-1][0].weight.shape == shape != plain.backbone.features[1][-1][0].weight.shape
 
 
-@pytest.mark.parametrize(("name", "head"), [(name, head) for head, models in HEADS.items() for name in models])
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        pytest.param(name, head, marks=[pytest.mark.exhaustive] if number else [])
+        for head, models in HEADS.items()
+        for number, name in enumerate(models)
+    ],
+)
 def test_another_number_of_classes_replaces_the_head_and_keeps_the_body(pretend, name, head):
     pretrained = pretend(name)
     model = build(name, 5, weights="DEFAULT")

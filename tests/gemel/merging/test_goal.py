@@ -133,6 +133,7 @@ def test_looking_for_what_it_would_take_leaves_the_models_as_they_are(strict, da
     assert len(looked) == 1
 
 
+@pytest.mark.exhaustive
 def test_a_killed_run_finds_the_same(strict, datasets, tmp_path, monkeypatch):
     entries = strict()
     goal, play = goal_of(entries, 0.85), Merger.play_round

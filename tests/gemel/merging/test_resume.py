@@ -118,7 +118,7 @@ PREFIX = {"strategy": "gemel", "freeze_prefix": True}
     "steps, options",
     [
         (1, {}),
-        (14, PREFIX),
+        pytest.param(14, PREFIX, marks=pytest.mark.exhaustive),
         pytest.param(14, {}, marks=pytest.mark.exhaustive),
         pytest.param(1, PREFIX, marks=pytest.mark.exhaustive),
     ],

@@ -105,7 +105,7 @@ def test_no_other_process_is_needed(prepared, monkeypatch):
     assert 0 < json.loads(stamp.read_text())["unmerged_acc"] <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_processes_make_what_one_process_makes(prepared):
     before = sample_tasks.weights_path(CLASSIFIER, prepared).read_bytes()
     sample_tasks.stamp_path(CLASSIFIER, prepared).unlink()
