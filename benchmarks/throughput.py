@@ -6,7 +6,7 @@
   of weights included), over the sum of three plain steps of the same models and batches (torchvision's reference loop:
   zero_grad, forward, cross entropy, backward, AdamW, and the moving average of weights that it has as an option).
 - Layout and precision: a plain step of resnet18 in NCHW and float32 over the same with channels-last weights; with
-  bfloat16 autocast; with both; and with channels-last weights in the precision that a merge chooses by measuring.
+  bfloat16 autocast; with both; and with channels-last weights in the precision that `--precision auto` measures.
 - Average: AveragedModel.update_parameters over the trainer's own, for six ResNet-50.
 - Data path: samples per second of joint steps on batches that the trainer's loaders make of files, over those of the
   same steps on random tensors that are on the device already; of evaluation, over that of the same images there. "First

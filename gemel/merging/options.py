@@ -12,7 +12,7 @@ from gemel.alignment.align import METHODS as ALIGNMENTS
 from gemel.alignment.matching import BY_ORDER, BY_WEIGHTS, MATCHINGS
 from gemel.environment import DEVICES, ranks
 from gemel.environment.device import has_device
-from gemel.forward import AUTO, STEP_PRECISIONS, STORE_TYPES
+from gemel.forward import FLOAT32, STEP_PRECISIONS, STORE_TYPES
 from gemel.merging.tensorboard import is_installed
 from gemel.sharing.initial_weights import INITIAL_WEIGHTS
 from gemel.strategies import STEM, STRATEGIES
@@ -126,7 +126,7 @@ class MergeOptions:
         if self.share_norm:  # nor this
             own["share_norm"] = True
         training = dataclasses.asdict(self.training)
-        if self.training.precision == AUTO:  # nor this
+        if self.training.precision == FLOAT32:  # nor this
             del training["precision"]
         return {**own, **training}
 

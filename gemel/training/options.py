@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from gemel.forward import AUTO
+from gemel.forward import FLOAT32
 from gemel.workload import CLASSIFICATION, Task
 
 
@@ -32,7 +32,7 @@ class TrainingOptions:
     probability_weight: float = 0.0  # of the difference to the unmerged classifier's class probabilities
     freeze_prefix: bool = False  # whether what a classifier computes before its first tied layer stays as it is
     precision: str = (
-        AUTO  # of training steps: a name of gemel.forward.STEP_PRECISIONS; auto: what a few steps of each model show
+        FLOAT32  # of training steps: a name of gemel.forward.STEP_PRECISIONS; auto: what a few steps of each model show
     )
     screening_images: int = 256  # of val, evaluated first; all of it only where these meet the target; 0: none
 

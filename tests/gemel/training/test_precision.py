@@ -28,7 +28,7 @@ from model_architectures import build
 from trainer import Round
 
 BFLOAT16 = {"precision": "bfloat16"}
-OPTIONS = TrainingOptions(learning_rate=0.01, max_epochs=8)
+OPTIONS = TrainingOptions(learning_rate=0.01, max_epochs=8, precision="auto")
 
 
 class FakeStep:
