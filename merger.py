@@ -46,7 +46,7 @@ from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_t
 from gemel.merging.shared_normalisation import share_norms
 from gemel.merging.state import MergeState
 from gemel.merging.teachers import FrozenPrefixes, teachers_of
-from gemel.merging.verified_part import part_to_keep
+from gemel.merging.verified_part import part_to_keep, saving_of_part
 from gemel.results_store.checkpoint import drop_checkpoint, read_checkpoint, throttled, write_checkpoint
 from gemel.results_store.files import first_line
 from gemel.results_store.manifest import read_manifest
@@ -344,7 +344,8 @@ class Merger:
         if continues:
             return self.evaluator.standings(trained)
         improve = partial(self.private_training.improve, proposal) if self.strategy.releases_before_training else None
-        fitter = WeightFitter(self.state, self.evaluator, self.images, self.strategy.donor_of, improve)
+        saving = partial(saving_of_part, self.state, proposal) if self.strategy.keeps_verified_part else None
+        fitter = WeightFitter(self.state, self.evaluator, self.images, self.strategy.donor_of, improve, saving)
         if self.record.has_trained or not self.strategy.refits_all_changes:
             new = tuple(group for group in proposal if group not in set(self.state.kept))
             fitted = fitter.fit(new, trained, number, max_fits=2)

@@ -39,6 +39,7 @@ class WeightFitter:
 
     donor_of: the task whose weights a group takes as they are; None: it is fitted. improve: what may follow a fit that
     misses targets, given where tasks are and on how many images each was fitted; returns where they are then.
+    saving_of: bytes that are saved where only these tasks meet their targets; None: nothing is.
     """
 
     def __init__(
@@ -48,16 +49,18 @@ class WeightFitter:
         images: ImageSampler,
         donor_of: Callable[[Group], str | None],
         improve: Improve | None = None,
+        saving_of: Callable[[Collection[str]], int] | None = None,
     ):
         self.state, self.evaluator, self.images, self.donor_of = state, evaluator, images, donor_of
-        self.improve = improve
+        self.improve, self.saving_of = improve, saving_of
 
     def fit(self, groups: Configuration, names: Collection[str], number: int, max_fits: int) -> dict[str, Standing]:
         """Fits tied groups; returns where each of the named tasks, whose models the trial changes, then is.
 
         The first fit counts all tasks alike. While a task is below its target and the others are above theirs, the
-        groups are fitted again with other weights of the tasks, at most max_fits times; the fit whose worst task is
-        best is kept. number: of the round, for the log. All rounds fit on the same sample of images.
+        groups are fitted again with other weights of the tasks, at most max_fits times; the fit is kept whose tasks at
+        target save most among themselves, of several that save as much the one whose worst task is best. number: of the
+        round, for the log. All rounds fit on the same sample of images.
         """
         groups = donate_weights(self.state.models, self.state.unmerged, groups, self.donor_of)
         container = nn.ModuleDict({name: self.state.models[name] for name in names})
@@ -104,7 +107,7 @@ class WeightFitter:
             log.debug("round %d, fit %d with weights %s: %s of the targets", number, attempt, balance.weights, ratios)
             if self.improve is not None and worst(found) < 1:
                 found = self.improve(found, teacher_samples.num_images)
-            is_best = not reached or worst(found) > worst(reached)
+            is_best = not reached or self._value(found) > self._value(reached)
             reached = found if is_best else reached
             if worst(reached) >= 1 or balance.update(ratios) < THRESHOLDS.fit.refit_from:
                 break
@@ -113,6 +116,11 @@ class WeightFitter:
         if not is_best:
             container.load_state_dict(best)
         return reached
+
+    def _value(self, found: Mapping[str, Standing]) -> tuple[int, float]:
+        """What makes one fit better than another: (bytes saved among the tasks at target, ratio of the worst task)."""
+        met = [name for name, standing in found.items() if standing.ratio >= 1 and standing.accuracy is not None]
+        return 0 if self.saving_of is None else self.saving_of(met), worst(found)
 
 
 def donate_weights(

@@ -38,6 +38,11 @@ def part_to_keep(
         outcome = replace(outcome, verified=tuple(name for name in outcome.verified if name not in missed))
 
 
+def saving_of_part(state: MergeState, proposal: Configuration, met: Collection[str]) -> int:
+    """Bytes that are saved where only these tasks meet their targets in a trial of the proposal."""
+    return saved_bytes(verified_part(state.kept, proposal, met))
+
+
 def _changes_others(kept: Configuration, part: Configuration, verified: Collection[str]) -> bool:
     """Whether a task that is not verified would lose a private scale, bias or adapter that it has in what is kept.
 

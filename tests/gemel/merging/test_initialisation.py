@@ -1,6 +1,7 @@
 """What a trial begins with: predicted harm, fitted weights, channels lined up."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from gemel.merging import evaluator, fit_samples, images, initialisation
 from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisation
 from gemel.merging.sensitivity import sensitivity_if_all_were_tied
 from gemel.merging.task_weights import TaskWeights
+from gemel.merging.verified_part import saving_of_part
 from gemel.sharing.tying import is_tied, retie
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
@@ -121,6 +123,28 @@ def test_the_better_of_two_fits_is_kept(run, fit, monkeypatch):
     assert set(given[0].values()) == {1.0}
     assert given[1]["north_pico"] > given[1]["east_pico"] > given[1]["south_pico"]
     assert sum(given[1].values()) == pytest.approx(3.0)
+
+
+def test_the_fit_is_kept_whose_tasks_at_target_save_most(run, monkeypatch):
+    """Two tasks at target share among themselves, though the worst task of the other fit is better."""
+    tie_all(run)
+    answers = iter(
+        [
+            {"north_pico": 0.98, "south_pico": 1.1, "east_pico": 0.98},
+            {"north_pico": 1.01, "south_pico": 1.02, "east_pico": 0.9},
+            {"north_pico": 0.99, "south_pico": 0.99, "east_pico": 0.99},
+        ]
+    )
+
+    def standings(names):
+        return {name: Standing(ratio, ratio) for name, ratio in next(answers).items()}
+
+    monkeypatch.setattr(initialisation, "fit_sequentially", lambda *args, **options: None)
+    monkeypatch.setattr(run.evaluator, "standings", standings)
+    saving_of = partial(saving_of_part, run.state, run.record.groups)
+    fitter = WeightFitter(run.state, run.evaluator, run.images, run.strategy.donor_of, saving_of=saving_of)
+    assert saving_of(["north_pico", "south_pico"]) > saving_of(["south_pico"]) == 0
+    assert fitter.fit(run.record.groups, run.tasks, 0, 3)["east_pico"].ratio == 0.9
 
 
 def test_targets_that_no_weights_of_tasks_are_expected_to_meet_are_not_fitted_again(run, fit, monkeypatch):
