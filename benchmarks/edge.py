@@ -6,7 +6,8 @@ Without RESULTS, models of --architectures with random weights are written into 
 that can be. The workload is profiled; then frames arrive at --load times the rate that would fit if everything were in
 memory, and at every budget the merged and the unmerged workload run in turn, `repeats` times. Medians. Time is counted
 in CPU seconds, so that other programs do not matter; --wall: in seconds. --cold: weights come from the disk each time,
-as on a box whose memory does not hold them (with --wall). About budgets x repeats x 2 x seconds.
+as on a box whose memory does not hold them (with --wall). About budgets x repeats x 2 x seconds. Every model runs all
+of its layers: what it saves to run common ones once is measured by one_camera.py.
 
     python -m benchmarks.edge [RESULTS] --minutes 30
 
@@ -45,6 +46,7 @@ from model_architectures import build
 
 MIB = 1 << 20
 ENDLESS = 10**9  # frames: runs are stopped, so that no task runs out of frames before the others
+PLAN = Plan(shared_computation=False)
 NUM_CLASSES = 10
 FLAT = 0.02  # by how much memory may differ between the tenths of a long run
 
@@ -110,7 +112,7 @@ class Bench:
 
     def runtime(self, budget: int | None, merged: bool) -> Runtime:
         options: dict[str, Any] = {"merged": merged, "device": "cpu", "through_cache": not self.flags.cold}
-        options["clock"] = Stopwatch if self.flags.wall else CpuClock
+        options |= {"clock": Stopwatch if self.flags.wall else CpuClock, "shared_computation": False}
         return Runtime(self.results, budget, models=self.models, transforms=self.transforms, **options)
 
     def run(self, budget: int, merged: bool, load: Load) -> dict[str, Any]:
@@ -141,9 +143,9 @@ def row_of(bench: Bench, budget: int, load: Load, repeats: int) -> list[str]:
     cells.append(f"{shares[True] / shares[False]:.2f}" if shares[False] else "-")
     for merged, blocks in ((False, bench.unmerged), (True, bench.merged)):
         summaries = runs[merged]
-        cells.append(f"{100 * simulate(blocks, profile, budget, load, Plan()).share:.1f} %")
+        cells.append(f"{100 * simulate(blocks, profile, budget, load, PLAN).share:.1f} %")
         exact = all(
-            simulate(blocks, profile, budget, replace(load, count=ENDLESS), Plan(), s["turns"]).bytes_moved
+            simulate(blocks, profile, budget, replace(load, count=ENDLESS), PLAN, s["turns"]).bytes_moved
             == s["bytes_moved"]
             for s in summaries
         )
