@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from rounded_stores import QUICK, copies_of, interrupted_in_the_second_round, two_of
 from torch.utils._pytree import tree_leaves
 
 from dataset_manager import open_task
@@ -21,23 +21,13 @@ from gemel.sharing.precision import round_weights, weights_of
 from gemel.sharing.signatures import is_normalisation
 from gemel.workload import WorkloadError, read_workload
 from merge_workloads import merge_workload
-from merger import Merger
 
-QUICK = {"learning_rate": 0.02, "max_epochs": 60, "patience_epochs": 10, "tolerance": 0.5, "device": "cpu"}
 LIMIT = 1e6  # more than float16 can hold
 
 
 def merge(entries, results, datasets, **options) -> dict:
     given = {**QUICK, "store_dtype": "float16", "strategy": "all", **options}
     return merge_workload(entries, results, datasets=datasets, **given)
-
-
-def copies_of(entries) -> dict[str, nn.Module]:
-    return {name: copy.deepcopy(entry["model"]) for name, entry in entries.items()}
-
-
-def two_of(entries) -> dict:
-    return {name: copy.deepcopy(entries[name]) for name in ("north_pico", "south_pico")}
 
 
 def other_bytes(models) -> int:
@@ -144,21 +134,12 @@ def test_models_in_another_type_and_unknown_types_are_refused_together(entries, 
     assert not (tmp_path / "results").exists()
 
 
-def test_an_interrupted_run_ends_where_the_uninterrupted_one_ends(trained_entries, datasets, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_where_the_uninterrupted_one_ends(trained_entries, datasets, tmp_path):
     entries, options = two_of(trained_entries), {"strategy": "gemel", "tolerance": 0.4}
     whole = merge(entries, tmp_path / "whole", datasets, **options)
     assert len(whole["run"]["rounds"]) > 1
-    play_round = Merger.play_round
-
-    def killed(self, proposal):
-        if len(self.record.rounds) == 1:
-            raise KeyboardInterrupt
-        return play_round(self, proposal)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Merger, "play_round", killed)
-        with pytest.raises(KeyboardInterrupt):
-            merge(two_of(trained_entries), tmp_path / "halted", datasets, **options)
+    with interrupted_in_the_second_round():
+        merge(two_of(trained_entries), tmp_path / "halted", datasets, **options)
     with pytest.raises(WorkloadError, match=r"store_dtype: was 'float16', is None"):
         merge(two_of(trained_entries), tmp_path / "halted", datasets, **options, store_dtype="float32")
     resumed = two_of(trained_entries)

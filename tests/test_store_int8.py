@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from rounded_stores import QUICK, copies_of, interrupted_in_the_second_round, two_of
 from torch.utils._pytree import tree_leaves
 
 from dataset_manager import open_task
@@ -22,8 +23,6 @@ from gemel.sharing.precision import stored_bytes
 from gemel.sharing.quantisation import is_rounded, quantised_weights
 from gemel.workload import WorkloadError, read_workload
 from merge_workloads import merge_workload
-from merger import Merger
-from tests.test_store_dtype import QUICK, copies_of, two_of
 
 
 def merge(entries, results, datasets, **options) -> dict:
@@ -115,21 +114,12 @@ def test_a_model_that_misses_its_target_in_8_bits_is_named_and_unchanged(entries
 
 
 @pytest.mark.exhaustive
-def test_an_interrupted_run_ends_where_the_uninterrupted_one_ends(trained_entries, datasets, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_where_the_uninterrupted_one_ends(trained_entries, datasets, tmp_path):
     entries, options = two_of(trained_entries), {"strategy": "gemel", "tolerance": 0.4}
     whole = merge(entries, tmp_path / "whole", datasets, **options)
     assert len(whole["run"]["rounds"]) > 1
-    play_round = Merger.play_round
-
-    def killed(self, proposal):
-        if len(self.record.rounds) == 1:
-            raise KeyboardInterrupt
-        return play_round(self, proposal)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Merger, "play_round", killed)
-        with pytest.raises(KeyboardInterrupt):
-            merge(two_of(trained_entries), tmp_path / "halted", datasets, **options)
+    with interrupted_in_the_second_round():
+        merge(two_of(trained_entries), tmp_path / "halted", datasets, **options)
     resumed = two_of(trained_entries)
     again = merge(resumed, tmp_path / "halted", datasets, **options)
     assert again["tensors"] == whole["tensors"] and again["memory"] == whole["memory"]
