@@ -21,7 +21,7 @@ from gemel.datasets.cache import SampleCache, bytes_of
 from gemel.datasets.class_folders import class_names, read_split
 from gemel.datasets.layouts import open_layout
 from gemel.datasets.records import Layout, Objects, Source, Split
-from gemel.datasets.transform_parts import Decoded, TransformParts, apply, decoded, parts_of
+from gemel.datasets.transform_parts import Decoded, TransformParts, apply, decoded, describe, parts_of
 from gemel.workload import CLASSIFICATION, Task
 
 PER_BOX = ("labels", "area", "iscrowd")  # keys of a target with one value per box
@@ -337,15 +337,6 @@ def without_empty_boxes(target: dict[str, Any]) -> dict[str, Any]:
         return target
     per_box = {key: target[key][keep] for key in PER_BOX if key in target}
     return {**target, **per_box, "boxes": tv_tensors.wrap(boxes[keep], like=target["boxes"])}
-
-
-def describe(value: object) -> str:
-    """The type and shape of a value, for messages."""
-    if torch.is_tensor(value):
-        return f"a {value.dtype} tensor {list(value.shape)}"
-    if isinstance(value, dict):
-        return f"a dict with {', '.join(map(repr, value)) or 'no keys'}"
-    return f"an object of type {type(value).__name__}"
 
 
 @contextlib.contextmanager
