@@ -69,6 +69,14 @@ def mean_agreement(kind: str, loader: Iterable, one: nn.Module, other: nn.Module
     return sum(found) / len(found)
 
 
+def have_equal_tensors(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models of one kind hold the same parameters and buffers, and so compute the same."""
+    own, others = one.state_dict(), other.state_dict()
+    return list(own) == list(others) and all(
+        torch.is_tensor(value) and torch.equal(value, others[key].to(value.device)) for key, value in own.items()
+    )
+
+
 def _detections(output: Any) -> Boxes:
     if not isinstance(output, Mapping) or not {"boxes", "scores", "labels"} <= set(output):
         raise ValueError(f"agreement: got {_kind(output)}; allowed: a dictionary with boxes, scores, labels")

@@ -13,7 +13,7 @@ from gemel.datasets.loaders import TaskData
 from gemel.environment import ranks
 from gemel.environment.clock import Clock
 from gemel.environment.events import emit
-from gemel.evaluation.agreement import mean_agreement
+from gemel.evaluation.agreement import have_equal_tensors, mean_agreement
 from gemel.evaluation.eval_method import EvalMethodError, evaluate
 from gemel.forward import STORE_TYPES
 from gemel.forward.modes import Models
@@ -222,9 +222,12 @@ class Evaluator:
     def _agreement(self, task: Task, merged: nn.Module) -> float | None:
         """How much a merged model agrees with the unmerged one as it would be stored; None where outputs tell nothing.
 
-        Of these models' own outputs: an eval method may treat them in a way of its own.
+        Of these models' own outputs: an eval method may treat them in a way of its own. A model that shares nothing is
+        the unmerged one, which need not be run twice.
         """
         unmerged = as_stored(self.unmerged[task.name], self.store_dtype)
+        if have_equal_tensors(merged, unmerged):
+            return 1.0
         try:
             return mean_agreement(task.kind, self.data[task.name].val, merged, unmerged)
         except SampleError:

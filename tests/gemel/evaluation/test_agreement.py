@@ -1,9 +1,11 @@
 """How much two outputs agree: classes, boxes, and what is neither."""
 
+import copy
+
 import pytest
 import torch
 
-from gemel.evaluation.agreement import agreement_of, mean_agreement
+from gemel.evaluation.agreement import agreement_of, have_equal_tensors, mean_agreement
 from gemel.workload import CLASSIFICATION, DETECTION
 
 
@@ -68,3 +70,12 @@ def test_the_mean_is_over_images():
     images = torch.tensor([[3.0, 2.0], [0.0, 1.0], [5.0, 9.0]])  # the last two logits become equal: class 0
     loader = [(images[:2], None), (images[2:], None)]
     assert mean_agreement(CLASSIFICATION, loader, one, other) == pytest.approx(2 / 3)
+
+
+def test_models_with_the_same_parameters_and_buffers_have_equal_tensors():
+    one = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    other = copy.deepcopy(one)
+    assert have_equal_tensors(one, other)
+    other[1].running_mean += 1e-6
+    assert not have_equal_tensors(one, other)
+    assert not have_equal_tensors(one, one[0])

@@ -12,6 +12,7 @@ from gemel.edge import Runtime
 from gemel.edge.frames import RandomFrames
 from gemel.edge.watch import WatchOptions
 from gemel.evaluation.agreement import mean_agreement
+from gemel.merging import evaluator
 from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import read_manifest
 from gemel.results_store.verify import FAIL, verify
@@ -70,6 +71,12 @@ def test_the_agreement_is_that_of_what_was_written(merged, trained_entries, data
         data = open_task(task, [datasets], device=torch.device("cpu"), seed=0, batch_size=8)
         found = manifest["tasks"][name]["agreement"]
         assert found == pytest.approx(mean_agreement(task.kind, data.val, one[name], other[name]), abs=0.03)
+
+
+def test_a_model_that_shares_nothing_is_not_compared(trained_entries, datasets, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluator, "mean_agreement", lambda *_: pytest.fail("the models are equal"))
+    one = {"north_pico": trained_entries["north_pico"]}
+    assert merge(one, tmp_path / "results", datasets)["tasks"]["north_pico"]["agreement"] == 1.0
 
 
 def test_verify_checks_them(merged, tmp_path):
