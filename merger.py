@@ -40,7 +40,7 @@ from gemel.merging.placement import place_tasks
 from gemel.merging.private_training import PrivateTraining
 from gemel.merging.records import RunRecord, memory_part, precision_part, run_part, task_parts
 from gemel.merging.reloaded import ReloadedModels
-from gemel.merging.resume import groups_to_tie, load_search, new_strategy
+from gemel.merging.resume import groups_to_tie, load_search, new_search
 from gemel.merging.rounding import Rounding
 from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_tied
 from gemel.merging.shared_normalisation import share_norms
@@ -185,10 +185,7 @@ class Merger:
         self.clock.add_earlier_runs(run["seconds"], run["cpu_seconds"])
 
     def _new_strategy(self):
-        strategy = new_strategy(self.options, self.state.models, self.record.groups)
-        goal = self.options.memory
-        strategy.goal_saving = None if goal is None else self.state.unmerged_bytes - goal
-        return strategy
+        return new_search(self.options, self.state, self.record.groups)
 
     def _new_private_training(self) -> PrivateTraining:
         purpose = ("private", len(self.record.rounds))
@@ -212,7 +209,8 @@ class Merger:
         try:
             with contextlib.suppress(TimeOver):
                 self._search()
-                share_norms(self.options, self.state, self.evaluator, self.images, self.clock, self.record, recover)
+                search = (self.options, self.state, self.evaluator, self.images, self.clock, self.record, self.strategy)
+                share_norms(*search, recover)
         finally:
             self.state.undo()
             self.state.hand_back()

@@ -10,6 +10,7 @@ from gemel.forward.modes import Models
 from gemel.merging.fingerprint import differences
 from gemel.merging.options import LEAST_SQUARES, MergeOptions
 from gemel.merging.retry import without_retried
+from gemel.merging.state import MergeState
 from gemel.results_store.files import ResultsError
 from gemel.results_store.manifest import has_results, read_manifest
 from gemel.results_store.write import repair
@@ -62,6 +63,13 @@ def groups_to_tie(options: MergeOptions, models: Models, groups: Configuration) 
     """
     fits = options.initial_weights == LEAST_SQUARES and options.strategy != STEM
     return tuple(with_affine(models, group) for group in groups) if fits else groups
+
+
+def new_search(options: MergeOptions, state: MergeState, groups: Configuration) -> Strategy:
+    """A strategy that has tried nothing yet, with the memory goal of the options."""
+    strategy = new_strategy(options, state.models, groups)
+    strategy.goal_saving = None if options.memory is None else state.unmerged_bytes - options.memory
+    return strategy
 
 
 def new_strategy(options: MergeOptions, models: Models, groups: Configuration) -> Strategy:

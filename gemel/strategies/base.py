@@ -127,6 +127,10 @@ class Strategy(ABC):
         """Starts from what an earlier run over some of these tasks kept."""
         self.adopted = kept
 
+    def keep_more(self, kept: Configuration) -> None:
+        """Says, once the search is over, that this is tied: all that it kept, and what was tied after it."""
+        self.adopted = kept
+
     def with_adopted(self, configuration: Configuration) -> Configuration:
         """The configuration together with what was adopted."""
         return joined(self.adopted, configuration) if self.adopted else configuration

@@ -149,6 +149,10 @@ class Components(Strategy):
         for tasks, part in zip(self.tasks, self.parts, strict=True):
             part.adopt(restrict(kept, tasks))
 
+    def keep_more(self, kept: Configuration) -> None:
+        for tasks, part in zip(self.tasks, self.parts, strict=True):
+            part.keep_more(restrict(kept, tasks))
+
     def state(self) -> dict:
         return {KEY: [part.state() for part in self.parts], "tasks": self.tasks, "turn": self.turn}
 

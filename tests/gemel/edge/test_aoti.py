@@ -1,7 +1,7 @@
 """AOTInductor: compiled models that hold one set of tensors, with the answers of the models."""
 
-import gc
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,18 +89,17 @@ def test_sessions_hold_shared_weights_once(compiler, tmp_path):
         for task, model in load_merged(tmp_path, wide_models()).items():
             with torch.inference_mode():
                 torch.testing.assert_close(opened[task](images), model(images), atol=1e-4, rtol=1e-4)
-    del opened, model  # another process that maps the store halves the share of this one
-    gc.collect()
+    measured = shutil.copytree(tmp_path, tmp_path / "measured")  # a store that this process maps counts half
     distinct = sum(p.nbytes for p in models.parameters())
     for count in (1, 3):
-        command = [sys.executable, "-c", MEASURE, str(tmp_path), str(Path(__file__).parent), str(count)]
+        command = [sys.executable, "-c", MEASURE, str(measured), str(Path(__file__).parent), str(count)]
         paths = f"{ROOT}:{ROOT / 'tests'}"
         environment = {**os.environ, "PYTHONPATH": paths}
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=environment)
         assert done.returncode == 0, done.stderr
         grown = int(done.stdout)
         print(f"{count} sessions: PSS + {grown / 1e6:.1f} MB, distinct {distinct / 1e6:.1f} MB")
-        assert grown <= 1.1 * distinct + count * (4 << 20)
+        assert 0.9 * distinct <= grown <= 1.1 * distinct + count * (4 << 20)
 
 
 @pytest.mark.exhaustive

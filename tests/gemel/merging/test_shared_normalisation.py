@@ -11,7 +11,7 @@ from gemel.edge import Runtime
 from gemel.edge.frames import RandomFrames
 from gemel.environment.clock import TimeOver
 from gemel.merging.console import closing_report
-from gemel.merging.shared_normalisation import SharedNormalisation
+from gemel.merging.joint_training import JointTraining
 from gemel.results_store.load import load_merged
 from gemel.results_store.verify import FAIL, Evaluation, verify
 
@@ -103,17 +103,17 @@ def test_a_finished_run_keeps_its_norms(shared, trained_entries, datasets):
 @pytest.mark.exhaustive
 def test_out_of_time_nothing_is_shared_and_the_same_command_goes_on(trained_entries, datasets, tmp_path, monkeypatch):
     options = {"strategy": "all", "share_norm": True, "tolerance": 0.8}
-    original = SharedNormalisation._trained
+    original = JointTraining.train
 
     def late(self, *given):
         original(self, *given)
         raise TimeOver
 
-    monkeypatch.setattr(SharedNormalisation, "_trained", late)
+    monkeypatch.setattr(JointTraining, "train", late)
     first = merge(copies(trained_entries), tmp_path / "results", datasets, **options)
     assert not first["run"]["finished"] and not norms_of(first) and first["normalisation"] == "private"
     assert first["memory"]["saved_bytes"] > 0 and all(task["met"] for task in first["tasks"].values())
-    monkeypatch.setattr(SharedNormalisation, "_trained", original)
+    monkeypatch.setattr(JointTraining, "train", original)
     second = merge(copies(trained_entries), tmp_path / "results", datasets, **options)
     assert second["run"]["finished"] and norms_of(second)
 
@@ -141,7 +141,7 @@ def test_transforms_that_differ_share_nothing(trained_entries, datasets, tmp_pat
     }
     manifest = merge(entries, tmp_path / "results", datasets, strategy="stem", share_norm=True, max_epochs=0.5)
     assert manifest["run"]["shared_normalisation"] == {
-        **dict.fromkeys(("trials", "steps", "layers", "saved_bytes"), 0),
+        **dict.fromkeys(("trials", "steps", "tied_layers", "layers", "saved_bytes"), 0),
         "groups": [],
         "accuracy_of_target": {},
     }

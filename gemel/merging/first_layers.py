@@ -1,0 +1,150 @@
+"""Tying what a search left out of the first layers of tasks that may see the same frames (`share_norm`).
+
+A search goes by bytes. A first layer takes few of them and is sensitive, so a search may release a task from it; but
+tasks that differ there compute nothing alike, however much they share else. So what is missing from their common first
+layers is tied in trials of its own: fitted with all layers behind it, trained where that misses a target, undone where
+a task is below its target still. All that is missing is tried first, then fewer layers by bisection, counted from the
+first one, then without the task that fares worst.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from gemel.environment.clock import Clock
+from gemel.environment.events import emit
+from gemel.merging.evaluator import Evaluator
+from gemel.merging.images import ImageSampler
+from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisation, rule_of
+from gemel.merging.joint_training import JointTraining
+from gemel.merging.judged_as_stored import judged_as_stored
+from gemel.merging.model_traces import ModelTraces, common_layers
+from gemel.merging.options import LEAST_SQUARES, MergeOptions
+from gemel.merging.records import RunRecord
+from gemel.merging.resume import groups_to_tie
+from gemel.merging.state import MergeState
+from gemel.sharing.computation import members_of, with_equal_entries
+from gemel.sharing.groups import Configuration, Group, Occurrence, affected_tasks, joined
+from gemel.sharing.normalisation import can_share
+from gemel.strategies.base import Strategy
+from gemel.thresholds import THRESHOLDS
+from gemel.training.outcome import MET, Outcome
+
+
+class FirstLayers:
+    """Finds the tasks that could compute their first layers alike, and ties what is missing for that.
+
+    Groups are tied in `state.kept`; the strategy, which decides what a layer's donor is, does not know of them.
+    """
+
+    def __init__(
+        self,
+        state: MergeState,
+        evaluator: Evaluator,
+        images: ImageSampler,
+        clock: Clock,
+        training: JointTraining,
+        record: RunRecord,
+        strategy: Strategy,
+    ):
+        self.state, self.evaluator, self.images, self.clock = state, evaluator, images, clock
+        self.training, self.record, self.strategy = training, record, strategy
+        self.options: MergeOptions = training.options
+        self.traces = ModelTraces(state, evaluator)
+        groups = groups_to_tie(self.options, state.models, record.groups)
+        # A private scale and bias would make their outputs differ.
+        self.group_of = {o: group for group in groups if not group.private_bytes for o in group.occurrences}
+        self.trials = 0
+
+    def tasks_alike(self) -> list[list[str]]:
+        """Sets of tasks that could compute their first layers alike, if all were shared that can be."""
+        traces = self.traces.of(list(self.evaluator.tasks), self._stands_for)
+        groups = [group for tasks in with_equal_entries(traces) for group in members_of(traces, tasks)]
+        return [list(group) for group in groups]
+
+    def tie(self, tasks: Sequence[str]) -> None:
+        """Ties as much of the common first layers of these tasks as they stay at their targets with.
+
+        Raises Interrupted or TimeOver; then what was tied before stays so.
+        """
+        left = list(tasks)
+        while len(left) > 1 and (worst := self._tie_deepest(left)) is not None:
+            left.remove(worst)
+
+    def _tie_deepest(self, tasks: Sequence[str]) -> str | None:
+        """Ties as deep as these tasks stay at their targets; who fares worst beyond, if nothing can be tied."""
+        missing = self._missing(tasks)
+        tied, failed, worst = 0, len(missing) + 1, None
+        while failed - tied > 1:
+            depth = (tied + failed) // 2 if worst else len(missing)
+            met, ratios = self._try(missing[:depth])
+            if met:
+                tied = depth
+            else:
+                failed, worst = depth, min(ratios, key=lambda name: ratios[name])
+        return None if tied or worst not in tasks else worst
+
+    def _missing(self, tasks: Sequence[str]) -> list[Group]:
+        """The groups of the common first layers of these tasks that are not tied yet, in the order of the pass."""
+        with self.clock.interruptible():
+            traces = self.traces.of(tasks, self._stands_for)
+            layers = common_layers(traces, tasks, self.group_of.__contains__)
+        tied = [set(group.occurrences) for group in self.state.kept]
+        groups = [self.group_of[o[0]].restricted_to(tasks) for o in layers if len(o) == len(tasks)]
+        return [group for group in groups if not any(set(group.occurrences) <= held for held in tied)]
+
+    def _stands_for(self, occurrence: Occurrence) -> object:
+        """Layers of one group, and normalisation that could be shared, are alike."""
+        if (group := self.group_of.get(occurrence)) is not None:
+            return "group", group.occurrences
+        return (
+            "normalisation" if can_share(self.state.models[occurrence.task].get_submodule(occurrence.layer)) else None
+        )
+
+    # ---- a trial -----------------------------------------------------------------------------------------------
+
+    def _try(self, new: Sequence[Group]) -> tuple[bool, dict[str, float]]:
+        """Ties these groups and judges: (whether all tasks are at their targets, else it is undone, accuracy / target).
+
+        Of all tasks whose weights change.
+        """
+        emit("doing", what=f"tying {len(new)} first layers of {len(new[0].occurrences)} tasks")
+        self.trials += 1
+        proposal = joined(self.state.kept, tuple(new))
+        names = affected_tasks(self.state.kept, proposal)
+        self.state.begin_trial(proposal, rule_of(self.options.initial_weights))
+        try:
+            with self.clock.interruptible():
+                self._fit(tuple(new), proposal, names)
+                measured = self.evaluator.measure_all({name: self.state.models[name] for name in names})
+            if not self._all_met(measured):
+                measured = self.training.train(measured)
+            outcome = Outcome(MET, measured, tuple(measured), 0, 0, tuple(measured))
+            if met := self._all_met(measured):
+                outcome = judged_as_stored(self.state, self.evaluator, self.clock, outcome)
+                met = outcome.success
+            if met:
+                self.state.keep(proposal)
+                self.evaluator.keep(outcome.accuracies)
+        finally:
+            self.state.undo()  # to what is kept
+        return met, {name: reached / self._target(name) for name, reached in outcome.accuracies.items()}
+
+    def _fit(self, new: Configuration, proposal: Configuration, names: Sequence[str]) -> None:
+        """Fits what is tied, or, once weights were trained, what is new, as rounds of the search do."""
+        number = len(self.record.rounds)
+        if self.options.initial_weights != LEAST_SQUARES:
+            refit_frozen_normalisation(self.state, self.images, names, number)
+            return
+        fitter = WeightFitter(self.state, self.evaluator, self.images, self.strategy.donor_of)
+        if self.record.has_trained:
+            changed = tuple(group for group in proposal if group not in set(self.state.kept))
+            fitter.fit(changed, names, number, max_fits=2)
+            return
+        groups = tuple(group for group in proposal if set(group.tasks) <= set(names))
+        self.state.reset_to_unmerged(groups, names)
+        fitter.fit(groups, names, number, max_fits=THRESHOLDS.fit.max_fits)
+
+    def _all_met(self, measured: Mapping[str, float]) -> bool:
+        return all(accuracy >= self._target(name) for name, accuracy in measured.items())
+
+    def _target(self, name: str) -> float:
+        return self.evaluator.tasks[name].target_acc
