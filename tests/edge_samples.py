@@ -1,12 +1,23 @@
 """For the tests of the edge: results of small models, blocks drawn at random, made-up profiles, time that is set."""
 
+import os
 import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import torch
 from results_samples import slim_models, write
+from torch import nn
 
 from gemel.edge import Runtime
 from gemel.edge.blocks import Block, Blocks, blocks_of
 from gemel.edge.profile import Profile, TaskProfile
+
+ROOT = Path(__file__).parents[1]
+WIDE_SIZE = 16
+WIDE_TASKS = ("a_wide", "b_wide", "c_wide")
 
 
 def write_slim(path, tied: bool = True):
@@ -92,3 +103,42 @@ class Virtual(Runtime):
     def forward(self, task, inputs):
         self.clock.now += self.profile.tasks[task].run_seconds(len(inputs))
         return super().forward(task, inputs)
+
+
+class Wide(nn.Sequential):
+    """Few operations, so that it is exported quickly, and 25 MB of weights."""
+
+    def __init__(self, num_classes: int):
+        super().__init__(
+            *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(8), nn.Flatten()),
+            *(nn.Linear(512, 4096), nn.ReLU(), nn.Linear(4096, 1024), nn.ReLU(), nn.Linear(1024, num_classes)),
+        )
+
+
+def wide_models() -> dict[str, nn.Module]:
+    """Three tasks, nothing tied; their images have WIDE_SIZE pixels a side."""
+    torch.manual_seed(0)
+    return {task: Wide(classes).eval() for task, classes in zip(WIDE_TASKS, (3, 4, 5), strict=True)}
+
+
+def pss() -> int:
+    """The proportional set size of this process, in bytes."""
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("Pss:"))
+
+
+def check_memory_of_sessions(measure: str, results: Path, models: nn.ModuleDict) -> None:
+    """The bar: k sessions take at most 1.1 x the distinct bytes of the models, and a fixed number of bytes each.
+
+    measure: a program that opens so many sessions of a results folder, and prints by how much its memory grew.
+    """
+    alone = shutil.copytree(results, results / "alone")  # files that another process maps as well count half
+    distinct = sum(parameter.nbytes for parameter in models.parameters())
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    for count in (1, 3):
+        command = [sys.executable, "-c", measure, str(alone), str(count)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        grown = int(done.stdout)
+        print(f"{count} sessions: PSS + {grown / 1e6:.1f} MB, distinct {distinct / 1e6:.1f} MB")
+        assert 0.9 * distinct <= grown <= 1.1 * distinct + count * (4 << 20)

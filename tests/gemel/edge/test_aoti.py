@@ -1,14 +1,8 @@
 """AOTInductor: compiled models that hold one set of tensors, with the answers of the models."""
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from edge_samples import write_slim
+from edge_samples import WIDE_SIZE, check_memory_of_sessions, wide_models, write_slim
 from results_samples import manifest_of, write
 from torch import nn
 
@@ -20,25 +14,6 @@ from gemel.results_store.write import statistics_of, write_results
 from gemel.sharing.groups import find_groups
 from gemel.sharing.tying import tie
 from model_architectures import build
-
-ROOT = Path(__file__).parents[3]
-SIZE = 16
-TASKS = ("a_wide", "b_wide", "c_wide")
-
-
-class Wide(nn.Sequential):
-    """Few operations, so that it compiles quickly, and 25 MB of weights."""
-
-    def __init__(self, num_classes: int):
-        super().__init__(
-            *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(8), nn.Flatten()),
-            *(nn.Linear(512, 4096), nn.ReLU(), nn.Linear(4096, 1024), nn.ReLU(), nn.Linear(1024, num_classes)),
-        )
-
-
-def wide_models() -> dict[str, nn.Module]:
-    torch.manual_seed(0)
-    return {task: Wide(classes).eval() for task, classes in zip(TASKS, (3, 4, 5), strict=True)}
 
 
 @pytest.fixture
@@ -54,21 +29,16 @@ def compiler():
 
 MEASURE = """
 import sys, torch
-sys.path.insert(0, sys.argv[2])
-from test_aoti import FOLDER, TASKS, SIZE, wide_models
-from gemel.edge.aoti import open_compiled
-
-def pss():
-    with open("/proc/self/smaps_rollup") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith("Pss:"))
+from edge_samples import WIDE_SIZE, WIDE_TASKS, pss, wide_models
+from gemel.edge.aoti import FOLDER, open_compiled
 
 with torch.device("meta"):
     models = wide_models()
-images = torch.rand(2, 3, SIZE, SIZE)
+images = torch.rand(2, 3, WIDE_SIZE, WIDE_SIZE)
 torch.nn.Linear(8, 8)(torch.rand(2, 8))
-torch._inductor.aoti_load_package(f"{sys.argv[1]}/{FOLDER}/{TASKS[0]}.pt2")  # what torch needs for any program
+torch._inductor.aoti_load_package(f"{sys.argv[1]}/{FOLDER}/{WIDE_TASKS[0]}.pt2")  # what torch needs for any program
 before = pss()
-opened = open_compiled(sys.argv[1], TASKS[:int(sys.argv[3])], models)
+opened = open_compiled(sys.argv[1], WIDE_TASKS[: int(sys.argv[2])], models)
 for module in opened.values():
     module(images)
 print(pss() - before)
@@ -81,25 +51,15 @@ def test_sessions_hold_shared_weights_once(compiler, tmp_path):
     models = nn.ModuleDict(wide_models())
     tie(models, find_groups(models))
     write(tmp_path, models)
-    export_compiled(tmp_path, SIZE, models=wide_models())
+    export_compiled(tmp_path, WIDE_SIZE, models=wide_models())
     assert max(file.stat().st_size for file in (tmp_path / FOLDER).glob("*.pt2")) < 4 << 20, "no weights in there"
     opened = open_compiled(tmp_path, models=wide_models())
     for batch in (1, 3):
-        images = torch.rand(batch, 3, SIZE, SIZE)
+        images = torch.rand(batch, 3, WIDE_SIZE, WIDE_SIZE)
         for task, model in load_merged(tmp_path, wide_models()).items():
             with torch.inference_mode():
                 torch.testing.assert_close(opened[task](images), model(images), atol=1e-4, rtol=1e-4)
-    measured = shutil.copytree(tmp_path, tmp_path / "measured")  # a store that this process maps counts half
-    distinct = sum(p.nbytes for p in models.parameters())
-    for count in (1, 3):
-        command = [sys.executable, "-c", MEASURE, str(measured), str(Path(__file__).parent), str(count)]
-        paths = f"{ROOT}:{ROOT / 'tests'}"
-        environment = {**os.environ, "PYTHONPATH": paths}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
-        grown = int(done.stdout)
-        print(f"{count} sessions: PSS + {grown / 1e6:.1f} MB, distinct {distinct / 1e6:.1f} MB")
-        assert 0.9 * distinct <= grown <= 1.1 * distinct + count * (4 << 20)
+    check_memory_of_sessions(MEASURE, tmp_path, models)
 
 
 @pytest.mark.exhaustive

@@ -4,15 +4,18 @@ import sys
 
 import pytest
 import torch
-from edge_samples import write_slim
-from results_samples import fresh_models, manifest_of, pico_models, write
+from edge_samples import WIDE_SIZE, check_memory_of_sessions, wide_models, write_slim
+from results_samples import fresh_models, manifest_of, pico_models, slim_models, write
 
 from gemel import load_merged
 from gemel.__main__ import main
 from gemel.edge.export import FOLDER, RECORD, WEIGHTS, export, open_models, open_session
+from gemel.forward.arithmetic import STORE_DTYPES
 from gemel.results_store.files import ResultsError
 from gemel.results_store.write import statistics_of, write_results
-from gemel.sharing.groups import find_groups
+from gemel.sharing.groups import Occurrence, find_groups, saved_bytes, to_plain
+from gemel.sharing.normalisation import can_share, group_of, own_tensors, tie_normalisation
+from gemel.sharing.precision import groups_as_stored, round_weights, stored_bytes
 from gemel.sharing.tying import tie
 from model_architectures import build
 
@@ -54,6 +57,63 @@ def references(onnx, file) -> dict[str, tuple[int, int]]:
             assert entries["location"] == WEIGHTS
             found[tensor.name.removeprefix("model.")] = int(entries["offset"]), int(entries["length"])
     return found
+
+
+@pytest.mark.parametrize("store", ["int8", "shared normalisation"])
+def test_rounded_weights_and_shared_normalisation_are_exported_once(onnx, tmp_path, store):
+    models, manifest = slim_models(), manifest_of(slim_models())
+    if store == "int8":
+        round_weights(models.values(), torch.int8)
+        groups = groups_as_stored(find_groups(models), models, torch.int8)
+        manifest["precision"] = {"weights": "int8", "arithmetic": "float32", "device": "cpu"}
+    else:
+        layers = [name for name, module in models["a_slim"].named_modules() if can_share(module)]
+        norms = [group_of(models, [Occurrence(task, name) for task in models]) for name in layers]
+        for group, name in zip(norms, layers, strict=True):
+            given = {
+                key: torch.rand(own.shape) + 0.5
+                for key, own in own_tensors(models["a_slim"].get_submodule(name)).items()
+            }
+            tie_normalisation(models, group, given)
+        groups = (*find_groups(models), *norms)
+    merged, saved = stored_bytes(models, STORE_DTYPES.get(store, torch.float32)), saved_bytes(groups)
+    manifest["shared_layers"] = to_plain(groups)
+    manifest["memory"] = {"unmerged_bytes": merged + saved, "merged_bytes": merged} | dict.fromkeys(
+        ("saved_bytes", "optimal_saved_bytes"), saved
+    )
+    write_results(tmp_path, models, manifest, statistics_of(manifest))
+    export(tmp_path, SIZE)
+    images, opened = torch.rand(3, 3, SIZE, SIZE), open_models(tmp_path)
+    for task, model in load_merged(tmp_path).items():
+        with torch.inference_mode():
+            torch.testing.assert_close(opened[task](images), model(images), atol=1e-4, rtol=1e-4)
+    a, b = (references(onnx, tmp_path / FOLDER / f"{task}.onnx") for task in models)
+    assert a and all(place == b[name] for name, place in a.items() if name in b and not name.startswith("fc"))
+
+
+MEASURE = """
+import sys, torch
+from edge_samples import WIDE_SIZE, WIDE_TASKS, pss
+from gemel.edge.export import open_models
+
+images = torch.rand(2, 3, WIDE_SIZE, WIDE_SIZE)
+open_models(sys.argv[1], WIDE_TASKS[:1])[WIDE_TASKS[0]](images)  # what the libraries need for any session
+before = pss()
+opened = open_models(sys.argv[1], WIDE_TASKS[: int(sys.argv[2])])
+for module in opened.values():
+    module(images)
+print(pss() - before)
+"""
+
+
+@pytest.mark.exhaustive
+def test_sessions_hold_shared_weights_once(onnx, tmp_path):
+    """The bar: k sessions take at most 1.1 x the distinct bytes, and a fixed number of bytes each."""
+    models = torch.nn.ModuleDict(wide_models())
+    tie(models, find_groups(models))
+    write(tmp_path, models)
+    export(tmp_path, WIDE_SIZE, models=wide_models())
+    check_memory_of_sessions(MEASURE, tmp_path, models)
 
 
 @pytest.mark.slow
