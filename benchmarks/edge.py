@@ -11,16 +11,15 @@ of its layers: what it saves to run common ones once is measured by one_camera.p
 
     python -m benchmarks.edge [RESULTS] --minutes 30
 
-Instead, one run of so many minutes (by the wall clock) of the unmerged workload in 1.4 x the memory of its largest
-model: whether the memory of the process stays flat, and whether every frame that arrived is counted.
+Instead, one run of `edge run` of so many minutes (by the wall clock), of the unmerged workload in 1.4 x the memory of
+its largest model: whether the memory of the process stays flat, whether every frame that arrived is counted, and
+whether SIGTERM ends it within a second (edge_long_run.py).
 """
 
 import argparse
-import math
 import statistics
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.edge_long_run import long_run
 from gemel.edge.blocks import blocks_of, sizes_of
 from gemel.edge.counts import CpuClock, Stopwatch
 from gemel.edge.frames import RandomFrames, default_transform
@@ -48,7 +48,6 @@ MIB = 1 << 20
 ENDLESS = 10**9  # frames: runs are stopped, so that no task runs out of frames before the others
 PLAN = Plan(shared_computation=False)
 NUM_CLASSES = 10
-FLAT = 0.02  # by how much memory may differ between the tenths of a long run
 
 
 def write_tied(path: Path, architectures: Sequence[str]) -> None:
@@ -156,51 +155,6 @@ def row_of(bench: Bench, budget: int, load: Load, repeats: int) -> list[str]:
     return cells
 
 
-class MemorySampler:
-    """Notes the proportional set size of this process twice a second, from a thread, in MiB."""
-
-    def __init__(self) -> None:
-        self.samples: list[float] = []
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-
-    def __enter__(self) -> "MemorySampler":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._over.wait(0.5):
-            text = Path("/proc/self/smaps_rollup").read_text()
-            self.samples += [int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("Pss:")]
-
-
-def flat_memory(bench: Bench, load: Load, minutes: float) -> bool:
-    """Runs for so many minutes and prints the memory of each tenth; whether it is flat, and all frames are counted.
-
-    Flat: the most that it takes in a tenth differs by FLAT at most, in all tenths but the first, in which it takes what
-    it will keep. (Within a cycle of turns memory goes up and down, as weights come and go.)
-    """
-    budget = int(1.4 * bench.unmerged.bytes_of(bench.unmerged.largest))
-    with bench.runtime(budget, False) as runtime, MemorySampler() as sampler:
-        summary = runtime.run(bench.frames, load.fps, load.sla, seconds=60 * minutes)
-    size = max(1, len(sampler.samples) // 10)
-    tenths = [sampler.samples[i * size : (i + 1) * size] for i in range(min(10, len(sampler.samples)))]
-    rows = [[f"{i}", *(f"{of(t):.1f}" for of in (min, statistics.median, max))] for i, t in enumerate(tenths, 1)]
-    print(table(("tenth", "least MiB (PSS)", "median", "most"), rows))
-    most = [max(tenth) for tenth in tenths[1:]] or [1.0]
-    spread = (max(most) - min(most)) / min(most)
-    arrived = min(math.floor(summary["seconds"] * load.fps + 1e-9) + 1, math.ceil(60 * minutes * load.fps))
-    lost = {n: arrived - t["processed"] - t["late"] - t["dropped"] for n, t in summary["tasks"].items()}
-    counted = ", ".join(f"{name} {count}" for name, count in lost.items())
-    print(f"\nfrom the second tenth on within {100 * spread:.1f} %, in {summary['turns']} turns")
-    print(f"{arrived} frames arrived for each task; not counted: {counted}")
-    return spread <= FLAT and not any(lost.values())
-
-
 HEADER = (
     *("MiB", "in time, unmerged", "merged", "ratio"),
     *("unmerged, simulated", "MiB a turn", "s waited", "merged, simulated", "MiB a turn", "s waited"),
@@ -219,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--load", type=float, default=2.0, help="times what fits (default: %(default)s)")
     parser.add_argument("--cold", action="store_true", help="read weights from the disk every time")
     parser.add_argument("--wall", action="store_true", help="by wall time: for an idle machine")
-    parser.add_argument("--minutes", type=float, help="one run of so many minutes instead, and what memory it takes")
+    parser.add_argument("--minutes", type=float, help="instead, one run of so many minutes: its memory, and its end")
     flags = parser.parse_args(arguments)
     flags.wall |= flags.minutes is not None
     torch.set_num_threads(1)
@@ -228,9 +182,16 @@ def main(arguments: list[str] | None = None) -> int:
             write_tied(Path(folder) / "tied", flags.architectures)
         bench = Bench(Path(flags.results or Path(folder) / "tied"), flags)
         if flags.minutes is not None:
-            return int(not flat_memory(bench, load_of(bench, flags), flags.minutes))
+            return int(not long(bench, flags))
         print_table(bench, flags)
     return 0
+
+
+def long(bench: Bench, flags: argparse.Namespace) -> bool:
+    """Whether a long run of the unmerged workload is as it should be."""
+    given = ["--size", str(flags.size), *(["--workload", flags.workload] if flags.workload else [])]
+    budget = int(1.4 * bench.unmerged.bytes_of(bench.unmerged.largest))
+    return long_run(bench.results, given, budget, load_of(bench, flags), flags.minutes)
 
 
 def load_of(bench: Bench, flags: argparse.Namespace) -> Load:
