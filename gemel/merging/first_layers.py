@@ -7,10 +7,12 @@ a task is below its target still. All that is missing is tried first, then fewer
 first one, then without the task that fares worst.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from gemel.environment.clock import Clock
 from gemel.environment.events import emit
+from gemel.environment.failures import is_out_of_memory
 from gemel.merging.evaluator import Evaluator
 from gemel.merging.images import ImageSampler
 from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisation, rule_of
@@ -21,12 +23,15 @@ from gemel.merging.options import LEAST_SQUARES, MergeOptions
 from gemel.merging.records import RunRecord
 from gemel.merging.resume import groups_to_tie
 from gemel.merging.state import MergeState
+from gemel.results_store.files import first_line
 from gemel.sharing.computation import members_of, with_equal_entries
 from gemel.sharing.groups import Configuration, Group, Occurrence, affected_tasks, joined
 from gemel.sharing.normalisation import can_share
 from gemel.strategies.base import Strategy
 from gemel.thresholds import THRESHOLDS
-from gemel.training.outcome import MET, Outcome
+from gemel.training.outcome import GIVEN_UP, MET, Outcome
+
+log = logging.getLogger(__name__)
 
 
 class FirstLayers:
@@ -53,6 +58,7 @@ class FirstLayers:
         # A private scale and bias would make their outputs differ.
         self.group_of = {o: group for group in groups if not group.private_bytes for o in group.occurrences}
         self.trials = 0
+        self.failed: dict[Configuration, dict[str, float]] = {}  # trial -> accuracy / target that it reached
 
     def tasks_alike(self) -> list[list[str]]:
         """Sets of tasks that could compute their first layers alike, if all were shared that can be."""
@@ -87,17 +93,22 @@ class FirstLayers:
         with self.clock.interruptible():
             traces = self.traces.of(tasks, self._stands_for)
             layers = common_layers(traces, tasks, self.group_of.__contains__)
-        tied = [set(group.occurrences) for group in self.state.kept]
-        groups = [self.group_of[o[0]].restricted_to(tasks) for o in layers if len(o) == len(tasks)]
-        return [group for group in groups if not any(set(group.occurrences) <= held for held in tied)]
+        missing = []
+        for occurrences in layers:
+            group = self.group_of[occurrences[0]]
+            held = [set(kept.occurrences) for kept in self.state.kept if set(kept.occurrences) & set(group.occurrences)]
+            if len(occurrences) < len(tasks) or not all(own <= set(group.occurrences) for own in held):
+                break  # earlier runs paired its layers otherwise
+            if not any(set(occurrences) <= own for own in held):
+                missing.append(group.restricted_to(tasks))
+        return missing
 
     def _stands_for(self, occurrence: Occurrence) -> object:
         """Layers of one group, and normalisation that could be shared, are alike."""
         if (group := self.group_of.get(occurrence)) is not None:
             return "group", group.occurrences
-        return (
-            "normalisation" if can_share(self.state.models[occurrence.task].get_submodule(occurrence.layer)) else None
-        )
+        layer = self.state.models[occurrence.task].get_submodule(occurrence.layer)
+        return "normalisation" if can_share(layer) else None
 
     # ---- a trial -----------------------------------------------------------------------------------------------
 
@@ -106,27 +117,41 @@ class FirstLayers:
 
         Of all tasks whose weights change.
         """
+        proposal = joined(self.state.kept, tuple(new))
+        if proposal in self.failed:  # the task that was left out shares these layers with the others already
+            return False, self.failed[proposal]
         emit("doing", what=f"tying {len(new)} first layers of {len(new[0].occurrences)} tasks")
         self.trials += 1
-        proposal = joined(self.state.kept, tuple(new))
         names = affected_tasks(self.state.kept, proposal)
+        reached = dict.fromkeys(names, 0.0)
         self.state.begin_trial(proposal, rule_of(self.options.initial_weights))
         try:
-            with self.clock.interruptible():
-                self._fit(tuple(new), proposal, names)
-                measured = self.evaluator.measure_all({name: self.state.models[name] for name in names})
-            if not self._all_met(measured):
-                measured = self.training.train(measured)
-            outcome = Outcome(MET, measured, tuple(measured), 0, 0, tuple(measured))
-            if met := self._all_met(measured):
-                outcome = judged_as_stored(self.state, self.evaluator, self.clock, outcome)
-                met = outcome.success
-            if met:
+            outcome = self._recovered(tuple(new), proposal, names)
+            reached = outcome.accuracies
+            if outcome.success:
                 self.state.keep(proposal)
-                self.evaluator.keep(outcome.accuracies)
+                self.evaluator.keep(reached)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("out of memory in a trial of first layers, which is undone: %s", first_line(error))
         finally:
             self.state.undo()  # to what is kept
-        return met, {name: reached / self._target(name) for name, reached in outcome.accuracies.items()}
+        ratios = {name: accuracy / self._target(name) for name, accuracy in reached.items()}
+        if not (met := self.state.kept == proposal):
+            self.failed[proposal] = ratios
+        return met, ratios
+
+    def _recovered(self, new: Configuration, proposal: Configuration, names: Sequence[str]) -> Outcome:
+        """Fits the tied layers, trains where that is not enough, and judges as stored."""
+        with self.clock.interruptible():
+            self._fit(new, proposal, names)
+            measured = self.evaluator.measure_all({name: self.state.models[name] for name in names})
+        if not self._all_met(measured):
+            measured = self.training.train(measured)
+        reason = MET if self._all_met(measured) else GIVEN_UP
+        outcome = Outcome(reason, measured, tuple(measured), 0, 0)
+        return judged_as_stored(self.state, self.evaluator, self.clock, outcome)
 
     def _fit(self, new: Configuration, proposal: Configuration, names: Sequence[str]) -> None:
         """Fits what is tied, or, once weights were trained, what is new, as rounds of the search do."""
