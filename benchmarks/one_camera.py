@@ -1,6 +1,6 @@
 """Two classifiers and a detector that see the frames of one camera: what running their common first layers once gains.
 
-    python -m benchmarks.one_camera [--folder DIR] [--strategy all] [--tolerance 0.9] [--seconds 8] [--repeats 3]
+    python -m benchmarks.one_camera [--folder DIR] [--tolerance 0.95] [--seed 0] [--seconds 8] [--repeats 3]
 
 The detector is the embedded default's of Main & 2nd, and its frames are the camera's. Two classifiers of whole frames,
 whether there is a truck and whether there are many people, are trained from the detector's backbone, with weights and
@@ -59,7 +59,7 @@ def write_frames(folder: Path) -> None:
             shutil.copyfile(image, target)
 
 
-def trained_classifier(folder: Path, question: str, epochs: int) -> tuple[nn.Module, float]:
+def trained_classifier(folder: Path, question: str, epochs: int, seed: int) -> tuple[nn.Module, float]:
     """(a classifier that was trained from the detector's backbone, its accuracy on val)."""
     model = build("slim_resnet", 2, **{key: TASKS[DETECTOR].kwargs[key] for key in ("layers", "width")})
     body = load_trained(DETECTOR).backbone.body.state_dict()  # type: ignore[union-attr, operator]
@@ -69,7 +69,7 @@ def trained_classifier(folder: Path, question: str, epochs: int) -> tuple[nn.Mod
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
     steps = epochs * (len(images) // 16)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    with seeded(0, "one camera", question):
+    with seeded(seed, "one camera", question):
         model.train()
         for _ in range(epochs):
             for batch in torch.randperm(len(images)).split(16)[: len(images) // 16]:
@@ -89,13 +89,13 @@ def _read(split: Path) -> tuple[Tensor, Tensor]:
     return images, torch.tensor([int(file.parent.name == "yes") for file in frames.files])
 
 
-def workload(folder: Path, epochs: int) -> dict:
-    """The task dictionary."""
+def workload(folder: Path, epochs: int, seed: int) -> dict:
+    """The task dictionary. seed: of the training of the classifiers."""
     create_sample_model_dict()  # draws and trains what is missing
     write_frames(folder)
     entries: dict[str, dict] = {}
     for question in QUESTIONS:
-        model, accuracy = trained_classifier(folder, question, epochs)
+        model, accuracy = trained_classifier(folder, question, epochs, seed)
         entries[f"{CAMERA}_{question}_resnet10"] = {
             "model": model,
             "task": "image_classification",
@@ -206,8 +206,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="keep the datasets and the results there; default: nowhere")
     parser.add_argument("--random", action="store_true", help="random weights; trains and merges nothing")
     parser.add_argument("--epochs", type=int, default=8, help="of the classifiers (default: %(default)s)")
-    parser.add_argument("--strategy", default="all", help="of the merge (default: %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=0.9, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of their training (default: %(default)s)")
+    parser.add_argument("--strategy", default="adaptive", help="of the merge (default: %(default)s)")
+    parser.add_argument("--tolerance", type=float, default=0.95, help="default: %(default)s")
     parser.add_argument("--max-epochs", type=float, default=1.0, help="of a trial (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=8.0, help="of a run (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
@@ -219,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
         if flags.random:
             write_random(results)
         elif not (results / "merged.json").is_file():
-            entries = workload(folder / "datasets", flags.epochs)
+            entries = workload(folder / "datasets", flags.epochs, flags.seed)
             options = {"tolerance": flags.tolerance, "share_norm": True, "num_threads": 1, "device": "cpu"}
             options |= {"strategy": flags.strategy, "max_epochs": flags.max_epochs, "initial_weights": "least_squares"}
             options |= {"feature_weight": 1.0, "probability_weight": 1.0}
