@@ -188,6 +188,8 @@ def shared_normalisation(found: Mapping | None) -> list[str]:
             wrap(f"normalisation: none is shared, after {found['trials']} trials: no two tasks would run more once")
         ]
     lines = [f"normalisation: {found['layers']} layers are shared, which saves {mib(found['saved_bytes'])}"]
+    if tied := found.get("tied_layers"):  # earlier results do not say it
+        lines.append(f"first layers that the search had left out: {tied} are tied for that")
     for group in found["groups"]:
         parts = (
             f"{name} {share(part, 1)} (accuracy of target "

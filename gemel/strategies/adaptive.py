@@ -146,6 +146,9 @@ class Adaptive(Strategy):
             self.own, self.adopted = self.part, ()  # it may have split what was adopted
         self.part = ()
 
+    def keep_more(self, kept: Configuration) -> None:
+        self.own, self.part, self.adopted = kept, (), ()  # a part that was kept may have split what was adopted
+
     def propose(self) -> Configuration | None:
         """The next configuration; skips what was tried already, ties nothing new, or is predicted to fail."""
         while self.phase != DONE:
