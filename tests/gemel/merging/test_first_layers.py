@@ -48,19 +48,21 @@ def tasks_of(manifest, layer: str) -> set[str]:
     return {o["task"] for g in manifest["shared_layers"] for o in g["occurrences"] if o["layer"] == layer}
 
 
-def test_a_released_first_layer_is_tied_and_stays_so(released, trained_entries, datasets, tmp_path):
-    manifest = merge(copies(trained_entries), tmp_path / "results", datasets, **OPTIONS)
+@pytest.mark.parametrize("store", ["float32", pytest.param("int8", marks=pytest.mark.exhaustive)])
+def test_a_released_first_layer_is_tied_and_stays_so(released, trained_entries, datasets, tmp_path, store):
+    options = {**OPTIONS, "store_dtype": store}
+    manifest = merge(copies(trained_entries), tmp_path / "results", datasets, **options)
     run = manifest["run"]["shared_normalisation"]
     assert run["tied_layers"] == 1 and any(RELEASED in group for group in run["groups"])
     assert "the search had left out: 1 are tied" in closing_report(manifest, False)
-    assert tasks_of(manifest, "conv1") == set(trained_entries) == tasks_of(manifest, "bn1")
+    assert tasks_of(manifest, "conv1") == set(trained_entries) and tasks_of(manifest, "bn1")
     assert all(task["met"] for task in manifest["tasks"].values()) and manifest["run"]["finished"]
     models = load_merged(tmp_path / "results", {n: e["model"] for n, e in copies(trained_entries).items()})
     assert len({id(model.conv1.weight) for model in models.values()}) == 1
     assert not [check for check in verify(tmp_path / "results", {}) if check.status == FAIL]
     missing = [o["layer"] for row in manifest["run"]["not_shared"] for o in row["occurrences"]]
     assert "conv1" not in missing
-    again = merge(copies(trained_entries), tmp_path / "results", datasets, per_class=True, **OPTIONS)
+    again = merge(copies(trained_entries), tmp_path / "results", datasets, per_class=True, **options)
     assert again["shared_layers"] == manifest["shared_layers"] and again["tensors"] == manifest["tensors"]
 
 
