@@ -33,7 +33,7 @@ from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisatio
 from gemel.merging.judged_as_stored import judge_folded, judged_as_stored
 from gemel.merging.layout import choose_layout
 from gemel.merging.matched_groups import matched_groups
-from gemel.merging.memory_need import memory_needs, warn_if_short
+from gemel.merging.memory_need import predict_memory, searched_by
 from gemel.merging.options import LEAST_SQUARES, NO_ALIGNMENT, MergeOptions
 from gemel.merging.out_of_memory import on_fewer_images
 from gemel.merging.placement import place_tasks
@@ -124,8 +124,8 @@ class Merger:
         if problems:
             self.state.hand_back()
             raise WorkloadError(problems)
-        self.record.memory_needs = memory_needs(self.tasks, self.data, self.state, self.images, self.options)
-        warn_if_short(self.record.memory_needs)
+        given = (self.tasks, self.data, self.state, self.images, self.options)
+        self.record.memory_needs = predict_memory(*given, searched_by(self.strategy, self.record.groups))
 
     def resume(self, manifest: Mapping) -> list[str]:
         """Puts the search where the run that wrote the manifest was, or on top of it where tasks came or went.

@@ -1,5 +1,7 @@
 """How much memory a process may use, and uses: of the machine or its control group (containers), and of a device."""
 
+import contextlib
+import ctypes
 import os
 import resource
 import sys
@@ -34,6 +36,12 @@ def memory_used(device: torch.device) -> int:
         return int(lines["VmRSS"].split()[0]) << 10
     except (OSError, KeyError, ValueError):
         return peak_memory(device)
+
+
+def give_back_unused() -> None:
+    """Gives the system the memory that the C library keeps for later, where it can (glibc): it is in no use now."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -12,10 +12,10 @@ from gemel.datasets.loaders import MAX_PLAIN_IMAGES, TaskData, batch_size_of, nu
 from gemel.environment.seeds import seeded
 from gemel.fitting.memory import LiveBytes, footprint_of
 from gemel.fitting.rows import is_linear_map, linear_map_at, shape_of
+from gemel.forward.modes import Models
 from gemel.merging.images import ImageSampler
 from gemel.merging.options import MergeOptions
 from gemel.merging.state import MergeState
-from gemel.sharing.holders import own_models
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.tying import restore_snapshot, take_snapshot
 from gemel.thresholds import THRESHOLDS
@@ -30,22 +30,23 @@ ROW_BYTES = 4  # float32
 log = logging.getLogger(__name__)
 
 
-def bytes_of_training(
-    tasks: Mapping[str, Task], data: Mapping[str, TaskData], state: MergeState, options: MergeOptions
-) -> dict[str, int]:
-    """What -> bytes that a round of training takes beside the models; activations of one task at a time."""
-    own = own_models(state.models)
-    trained = sum(parameter.nbytes for parameter in own.parameters() if parameter.requires_grad)
-    each = [_activations(task, data[name], state, options) for name, task in tasks.items()]
+def bytes_of_training(models: Models, distinct_share: float, activations: int) -> dict[str, int]:
+    """What -> bytes that a round which trains these models takes beside them.
+
+    distinct_share: of the models' bytes, that are left once a trial has tied what it ties. activations: of one task at
+    a time.
+    """
+    trained = {p: p.nbytes for model in models.values() for p in model.parameters() if p.requires_grad}
+    num_bytes = int(distinct_share * sum(trained.values()))
     return {
-        "average of weights": distinct_bytes(own),
-        "optimizer state": NUM_MOMENTS * trained,
-        "gradients": trained,
-        "activations of a batch": max(each, default=0),
+        "average of weights": int(distinct_share * distinct_bytes(models)),
+        "optimizer state": NUM_MOMENTS * num_bytes,
+        "gradients": num_bytes,
+        "activations of a batch": activations,
     }
 
 
-def _activations(task: Task, data: TaskData, state: MergeState, options: MergeOptions) -> int:
+def bytes_of_activations(task: Task, data: TaskData, state: MergeState, options: MergeOptions) -> int:
     """Bytes that live after the forward pass of one training batch; 0, with a warning, where it cannot be run."""
     snapshot, teacher = take_snapshot(task.model), None
     if options.training.teaches or not task.labels:
@@ -75,13 +76,13 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
 
 def bytes_of_fits(
     tasks: Mapping[str, Task], data: Mapping[str, TaskData], state: MergeState, images: ImageSampler
-) -> int:
-    """Bytes that a fit takes beside the models: within its option, and less where there are few or small images.
+) -> dict[str, int]:
+    """Task -> bytes that its part of a fit takes beside the models, unless `fit_memory` bounds it.
 
     Images of all tasks, the unmerged models' outputs at drawn positions, passes that wait with all their images in
     flight, and the normal equations of the largest layer in every task.
     """
-    total = 0
+    found = {}
     for name in tasks:
         batch, model = images.few_of(name, "memory"), state.unmerged[name]
         wanted = THRESHOLDS.fit.more_images * THRESHOLDS.fit.pixels // batch[0][0].numel()
@@ -91,8 +92,8 @@ def bytes_of_fits(
         outputs = sum(groups * width for groups, _, width in shapes) * THRESHOLDS.fit.positions
         equations = max((groups * inputs * (inputs + width) for groups, inputs, width in shapes), default=0)
         in_flight = footprint_of(model, [], batch).peak * count
-        total += int(in_flight + batch[0].nbytes * count + ROW_BYTES * (outputs + equations))
-    return min(int(images.of_fits.memory.limit), total)
+        found[name] = int(in_flight + batch[0].nbytes * count + ROW_BYTES * (outputs + equations))
+    return found
 
 
 def bytes_of_samples(data: TaskData, limit: int) -> int:

@@ -1,29 +1,31 @@
 """How much memory a merge is predicted to take, before anything is trained, beside what it then took.
 
-Every part is the most that it can be: all tasks in one trial, and nothing tied. What is tied is there once, so a round
-that ties much takes less. Fits and training are never there at the same time: the larger one counts.
+Every part is the most that it can be, for a trial that changes all tasks which can share with each other. What it ties
+is there once, beside the weights that it would be undone to: how much that is, the strategy says (`tied_share`). Fits
+and training are never there at the same time: the larger one counts.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
 from gemel.datasets.loaders import TaskData
 from gemel.environment import ranks
 from gemel.environment.device import pick_device
-from gemel.environment.memory import memory_there, memory_used, peak_memory
+from gemel.environment.memory import give_back_unused, memory_there, memory_used, peak_memory
 from gemel.environment.units import mib
 from gemel.merging import earlier_merges
 from gemel.merging.console import wrap
 from gemel.merging.images import ImageSampler
-from gemel.merging.measured_memory import bytes_of_fits, bytes_of_samples, bytes_of_training
+from gemel.merging.measured_memory import bytes_of_activations, bytes_of_fits, bytes_of_samples, bytes_of_training
 from gemel.merging.options import LEAST_SQUARES, MergeOptions
 from gemel.merging.state import MergeState
-from gemel.sharing.holders import own_models
+from gemel.sharing.groups import Configuration, restrict, saved_bytes
 from gemel.sharing.memory import distinct_bytes
+from gemel.strategies.base import Strategy
 from gemel.workload import Task
 
 log = logging.getLogger(__name__)
@@ -63,41 +65,119 @@ class MemoryNeed:
         return {"memory_of": self.device.type, **sizes, "parts": self.at_worst}
 
 
+class Trial(NamedTuple):
+    """What a trial takes beside the models: what -> bytes, by where and when it is there."""
+
+    undo: Parts  # in the memory of the machine, all the time
+    tied: Parts  # on the device, all the time
+    copies: Parts  # in the memory of the machine, while weights are fitted
+    fits: Parts  # on the device, while weights are fitted
+    training: Parts  # on the device
+    written: Parts  # in the memory of the machine, while it trains
+
+    @property
+    def total(self) -> int:
+        """At its worst moment, in all memories together."""
+        always, fits, training = ((self.undo, self.tied), (self.copies, self.fits), (self.training, self.written))
+        return _sum(*always) + max(_sum(*fits), _sum(*training))
+
+
+def _sum(*parts: Parts) -> int:
+    return sum(size for part in parts for size in part.values())
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What is searched: the groups that tasks could share, how much of it trials tie, and which tasks are apart."""
+
+    groups: Configuration
+    tied_share: float = 0.0
+    apart: Sequence[Collection[str]] = ()
+
+    def parts(self, names: Collection[str]) -> list[list[str]]:
+        """Of these tasks, sets of which a trial changes one at most."""
+        return [part for tasks in self.apart or [names] if (part := [name for name in names if name in tasks])]
+
+    def bytes_of_tied(self, names: Collection[str]) -> int:
+        """Of the weights that a trial of these tasks shares."""
+        return int(self.tied_share * sum(group.bytes for group in restrict(self.groups, names)))
+
+    def bytes_saved(self, names: Collection[str]) -> int:
+        """By a trial of these tasks."""
+        return int(self.tied_share * saved_bytes(restrict(self.groups, names)))
+
+
+def searched_by(strategy: Strategy, groups: Configuration) -> Searched:
+    """What a strategy searches; groups: that could be shared."""
+    return Searched(groups, strategy.tied_share, strategy.searched_apart)
+
+
 def memory_needs(
     tasks: Mapping[str, Task],
     data: Mapping[str, TaskData],
     state: MergeState,
     images: ImageSampler,
     options: MergeOptions,
+    searched: Searched,
 ) -> list[MemoryNeed]:
     """What this rank is predicted to take of the machine's memory and of its device's, if that has one of its own.
 
     Runs every task of this rank forward on a few images of train; the models stay as they are.
     """
     own = {name: tasks[name] for name in ranks.mine(tasks)}
-    models = distinct_bytes(own_models(state.models))
-    live = {"models": models, "unmerged copies": distinct_bytes(own_models(state.unmerged))}
+    live = live_bytes(state, own)
     came = {"models as they came": earlier_merges.bytes_kept(task.model for task in tasks.values())}
     loaded = {"samples in memory": sum(bytes_of_samples(data[name], _cache(options, tasks)) for name in own)}
-    kept = {**came, **loaded, "copies to undo a round": models}
-    fits, fit_work = {}, {}
-    if options.initial_weights == LEAST_SQUARES:
-        fits = {"copies of weights in a fit": 2 * models}
-        fit_work = {"images, activations and rows of a fit": bytes_of_fits(own, data, state, images)}
-    training = bytes_of_training(own, data, state, options)
-    written = {
-        "state of a round that is written": training["average of weights"] + training["optimizer state"] + models
-    }
+    activations = {name: bytes_of_activations(task, data[name], state, options) for name, task in own.items()}
+    fit_work = bytes_of_fits(own, data, state, images) if options.initial_weights == LEAST_SQUARES else {}
+    limit = int(images.of_fits.memory.limit)
+    parts = [_of_trial(part, state, searched, activations, fit_work, limit) for part in searched.parts(list(own))]
+    trial = max(parts, key=lambda trial: trial.total, default=Trial(*[{}] * len(Trial._fields)))
     machine = pick_device("cpu")
+    give_back_unused()
     if state.device == machine:
         other = {"the rest of the process": max(0, memory_used(machine) - sum({**live, **came}.values()))}
-        phases = {FITS: {**fits, **fit_work}, TRAINING: {**training, **written}}
-        return [MemoryNeed(machine, {**live, **kept, **other}, phases, memory_there(machine))]
+        phases = {FITS: {**trial.copies, **trial.fits}, TRAINING: {**trial.training, **trial.written}}
+        always = {**live, **came, **loaded, **trial.undo, **trial.tied, **other}
+        return [MemoryNeed(machine, always, phases, memory_there(machine))]
     other = {"the process": max(0, memory_used(machine) - sum(came.values()))}
+    host = {**other, **came, **loaded, **trial.undo}
+    on_device = {FITS: trial.fits, TRAINING: trial.training}
     return [
-        MemoryNeed(machine, {**other, **kept}, {FITS: fits, TRAINING: written}, memory_there(machine)),
-        MemoryNeed(state.device, live, {FITS: fit_work, TRAINING: training}, memory_there(state.device)),
+        MemoryNeed(machine, host, {FITS: trial.copies, TRAINING: trial.written}, memory_there(machine)),
+        MemoryNeed(state.device, {**live, **trial.tied}, on_device, memory_there(state.device)),
     ]
+
+
+def _of_trial(
+    names: Collection[str],
+    state: MergeState,
+    searched: Searched,
+    activations: Mapping[str, int],
+    fit_work: Mapping[str, int],
+    limit: int,
+) -> Trial:
+    """Of a trial that changes all of these tasks; limit: bytes of a fit."""
+    models = {name: state.models[name] for name in names}
+    whole, in_float32 = distinct_bytes(models), distinct_bytes(state.models) / max(1, state.unmerged_bytes)
+    distinct = max(0, whole - int(searched.bytes_saved(names) * in_float32))
+    training = bytes_of_training(models, distinct / max(1, whole), max((activations[n] for n in names), default=0))
+    united = training["average of weights"] + training["optimizer state"] + distinct if ranks.size() > 1 else 0
+    fit_bytes = min(limit, sum(fit_work.get(name, 0) for name in names))
+    return Trial(
+        undo={"copies to undo a round": whole},
+        tied={"weights that a round shares": int(searched.bytes_of_tied(names) * in_float32)},
+        copies={"copies of weights in a fit": 2 * distinct} if fit_work else {},
+        fits={"images, activations and rows of a fit": fit_bytes},
+        training=training,
+        written={"state of a round of all ranks": united},
+    )
+
+
+def live_bytes(state: MergeState, names: Collection[str]) -> dict[str, int]:
+    """Of the models of these tasks and their unmerged copies, each tensor once."""
+    pairs = {"models": state.models, "unmerged copies": state.unmerged}
+    return {what: distinct_bytes({name: models[name] for name in names}) for what, models in pairs.items()}
 
 
 def _cache(options: MergeOptions, tasks: Mapping[str, Task]) -> int:
@@ -105,15 +185,50 @@ def _cache(options: MergeOptions, tasks: Mapping[str, Task]) -> int:
     return options.memory_per_task(len(tasks))
 
 
+def predict_memory(
+    tasks: Mapping[str, Task],
+    data: Mapping[str, TaskData],
+    state: MergeState,
+    images: ImageSampler,
+    options: MergeOptions,
+    searched: Searched,
+) -> list[MemoryNeed]:
+    """`memory_needs`; where there is less, models of tasks that are searched apart wait, and a warning says it.
+
+    In one process: several have the models of some tasks each.
+    """
+    needs = memory_needs(tasks, data, state, images, options, searched)
+    if len(searched.apart) > 1 and ranks.size() == 1 and any(map(is_short, needs)):
+        state.waiting.apart = searched.apart
+        needs = _while_others_wait(needs, state, searched)
+        where = "in files" if state.device == pick_device("cpu") else "in the memory of the machine"
+        log.warning("memory is short: the models of tasks that a round does not change wait %s", where)
+    warn_if_short(needs)
+    return needs
+
+
+def _while_others_wait(needs: Sequence[MemoryNeed], state: MergeState, searched: Searched) -> list[MemoryNeed]:
+    """The same with the models of the largest set of tasks alone; what waits in files is not counted."""
+    there = max((live_bytes(state, part) for part in searched.parts(list(state.models))), key=_sum)
+    away = _sum(live_bytes(state, list(state.models))) - _sum(there)
+    found = [replace(need, always={**need.always, **there}) for need in needs if need.device == state.device]
+    hosts = [need for need in needs if need.device != state.device]
+    return [*(replace(need, always={**need.always, "models that wait": away}) for need in hosts), *found]
+
+
+def is_short(need: MemoryNeed) -> bool:
+    """Whether there is less memory than what is predicted."""
+    return need.there is not None and need.predicted > need.there
+
+
 def warn_if_short(needs: Sequence[MemoryNeed]) -> None:
     """Warns of every memory that is smaller than what is predicted, and says what would take less of it."""
-    for need in needs:
-        if need.there is not None and need.predicted > need.there:
-            log.warning(
-                "memory of the %s: up to %s are predicted, and there are %s: if it runs out, smaller batches "
-                "(batch_size of a task), fit_memory or cache_bytes, or several processes take less (docs/multi_gpu.md)",
-                *(_name_of(need), mib(need.predicted), mib(need.there)),
-            )
+    for need in filter(is_short, needs):
+        log.warning(
+            "memory of the %s: up to %s are predicted, and there are %s: if it runs out, smaller batches "
+            "(batch_size of a task), fit_memory or cache_bytes, or several processes take less (docs/multi_gpu.md)",
+            *(_name_of(need), mib(need.predicted), mib(need.there or 0)),
+        )
 
 
 def memory_text(needs: Sequence[MemoryNeed]) -> str:

@@ -102,6 +102,7 @@ class SharedNormalisation:
 
         Raises Interrupted or TimeOver: then nothing is shared, and all is as before.
         """
+        self.state.waiting.end()
         before, ratios = self._remember(self.tasks), dict(self.evaluator.ratios())
         try:
             emit("doing", what="looking for first layers that tasks compute alike")

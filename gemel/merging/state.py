@@ -14,6 +14,7 @@ from gemel.alignment.permutation import ChannelSpaces, inverse
 from gemel.environment import ranks
 from gemel.forward.batches import Batch
 from gemel.forward.modes import deep_copy, set_layout, state_on_cpu
+from gemel.merging.waiting import Waiting
 from gemel.results_store.load import load_merged
 from gemel.sharing.adapters import fold, has_additions, own_modules
 from gemel.sharing.groups import Configuration, affected_tasks, from_plain, joined, restrict
@@ -87,6 +88,7 @@ class MergeState:
         self.order = ChannelOrder()
         self._undo: Snapshot | None = None  # of what is kept, while the models hold something else
         self._before_look: Snapshot | None = None  # of what the models hold, within `all_tied`
+        self.waiting = Waiting(self.models, self.unmerged, device)
 
     def use_layout(self, channels_last: bool) -> None:
         """From now on the weights are laid out channels-last, or not; values and objects stay."""
@@ -112,6 +114,7 @@ class MergeState:
 
     def begin_trial(self, proposal: Configuration, initial: str) -> bool:
         """Ties the proposal, new ties with the values of a data-free rule; whether it was tied already."""
+        self.waiting.all_but(affected_tasks(self.kept, proposal))
         continues = self.continued_trial == proposal
         if self._undo is None:
             self._undo = take_snapshot(self._container(affected_tasks(self.kept, proposal)))
@@ -185,6 +188,7 @@ class MergeState:
 
         Of a model that came frozen as a whole, private scales, biases and adapters are frozen as well.
         """
+        self.waiting.end()
         self.restore_channel_order()
         own = {name: [key for key, _ in model.named_parameters()] for name, model in self.models.items()}
         freeze(self.models, {n: self.given_frozen[n] if n not in self._came_frozen else own[n] for n in own})

@@ -1,6 +1,5 @@
 """The state of the round in flight: one file beside the result, valid only with the store that the round began from."""
 
-import io
 import logging
 import time
 from collections.abc import Callable
@@ -27,9 +26,8 @@ def write_checkpoint(path: str | Path, state: dict) -> None:
     path = Path(path)
     _check_plain(state, "state")
     store = read_manifest(path)["store"]["file"]
-    buffer = io.BytesIO()
-    torch.save({"store": store, "state": state}, buffer)
-    files.write(path / files.IN_FLIGHT, [buffer.getbuffer()])
+    content = {"store": store, "state": state}
+    files.write_by(path / files.IN_FLIGHT, lambda sink: torch.save(content, sink))  # type: ignore[arg-type]
 
 
 def read_checkpoint(path: str | Path) -> dict | None:

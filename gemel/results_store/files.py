@@ -12,9 +12,9 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 MANIFEST = "merged.json"
 STATISTICS = "workload_stats.json"
@@ -66,23 +66,60 @@ def naming(file: Path, what: str) -> Iterator[None]:
 # ---- writing --------------------------------------------------------------------------------------------
 
 
+class Sink:
+    """A file that is being written, with the digest and the size of what went into it so far.
+
+    Once a write has failed it takes what follows and drops it: torch.save would make other errors of ours. `error` is
+    then the first one.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.size, self.digest = file, 0, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        num_bytes = memoryview(data).nbytes
+        try:
+            if self.error is None:
+                self._file.write(data)
+        except OSError as error:
+            self.error = error
+        self.digest.update(data)
+        self.size += num_bytes
+        return num_bytes
+
+    def flush(self) -> None:
+        """Nothing: the file is synced once it is whole."""
+
+
 def stage(temporary: Path, chunks: Iterable[bytes | memoryview]) -> Written:
     """Writes chunks of bytes into a temporary file and syncs it; `commit` renames it. On any error it is removed."""
-    digest, size = hashlib.sha256(), 0
+
+    def fill(sink: Sink) -> None:
+        for chunk in chunks:
+            sink.write(chunk)
+            if sink.error is not None:
+                return
+
+    return stage_by(temporary, fill)
+
+
+def stage_by(temporary: Path, fill: Callable[[Sink], object]) -> Written:
+    """The same of what a function writes into the file, so that it need not be in memory as a whole."""
     try:
         with naming(temporary, "written"):
             temporary.unlink(missing_ok=True)
             with open(temporary, "xb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                    digest.update(chunk)
-                    size += memoryview(chunk).nbytes
+                sink = Sink(file)
+                fill(sink)
+                if sink.error is not None:
+                    raise sink.error
                 file.flush()
                 os.fsync(file.fileno())
     except BaseException:
         discard(temporary)
         raise
-    return Written(digest.hexdigest(), size)
+    return Written(sink.digest.hexdigest(), sink.size)
 
 
 def commit(temporary: Path, target: Path) -> None:
@@ -94,7 +131,16 @@ def commit(temporary: Path, target: Path) -> None:
 def write(target: Path, chunks: Iterable[bytes | memoryview], temporary: Path | None = None) -> Written:
     """Replaces a file atomically: whenever the process is killed, it is the old file or the new one."""
     temporary = temporary or target.with_name(target.name + TEMPORARY)
-    written = stage(temporary, chunks)
+    return _replaced(target, temporary, stage(temporary, chunks))
+
+
+def write_by(target: Path, fill: Callable[[Sink], object]) -> Written:
+    """The same of what a function writes."""
+    temporary = target.with_name(target.name + TEMPORARY)
+    return _replaced(target, temporary, stage_by(temporary, fill))
+
+
+def _replaced(target: Path, temporary: Path, written: Written) -> Written:
     try:
         commit(temporary, target)
     except BaseException:

@@ -4,19 +4,14 @@ Every rank has all models with the same ties, but trains, fits and evaluates onl
 others hold is out of date until `synchronise`.
 """
 
-import tempfile
 from collections.abc import Iterator
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gemel.environment import ranks
 from gemel.forward.modes import Models
 from gemel.sharing.memory import distinct_tensors, named_tensors
-
-LEAST_BYTES = 64 << 10  # of a tensor that is parked: what is smaller takes little, and is most of the tensors
-MAX_FILES = 20_000  # mappings: Linux allows a process 65,530
+from gemel.sharing.residence import for_files, to_file
 
 
 def own_models(models: Models) -> nn.ModuleDict:
@@ -49,27 +44,12 @@ def synchronise(models: Models) -> None:
 
 
 def park(models: Models) -> None:
-    """Moves the large tensors of other ranks' models to temporary files that are mapped into memory, on a CPU.
-
-    The files have no names and go with the process. Their pages belong to the disk cache: the system can drop them. A
-    tensor keeps its object, shape, layout and type, and has a storage of its own, so that it can be saved as before; on
-    other devices everything stays where it is.
-    """
+    """Moves the large tensors of other ranks' models to temporary files (residence.py), on a CPU."""
     held = {id(tensor) for tensor in _tensors(models, mine=True)}
-    others = [t for t in _tensors(models, mine=False) if id(t) not in held and t.device.type == "cpu"]
-    others = [tensor for tensor in others if tensor.nbytes >= LEAST_BYTES]
-    for tensor in sorted(others, key=lambda tensor: -tensor.nbytes)[:MAX_FILES]:
-        with tempfile.NamedTemporaryFile(prefix="gemel-parked-") as file:
-            storage: Any = torch.UntypedStorage.from_file(file.name, True, _span(tensor) * tensor.element_size())
-        parked = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
-        tensor.data = parked.copy_(tensor.detach())
+    for tensor in for_files(tensor for tensor in _tensors(models, mine=False) if id(tensor) not in held):
+        to_file(tensor)
 
 
 def _tensors(models: Models, mine: bool) -> Iterator[Tensor]:
     """Distinct parameters and saved buffers of the models of this rank's tasks, or of the others'."""
     return distinct_tensors({name: model for name, model in models.items() if ranks.is_mine(name) == mine})
-
-
-def _span(tensor: Tensor) -> int:
-    """Elements of storage from a tensor's first to its last element, both included."""
-    return 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))

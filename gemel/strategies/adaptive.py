@@ -68,6 +68,8 @@ Part = dict[int, tuple[str, ...]]  # what is tried as one: index of a group -> t
 class Adaptive(Strategy):
     """See the header of this file; benchmarks/LOG.md has what was measured."""
 
+    tied_share = 0.5  # the first one ties everything, and those that follow a failure ever less
+
     def __init__(
         self, models: Mapping[str, nn.Module], groups: Configuration | None = None, adapter_budget: float = 0.0
     ):

@@ -26,6 +26,8 @@ from gemel.strategies.base import NONE, Ratios, Strategy
 class All(Strategy):
     """Everything at once; if tasks fail, everything once more among the tasks that met their targets."""
 
+    tied_share = 1.0
+
     def __init__(self, models: Mapping[str, nn.Module], groups: Configuration | None = None):
         self.groups = find_groups(models) if groups is None else groups
         self.tasks = tuple(models)

@@ -93,6 +93,10 @@ class Components(Strategy):
         return f"{len(self.parts)} sets of tasks that share nothing with each other: {self.current.about_to_do}"
 
     @property
+    def tied_share(self) -> float:  # type: ignore[override]
+        return self.current.tied_share
+
+    @property
     def effort(self) -> int:
         return self.current.effort
 

@@ -1,5 +1,6 @@
 """A merge of tasks of which some share nothing with others."""
 
+import copy
 import json
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 from pico import PicoNet, classification_entry
 from rank_processes import on_ranks
 
+from gemel.merging import memory_need
 from gemel.merging.options import MergeOptions
 from gemel.merging.resume import load_search, new_strategy
+from gemel.merging.state import MergeState
 from gemel.results_store.manifest import read_manifest
-from gemel.sharing.groups import find_groups, saved_bytes
+from gemel.sharing import residence
+from gemel.sharing.groups import affected_tasks, find_groups, saved_bytes
 from gemel.strategies.adaptive import Adaptive
 from gemel.strategies.components import Components
 from merge_workloads import merge_workload
@@ -39,6 +43,35 @@ def test_a_round_changes_the_tasks_of_one_component(apart, datasets, tmp_path):
     shared = [{o["task"] for o in group["occurrences"]} for group in manifest["shared_layers"]]
     assert any(tasks <= NARROW for tasks in shared) and any(tasks <= WIDE for tasks in shared)
     assert manifest["run"]["finished"] and all(task["met"] for task in manifest["tasks"].values())
+
+
+def test_where_memory_is_short_the_others_wait_and_the_result_is_the_same(
+    apart, datasets, tmp_path, monkeypatch, caplog
+):
+    def in_file(model):
+        return {"gemel-parked-" in str(p.untyped_storage().filename) for p in model.parameters()}
+
+    seen = []
+    begin = MergeState.begin_trial
+
+    def spied(state, proposal, initial):
+        continues = begin(state, proposal, initial)
+        now = NARROW if set(affected_tasks(state.kept, proposal)) <= NARROW else WIDE
+        for model in (state.models, state.unmerged):
+            assert all(in_file(model[name]) == {name not in now} for name in NARROW | WIDE)
+        seen.append(now)
+        return continues
+
+    usual = merged(copy.deepcopy(apart), tmp_path / "usual", datasets)
+    monkeypatch.setattr(MergeState, "begin_trial", spied)
+    monkeypatch.setattr(residence, "LEAST_BYTES", 1)
+    monkeypatch.setattr(memory_need, "memory_there", lambda device: 1 << 20)
+    short = merged(apart, tmp_path / "short", datasets)
+    assert NARROW in seen and WIDE in seen and "does not change wait in files" in caplog.text
+    assert short["shared_layers"] == usual["shared_layers"] and short["store"]["file"] == usual["store"]["file"]
+    assert all(in_file(apart[name]["model"]) == {False} for name in NARROW | WIDE), "they come back at the end"
+    use, more = short["run"]["memory_use"][0]["parts"], usual["run"]["memory_use"][0]["parts"]
+    assert use["models"] < more["models"] and use["unmerged copies"] < more["unmerged copies"]
 
 
 def test_a_run_that_is_cut_short_goes_on_with_and_without_a_memory_goal(apart, datasets, tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ from gemel.environment.memory import memory_there
 from gemel.forward.modes import state_on_cpu
 from gemel.merging import earlier_merges, memory_need
 from gemel.merging.images import ImageSampler
-from gemel.merging.measured_memory import bytes_of_training
-from gemel.merging.memory_need import memory_needs, memory_text
+from gemel.merging.measured_memory import bytes_of_activations, bytes_of_training
+from gemel.merging.memory_need import Searched, memory_needs, memory_text
 from gemel.merging.options import MergeOptions
 from gemel.merging.state import MergeState
 from gemel.sharing.memory import distinct_bytes
@@ -33,12 +33,12 @@ def test_training_takes_what_is_trained_and_the_activations_of_one_task(tasks, d
         parameter.requires_grad_(False)
     frozen = sum(parameter.nbytes for parameter in tasks["north_pico"].model.conv1.parameters())
     options = MergeOptions(training=TrainingOptions())
-    found = bytes_of_training(tasks, data, state, options)
+    each = [bytes_of_activations(tasks[n], data[n], state, options) for n in tasks]
+    found = bytes_of_training(state.models, 1.0, max(each))
     trained = sum(parameter.nbytes for parameter in state.models.parameters()) - frozen
     assert found["gradients"] == trained and found["optimizer state"] == 2 * trained
     assert found["average of weights"] == distinct_bytes(state.models)
-    each = [bytes_of_training({n: tasks[n]}, data, state, options)["activations of a batch"] for n in tasks]
-    assert found["activations of a batch"] == max(each)
+    assert found["activations of a batch"] == max(each) > 0
     assert same_state(before, state_on_cpu(state.models)), "measuring changes nothing"
     assert not any(parameter.grad is not None for parameter in state.models.parameters())
 
@@ -59,14 +59,14 @@ def test_activations_are_those_of_a_whole_batch(tasks, data, state):
     task = replace(task, model=Small())
     state.unmerged["north_pico"] = Small()
     options = MergeOptions(training=TrainingOptions())
-    found = bytes_of_training({"north_pico": task}, data, state, options)["activations of a batch"]
+    found = bytes_of_activations(task, data["north_pico"], state, options)
     assert found == pytest.approx(2 * size * 64 * pixels * 4, rel=0.1)
 
 
 def test_what_is_predicted_is_the_sum_of_the_worst_moment(tasks, data, state):
     options = MergeOptions(cache_bytes=1000)
     images = ImageSampler(tasks, data, 0, CPU, 16 << 20)
-    (need,) = memory_needs(tasks, data, state, images, options)
+    (need,) = memory_needs(tasks, data, state, images, options, Searched(()))
     models = distinct_bytes(state.models)
     assert need.at_worst["models"] == need.at_worst["unmerged copies"] == models
     assert need.predicted == sum(need.at_worst.values()) and need.there == memory_there(CPU)

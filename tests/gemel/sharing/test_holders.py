@@ -8,7 +8,7 @@ from rank_processes import on_ranks
 from torch import nn
 
 from gemel.environment import ranks
-from gemel.sharing import holders
+from gemel.sharing import residence
 from gemel.sharing.groups import find_groups
 from gemel.sharing.holders import held_by, own_models, park, synchronise
 from gemel.sharing.tying import tie
@@ -46,7 +46,7 @@ def test_all_ranks_get_the_values_of_the_first_task_that_holds_a_tensor():
 def parked() -> dict:
     models = models_of_ranks()
     before = copy.deepcopy(models)
-    holders.LEAST_BYTES = 1  # pico models have no large tensors
+    residence.LEAST_BYTES = 1  # pico models have no large tensors
     park(models)
     torch.save(models.state_dict(), io.BytesIO())
     assert same_state(models.state_dict(), before.state_dict())
@@ -126,7 +126,7 @@ def test_only_large_tensors_that_no_task_of_this_rank_holds_are_parked(first_of_
     models = tied_models()
     weight, conv1, bias = models["c_x"].conv2.weight, models["c_x"].conv1.weight, models["c_x"].conv2.bias
     models["c_x"].conv2.weight.data = weight.data.to(memory_format=torch.channels_last)
-    monkeypatch.setattr(holders, "LEAST_BYTES", conv1.nbytes)
+    monkeypatch.setattr(residence, "LEAST_BYTES", conv1.nbytes)
     tensors = dict(models.state_dict(keep_vars=True))
     before = {name: (tensor.data_ptr(), tensor.detach().clone(), tensor.stride()) for name, tensor in tensors.items()}
     park(models)
@@ -141,8 +141,8 @@ def test_only_large_tensors_that_no_task_of_this_rank_holds_are_parked(first_of_
 
 def test_the_largest_are_parked_where_there_are_too_many(first_of_two, monkeypatch):
     models = tied_models()
-    monkeypatch.setattr(holders, "LEAST_BYTES", 1)
-    monkeypatch.setattr(holders, "MAX_FILES", 1)
+    monkeypatch.setattr(residence, "LEAST_BYTES", 1)
+    monkeypatch.setattr(residence, "MAX_FILES", 1)
     largest = max(models["c_x"].parameters(), key=lambda parameter: parameter.nbytes)
     before = {name: tensor.data_ptr() for name, tensor in models.state_dict(keep_vars=True).items()}
     park(models)
