@@ -4,7 +4,8 @@
 
 Models have random weights, images are random. The eval method finds every model right when it first sees it, then below
 its target at every other call, so that trials are trained a little and then kept; where only weights are fitted it
-finds all right. A line per workload: what was predicted before the first round, what was used at most (resident memory
+finds all right. A line per workload: what was predicted before the first round (for fits alone where nothing was
+trained), what was used at most (resident memory
 of the process; on CUDA allocated tensors), and their ratio, in all and without what the process had before the merge.
 """
 
@@ -27,6 +28,7 @@ from benchmarks.fit_memory import MIB, resident_mib
 from gemel.environment import DEVICES
 from gemel.forward.modes import evaluation_mode
 from gemel.merging.console import table
+from gemel.merging.memory_need import FITS
 from merge_workloads import merge_workload
 from model_architectures import build
 
@@ -123,14 +125,17 @@ def measure(name: str, device: str) -> dict[str, Any]:
     used = next(one for one in manifest["run"]["memory_use"] if one["memory_of"] == device)
     seconds, rounds = manifest["run"]["cpu_seconds"], manifest["run"]["rounds"]
     steps = sum(row["steps"] for row in rounds)
-    return {**used, "before": before, "cpu_seconds": seconds, "rounds": len(rounds), "steps": steps}
+    trained = steps > 0 or not rounds and workload.is_hard
+    return {**used, "before": before, "cpu_seconds": seconds, "rounds": len(rounds), "steps": steps, "trained": trained}
 
 
 def row_of(name: str, device: str) -> list[str]:
     """The cells of one workload, measured in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.memory_use", "--only", name, "--device", device, "--here"]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-    predicted, used, before = found["predicted_bytes"], found["used_bytes"], found["before"]
+    phases = found["predicted_by_phase"]
+    predicted = max(phases.values()) if found["trained"] else phases[FITS]
+    used, before = found["used_bytes"], found["before"]
     mib: Callable[[float], str] = lambda size: f"{size / MIB:.0f}"  # noqa: E731
     parts = ", ".join(f"{what} {mib(size)}" for what, size in found["parts"].items())
     without = f"{(predicted - before) / (used - before):.2f}"

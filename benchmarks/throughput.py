@@ -11,6 +11,9 @@
 - Data path: samples per second of joint steps on batches that the trainer's loaders make of files, over those of the
   same steps on random tensors that are on the device already; of evaluation, over that of the same images there. "First
   pass" includes decoding, which later passes need not do. JPEG files of 256 x 192 pixels, drawn; named transforms.
+- Metric (only with `--only metric`): the share of average precision in the evaluation of detectors.
+- Merge (only with `--only merge`): samples per second of the training of a whole merge, over those of the same steps on
+  tensors (merge_throughput.py).
 
 Ratios of the device's own time: CPU seconds of one thread, on CUDA seconds after a synchronisation.
 """
@@ -20,8 +23,10 @@ import copy
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -32,11 +37,13 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision import models as classifiers
 
 import dataset_manager
+from benchmarks.merge_throughput import Judge, print_merge
 from eval_methods import classification_eval, frcnn_eval
 from gemel.datasets.loaders import TaskData
 from gemel.environment import DEVICES
 from gemel.environment.cores import loader_processes
 from gemel.environment.device import pick_device, seconds_of
+from gemel.evaluation.coco import by_hotcoco, by_pycocotools, hotcoco, precision_of
 from gemel.evaluation.eval_method import evaluate
 from gemel.forward.autocast import IN_FLOAT32, WHOLE, Autocast
 from gemel.sharing.groups import find_groups
@@ -52,6 +59,7 @@ from model_architectures import build
 from transforms import classification_transforms, detection_transforms
 
 PARTS = ("step", "layout", "average", "data")
+METRIC, MERGE = "metric", "merge"  # not among those of a run without --only
 NUM_MODELS, CLASSES = 3, 4
 FILE_SIZE = (256, 192)  # pixels
 NUM_FILES = 96  # of a split
@@ -186,8 +194,8 @@ def write_files(root: Path) -> None:
             (notes / f"{number}.txt").write_text(f"{number % CLASSES} 0.5 0.5 0.4 0.4\n")
 
 
-def tasks_of(kind: str, settings: argparse.Namespace, device: torch.device) -> Mapping[str, Task]:
-    """NUM_MODELS tasks of one kind and one architecture, on one dataset."""
+def entries_of(kind: str, settings: argparse.Namespace, device: torch.device) -> dict[str, dict]:
+    """A dictionary of NUM_MODELS tasks of one kind and one architecture, on one dataset."""
     entries: dict[str, dict] = {}
     for number in range(NUM_MODELS):
         if kind == CLASSIFICATION:
@@ -200,7 +208,17 @@ def tasks_of(kind: str, settings: argparse.Namespace, device: torch.device) -> M
             more = {"eval_method": frcnn_eval, "transforms": detection_transforms()}
             entry = {**more, "dataset": "cars_OD", "batch_size": max(2, settings.batch // 4)}
         entries[f"cars{number}_net"] = {**entry, "model": model.to(device), "task": kind, "unmerged_acc": 1.0}
-    tasks, problems = read_workload(entries)
+    return entries
+
+
+def judged_entries(kind: str, settings: argparse.Namespace, device: torch.device) -> dict[str, dict]:
+    """The same with eval methods under which one round trains to its end."""
+    found = entries_of(kind, settings, device)
+    return {name: {**entry, "eval_method": Judge(NUM_FILES)} for name, entry in found.items()}
+
+
+def tasks_of(kind: str, settings: argparse.Namespace, device: torch.device) -> Mapping[str, Task]:
+    tasks, problems = read_workload(entries_of(kind, settings, device))
     assert not problems, problems
     return tasks
 
@@ -232,6 +250,37 @@ def print_evaluation(task: Task, data: TaskData, settings: argparse.Namespace, d
     show(f"data path, evaluation, {task.kind}", found)
 
 
+def print_metric(root: Path, device: torch.device) -> None:
+    """The share that average precision has in the evaluation of two detectors, by library; 100 detections an image."""
+    sizes = {"layers": (1, 1, 1, 1), "width": 24, "head_convs": 1, "min_size": FILE_SIZE[1]}
+    entries = {}
+    for name in ("carsa_net", "carsb_net"):
+        model = build("fcos_model", CLASSES + 1, backbone="slim_resnet", score_thresh=0.0, **sizes).to(device)
+        more = {"eval_method": frcnn_eval, "transforms": detection_transforms(), "dataset": "cars_OD"}
+        entries[name] = {**more, "model": model, "task": DETECTION, "unmerged_acc": 1.0}
+    tasks, _ = read_workload(entries)
+    for engine in (by_pycocotools, *([by_hotcoco] if hotcoco is not None else [])):
+        in_metric: list[float] = []
+
+        def timed(*given: Any, by: Any = engine, seconds: list[float] = in_metric) -> Any:
+            found: list[Any] = []
+            seconds.append(seconds_of(lambda: found.append(precision_of(*given, engine=by)), pick_device("cpu")))
+            return found[0]
+
+        whole = 0.0
+        for task in tasks.values():
+            data = dataset_manager.open_task(task, [root], device=device, seed=0, batch_size=4, cache_bytes=1 << 30)
+            with mock.patch("eval_methods.precision_of", timed):
+                evaluate(task, data.val)  # decodes
+                whole += seconds_of(partial(evaluate, task, data.val), device)
+        metric, count = sum(in_metric[1::2]), len(tasks) * NUM_FILES
+        print(
+            f"evaluation of 2 detectors, {NUM_FILES} images each: {engine.__name__} takes {metric / whole:.1%}, "
+            f"{1e3 * metric / count:.2f} of {1e3 * whole / count:.2f} ms an image",
+            flush=True,
+        )
+
+
 def _random_batch(data: TaskData, size: int, device: torch.device) -> tuple[Any, Any]:
     """Random images on the device, of the sizes that the task has, with targets of val; no image of train is read."""
     images, targets = next(iter(data.val))
@@ -244,6 +293,16 @@ def _moved(images: Any, device: torch.device) -> Any:
     return images.to(device) if torch.is_tensor(images) else [image.to(device) for image in images]
 
 
+def print_with_files(kind: str, root: Path, settings: argparse.Namespace, device: torch.device) -> None:
+    if "data" in settings.only:
+        print_data_path(kind, root, settings, device)
+    if METRIC in settings.only and kind == DETECTION:
+        print_metric(root, device)
+    if MERGE in settings.only:
+        make = partial(judged_entries, kind, settings, device)
+        print_merge(make, root, device, settings.repeats, f"{NUM_MODELS} tied models, {kind}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=DEVICES, default="auto")
@@ -252,7 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--models", nargs="*", default=["resnet18", "mobilenet_v3_small"])
     parser.add_argument("--without-average", action="store_true", help="six ResNet-50 take 1.5 GiB")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts of what is measured")
+    parser.add_argument("--only", nargs="+", choices=(*PARTS, METRIC, MERGE), default=PARTS, help="what is measured")
     settings = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -263,11 +322,11 @@ def main(arguments: list[str] | None = None) -> None:
         print_layouts(settings, device)
     if "average" in settings.only and not settings.without_average:
         print_average(settings, device)
-    if "data" in settings.only:
+    if {"data", METRIC, MERGE} & set(settings.only):
         with tempfile.TemporaryDirectory() as folder:
             write_files(Path(folder))
             for kind in (CLASSIFICATION, DETECTION):
-                print_data_path(kind, Path(folder), settings, device)
+                print_with_files(kind, Path(folder), settings, device)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What activations, fits and samples of a task take in memory, measured on a few of its images."""
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from gemel.datasets.loaders import MAX_PLAIN_IMAGES, TaskData, batch_size_of, num_samples
 from gemel.environment.seeds import seeded
-from gemel.fitting.memory import LiveBytes, footprint_of
+from gemel.fitting.memory import FitMemory, LiveBytes, footprint_of
 from gemel.fitting.rows import is_linear_map, linear_map_at, shape_of
 from gemel.forward.modes import Models
 from gemel.merging.images import ImageSampler
@@ -74,26 +74,46 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def bytes_of_fits(
-    tasks: Mapping[str, Task], data: Mapping[str, TaskData], state: MergeState, images: ImageSampler
-) -> dict[str, int]:
-    """Task -> bytes that its part of a fit takes beside the models, unless `fit_memory` bounds it.
+class FitWork(NamedTuple):
+    """Bytes of one task's part of a fit, if nothing bounded them."""
 
-    Images of all tasks, the unmerged models' outputs at drawn positions, passes that wait with all their images in
-    flight, and the normal equations of the largest layer in every task.
-    """
+    waiting: int  # passes that wait, with all their images in flight
+    moving: int  # one pass that runs
+    samples: int  # images, and the unmerged model's outputs at drawn positions
+    equations: int  # the normal equations of the largest layer
+
+
+def work_of_fits(
+    tasks: Mapping[str, Task], data: Mapping[str, TaskData], state: MergeState, images: ImageSampler
+) -> dict[str, FitWork]:
+    """What each task takes in a fit; less where there are few or small images."""
     found = {}
     for name in tasks:
         batch, model = images.few_of(name, "memory"), state.unmerged[name]
+        size = batch_size_of(data[name].plain)
         wanted = THRESHOLDS.fit.more_images * THRESHOLDS.fit.pixels // batch[0][0].numel()
-        count = min(MAX_PLAIN_IMAGES, num_samples(data[name].plain), max(wanted, batch_size_of(data[name].plain)))
-        layers = [linear_map_at(model, key) for key, module in model.named_modules() if is_linear_map(module)]
-        shapes = [shape_of(layer) for layer in layers]
+        count = min(MAX_PLAIN_IMAGES, num_samples(data[name].plain), max(wanted, size))
+        layers = {key: linear_map_at(model, key) for key, module in model.named_modules() if is_linear_map(module)}
+        shapes = [shape_of(layer) for layer in layers.values()]
         outputs = sum(groups * width for groups, _, width in shapes) * THRESHOLDS.fit.positions
         equations = max((groups * inputs * (inputs + width) for groups, inputs, width in shapes), default=0)
-        in_flight = footprint_of(model, [], batch).peak * count
-        found[name] = int(in_flight + batch[0].nbytes * count + ROW_BYTES * (outputs + equations))
+        footprint = footprint_of(model, layers, batch)
+        waiting = max((layer.waiting for layer in footprint.layers.values()), default=0.0)
+        found[name] = FitWork(
+            waiting=int(waiting * count),
+            moving=int(footprint.peak * min(size, count)),
+            samples=batch[0].nbytes * count + ROW_BYTES * outputs,
+            equations=ROW_BYTES * equations,
+        )
     return found
+
+
+def bytes_of_fit(work: Sequence[FitWork], memory: FitMemory) -> int:
+    """Bytes of a fit of these tasks within its memory (gemel/fitting/memory.py); samples beyond that go to a file."""
+    in_flight = sum(one.waiting for one in work) + max((one.moving for one in work), default=0)
+    samples, equations = sum(one.samples for one in work), sum(one.equations for one in work)
+    limited = ((in_flight, memory.in_flight), (samples, memory.samples), (equations, memory.rows))
+    return int(sum(min(size, limit) for size, limit in limited))
 
 
 def bytes_of_samples(data: TaskData, limit: int) -> int:

@@ -17,10 +17,18 @@ from gemel.environment import ranks
 from gemel.environment.device import pick_device
 from gemel.environment.memory import give_back_unused, memory_there, memory_used, peak_memory
 from gemel.environment.units import mib
+from gemel.fitting.memory import FitMemory
 from gemel.merging import earlier_merges
 from gemel.merging.console import wrap
 from gemel.merging.images import ImageSampler
-from gemel.merging.measured_memory import bytes_of_activations, bytes_of_fits, bytes_of_samples, bytes_of_training
+from gemel.merging.measured_memory import (
+    FitWork,
+    bytes_of_activations,
+    bytes_of_fit,
+    bytes_of_samples,
+    bytes_of_training,
+    work_of_fits,
+)
 from gemel.merging.options import LEAST_SQUARES, MergeOptions
 from gemel.merging.state import MergeState
 from gemel.sharing.groups import Configuration, restrict, saved_bytes
@@ -55,6 +63,11 @@ class MemoryNeed:
         return {what: found[what] for what in sorted(found, key=lambda what: -found[what]) if found[what]}
 
     @property
+    def by_phase(self) -> dict[str, int]:
+        """Phase -> bytes in all while it lasts."""
+        return {phase: _sum(self.always, parts) for phase, parts in self.phases.items()}
+
+    @property
     def predicted(self) -> int:
         return sum(self.at_worst.values())
 
@@ -62,7 +75,7 @@ class MemoryNeed:
         """As JSON values, with the most that was used so far; with several ranks, of the rank that used most."""
         used = max(ranks.gathered(peak_memory(self.device)))
         sizes = {"available_bytes": self.there, "predicted_bytes": self.predicted, "used_bytes": used}
-        return {"memory_of": self.device.type, **sizes, "parts": self.at_worst}
+        return {"memory_of": self.device.type, **sizes, "predicted_by_phase": self.by_phase, "parts": self.at_worst}
 
 
 class Trial(NamedTuple):
@@ -129,9 +142,9 @@ def memory_needs(
     came = {"models as they came": earlier_merges.bytes_kept(task.model for task in tasks.values())}
     loaded = {"samples in memory": sum(bytes_of_samples(data[name], _cache(options, tasks)) for name in own)}
     activations = {name: bytes_of_activations(task, data[name], state, options) for name, task in own.items()}
-    fit_work = bytes_of_fits(own, data, state, images) if options.initial_weights == LEAST_SQUARES else {}
-    limit = int(images.of_fits.memory.limit)
-    parts = [_of_trial(part, state, searched, activations, fit_work, limit) for part in searched.parts(list(own))]
+    fit_work = work_of_fits(own, data, state, images) if options.initial_weights == LEAST_SQUARES else {}
+    memory = images.of_fits.memory
+    parts = [_of_trial(part, state, searched, activations, fit_work, memory) for part in searched.parts(list(own))]
     trial = max(parts, key=lambda trial: trial.total, default=Trial(*[{}] * len(Trial._fields)))
     machine = pick_device("cpu")
     give_back_unused()
@@ -154,16 +167,16 @@ def _of_trial(
     state: MergeState,
     searched: Searched,
     activations: Mapping[str, int],
-    fit_work: Mapping[str, int],
-    limit: int,
+    fit_work: Mapping[str, FitWork],
+    memory: FitMemory,
 ) -> Trial:
-    """Of a trial that changes all of these tasks; limit: bytes of a fit."""
+    """Of a trial that changes all of these tasks; memory: of a fit."""
     models = {name: state.models[name] for name in names}
     whole, in_float32 = distinct_bytes(models), distinct_bytes(state.models) / max(1, state.unmerged_bytes)
     distinct = max(0, whole - int(searched.bytes_saved(names) * in_float32))
     training = bytes_of_training(models, distinct / max(1, whole), max((activations[n] for n in names), default=0))
     united = training["average of weights"] + training["optimizer state"] + distinct if ranks.size() > 1 else 0
-    fit_bytes = min(limit, sum(fit_work.get(name, 0) for name in names))
+    fit_bytes = bytes_of_fit([fit_work[name] for name in names if name in fit_work], memory)
     return Trial(
         undo={"copies to undo a round": whole},
         tied={"weights that a round shares": int(searched.bytes_of_tied(names) * in_float32)},
