@@ -5,8 +5,8 @@
 Models have random weights, images are random. The eval method finds every model right when it first sees it, then below
 its target at every other call, so that trials are trained a little and then kept; where only weights are fitted it
 finds all right. A line per workload: what was predicted before the first round (for fits alone where nothing was
-trained), what was used at most (resident memory
-of the process; on CUDA allocated tensors), and their ratio, in all and without what the process had before the merge.
+trained), what was used at most (resident memory of the process; on CUDA allocated tensors), and their ratio, in all and
+without what the process had before the merge.
 """
 
 import argparse

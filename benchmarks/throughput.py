@@ -61,6 +61,7 @@ from transforms import classification_transforms, detection_transforms
 PARTS = ("step", "layout", "average", "data")
 METRIC, MERGE = "metric", "merge"  # not among those of a run without --only
 NUM_MODELS, CLASSES = 3, 4
+CPU = pick_device("cpu")
 FILE_SIZE = (256, 192)  # pixels
 NUM_FILES = 96  # of a split
 
@@ -262,9 +263,9 @@ def print_metric(root: Path, device: torch.device) -> None:
     for engine in (by_pycocotools, *([by_hotcoco] if hotcoco is not None else [])):
         in_metric: list[float] = []
 
-        def timed(*given: Any, by: Any = engine, seconds: list[float] = in_metric) -> Any:
+        def timed(targets: Any, rows: Any, limits: Any, by: Any = engine, seconds: list[float] = in_metric) -> Any:
             found: list[Any] = []
-            seconds.append(seconds_of(lambda: found.append(precision_of(*given, engine=by)), pick_device("cpu")))
+            seconds.append(seconds_of(lambda: found.append(precision_of(targets, rows, limits, by)), CPU))
             return found[0]
 
         whole = 0.0

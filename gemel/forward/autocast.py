@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from gemel.environment.device import products_in_tf32
 from gemel.forward.hooks import hooked
 from gemel.forward.modes import device_of
 
@@ -23,10 +24,16 @@ class Autocast(NamedTuple):
     """In which type which parts of a model compute.
 
     dtype: torch.bfloat16; torch.float32: as ever. parts: names of submodules, none within another; WHOLE: the model.
+    tf32: whether matrix products in float32 compute in TF32, on CUDA.
     """
 
     dtype: torch.dtype = torch.float32
     parts: tuple[str, ...] = ()
+    tf32: bool = False
+
+    def whole_step(self) -> contextlib.AbstractContextManager[None]:
+        """Within, a forward and its backward pass multiply matrices as they should; `within` is for the types."""
+        return products_in_tf32() if self.tf32 else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def within(self, model: nn.Module) -> Iterator[None]:
@@ -54,6 +61,7 @@ class Autocast(NamedTuple):
 
 
 IN_FLOAT32 = Autocast()
+IN_TF32 = Autocast(tf32=True)
 
 
 def _as_float32(value: object) -> object:

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 from gemel.datasets.loaders import batch_size_of, num_samples
 from gemel.environment import ranks
 from gemel.environment.describe import digest
-from gemel.environment.device import has_bfloat16, seconds_of
+from gemel.environment.device import has_bfloat16, has_tf32, seconds_of
 from gemel.environment.events import emit
 from gemel.environment.failures import is_out_of_memory
 from gemel.environment.seeds import seeded
-from gemel.forward import AUTO, BFLOAT16, FLOAT32
-from gemel.forward.autocast import IN_FLOAT32, WHOLE, Autocast
+from gemel.forward import AUTO, BFLOAT16, FLOAT32, TF32
+from gemel.forward.autocast import IN_FLOAT32, IN_TF32, WHOLE, Autocast
 from gemel.sharing.tying import restore_snapshot, take_snapshot
 from gemel.thresholds import THRESHOLDS
 from gemel.training.batches import split
@@ -33,6 +33,8 @@ from gemel.workload import CLASSIFICATION, Task
 
 # What of a detector computes features and raw predictions; boxes are decoded and losses computed outside of these.
 PARTS = ("backbone", "rpn.head", "roi_heads.box_head", "roi_heads.box_predictor", "head", "network")
+
+WITHOUT_PARTS = {FLOAT32: IN_FLOAT32, TF32: IN_TF32}
 
 Found = dict[str, Any]  # of one task: precision, architecture, and what was measured
 
@@ -67,9 +69,8 @@ def first_batch(train: DataLoader) -> tuple:
 
 def autocast_of(task: Task, found: Mapping[str, Found]) -> Autocast:
     """In what the task's training steps compute; found: what was decided, by task."""
-    if found.get(task.name, {}).get("precision", FLOAT32) == FLOAT32:
-        return IN_FLOAT32
-    return Autocast(torch.bfloat16, parts_of(task))
+    chosen = found.get(task.name, {}).get("precision", FLOAT32)
+    return Autocast(torch.bfloat16, parts_of(task)) if chosen == BFLOAT16 else WITHOUT_PARTS[chosen]
 
 
 def parts_of(task: Task) -> tuple[str, ...]:
@@ -123,16 +124,21 @@ def architecture_of(model: nn.Module, batch: tuple) -> str:
 def measured(task: Task, batch: tuple, device: torch.device, teacher: Teacher | None, seed: int) -> Found:
     """The precision for a task, and what was measured: speedup, loss_difference (relative). The model stays as it is.
 
-    bfloat16 if forward and backward pass are faster than in float32 by a factor, and loss and gradients agree with
-    those in float32. It takes two steps where it is clear that nothing is to be gained, else six.
+    bfloat16, or on CUDA TF32, if forward and backward pass are faster than in float32 by a factor, and loss and
+    gradients agree with those in float32; of several the fastest. Where it is clear that nothing is to be gained it
+    takes a step for each, beside one in float32; else four more.
     """
-    in_bfloat16 = Autocast(torch.bfloat16, parts_of(task))
-    if not in_bfloat16.parts or not has_bfloat16(device):
+    ways = {}
+    if has_bfloat16(device) and (parts := parts_of(task)):
+        ways[BFLOAT16] = Autocast(torch.bfloat16, parts)
+    if has_tf32(device):
+        ways[TF32] = IN_TF32
+    if not ways:
         return {"precision": FLOAT32}
-    emit("doing", what=f"measuring training steps in bfloat16: {task.name}")
+    emit("doing", what=f"measuring training steps in {' and '.join(ways)}: {task.name}")
     snapshot = take_snapshot(task.model)
     try:
-        return _compared(Step(task, batch, device, teacher, seed), in_bfloat16)
+        return _compared(Step(task, batch, device, teacher, seed), ways)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -160,29 +166,44 @@ class Step:
         return [p.grad.clone() for p in self.task.model.parameters() if p.grad is not None]
 
     def _run(self, autocast: Autocast) -> None:
-        losses = task_losses(self.task, self.batch, self.device, self.teacher, autocast)
-        loss = torch.as_tensor(sum(losses.values()))
-        if loss.requires_grad:
-            loss.backward()
+        with autocast.whole_step():
+            losses = task_losses(self.task, self.batch, self.device, self.teacher, autocast)
+            loss = torch.as_tensor(sum(losses.values()))
+            if loss.requires_grad:
+                loss.backward()
         self.loss = loss.detach()
 
 
-def _compared(step: Step, in_bfloat16: Autocast) -> Found:
+def _compared(step: Step, ways: Mapping[str, Autocast]) -> Found:
+    """The fastest way that is fast enough and agrees with float32; else float32, with the figures of the first way."""
     limits = THRESHOLDS.precision
     exact_seconds = step.seconds(IN_FLOAT32)
     if step.device.type == "cpu" and exact_seconds < limits.least_seconds:
         return {"precision": FLOAT32}
-    exact_loss, exact = float(step.loss), step.gradients()
-    seconds = step.seconds(in_bfloat16)
+    exact = exact_seconds, float(step.loss), step.gradients()
+    measured = {way: _beside(step, autocast, exact) for way, autocast in ways.items()}
+    taken = {
+        way: one["speedup"] for way, one in measured.items() if one.pop("agrees") and one["speedup"] >= limits.speedup
+    }
+    if not taken:
+        return {"precision": FLOAT32, **next(iter(measured.values()))}
+    fastest = max(taken, key=taken.__getitem__)
+    return {"precision": fastest, **measured[fastest]}
+
+
+def _beside(step: Step, autocast: Autocast, exact: tuple[float, float, list[Tensor]]) -> Found:
+    """agrees, speedup and loss_difference of a way; exact: seconds, loss and gradients in float32."""
+    limits = THRESHOLDS.precision
+    exact_seconds, exact_loss, exact_gradients = exact
+    seconds = step.seconds(autocast)
     loss, gradients = float(step.loss), step.gradients()
     difference = abs(loss - exact_loss) / max(abs(exact_loss), limits.least_loss)
-    agrees = difference <= limits.loss_difference and _cosine(exact, gradients) >= limits.cosine
+    agrees = difference <= limits.loss_difference and _cosine(exact_gradients, gradients) >= limits.cosine
     speedup = exact_seconds / seconds
     if agrees and speedup * limits.speedup >= 1:  # the first step may be slower than those behind it
-        pairs = [(step.seconds(IN_FLOAT32), step.seconds(in_bfloat16)) for _ in range(2)]
+        pairs = [(step.seconds(IN_FLOAT32), step.seconds(autocast)) for _ in range(2)]
         speedup = min(exact for exact, _ in pairs) / min(short for _, short in pairs)
-    precision = BFLOAT16 if agrees and speedup >= limits.speedup else FLOAT32
-    return {"precision": precision, "speedup": round(speedup, 3), "loss_difference": round(difference, 5)}
+    return {"agrees": agrees, "speedup": round(speedup, 3), "loss_difference": round(difference, 5)}
 
 
 def _cosine(one: list[Tensor], other: list[Tensor]) -> float:

@@ -174,9 +174,10 @@ class JointStep:
         for member, batch in batches:
             try:
                 for part in split(batch, member.num_parts):
-                    loss = self._loss(member, part) * (len(part[0]) / len(batch[0]))
-                    if loss.requires_grad:  # not where all that this stage trains is in other models
-                        loss.backward()
+                    with self._autocast_of(member).whole_step():
+                        loss = self._loss(member, part) * (len(part[0]) / len(batch[0]))
+                        if loss.requires_grad:  # not where all that this stage trains is in other models
+                            loss.backward()
                     total += loss.detach()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -196,11 +197,13 @@ class JointStep:
             torch.manual_seed(derive_seed(self.seed, member.task.name, self.schedule.step))
         model, teacher = member.task.model, self.teachers.get(member.task.name)
         with frozen_statistics(model) if len(batch[0]) == 1 else contextlib.nullcontext():  # one has no variance
-            autocast = (self.autocasts or {}).get(member.task.name, IN_FLOAT32)
-            losses = task_losses(member.task, batch, self.device, teacher, autocast)
+            losses = task_losses(member.task, batch, self.device, teacher, self._autocast_of(member))
         weight = loss_weight(member.progress.accuracy, member.progress.target)
         total = sum(self.options.weight_of(name, member.task) * loss for name, loss in losses.items())
         return weight * torch.as_tensor(total)
+
+    def _autocast_of(self, member: Member) -> Autocast:
+        return (self.autocasts or {}).get(member.task.name, IN_FLOAT32)
 
     @torch.no_grad()
     def _move_average(self) -> None:

@@ -11,7 +11,8 @@ from rank_processes import on_ranks
 from torch import nn
 
 from gemel.environment import ranks
-from gemel.forward.autocast import IN_FLOAT32
+from gemel.environment.device import has_tf32
+from gemel.forward.autocast import IN_FLOAT32, IN_TF32, Autocast
 from gemel.merging.records import RunRecord
 from gemel.results_store.manifest import read_manifest
 from gemel.thresholds import THRESHOLDS
@@ -19,7 +20,7 @@ from gemel.training import precision
 from gemel.training.context import RoundContext
 from gemel.training.early_stopping import Progress
 from gemel.training.options import TrainingOptions
-from gemel.training.precision import decide, first_batch, measured, parts_of
+from gemel.training.precision import autocast_of, decide, first_batch, measured, parts_of
 from gemel.training.schedule import Schedule
 from gemel.training.step import JointStep, Member
 from gemel.workload import WorkloadError
@@ -28,17 +29,18 @@ from model_architectures import build
 from trainer import Round
 
 BFLOAT16 = {"precision": "bfloat16"}
+WAYS = {"bfloat16": Autocast(torch.bfloat16, ("",)), "tf32": IN_TF32}
 OPTIONS = TrainingOptions(learning_rate=0.01, max_epochs=8, precision="auto")
 
 
 class FakeStep:
-    """Takes seconds and has losses and gradients as given, (float32, bfloat16); counts what was asked for."""
+    """Takes seconds and has losses and gradients as given, of WAYS; counts what was asked for."""
 
     def __init__(self, seconds, losses=(1.0, 1.0), gradients=((1.0, 0.0), (1.0, 0.0)), device=CPU):
         self.of, self.device, self.num_steps = (seconds, losses, gradients), device, 0
 
     def seconds(self, autocast):
-        self.number, self.num_steps = int(autocast != IN_FLOAT32), self.num_steps + 1
+        self.number, self.num_steps = [IN_FLOAT32, *WAYS.values()].index(autocast), self.num_steps + 1
         self.loss = torch.tensor(self.of[1][self.number])
         return self.of[0][self.number]
 
@@ -61,8 +63,49 @@ class FakeStep:
     ],
 )
 def test_what_is_faster_and_agrees_is_taken(step, expected, num_steps):
-    found = precision._compared(step, precision.Autocast(torch.bfloat16, ("",)))
+    found = precision._compared(step, {"bfloat16": WAYS["bfloat16"]})
     assert (found["precision"], step.num_steps) == (expected, num_steps)
+
+
+@pytest.mark.parametrize(
+    "seconds, losses, expected, speedup",
+    [
+        ((1.5, 1.0, 1.1), (1.0, 1.0, 1.0), "bfloat16", 1.5),
+        ((1.5, 1.1, 1.0), (1.0, 1.0, 1.0), "tf32", 1.5),
+        ((1.5, 1.0, 1.25), (1.0, 1.5, 1.0), "tf32", 1.2),
+        ((1.5, 1.0, 1.4), (1.0, 1.5, 1.0), "float32", 1.5),
+        ((1.5, 1.0, 1.0), (1.0, 1.5, 1.5), "float32", 1.5),
+    ],
+)
+def test_of_several_ways_the_fastest_that_agrees_is_taken(seconds, losses, expected, speedup):
+    found = precision._compared(FakeStep(seconds, losses, [(1.0, 0.0)] * 3, torch.device("meta")), WAYS)
+    assert found["precision"] == expected and found["speedup"] == speedup and "agrees" not in found
+
+
+def test_tf32_holds_in_forward_and_backward_passes_of_a_step_and_no_longer(tasks, data):
+    def now() -> str:
+        return torch.backends.cuda.matmul.fp32_precision
+
+    task, seen = tasks["north_pico"], []
+    before = now()
+    member = Member.of(task, data["north_pico"])
+    models = nn.ModuleDict({"north_pico": task.model})
+    training = JointStep(models, OPTIONS, Schedule(OPTIONS, 9, False), CPU, {})
+    hooks = [
+        task.model.register_forward_hook(lambda *_: seen.append(now())),
+        task.model.fc.weight.register_hook(lambda _: seen.append(now())),
+    ]
+    for autocasts in ({}, {"north_pico": autocast_of(task, {"north_pico": {"precision": "tf32"}})}):
+        training.autocasts = autocasts
+        training.begin_stage([member])
+        assert training.step([member]) is None and now() == before
+    for hook in hooks:
+        hook.remove()
+    assert seen == [before, before, "tf32", "tf32"] and before != "tf32"
+
+
+def test_a_cpu_has_no_tf32():
+    assert not has_tf32(CPU)
 
 
 def test_measuring_leaves_the_model_and_the_random_numbers_as_they_are(tasks, data, monkeypatch):
@@ -202,6 +245,7 @@ def test_on_cuda_a_step_in_bfloat16_does_not_wait(tasks):
     found = measured(task, batch, device, None, 0)
     print(found)
     assert found["loss_difference"] <= THRESHOLDS.precision.loss_difference
+    assert found["precision"] in ("float32", "bfloat16", "tf32")
     nothing = SimpleNamespace(next=lambda: batch)
     member = Member(task, None, nothing, Progress(1.0, accuracy=1.0))
     options = TrainingOptions()
