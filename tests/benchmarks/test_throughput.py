@@ -31,3 +31,17 @@ def test_steps_on_files_are_compared_with_steps_on_tensors(capsys, monkeypatch):
     wanted = [f"data path, {part.format(kind)}" for kind in kinds for part in parts]
     assert [line.partition(":")[0] for line in lines] == wanted
     assert all(0 < float(line.split(": ")[1].split()[0]) < 100 for line in lines)
+
+
+@pytest.mark.exhaustive
+def test_a_whole_merge_and_the_metric_are_measured(capsys, monkeypatch):
+    monkeypatch.setattr(throughput, "NUM_FILES", 8)
+    monkeypatch.setattr(throughput, "FILE_SIZE", (64, 64))
+    small = ["--device", "cpu", "--pixels", "32", "--batch", "4", "--repeats", "1"]
+    throughput.main([*small, "--only", "merge", "metric"])
+    lines = capsys.readouterr().out.splitlines()
+    merges = [line for line in lines if line.startswith("whole merge")]
+    assert ["classification" in line for line in merges] == [True, False]
+    assert all(0 < float(line.split("on the device: ")[1].split()[0]) < 100 for line in merges)
+    shares = [line for line in lines if line.startswith("evaluation of 2 detectors, 8 images each: by_pycocotools")]
+    assert len(shares) == 1 and 0 < float(shares[0].split("takes ")[1].split("%")[0]) < 100

@@ -8,13 +8,15 @@ from pico import same_state
 from torch import nn
 
 from gemel.environment.memory import memory_there
+from gemel.fitting.memory import FitMemory
 from gemel.forward.modes import state_on_cpu
 from gemel.merging import earlier_merges, memory_need
 from gemel.merging.images import ImageSampler
-from gemel.merging.measured_memory import bytes_of_activations, bytes_of_training
+from gemel.merging.measured_memory import FitWork, bytes_of_activations, bytes_of_fit, bytes_of_training
 from gemel.merging.memory_need import Searched, memory_needs, memory_text
 from gemel.merging.options import MergeOptions
 from gemel.merging.state import MergeState
+from gemel.sharing.groups import find_groups, saved_bytes
 from gemel.sharing.memory import distinct_bytes
 from gemel.training.options import TrainingOptions
 from merge_workloads import main, merge_workload
@@ -76,12 +78,43 @@ def test_what_is_predicted_is_the_sum_of_the_worst_moment(tasks, data, state):
     assert "memory of the machine: up to about" in memory_text([need])
 
 
+def test_a_trial_takes_what_the_tasks_take_that_can_share(tasks, data, state):
+    """The largest set of tasks that are searched apart counts, not all; what it ties is trained once."""
+    images, options = ImageSampler(tasks, data, 0, CPU, 16 << 20), MergeOptions(initial_weights="mean")
+    groups = find_groups(state.models)
+    two = ["north_pico", "south_pico"]
+
+    def parts(searched: Searched) -> dict[str, int]:
+        (need,) = memory_needs(tasks, data, state, images, options, searched)
+        return {**need.always, **need.phases["training"]}
+
+    whole, apart = parts(Searched(groups)), parts(Searched(groups, 0.0, [two, ["east_pico"]]))
+    own = {name: distinct_bytes({name: state.models[name]}) for name in tasks}
+    assert whole["copies to undo a round"] == sum(own.values())
+    assert apart["copies to undo a round"] == sum(own[name] for name in two)
+    assert apart["models"] == whole["models"], "nothing waits yet"
+    tied = parts(Searched(groups, 1.0))
+    saved = saved_bytes(groups)
+    assert tied["average of weights"] == pytest.approx(sum(own.values()) - saved, abs=1)
+    assert tied["weights that a round shares"] == sum(group.bytes for group in groups) > 0
+    assert tied["gradients"] < whole["gradients"] and whole["weights that a round shares"] == 0
+
+
+def test_a_fit_stays_within_its_shares():
+    work = [FitWork(waiting=100, moving=30, samples=50, equations=20), FitWork(50, 60, 10, 5)]
+    assert bytes_of_fit(work, FitMemory(10_000)) == 150 + 60 + 60 + 25
+    assert bytes_of_fit(work, FitMemory(100)) == 40 + 20 + 20
+    assert bytes_of_fit([], FitMemory(100)) == 0
+
+
 def test_the_manifest_has_what_was_predicted_and_used(entries, datasets, tmp_path, capsys):
     options = {"datasets": datasets, "device": "cpu", "tolerance": 0.3}
     (found,) = merge_workload(entries, tmp_path / "r", **options)["run"]["memory_use"]
     assert found["predicted_bytes"] == sum(found["parts"].values()) and found["memory_of"] == "cpu"
     assert 0 < found["used_bytes"] < found["available_bytes"]
     assert "models as they came" in found["parts"]
+    assert set(found["predicted_by_phase"]) == {"fits", "training"}
+    assert max(found["predicted_by_phase"].values()) == found["predicted_bytes"]
     said = capsys.readouterr().out
     assert "memory of the machine: up to about" in said and "memory of the machine in this run: " in said
     again = merge_workload(entries, tmp_path / "r", per_class=True, **options)

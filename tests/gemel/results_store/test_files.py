@@ -232,6 +232,31 @@ def test_a_checkpoint_of_another_result_or_a_damaged_one_is_dropped(tmp_path, ca
         assert "in_flight.pt" in caplog.records[-1].message and not (tmp_path / "in_flight.pt").exists()
 
 
+@pytest.mark.parametrize("failing", [0, 3, 5, 8])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch, failing):
+    """torch.save writes into the file piece by piece: whichever piece the system refuses, the error is the same."""
+    write(tmp_path, pico_models())
+    write_checkpoint(tmp_path, {"step": 3})
+    with monkeypatch.context() as patch:
+        faults = Faults(patch, tmp_path, errno.ENOSPC, failing)
+        with pytest.raises(ResultsError, match=r"in_flight\.pt\.tmp: cannot be written: No space left"):
+            write_checkpoint(tmp_path, {"step": 4, "weights": [torch.rand(100) for _ in range(4)]})
+    assert faults.calls[failing] == ("unlink" if failing == 0 else "write")
+    assert read_checkpoint(tmp_path)["step"] == 3 and not leftovers(tmp_path)
+
+
+def test_a_checkpoint_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
+    write(tmp_path, pico_models())
+    pieces, written = [], results_files.Sink.write
+    monkeypatch.setattr(
+        results_files.Sink, "write", lambda self, data: pieces.append(memoryview(data).nbytes) or written(self, data)
+    )
+    weights = [torch.rand(1000) for _ in range(20)]
+    write_checkpoint(tmp_path, {"weights": weights})
+    assert sum(pieces) > 20 * 4000 > 10 * max(pieces)
+    assert all(map(torch.equal, read_checkpoint(tmp_path)["weights"], weights))
+
+
 def test_the_same_result_written_again_keeps_the_checkpoint(tmp_path):
     write(tmp_path, pico_models())
     write_checkpoint(tmp_path, {"step": 3})
