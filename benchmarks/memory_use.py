@@ -1,6 +1,6 @@
 """Compares the memory that a merge predicts with what it takes: small workloads, each in a process of its own.
 
-    python -m benchmarks.memory_use [--only NAME ...] [--device cpu]
+    python -m benchmarks.memory_use [--only NAME ...] [--device cpu] [--there MIB]
 
 Models have random weights, images are random. The eval method finds every model right when it first sees it, then below
 its target at every other call, so that trials are trained a little and then kept; where only weights are fitted it
@@ -26,7 +26,9 @@ from torchvision.transforms.functional import to_tensor
 
 from benchmarks.fit_memory import MIB, resident_mib
 from gemel.environment import DEVICES
+from gemel.environment.events import listening
 from gemel.forward.modes import evaluation_mode
+from gemel.merging import memory_need
 from gemel.merging.console import table
 from gemel.merging.memory_need import FITS
 from merge_workloads import merge_workload
@@ -105,8 +107,13 @@ def write_images(root: Path, workload: Workload) -> None:
             (boxes / "annotations" / f"{number}.txt").write_text(f"{number % CLASSES} 0.5 0.5 0.4 0.4\n")
 
 
-def measure(name: str, device: str) -> dict[str, Any]:
-    """Merges a workload in this process; bytes predicted and used, and those that were there before."""
+def measure(name: str, device: str, there: int | None = None) -> dict[str, Any]:
+    """Merges a workload in this process; bytes predicted and used, those that were there before, those that waited.
+
+    there: MiB that are taken to be there.
+    """
+    if there is not None:
+        memory_need.memory_there = lambda device: there * MIB  # type: ignore[assignment]
     torch.set_num_threads(1)
     torch.manual_seed(0)
     workload = WORKLOADS[name]
@@ -126,17 +133,28 @@ def measure(name: str, device: str) -> dict[str, Any]:
             "quiet": True,
         }
         options["time_budget"] = TIME_BUDGET
-        manifest = merge_workload(entries, Path(folder) / "results", **options, **workload.options)
+        waited: list[int] = []
+        with listening(lambda kind, fields: waited.append(fields["bytes"]) if kind == "models wait" else None):
+            manifest = merge_workload(entries, Path(folder) / "results", **options, **workload.options)
     used = next(one for one in manifest["run"]["memory_use"] if one["memory_of"] == device)
     seconds, rounds = manifest["run"]["cpu_seconds"], manifest["run"]["rounds"]
     steps = sum(row["steps"] for row in rounds)
     trained = steps > 0 or not rounds and workload.finds == ALTERNATING
-    return {**used, "before": before, "cpu_seconds": seconds, "rounds": len(rounds), "steps": steps, "trained": trained}
+    return {
+        **used,
+        "before": before,
+        "cpu_seconds": seconds,
+        "rounds": len(rounds),
+        "steps": steps,
+        "trained": trained,
+        "waited": max(waited, default=0),
+    }
 
 
-def row_of(name: str, device: str) -> list[str]:
+def row_of(name: str, device: str, there: int | None) -> list[str]:
     """The cells of one workload, measured in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.memory_use", "--only", name, "--device", device, "--here"]
+    command += [] if there is None else ["--there", str(there)]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     phases = found["predicted_by_phase"]
     predicted = max(phases.values()) if found["trained"] else phases[FITS]
@@ -145,6 +163,8 @@ def row_of(name: str, device: str) -> list[str]:
     parts = ", ".join(f"{what} {mib(size)}" for what, size in found["parts"].items())
     without = f"{(predicted - before) / (used - before):.2f}"
     print(f"{name}: {found['rounds']} rounds, {found['steps']} steps, {found['cpu_seconds']:.0f} CPU s: {parts}")
+    if there is not None:
+        print(f"{name}: with {there} MiB, models of {mib(found['waited'])} MiB waited")
     row = [name, mib(predicted), mib(used), f"{predicted / used:.2f}", mib(before), without]
     print(*row, flush=True)
     return row
@@ -156,11 +176,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="workloads")
     parser.add_argument("--device", choices=[name for name in DEVICES if name != "auto"], default="cpu")
     parser.add_argument("--here", action="store_true", help="in this process, as JSON; one workload")
+    help_of = "MiB that are taken to be there: with less than is predicted, models of tasks that are apart wait"
+    parser.add_argument("--there", type=int, help=help_of)
     flags = parser.parse_args(arguments)
     if flags.here:
-        print(json.dumps(measure(flags.only[0], flags.device)))
+        print(json.dumps(measure(flags.only[0], flags.device, flags.there)))
         return 0
-    print(table(list(HEADER[:-1]), [row_of(name, flags.device) for name in flags.only]))
+    print(table(list(HEADER[:-1]), [row_of(name, flags.device, flags.there) for name in flags.only]))
     return 0
 
 
