@@ -58,7 +58,7 @@ WORKLOADS = {
     "detectors": Workload({"fcos": 3}, 192, 32, {"strategy": "gemel"}),
     "fits": Workload({"mobilenet_v2": 6}, 96, 240, {"strategy": "adaptive"}, RIGHT),
     "failing": Workload({"resnet18": 4}, 32, 32, {"strategy": "adaptive"}, WRONG),
-    "apart": Workload({"resnet18": 3, "vgg11": 2}, 64, 64, {"strategy": "adaptive"}, RIGHT),
+    "apart": Workload({"resnet18": 3, "mobilenet_v2": 2}, 48, 64, {"strategy": "adaptive"}, RIGHT),
 }
 
 
