@@ -51,7 +51,7 @@ class Architectures:
         """The architecture of every task, if it builds what the task's model computes; found out once."""
         for name, model in self.state.unmerged.items():  # the live model may have adapters
             if name not in self._recorded:
-                self.state.waiting.end()  # they run here
+                self.state.waiting.bring_all()  # they run here
                 self._recorded[name] = recorded_architecture(model, self.images.few_of(name, PURPOSE))
         return self._recorded
 

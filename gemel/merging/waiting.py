@@ -45,9 +45,14 @@ class Waiting:
         if {id(tensor) for tensor in self._away} != away:
             emit("models wait", tasks=others, bytes=self.bytes_away)
 
-    def end(self) -> None:
-        """Brings all models back."""
+    def bring_all(self) -> None:
+        """Brings all models back, until the next trial."""
         self._bring({id(tensor) for tensor in self._away})
+
+    def end(self) -> None:
+        """Brings all models back for good."""
+        self.apart = ()
+        self.bring_all()
 
     def _send(self, tensors: list[Tensor]) -> None:
         on_cpu = self.device.type == "cpu"

@@ -51,9 +51,17 @@ def test_all_but_one_component_wait_and_nothing_changes(waiting):
         assert waiting.bytes_away > 0 and all(is_tied(models, group) for group in groups)
         assert {n: (id(p), p.stride()) for n, p in models.named_parameters(remove_duplicate=False)} == held
         assert same_state(state_on_cpu(models), before) and same_state(state_on_cpu(waiting.unmerged), before)
-    waiting.end()
+    waiting.bring_all()
     assert waiting.bytes_away == 0 and same_state(state_on_cpu(models), before)
     assert not any(is_in_file(tensor) for model in (models, waiting.unmerged) for tensor in model.parameters())
+
+
+def test_once_it_has_ended_nothing_waits(waiting):
+    waiting.apart = APART
+    waiting.all_but(["a_x"])
+    waiting.end()
+    waiting.all_but(["a_x"])
+    assert waiting.bytes_away == 0 and not any(map(is_in_file, waiting.models.parameters()))
 
 
 def test_an_interrupted_move_is_taken_back(waiting, monkeypatch):
