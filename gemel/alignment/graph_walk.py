@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx, nn
 
 from gemel.alignment.channel_layouts import Axes, Layout, Layouts, length_of
+from gemel.environment.failures import is_out_of_memory
 
 
 class Rules(NamedTuple):
@@ -45,6 +46,8 @@ class Walk(fx.Interpreter):
         try:
             value = super().run_node(node)
         except Exception as error:  # the network's own code
+            if is_out_of_memory(error):
+                raise
             raise DoesNotRun(node.name) from error
         found = getattr(self, f"_{node.op}")(node, value)
         if isinstance(value, Tensor) and isinstance(found, tuple) and not _fits(found, value):

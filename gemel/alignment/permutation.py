@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gemel.alignment.channel_layouts import Layout, Layouts, identity_of
 from gemel.alignment.graph_rules import RULES
 from gemel.alignment.graph_walk import DoesNotRun, Walk
+from gemel.environment.failures import is_out_of_memory
 from gemel.forward.modes import evaluating
 
 BATCH = 2
@@ -179,7 +180,9 @@ def _trace(part: nn.Module, training: bool) -> fx.GraphModule | None:
     try:
         with _unchanged_buffers(part):
             return fx.GraphModule(part, _Tracer().trace(part, defaults or None)).eval()
-    except Exception:  # a user's code may raise anything when it gets proxies; it is then not traceable
+    except Exception as error:  # a user's code may raise anything when it gets proxies; it is then not traceable
+        if is_out_of_memory(error):
+            raise
         return None
     finally:
         part.eval()

@@ -311,3 +311,15 @@ def test_looking_for_channels_changes_no_buffer():
     before = copy.deepcopy(model.state_dict())
     assert find_channel_spaces(model, torch.zeros(2, 3, 8, 8)).spaces
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), MemoryError()], ids=["torch", "python"])
+@pytest.mark.parametrize("place", ["torch.Tensor.clone", "torch.nn.functional.relu"], ids=["traced", "interpreted"])
+def test_memory_that_runs_out_is_not_taken_for_code_that_cannot_be_traced(error, place, monkeypatch):
+    def exhausted(*args, **kwargs):
+        raise error
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    monkeypatch.setattr(place, exhausted)
+    with pytest.raises(type(error)):
+        find_channel_spaces(model)
