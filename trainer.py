@@ -69,7 +69,8 @@ class Round:
         shared, private = shared_and_private(models)
         held = set(own_models(models).parameters())  # what other ranks freeze is not known here
         has_both = bool(shared) and ranks.any_of(any(parameter in held for parameter in private))
-        self.schedule = Schedule(options, steps_per_epoch, has_both)
+        private_rate = options.private_rate(member.task for member in members.values())
+        self.schedule = Schedule(options, steps_per_epoch, has_both, private_rate)
         self.training = JointStep(models, options, self.schedule, context.device, teachers or {})
         self.validation = Validation(members, self.training.averaged.module, options, self.schedule, context)
         self.reason: str | None = None

@@ -1,5 +1,6 @@
 """How a round is trained."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ class TrainingOptions:
     validation_share: float = 0.25  # of the time of training that validation may take, as far as can be planned
     private_epochs: float = 0.0  # at first only what one model holds is trained, with fixed normalisation statistics
     private_learning_rate: float = 1e-3  # of that
+    detection_private_learning_rate: float = 3e-4  # of that, where a detector is among the tasks that are trained
     label_weight: float = 1.0  # of the losses from labels
     feature_weight: float = 0.0  # of the difference to the unmerged model's features; 0: not compared
     probability_weight: float = 0.0  # of the difference to the unmerged classifier's class probabilities
@@ -47,6 +49,11 @@ class TrainingOptions:
     def batch_size(self, task: Task) -> int:
         default = self.classification_batch_size if task.kind == CLASSIFICATION else self.detection_batch_size
         return task.batch_size or default
+
+    def private_rate(self, tasks: Iterable[Task]) -> float:
+        """The learning rate of these tasks while only what one model holds is trained: they have one optimizer."""
+        only_classifiers = all(task.kind == CLASSIFICATION for task in tasks)
+        return self.private_learning_rate if only_classifiers else self.detection_private_learning_rate
 
     @property
     def teaches(self) -> bool:

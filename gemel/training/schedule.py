@@ -9,13 +9,21 @@ class Schedule:
     """Counts the steps of a round. Stages: first only parameters that one model holds alone, then everything.
 
     steps_per_epoch: one epoch is a pass over the largest train split among the trained tasks. has_private_stage:
-    whether there are both shared and private parameters, so that the first stage makes sense.
+    whether there are both shared and private parameters, so that the first stage makes sense. private_rate: the
+    learning rate of the first stage (None: that of classifiers).
     """
 
-    def __init__(self, options: TrainingOptions, steps_per_epoch: int, has_private_stage: bool):
+    def __init__(
+        self,
+        options: TrainingOptions,
+        steps_per_epoch: int,
+        has_private_stage: bool,
+        private_rate: float | None = None,
+    ):
         self.options, self.steps_per_epoch = options, steps_per_epoch
         self.max_steps = math.ceil(options.max_epochs * steps_per_epoch)
         self.private_steps = math.ceil(options.private_epochs * steps_per_epoch) if has_private_stage else 0
+        self.private_rate = options.private_learning_rate if private_rate is None else private_rate
         self.learning_rate = options.learning_rate  # of the second stage, when warmed up
         self.step = 0
         self.next_validation = 0  # step
@@ -33,7 +41,7 @@ class Schedule:
     def rate(self) -> float:
         """The learning rate of the next step; each stage warms up."""
         since = self.step if self.private_only else self.step - self.private_steps
-        peak = self.options.private_learning_rate if self.private_only else self.learning_rate
+        peak = self.private_rate if self.private_only else self.learning_rate
         return peak * min(1.0, (since + 1) / max(1, self.options.warmup_steps))
 
     def lower_rate(self) -> bool:

@@ -35,6 +35,18 @@ def step_of(members, options=None) -> JointStep:
     return training
 
 
+@pytest.mark.parametrize(
+    "names, rate", [(["north_pico"], 0.05), (["north_pico", "east_pico"], 0.01), (["east_pico"], 0.01)]
+)
+def test_private_parameters_of_detectors_are_trained_more_slowly(names, rate, tasks):
+    options = TrainingOptions(private_learning_rate=0.05, detection_private_learning_rate=0.01, private_epochs=1.0)
+    schedule = Schedule(options, 10, True, options.private_rate(tasks[name] for name in names))
+    schedule.step = options.warmup_steps - 1
+    assert schedule.private_only and schedule.rate() == rate
+    schedule.step = 10 + options.warmup_steps
+    assert not schedule.private_only and schedule.rate() == options.learning_rate
+
+
 @pytest.fixture
 def crowded(monkeypatch):
     """Memory for batches of `limit` images of one task; the sizes that were tried."""
