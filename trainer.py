@@ -144,7 +144,7 @@ class Round:
             self._load_state(self.context.saved)
             return
         if not self.context.fitted:
-            for member in (member for name, member in self.members.items() if ranks.is_mine(name)):
+            for member in (member for name, member in self.members.items() if ranks.takes_part(name)):
                 batches = itertools.islice(member.data.train, self.options.statistics_batches)
                 model = member.task.model
                 reestimate_statistics(model, list(batches), self.context.device, keep=frozen_modules(model))

@@ -27,6 +27,8 @@ MAX_CHUNK = 64 << 20  # bytes that are sent at a time
 FOREVER = timedelta(days=30)  # ranks wait as long as another one evaluates; alive.py finds those that are gone
 
 _owners: dict[str, int] = {}  # task -> its rank
+_parts: dict[str, dict[int, int]] = {}  # task that several ranks compute -> rank -> images of a batch
+_groups: dict[tuple[int, ...], Any] = {}  # process groups of some of the ranks
 
 
 class RankLost(BaseException):
@@ -76,16 +78,27 @@ def joined() -> Iterator[None]:
     try:
         yield
     finally:
+        _groups.clear()
         dist.destroy_process_group()
 
 
 # ---- whose task ---------------------------------------------------------------------------------------------
 
 
-def assign(owners: Mapping[str, int]) -> None:
-    """Says which rank every task belongs to; one without an entry belongs to the first."""
+def assign(owners: Mapping[str, int], parts: Mapping[str, Mapping[int, int]] | None = None) -> None:
+    """Says which rank every task belongs to; one without an entry belongs to the first.
+
+    parts: of tasks that several ranks compute, how many images of a batch each of them does; its own rank among them.
+    All ranks say the same.
+    """
     _owners.clear()
     _owners.update(owners)
+    _parts.clear()
+    _parts.update({task: dict(on) for task, on in (parts or {}).items() if len(on) > 1})
+    assert all(owner_of(task) in on for task, on in _parts.items())
+    if size() > 1:
+        for on in sorted({tuple(sorted(on)) for on in _parts.values()} - set(_groups)):
+            _groups[on] = dist.new_group(list(on))  # all ranks make it, also those that are not in it
 
 
 def owner_of(task: str) -> int:
@@ -101,6 +114,26 @@ def is_mine(task: str) -> bool:
 def mine(tasks: Iterable[str]) -> list[str]:
     """Those of the tasks that belong to this rank."""
     return [task for task in tasks if is_mine(task)]
+
+
+def parts_of(task: str) -> dict[int, int]:
+    """Rank -> images of a batch, of a task that several ranks compute; else empty."""
+    return _parts.get(task, {}) if size() > 1 else {}
+
+
+def ranks_of(task: str) -> list[int]:
+    """The ranks that compute a task, its own one first."""
+    return [owner_of(task), *(number for number in parts_of(task) if number != owner_of(task))]
+
+
+def takes_part(task: str) -> bool:
+    """Whether this rank computes a task, or a part of its batches; with one process always."""
+    return rank() in ranks_of(task)
+
+
+def taking_part(tasks: Iterable[str]) -> list[str]:
+    """Those of the tasks that this rank computes, or parts of."""
+    return [task for task in tasks if takes_part(task)]
 
 
 def placed(costs: Mapping[str, float], num_ranks: int, apart: Sequence[Collection[str]] = ()) -> dict[str, int]:
@@ -258,10 +291,22 @@ def sent_to_first(message: bytes) -> list[bytes]:
 # ---- tensors ------------------------------------------------------------------------------------------------
 
 
-def sum_in_place(tensor: Tensor) -> None:
-    """Replaces a tensor by its sum over all ranks."""
+def sum_in_place(tensor: Tensor, task: str | None = None) -> None:
+    """Replaces a tensor by its sum over all ranks, or over those that compute a task."""
     with _talking():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=None if task is None else _group_of(task))
+
+
+def gathered_tensors(tensor: Tensor, task: str) -> list[Tensor]:
+    """The tensors, of one shape and type, of the ranks that compute a task, by rank."""
+    found = [torch.empty_like(tensor) for _ in parts_of(task)]
+    with _talking():
+        dist.all_gather(found, tensor, group=_group_of(task))
+    return found
+
+
+def _group_of(task: str) -> Any:
+    return _groups[tuple(sorted(parts_of(task)))]
 
 
 def broadcast(tensors: Sequence[Tensor], root: int) -> None:

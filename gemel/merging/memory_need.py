@@ -74,7 +74,7 @@ def memory_needs(
 
     Runs every task of this rank forward on a few images of train; the models stay as they are.
     """
-    own = {name: tasks[name] for name in ranks.mine(tasks)}
+    own = {name: tasks[name] for name in ranks.taking_part(tasks)}
     models = distinct_bytes(own_models(state.models))
     live = {"models": models, "unmerged copies": distinct_bytes(own_models(state.unmerged))}
     came = {"models as they came": earlier_merges.bytes_kept(task.model for task in tasks.values())}

@@ -1,13 +1,17 @@
-"""Which rank works for which task: by the time that a training step of each takes."""
+"""Which rank works for which task, and which tasks are split over several: by the time that a training step takes."""
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from gemel.datasets.loaders import TaskData, batch_size_of, num_samples
 from gemel.environment import ranks
 from gemel.environment.seeds import seeded
+from gemel.environment.shares import Work, spread
+from gemel.fitting.batch_norm import batch_norms
 from gemel.merging.state import MergeState
 from gemel.sharing.holders import park, synchronise
 from gemel.sharing.tying import restore_snapshot, take_snapshot
@@ -16,6 +20,8 @@ from gemel.training.losses import task_losses
 from gemel.workload import Task
 
 REPEATS = 2  # of a step, after one that warms up
+COLLECTIVES = 10  # that are measured
+LARGE = 1 << 18  # numbers of the larger ones, in float32
 
 
 def place_tasks(
@@ -25,7 +31,7 @@ def place_tasks(
     seed: int,
     apart: Sequence[Collection[str]] = (),
 ) -> None:
-    """Gives every task a rank, by costs of which each rank measures its part; all ranks call it.
+    """Gives every task a rank, or several, by costs of which each rank measures its part; all ranks call it.
 
     apart: sets of tasks that are worked on one after the other, each of which is spread over the ranks.
 
@@ -38,10 +44,50 @@ def place_tasks(
     synchronise(state.unmerged)
     own = list(tasks)[ranks.rank() :: ranks.size()]
     costs = ranks.united({name: step_seconds(tasks[name], data[name], state, seed) for name in own})
-    costs = {name: costs[name] for name in tasks}
-    ranks.assign(ranks.placed(costs, ranks.size(), apart))
+    talking = Talking.measured(state.device)
+    work = {
+        name: Work(costs[name], images_of_batch(data[name]), talking.seconds_of_split(task.model))
+        for name, task in tasks.items()
+    }
+    parts = spread(work, ranks.size(), apart)
+    ranks.assign({name: next(iter(on)) for name, on in parts.items()}, parts)
     park(state.models)
     park(state.unmerged)
+
+
+class Talking(NamedTuple):
+    """What collectives of all ranks take, in seconds."""
+
+    small: float  # one of a few numbers
+    per_byte: float  # more, for each byte of a large one
+
+    @classmethod
+    def measured(cls, device: torch.device) -> "Talking":
+        """The least of several; the same on all ranks, which all call it."""
+        small, large = (min(_collective(n, device) for _ in range(COLLECTIVES)) for n in (1, LARGE))
+        everywhere = ranks.gathered([small, max(0.0, large - small) / (4 * LARGE)])
+        return cls(*(max(values) for values in zip(*everywhere, strict=True)))
+
+    def seconds_of_split(self, model: nn.Module) -> float:
+        """Of a step of a task that several ranks compute: at each batch normalisation two collectives, in forward and
+        backward pass; all gradients; and moments of the teacher's outputs."""
+        num_bytes = sum(4 * parameter.numel() for parameter in model.parameters())
+        return (2 * len(batch_norms(model)) + 1) * self.small + num_bytes * self.per_byte
+
+
+def _collective(num_values: int, device: torch.device) -> float:
+    """Seconds of a sum of so many numbers over all ranks."""
+    values = torch.zeros(num_values, device=device)
+    ranks.wait_for_all()
+    began = time.perf_counter()
+    ranks.sum_in_place(values)
+    float(values[0])  # waits for the device
+    return time.perf_counter() - began
+
+
+def images_of_batch(data: TaskData) -> int:
+    """Images of a batch of train."""
+    return min(batch_size_of(data.train), num_samples(data.train))
 
 
 def step_seconds(task: Task, data: TaskData, state: MergeState, seed: int) -> float:
@@ -51,8 +97,7 @@ def step_seconds(task: Task, data: TaskData, state: MergeState, seed: int) -> fl
     teacher = None if task.labels else Teacher(task.model, state.unmerged[task.name], [])
     try:
         with seeded(seed, "cost", task.name):
-            count = min(batch_size_of(train), num_samples(train))
-            batch = train.collate_fn([train.dataset[i] for i in range(count)])
+            batch = train.collate_fn([train.dataset[i] for i in range(images_of_batch(data))])
             task.model.train().zero_grad()  # gradients that the user left may have another memory layout
             return min([_seconds(task, batch, state.device, teacher) for _ in range(1 + REPEATS)][1:])
     except Exception:  # a user's model may raise anything

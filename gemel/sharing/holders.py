@@ -1,7 +1,7 @@
 """Which ranks hold a tensor of a workload, and how all of them get the values of those that computed them.
 
-Every rank has all models with the same ties, but trains, fits and evaluates only those of its own tasks: what only
-others hold is out of date until `synchronise`.
+Every rank has all models with the same ties, but trains, fits and evaluates only those of the tasks that it computes:
+what only others hold is out of date until `synchronise`.
 """
 
 import tempfile
@@ -20,16 +20,16 @@ MAX_FILES = 20_000  # mappings: Linux allows a process 65,530
 
 
 def own_models(models: Models) -> nn.ModuleDict:
-    """The models of this rank's tasks, in one container; with one process all of them."""
-    return nn.ModuleDict({name: model for name, model in models.items() if ranks.is_mine(name)})
+    """The models of the tasks that this rank computes, in one container; with one process all of them."""
+    return nn.ModuleDict({name: model for name, model in models.items() if ranks.takes_part(name)})
 
 
 def held_by(models: Models) -> dict[nn.Parameter, set[int]]:
-    """Every distinct parameter -> the ranks whose tasks hold it."""
+    """Every distinct parameter -> the ranks that compute tasks which hold it."""
     found: dict[nn.Parameter, set[int]] = {}
     for name, model in models.items():
         for parameter in model.parameters():
-            found.setdefault(parameter, set()).add(ranks.owner_of(name))
+            found.setdefault(parameter, set()).update(ranks.ranks_of(name))
     return found
 
 
@@ -66,8 +66,8 @@ def park(models: Models) -> None:
 
 
 def _tensors(models: Models, mine: bool) -> Iterator[Tensor]:
-    """Distinct parameters and saved buffers of the models of this rank's tasks, or of the others'."""
-    return distinct_tensors({name: model for name, model in models.items() if ranks.is_mine(name) == mine})
+    """Distinct parameters and saved buffers of the models of the tasks that this rank computes, or of the others."""
+    return distinct_tensors({name: model for name, model in models.items() if ranks.takes_part(name) == mine})
 
 
 def _span(tensor: Tensor) -> int:
