@@ -166,21 +166,21 @@ def _talking() -> Iterator[None]:
         raise RankLost(str(error).splitlines()[0]) from error
 
 
-def _gathered(message: bytes) -> list[bytes]:
-    """The messages of all ranks, by rank."""
+def messages(message: bytes, task: str | None = None) -> list[bytes]:
+    """The messages of all ranks, by rank, or of those that compute a task."""
     content = len(message).to_bytes(LENGTH, "little") + message
-    blocks = _all_gathered(content[:BLOCK].ljust(BLOCK, b"\0"))
+    blocks = _all_gathered(content[:BLOCK].ljust(BLOCK, b"\0"), task)
     lengths = [int.from_bytes(block[:LENGTH], "little") + LENGTH for block in blocks]
     if max(lengths) > BLOCK:
-        blocks = _all_gathered(content.ljust(max(lengths), b"\0"))
+        blocks = _all_gathered(content.ljust(max(lengths), b"\0"), task)
     return [block[LENGTH:length] for block, length in zip(blocks, lengths, strict=True)]
 
 
-def _all_gathered(content: bytes) -> list[bytes]:
+def _all_gathered(content: bytes, task: str | None) -> list[bytes]:
     own = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    found = [torch.empty_like(own) for _ in range(size())]
+    found = [torch.empty_like(own) for _ in range(size() if task is None else len(parts_of(task)))]
     with _talking():
-        dist.all_gather(found, own)
+        dist.all_gather(found, own, group=None if task is None else _group_of(task))
     return [tensor.numpy().tobytes() for tensor in found]
 
 
@@ -188,7 +188,7 @@ def gathered(value: Any) -> list[Any]:
     """What every rank gives, by rank: JSON values, on all of them."""
     if size() == 1:
         return [value]
-    return [json.loads(message) for message in _gathered(json.dumps(value).encode())]
+    return [json.loads(message) for message in messages(json.dumps(value).encode())]
 
 
 def united(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -309,12 +309,13 @@ def _group_of(task: str) -> Any:
     return _groups[tuple(sorted(parts_of(task)))]
 
 
-def broadcast(tensors: Sequence[Tensor], root: int) -> None:
-    """Gives tensors, the same in shape and type on all ranks, the values that they have on one of them."""
+def broadcast(tensors: Sequence[Tensor], root: int, task: str | None = None) -> None:
+    """Gives tensors, the same in shape and type on all ranks, the values that they have on one of them; task: on the
+    ranks that compute it."""
     for part in _chunks(tensors):
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in part])
         with _talking():
-            dist.broadcast(flat, root)
+            dist.broadcast(flat, root, group=None if task is None else _group_of(task))
         if rank() != root:
             with torch.no_grad():
                 for tensor, values in zip(part, flat.split([tensor.numel() for tensor in part]), strict=True):
