@@ -4,10 +4,11 @@ import copy
 from dataclasses import replace
 
 import pytest
+import test_several_ranks
 import torch
 from pico import CPU
 from rank_processes import on_ranks
-from test_several_ranks import OPTIONS, merge
+from test_several_ranks import OPTIONS, flat, merge
 from torch import nn
 
 from gemel.environment import ranks
@@ -18,6 +19,7 @@ from gemel.training.batches import own_part, split
 from gemel.training.context import RoundContext
 from gemel.training.distillation import Teacher
 from gemel.training.step import Member
+from gemel.training.united import united_state
 from trainer import Round
 
 PARTS = {"north_pico": {0: 4, 1: 2}, "south_pico": {1: 6}, "east_pico": {1: 3, 0: 3}}
@@ -35,6 +37,8 @@ def session_of(tasks, data, teaches: bool) -> Round:
     assign(PARTS)
     models = nn.ModuleDict({name: task.model for name, task in tasks.items()})
     unmerged, groups = copy.deepcopy(models).eval(), find_groups(models)
+    if not ranks.is_first():  # as after a fit, which runs on the task's own rank alone
+        models["north_pico"].fc.weight.data.zero_()
     tie(models, groups)
     members = {name: Member.of(task, data[name]) for name, task in tasks.items()}
     teachers = {
@@ -116,6 +120,30 @@ def test_where_memory_is_short_the_other_rank_starts_the_step_again(tasks, data,
     first, second = on_ranks(2, trained_with_little)
     assert first[0] is second[0] is None and first[1] == second[1]
     assert [first[2], second[2]] == [1, 2]
+
+
+# ---- a round that is resumed ------------------------------------------------------------------------------------
+
+
+def test_a_round_is_saved_and_goes_on_with_any_number_of_ranks(tasks, data, monkeypatch):
+    """What is saved is that of one process, and what is loaded and saved again is the same, bit by bit."""
+    one = flat(test_several_ranks.interrupted(tasks, data))
+    monkeypatch.setattr(test_several_ranks, "assign", lambda: assign(PARTS))
+    saved, of_second = on_ranks(2, lambda: test_several_ranks.interrupted(tasks, data))
+    expected = flat(saved)
+    assert of_second == {} and expected.keys() == one.keys()
+    assert [*saved["optimizer"]["state"]] == sorted(saved["optimizer"]["state"])
+
+    def again() -> dict:
+        session = test_several_ranks.session_of(tasks, data, saved=saved)
+        session._begin()
+        return copy.deepcopy(united_state(session._state(), session.training.models))
+
+    for num_ranks in (1, 3):
+        found = flat(on_ranks(num_ranks, again)[0])
+        assert found.keys() == expected.keys()
+        for path, value in expected.items():
+            assert torch.equal(found[path], value) or "random" in path, path
 
 
 def without_bias(model: nn.Module) -> None:

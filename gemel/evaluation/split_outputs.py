@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from gemel.environment import ranks
 from gemel.forward.batches import run
-from gemel.sharing.memory import named_tensors
+from gemel.sharing.holders import synchronise_copies
 
 MAX_BYTES = 64 << 20  # of the outputs of a rank: more are not sent
 
@@ -43,7 +43,7 @@ def outputs_of_all_ranks(wanted: Mapping[str, tuple[nn.Module, Iterable]]) -> It
                 continue
             if not isinstance(loader, DataLoader) or len(loader) < 2:
                 continue
-            ranks.broadcast(list(named_tensors(model).values()), ranks.owner_of(task), task)
+            synchronise_copies({task: model})
             before = _state(model)
             found = _exchanged(_computed(task, model, loader), task)
             if ranks.is_mine(task):

@@ -48,6 +48,16 @@ def synchronise(models: Models) -> None:
         ranks.broadcast(of_root[root], root)
 
 
+def synchronise_copies(models: Models) -> None:
+    """Gives the ranks that compute a task the values that its model has on the task's own rank.
+
+    All ranks call it. A fit runs on a task's own rank alone, so that the copies on its other ranks are out of date.
+    """
+    for name, model in models.items():
+        if ranks.parts_of(name) and ranks.takes_part(name):
+            ranks.broadcast(list(named_tensors(model).values()), ranks.owner_of(name), name)
+
+
 def park(models: Models) -> None:
     """Moves the large tensors of other ranks' models to temporary files that are mapped into memory, on a CPU.
 

@@ -52,7 +52,7 @@ def test_gradients_of_a_split_batch_are_those_of_the_whole(tasks, data):
     batch = member.batches.next()
     gradients = []
     for member.num_parts in (1, 2):
-        session.training._backward([(member, batch)])
+        session.training._backward([Taken(member, batch, len(batch[0]))])
         gradients.append(member.task.model.offsets.weight.grad.clone())
     assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().sum() > 0
 
