@@ -8,6 +8,7 @@ from torch import nn
 
 from gemel.evaluation.eval_method import evaluate
 from gemel.training import step as step_module
+from gemel.training.step import Taken
 
 
 def test_out_of_memory_halves_the_batch_of_that_task_and_goes_on(entries, tasks, data, monkeypatch, caplog):
