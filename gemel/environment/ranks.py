@@ -27,7 +27,8 @@ MAX_CHUNK = 64 << 20  # bytes that are sent at a time
 FOREVER = timedelta(days=30)  # ranks wait as long as another one evaluates; alive.py finds those that are gone
 
 _owners: dict[str, int] = {}  # task -> its rank
-_parts: dict[str, dict[int, int]] = {}  # task that several ranks compute -> rank -> images of a batch
+_parts: dict[str, dict[int, int]] = {}  # task that several ranks train -> rank -> images of a batch
+_helpers: dict[str, list[int]] = {}  # task -> ranks that help its own one in evaluations
 _groups: dict[tuple[int, ...], Any] = {}  # process groups of some of the ranks
 
 
@@ -85,19 +86,28 @@ def joined() -> Iterator[None]:
 # ---- whose task ---------------------------------------------------------------------------------------------
 
 
-def assign(owners: Mapping[str, int], parts: Mapping[str, Mapping[int, int]] | None = None) -> None:
+def assign(
+    owners: Mapping[str, int],
+    parts: Mapping[str, Mapping[int, int]] | None = None,
+    helpers: Mapping[str, Collection[int]] | None = None,
+) -> None:
     """Says which rank every task belongs to; one without an entry belongs to the first.
 
-    parts: of tasks that several ranks compute, how many images of a batch each of them does; its own rank among them.
-    All ranks say the same.
+    parts: of tasks that several ranks train, how many images of a batch each of them does; its own rank among them.
+    helpers: ranks beside its own one that take their share of a task's evaluations. All ranks say the same.
     """
     _owners.clear()
     _owners.update(owners)
     _parts.clear()
     _parts.update({task: dict(on) for task, on in (parts or {}).items() if len(on) > 1})
     assert all(owner_of(task) in on for task, on in _parts.items())
+    _helpers.clear()
+    _helpers.update(
+        {task: [number for number in on if number != owner_of(task)] for task, on in (helpers or {}).items()}
+    )
     if size() > 1:
-        for on in sorted({tuple(sorted(on)) for on in _parts.values()} - set(_groups)):
+        together = [tuple(sorted(on)) for on in [*_parts.values(), *map(evaluators_of, _helpers)] if len(on) > 1]
+        for on in sorted(set(together) - set(_groups)):
             _groups[on] = dist.new_group(list(on))  # all ranks make it, also those that are not in it
 
 
@@ -116,23 +126,28 @@ def mine(tasks: Iterable[str]) -> list[str]:
     return [task for task in tasks if is_mine(task)]
 
 
+def evaluators_of(task: str) -> list[int]:
+    """The ranks that share in evaluations of a task, its own one first."""
+    return [owner_of(task), *(_helpers.get(task, []) if size() > 1 else [])]
+
+
 def parts_of(task: str) -> dict[int, int]:
-    """Rank -> images of a batch, of a task that several ranks compute; else empty."""
+    """Rank -> images of a batch, of a task that several ranks train; else empty."""
     return _parts.get(task, {}) if size() > 1 else {}
 
 
 def ranks_of(task: str) -> list[int]:
-    """The ranks that compute a task, its own one first."""
+    """The ranks that train a task, its own one first."""
     return [owner_of(task), *(number for number in parts_of(task) if number != owner_of(task))]
 
 
 def takes_part(task: str) -> bool:
-    """Whether this rank computes a task, or a part of its batches; with one process always."""
+    """Whether this rank trains a task, or on a part of its batches; with one process always."""
     return rank() in ranks_of(task)
 
 
 def taking_part(tasks: Iterable[str]) -> list[str]:
-    """Those of the tasks that this rank computes, or parts of."""
+    """Those of the tasks that this rank trains, or on parts of their batches."""
     return [task for task in tasks if takes_part(task)]
 
 
@@ -166,21 +181,21 @@ def _talking() -> Iterator[None]:
         raise RankLost(str(error).splitlines()[0]) from error
 
 
-def messages(message: bytes, task: str | None = None) -> list[bytes]:
-    """The messages of all ranks, by rank, or of those that compute a task."""
+def messages(message: bytes, on: Collection[int] | None = None) -> list[bytes]:
+    """The messages of all ranks, by rank, or of some that were assigned the same task."""
     content = len(message).to_bytes(LENGTH, "little") + message
-    blocks = _all_gathered(content[:BLOCK].ljust(BLOCK, b"\0"), task)
+    blocks = _all_gathered(content[:BLOCK].ljust(BLOCK, b"\0"), on)
     lengths = [int.from_bytes(block[:LENGTH], "little") + LENGTH for block in blocks]
     if max(lengths) > BLOCK:
-        blocks = _all_gathered(content.ljust(max(lengths), b"\0"), task)
+        blocks = _all_gathered(content.ljust(max(lengths), b"\0"), on)
     return [block[LENGTH:length] for block, length in zip(blocks, lengths, strict=True)]
 
 
-def _all_gathered(content: bytes, task: str | None) -> list[bytes]:
+def _all_gathered(content: bytes, on: Collection[int] | None) -> list[bytes]:
     own = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    found = [torch.empty_like(own) for _ in range(size() if task is None else len(parts_of(task)))]
+    found = [torch.empty_like(own) for _ in range(size() if on is None else len(on))]
     with _talking():
-        dist.all_gather(found, own, group=None if task is None else _group_of(task))
+        dist.all_gather(found, own, group=_group_of(on))
     return [tensor.numpy().tobytes() for tensor in found]
 
 
@@ -291,31 +306,34 @@ def sent_to_first(message: bytes) -> list[bytes]:
 # ---- tensors ------------------------------------------------------------------------------------------------
 
 
-def sum_in_place(tensor: Tensor, task: str | None = None) -> None:
-    """Replaces a tensor by its sum over all ranks, or over those that compute a task."""
-    with _talking():
-        dist.all_reduce(tensor, group=None if task is None else _group_of(task))
+def sum_in_place(tensor: Tensor, on: Collection[int] | None = None) -> None:
+    """Replaces a tensor by its sum over all ranks, or over some that were assigned the same task."""
+    if on is None or len(on) > 1:
+        with _talking():
+            dist.all_reduce(tensor, group=_group_of(on))
 
 
-def gathered_tensors(tensor: Tensor, task: str) -> list[Tensor]:
-    """The tensors, of one shape and type, of the ranks that compute a task, by rank."""
-    found = [torch.empty_like(tensor) for _ in parts_of(task)]
+def gathered_tensors(tensor: Tensor, on: Collection[int]) -> Tensor:
+    """The tensors, of one shape and type, of some ranks that were assigned the same task, by rank: [ranks, ...]."""
+    if len(on) <= 1:
+        return tensor[None]
+    found = tensor.new_empty(len(on), *tensor.shape)
     with _talking():
-        dist.all_gather(found, tensor, group=_group_of(task))
+        dist.all_gather(list(found), tensor, group=_group_of(on))
     return found
 
 
-def _group_of(task: str) -> Any:
-    return _groups[tuple(sorted(parts_of(task)))]
+def _group_of(on: Collection[int] | None) -> Any:
+    return None if on is None else _groups[tuple(sorted(on))]
 
 
-def broadcast(tensors: Sequence[Tensor], root: int, task: str | None = None) -> None:
-    """Gives tensors, the same in shape and type on all ranks, the values that they have on one of them; task: on the
-    ranks that compute it."""
+def broadcast(tensors: Sequence[Tensor], root: int, on: Collection[int] | None = None) -> None:
+    """Gives tensors, the same in shape and type on all ranks, the values that they have on one of them; on: some ranks
+    that were assigned the same task, which alone get them."""
     for part in _chunks(tensors):
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in part])
         with _talking():
-            dist.broadcast(flat, root, group=None if task is None else _group_of(task))
+            dist.broadcast(flat, root, group=_group_of(on))
         if rank() != root:
             with torch.no_grad():
                 for tensor, values in zip(part, flat.split([tensor.numel() for tensor in part]), strict=True):

@@ -58,6 +58,36 @@ def split_first(tasks: Collection[str], parts: Parts) -> list[str]:
     return sorted(tasks, key=lambda task: len(parts.get(task, ())) <= 1)
 
 
+def evaluators(costs: Mapping[str, float], on: Mapping[str, Collection[int]], num_ranks: int) -> dict[str, list[int]]:
+    """The ranks that share in the evaluations of each task; on: those that train it, which are among them.
+
+    costs: seconds of an evaluation. Again and again the rank with most to do hands a part of one task, in equal shares,
+    to the one with least to do, as long as the last rank is done earlier by that.
+    """
+    found = {task: list(on[task]) for task in costs}
+    for _ in range(MAX_SPLITS * num_ranks):
+        busy = _busy(costs, found, num_ranks)
+        longest, idlest = busy.index(max(busy)), busy.index(min(busy))
+        tried = [
+            {**found, task: [*found[task], idlest]}
+            for task in costs
+            if longest in found[task] and idlest not in found[task]
+        ]
+        ends = [max(_busy(costs, shared, num_ranks)) for shared in tried]
+        if not tried or min(ends) >= WORTHWHILE * max(busy):
+            break
+        found = tried[ends.index(min(ends))]
+    return found
+
+
+def _busy(costs: Mapping[str, float], on: Mapping[str, Collection[int]], num_ranks: int) -> list[float]:
+    busy = [0.0] * num_ranks
+    for task, sharing in on.items():
+        for rank in sharing:
+            busy[rank] += costs[task] / len(sharing)
+    return busy
+
+
 def _evened(work: Mapping[str, Work], parts: Parts, num_ranks: int) -> Parts:
     """The parts of one set of tasks: one task after the other is split more, and the shortest step is taken."""
     goal = BALANCED * sum(one.seconds for one in work.values()) / num_ranks

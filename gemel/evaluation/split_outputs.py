@@ -12,7 +12,7 @@ import io
 import itertools
 import logging
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from gemel.environment import ranks
 from gemel.forward.batches import run
-from gemel.sharing.holders import synchronise_copies
+from gemel.sharing.memory import named_tensors
 
 MAX_BYTES = 64 << 20  # of the outputs of a rank: more are not sent
 
@@ -29,38 +29,47 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def outputs_of_all_ranks(wanted: Mapping[str, tuple[nn.Module, Iterable]]) -> Iterator[None]:
-    """Within, models of tasks that several ranks compute have their outputs for the batches of these loaders.
+def outputs_of_all_ranks(
+    wanted: Mapping[str, tuple[nn.Module, Iterable]],
+    sharing: Callable[[str], list[int]] = ranks.evaluators_of,
+) -> Iterator[None]:
+    """Within, models have their outputs for the batches of these loaders, where several ranks share in a task.
 
-    wanted: task -> its model and the loader on which it is about to be evaluated. All ranks call it alike; where they
-    compute the same task, the models get the weights that its own rank has. An output is given once, for the same
-    images, to a model in eval mode without gradients whose weights and hooks are the same as before; copies of the
-    model compute theirs.
+    wanted: task -> its model and the loader on which it is about to be evaluated. sharing: the ranks of a task, its own
+    one first. These call it alike, and their models get the weights that the task's own rank has. An output is given
+    once, for the same images, to a model in eval mode without gradients whose weights and hooks are the same as before;
+    copies of the model compute theirs.
     """
     with contextlib.ExitStack() as stack:
         for task, (model, loader) in wanted.items():
-            if not ranks.parts_of(task) or not ranks.takes_part(task):
+            on = sharing(task)
+            if len(on) == 1 or ranks.rank() not in on or not isinstance(loader, DataLoader) or len(loader) < 2:
                 continue
-            if not isinstance(loader, DataLoader) or len(loader) < 2:
-                continue
-            synchronise_copies({task: model})
+            ranks.broadcast(list(named_tensors(model).values()), on[0], on)
             before = _state(model)
-            found = _exchanged(_computed(task, model, loader), task)
+            found = _exchanged(_computed(task, model, _own_batches(loader, on)), task, on)
             if ranks.is_mine(task):
-                given = _Given(model, found, before)
-                stack.enter_context(_in_place_of_forward(model, given))
+                stack.enter_context(_in_place_of_forward(model, _Given(model, found, before)))
         yield
 
 
-def _computed(task: str, model: nn.Module, loader: DataLoader) -> dict[str, Any]:
-    """Digest of the images -> output, of this rank's share of the batches; of fewer where something fails.
+def _own_batches(loader: DataLoader, on: list[int]) -> Iterable:
+    """This rank's share of the batches; where no other processes load them, no other sample is read."""
+    first = on.index(ranks.rank())
+    if loader.num_workers or loader.batch_sampler is None:
+        return itertools.islice(loader, first, None, len(on))
+    own = list(itertools.islice(loader.batch_sampler, first, None, len(on)))
+    return DataLoader(loader.dataset, batch_sampler=own, collate_fn=loader.collate_fn)
+
+
+def _computed(task: str, model: nn.Module, batches: Iterable) -> dict[str, Any]:
+    """Digest of the images -> output, of all batches, or of fewer where something fails.
 
     What fails is computed again by the eval method, on the task's own rank, where it is dealt with as usual.
     """
     found: dict[str, Any] = {}
-    on = ranks.ranks_of(task)
     try:
-        for images, _ in itertools.islice(loader, on.index(ranks.rank()), None, len(on)):
+        for images, _ in batches:
             with contextlib.suppress(TypeError):  # what others cannot read is left to the eval method
                 found[_digest(images)] = _packed(run(model, images))
     except Exception as error:  # a user's model, dataset or transform may raise anything
@@ -68,13 +77,13 @@ def _computed(task: str, model: nn.Module, loader: DataLoader) -> dict[str, Any]
     return found
 
 
-def _exchanged(own: dict[str, Any], task: str) -> dict[str, Any]:
-    """The outputs of all ranks of the task; on the others than its own one, nothing."""
+def _exchanged(own: dict[str, Any], task: str, on: list[int]) -> dict[str, Any]:
+    """The outputs of all ranks that share in the task; on the others than its own one, nothing."""
     buffer = io.BytesIO()
     if not ranks.is_mine(task):
         torch.save(own, buffer)
     is_small = buffer.getbuffer().nbytes <= MAX_BYTES
-    messages = ranks.messages(buffer.getvalue() if is_small else b"", task)
+    messages = ranks.messages(buffer.getvalue() if is_small else b"", on)
     if not ranks.is_mine(task):
         return {}
     device = next((t.device for t in _tensors(list(own.values()))), None)

@@ -58,16 +58,15 @@ def _forward(layer: _BatchNorm, task: str, values: Tensor) -> Tensor:
 
 def _moments_of_all(values: Tensor, task: str) -> tuple[Tensor, Tensor, Tensor]:
     """How many values a channel has in the parts of all ranks, their mean and (biased) variance, in float32."""
-    values = values.float()
-    dims = [0, *range(2, values.dim())]
-    mean = values.mean(dims)
-    spread = (values - mean.view(1, -1, *[1] * (values.dim() - 2))).square_().sum(dims)
+    mean, var = torch.batch_norm_update_stats(values.float(), None, None, 0.0)  # as batch normalisation computes them
     num_values = values.numel() // values.shape[1]
-    parts = torch.stack(ranks.gathered_tensors(torch.cat([mean.new_tensor([num_values]), mean, spread]), task))
-    counts, means, spreads = parts[:, :1], *parts[:, 1:].chunk(2, 1)
+    own = torch.cat([mean.new_tensor([num_values]), mean, var])
+    parts = ranks.gathered_tensors(own, ranks.parts_of(task))
+    counts, means, variances = parts[:, :1], *parts[:, 1:].chunk(2, 1)
     total = counts.sum()
-    mean = (counts * means).sum(0) / total
-    var = (spreads + counts * (means - mean).square()).sum(0) / total
+    shares = counts / total
+    mean = (shares * means).sum(0)
+    var = (shares * (variances + (means - mean).square())).sum(0)
     return total, mean, var
 
 
@@ -100,12 +99,12 @@ class _WholeBatchNorm(torch.autograd.Function):
             gradient, values, weight, *moments, False, ctx.eps, [True, True, True]
         )
         sums = torch.stack([in_bias, in_weight]).float()
-        ranks.sum_in_place(sums, ctx.task)
+        ranks.sum_in_place(sums, ranks.parts_of(ctx.task))
         # the part of the gradient that goes through mean and variance: of every channel a shift, and a slope
         shape = [1, -1] + [1] * (values.dim() - 2)
         inverse = (var + ctx.eps).rsqrt()
         scale = weight.float() * inverse / count
         slope = scale * sums[1] * inverse
         shift = scale * sums[0] - slope * mean
-        in_values = in_values - (values * slope.view(shape) + shift.view(shape)).to(in_values)
-        return in_values, in_weight, in_bias, None, None, None, None
+        through_moments = torch.addcmul(shift.view(shape), values.float(), slope.view(shape))
+        return in_values.sub_(through_moments), in_weight, in_bias, None, None, None, None

@@ -150,7 +150,7 @@ class Evaluator:
         shown: Mapping[str, tuple[nn.Module, DataLoader]] = MappingProxyType({}),
     ) -> dict[str, float]:
         """What is measured of every named task, each on its own rank, at the same time; shown: which model it shows
-        which images, of which the other ranks of a split task take their share."""
+        which images, of which other ranks may take their share."""
         names = list(names)
         with outputs_of_all_ranks(shown):
             found = ranks.together(lambda: {name: measure(name) for name in ranks.mine(names)}) if names else {}
@@ -158,7 +158,8 @@ class Evaluator:
 
     def measure_all(self, models: Mapping[str, nn.Module]) -> dict[str, float]:
         """The accuracies of models in the place of their tasks', on all of val, as they will be loaded."""
-        shown = {} if self.rounds else {name: (models[name], self.data[name].val) for name in models}
+        live = [name for name in models if models[name] is self.tasks[name].model and not self.rounds]
+        shown = {name: (models[name], self.data[name].val) for name in live}
         return self._of_all(models, lambda name: self._as_loaded(name, models[name]), shown)
 
     def _as_loaded(self, name: str, model: nn.Module) -> float:

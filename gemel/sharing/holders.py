@@ -55,7 +55,7 @@ def synchronise_copies(models: Models) -> None:
     """
     for name, model in models.items():
         if ranks.parts_of(name) and ranks.takes_part(name):
-            ranks.broadcast(list(named_tensors(model).values()), ranks.owner_of(name), name)
+            ranks.broadcast(list(named_tensors(model).values()), ranks.owner_of(name), ranks.ranks_of(name))
 
 
 def park(models: Models) -> None:

@@ -158,7 +158,7 @@ def part_of_feature_loss(
     """
     pairs = {layer: _pairs(own[layer], taught[layer], MAX_CALLS) for layer in layers}
     zero = torch.zeros((), device=images[0].device)
-    parts = torch.stack(ranks.gathered_tensors(_moments(list(pairs.values()), zero, len(images)), task))
+    parts = ranks.gathered_tensors(_moments(list(pairs.values()), zero, len(images)), ranks.parts_of(task))
     counts, means, squares = parts[:, :-1].unbind(-1)
     total = counts.sum(0)
     mean = (counts * means).sum(0) / total.clamp(min=1)

@@ -66,7 +66,8 @@ class Validation:
             left = list({ranks.owner_of(member.task.name): member for member in reversed(left)}.values())
         mine = [member for member in left if ranks.is_mine(member.task.name)]
         shown = {m.task.name: self._shown_first(m) for m in left if ranks.takes_part(m.task.name)}
-        with outputs_of_all_ranks({name: first for name, first in shown.items() if first is not None}):
+        known = {name: first for name, first in shown.items() if first is not None}
+        with outputs_of_all_ranks(known, ranks.ranks_of):  # the others have no averaged weights
             found = ranks.together(lambda: {member.task.name: self.measure(member) for member in mine})
         return {name: (accuracy, is_confirmed) for name, (accuracy, is_confirmed) in found.items()}
 

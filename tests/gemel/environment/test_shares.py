@@ -3,7 +3,7 @@ import random
 import pytest
 
 from gemel.environment.ranks import placed
-from gemel.environment.shares import Work, loads, split_first, spread
+from gemel.environment.shares import Work, evaluators, loads, split_first, spread
 
 
 def longest(work, num_ranks: int) -> float:
@@ -72,3 +72,11 @@ def test_the_same_costs_give_the_same_parts():
     source = random.Random(1)
     work = of_costs({f"task{i}": 30 ** source.random() for i in range(20)}, split_seconds=0.1)
     assert spread(work, 8) == spread(dict(work), 8)
+
+
+def test_evaluations_are_shared_where_a_rank_would_be_done_later():
+    costs, on = {"a": 1.0, "b": 1.0, "c": 1.0}, {"a": {0: 8}, "b": {1: 8}, "c": {0: 8}}
+    assert evaluators(costs, on, 2) in ({"a": [0, 1], "b": [1], "c": [0]}, {"a": [0], "b": [1], "c": [0, 1]})
+    assert evaluators(costs, on | {"c": {2: 8}}, 3) == {"a": [0], "b": [1], "c": [2]}
+    assert evaluators(costs, {"a": {0: 8}, "b": {1: 8}, "c": {1: 4, 0: 4}}, 2)["c"] == [1, 0]
+    assert len(evaluators({"heavy": 9.0, "b": 1.0}, {"heavy": {0: 8}, "b": {1: 8}}, 4)["heavy"]) == 3
