@@ -28,7 +28,7 @@ FOREVER = timedelta(days=30)  # ranks wait as long as another one evaluates; ali
 
 _owners: dict[str, int] = {}  # task -> its rank
 _parts: dict[str, dict[int, int]] = {}  # task that several ranks train -> rank -> images of a batch
-_helpers: dict[str, list[int]] = {}  # task -> ranks that help its own one in evaluations
+_evaluators: dict[str, dict[int, float]] = {}  # task that several ranks evaluate -> rank -> share of the images
 _groups: dict[tuple[int, ...], Any] = {}  # process groups of some of the ranks
 
 
@@ -89,26 +89,24 @@ def joined() -> Iterator[None]:
 def assign(
     owners: Mapping[str, int],
     parts: Mapping[str, Mapping[int, int]] | None = None,
-    helpers: Mapping[str, Collection[int]] | None = None,
+    evaluators: Mapping[str, Mapping[int, float]] | None = None,
 ) -> None:
     """Says which rank every task belongs to; one without an entry belongs to the first.
 
     parts: of tasks that several ranks train, how many images of a batch each of them does; its own rank among them.
-    helpers: ranks beside its own one that take their share of a task's evaluations. All ranks say the same.
+    evaluators: of tasks that several ranks evaluate, the share of the images of each. All ranks say the same.
     """
     _owners.clear()
     _owners.update(owners)
     _parts.clear()
     _parts.update({task: dict(on) for task, on in (parts or {}).items() if len(on) > 1})
-    assert all(owner_of(task) in on for task, on in _parts.items())
-    _helpers.clear()
-    _helpers.update(
-        {task: [number for number in on if number != owner_of(task)] for task, on in (helpers or {}).items()}
-    )
+    _evaluators.clear()
+    _evaluators.update({task: dict(on) for task, on in (evaluators or {}).items() if len(on) > 1})
+    together = [(task, tuple(sorted(on))) for shared in (_parts, _evaluators) for task, on in shared.items()]
+    assert all(owner_of(task) in members for task, members in together)
     if size() > 1:
-        together = [tuple(sorted(on)) for on in [*_parts.values(), *map(evaluators_of, _helpers)] if len(on) > 1]
-        for on in sorted(set(together) - set(_groups)):
-            _groups[on] = dist.new_group(list(on))  # all ranks make it, also those that are not in it
+        for members in sorted({members for _, members in together} - set(_groups)):
+            _groups[members] = dist.new_group(list(members))  # all ranks make it, also those that are not in it
 
 
 def owner_of(task: str) -> int:
@@ -126,9 +124,9 @@ def mine(tasks: Iterable[str]) -> list[str]:
     return [task for task in tasks if is_mine(task)]
 
 
-def evaluators_of(task: str) -> list[int]:
-    """The ranks that share in evaluations of a task, its own one first."""
-    return [owner_of(task), *(_helpers.get(task, []) if size() > 1 else [])]
+def evaluators_of(task: str) -> dict[int, float]:
+    """Rank -> share of the images, of a task that several ranks evaluate; else empty."""
+    return _evaluators.get(task, {}) if size() > 1 else {}
 
 
 def parts_of(task: str) -> dict[int, int]:

@@ -10,6 +10,7 @@ Parts = dict[str, dict[int, int]]  # task -> rank -> images of a batch; the task
 
 BALANCED = 1.1  # times the total / ranks: up to here no task is split
 WORTHWHILE = 0.98  # of the time before: a split that gains less is not made
+EVEN = 1.05  # times the total / ranks: up to here no more of an evaluation is handed on
 MAX_SPLITS = 2  # times the number of ranks: how often a task is split more
 MAX_CANDIDATES = 8  # tasks of the rank with most to do, the most expensive ones, of which one is split next
 
@@ -58,34 +59,28 @@ def split_first(tasks: Collection[str], parts: Parts) -> list[str]:
     return sorted(tasks, key=lambda task: len(parts.get(task, ())) <= 1)
 
 
-def evaluators(costs: Mapping[str, float], on: Mapping[str, Collection[int]], num_ranks: int) -> dict[str, list[int]]:
-    """The ranks that share in the evaluations of each task; on: those that train it, which are among them.
+def evaluators(
+    costs: Mapping[str, float], on: Mapping[str, Mapping[int, float]], num_ranks: int
+) -> dict[str, dict[int, float]]:
+    """Task -> the ranks that share in its evaluations, with their shares of the images; its own rank first.
 
-    costs: seconds of an evaluation. Again and again the rank with most to do hands a part of one task, in equal shares,
-    to the one with least to do, as long as the last rank is done earlier by that.
+    costs: seconds of an evaluation. on: the same of training, where it begins. Again and again the rank with most to do
+    hands a part of its largest piece to the one with least to do, so that both are done at the same time.
     """
-    found = {task: list(on[task]) for task in costs}
+    pieces = {task: {rank: costs[task] * n / sum(on[task].values()) for rank, n in on[task].items()} for task in costs}
     for _ in range(MAX_SPLITS * num_ranks):
-        busy = _busy(costs, found, num_ranks)
+        busy = [sum(own.get(rank, 0.0) for own in pieces.values()) for rank in range(num_ranks)]
         longest, idlest = busy.index(max(busy)), busy.index(min(busy))
-        tried = [
-            {**found, task: [*found[task], idlest]}
-            for task in costs
-            if longest in found[task] and idlest not in found[task]
-        ]
-        ends = [max(_busy(costs, shared, num_ranks)) for shared in tried]
-        if not tried or min(ends) >= WORTHWHILE * max(busy):
+        if max(busy) <= EVEN * sum(busy) / num_ranks:
             break
-        found = tried[ends.index(min(ends))]
-    return found
-
-
-def _busy(costs: Mapping[str, float], on: Mapping[str, Collection[int]], num_ranks: int) -> list[float]:
-    busy = [0.0] * num_ranks
-    for task, sharing in on.items():
-        for rank in sharing:
-            busy[rank] += costs[task] / len(sharing)
-    return busy
+        largest = max(pieces, key=lambda task: pieces[task].get(longest, 0.0))
+        moved = min(pieces[largest][longest], (busy[longest] - busy[idlest]) / 2)
+        pieces[largest][longest] -= moved
+        pieces[largest][idlest] = pieces[largest].get(idlest, 0.0) + moved
+    return {
+        task: {rank: piece / costs[task] if costs[task] else 1 / len(own) for rank, piece in own.items()}
+        for task, own in pieces.items()
+    }
 
 
 def _evened(work: Mapping[str, Work], parts: Parts, num_ranks: int) -> Parts:

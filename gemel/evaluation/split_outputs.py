@@ -31,21 +31,21 @@ log = logging.getLogger(__name__)
 @contextlib.contextmanager
 def outputs_of_all_ranks(
     wanted: Mapping[str, tuple[nn.Module, Iterable]],
-    sharing: Callable[[str], list[int]] = ranks.evaluators_of,
+    sharing: Callable[[str], Mapping[int, float]] = ranks.evaluators_of,
 ) -> Iterator[None]:
     """Within, models have their outputs for the batches of these loaders, where several ranks share in a task.
 
-    wanted: task -> its model and the loader on which it is about to be evaluated. sharing: the ranks of a task, its own
-    one first. These call it alike, and their models get the weights that the task's own rank has. An output is given
-    once, for the same images, to a model in eval mode without gradients whose weights and hooks are the same as before;
-    copies of the model compute theirs.
+    wanted: task -> its model and the loader on which it is about to be evaluated. sharing: rank -> share of a task's
+    images; empty if it is not shared. These ranks call it alike, and their models get the weights that the task's own
+    rank has. An output is given once, for the same images, to a model in eval mode without gradients whose weights and
+    hooks are the same as before; copies of the model compute theirs.
     """
     with contextlib.ExitStack() as stack:
         for task, (model, loader) in wanted.items():
             on = sharing(task)
-            if len(on) == 1 or ranks.rank() not in on or not isinstance(loader, DataLoader) or len(loader) < 2:
+            if ranks.rank() not in on or not isinstance(loader, DataLoader) or len(loader) < 2:
                 continue
-            ranks.broadcast(list(named_tensors(model).values()), on[0], on)
+            ranks.broadcast(list(named_tensors(model).values()), ranks.owner_of(task), on)
             before = _state(model)
             found = _exchanged(_computed(task, model, _own_batches(loader, on)), task, on)
             if ranks.is_mine(task):
@@ -53,12 +53,13 @@ def outputs_of_all_ranks(
         yield
 
 
-def _own_batches(loader: DataLoader, on: list[int]) -> Iterable:
+def _own_batches(loader: DataLoader, on: Mapping[int, float]) -> Iterable:
     """This rank's share of the batches; where no other processes load them, no other sample is read."""
-    first = on.index(ranks.rank())
+    before = sum(share for number, share in on.items() if number < ranks.rank())
+    edges = [round(len(loader) * edge / sum(on.values())) for edge in (before, before + on[ranks.rank()])]
     if loader.num_workers or loader.batch_sampler is None:
-        return itertools.islice(loader, first, None, len(on))
-    own = list(itertools.islice(loader.batch_sampler, first, None, len(on)))
+        return itertools.islice(loader, *edges)
+    own = list(itertools.islice(loader.batch_sampler, *edges))
     return DataLoader(loader.dataset, batch_sampler=own, collate_fn=loader.collate_fn)
 
 
@@ -77,7 +78,7 @@ def _computed(task: str, model: nn.Module, batches: Iterable) -> dict[str, Any]:
     return found
 
 
-def _exchanged(own: dict[str, Any], task: str, on: list[int]) -> dict[str, Any]:
+def _exchanged(own: dict[str, Any], task: str, on: Mapping[int, float]) -> dict[str, Any]:
     """The outputs of all ranks that share in the task; on the others than its own one, nothing."""
     buffer = io.BytesIO()
     if not ranks.is_mine(task):

@@ -10,6 +10,7 @@ from torch import nn
 
 from gemel.datasets.loaders import TaskData, batch_size_of, num_samples
 from gemel.environment import ranks
+from gemel.environment.device import seconds_of
 from gemel.environment.seeds import seeded
 from gemel.environment.shares import Parts, Work, evaluators, spread
 from gemel.fitting.batch_norm import batch_norms
@@ -50,8 +51,8 @@ def place_tasks(
     talking = Talking.measured(state.device)
     work = {name: work_of(task, data[name], talking, *seconds[name]) for name, task in tasks.items()}
     parts = spread(work, ranks.size(), apart)
-    helpers = _helpers(work, data, parts, apart)
-    ranks.assign({name: next(iter(on)) for name, on in parts.items()}, parts, helpers)
+    sharing = _evaluators(work, data, parts, apart)
+    ranks.assign({name: next(iter(on)) for name, on in parts.items()}, parts, sharing)
     park(state.models)
     park(state.unmerged)
 
@@ -97,12 +98,12 @@ def work_of(task: Task, data: TaskData, talking: Talking, whole: float, half: fl
     return Work(whole, images_of_batch(data), more)
 
 
-def _helpers(
+def _evaluators(
     work: Mapping[str, Work], data: Mapping[str, TaskData], parts: Parts, apart: Sequence[Collection[str]]
-) -> dict[str, list[int]]:
-    """Task -> the ranks that share in its evaluations."""
+) -> dict[str, dict[int, float]]:
+    """Task -> the ranks that share in its evaluations, with their shares."""
     alone = [name for name in work if not any(name in part for part in apart)]
-    found: dict[str, list[int]] = {}
+    found: dict[str, dict[int, float]] = {}
     for names in [*apart, alone]:
         costs = {
             name: one.seconds / one.num_images * num_samples(data[name].val) / STEP_IN_PASSES
@@ -140,11 +141,10 @@ def step_seconds(task: Task, data: TaskData, state: MergeState, seed: int) -> tu
 def _seconds(
     task: Task, batch: tuple, device: torch.device, teacher: Teacher | None, optimizer: torch.optim.Optimizer | None
 ) -> float:
-    began = time.perf_counter()
-    total = torch.as_tensor(sum(task_losses(task, batch, device, teacher).values()))
-    total.backward()
-    if optimizer is not None:
-        optimizer.step()
-        optimizer.zero_grad()
-    float(total.detach())  # waits for the device
-    return time.perf_counter() - began
+    def step() -> None:
+        torch.as_tensor(sum(task_losses(task, batch, device, teacher).values())).backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return seconds_of(step, device)

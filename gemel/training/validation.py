@@ -67,7 +67,7 @@ class Validation:
         mine = [member for member in left if ranks.is_mine(member.task.name)]
         shown = {m.task.name: self._shown_first(m) for m in left if ranks.takes_part(m.task.name)}
         known = {name: first for name, first in shown.items() if first is not None}
-        with outputs_of_all_ranks(known, ranks.ranks_of):  # the others have no averaged weights
+        with outputs_of_all_ranks(known, ranks.parts_of):  # the others have no averaged weights
             found = ranks.together(lambda: {member.task.name: self.measure(member) for member in mine})
         return {name: (accuracy, is_confirmed) for name, (accuracy, is_confirmed) in found.items()}
 

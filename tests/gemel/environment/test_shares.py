@@ -74,9 +74,20 @@ def test_the_same_costs_give_the_same_parts():
     assert spread(work, 8) == spread(dict(work), 8)
 
 
-def test_evaluations_are_shared_where_a_rank_would_be_done_later():
-    costs, on = {"a": 1.0, "b": 1.0, "c": 1.0}, {"a": {0: 8}, "b": {1: 8}, "c": {0: 8}}
-    assert evaluators(costs, on, 2) in ({"a": [0, 1], "b": [1], "c": [0]}, {"a": [0], "b": [1], "c": [0, 1]})
-    assert evaluators(costs, on | {"c": {2: 8}}, 3) == {"a": [0], "b": [1], "c": [2]}
-    assert evaluators(costs, {"a": {0: 8}, "b": {1: 8}, "c": {1: 4, 0: 4}}, 2)["c"] == [1, 0]
-    assert len(evaluators({"heavy": 9.0, "b": 1.0}, {"heavy": {0: 8}, "b": {1: 8}}, 4)["heavy"]) == 3
+def test_evaluations_are_shared_so_that_all_ranks_are_done_at_the_same_time():
+    costs, on = {"a": 8.0, "b": 5.0, "c": 1.0}, {"a": {0: 16}, "b": {1: 16}, "c": {0: 16}}
+    assert evaluators(costs, on, 2) == {"a": {0: 0.75, 1: 0.25}, "b": {1: 1.0}, "c": {0: 1.0}}
+    even = {"a": 5.0, "b": 5.0}
+    assert evaluators(even, {"a": {0: 16}, "b": {1: 16}}, 2) == {"a": {0: 1.0}, "b": {1: 1.0}}
+    trained = {"a": {0: 4, 1: 12}, "b": {1: 16}}
+    assert evaluators({"a": 4.0, "b": 0.0}, trained, 2) == {"a": {0: 0.5, 1: 0.5}, "b": {1: 1.0}}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_evaluations_of_uneven_tasks(num_ranks):
+    source = random.Random(num_ranks)
+    costs = {f"task{i}": 30 ** source.random() for i in range(8)}
+    shares = evaluators(costs, {task: {i % num_ranks: 16} for i, task in enumerate(costs)}, num_ranks)
+    busy = [sum(costs[task] * own.get(rank, 0.0) for task, own in shares.items()) for rank in range(num_ranks)]
+    assert max(busy) <= 1.1 * sum(busy) / num_ranks
+    assert all(sum(own.values()) == pytest.approx(1.0) for own in shares.values())

@@ -38,7 +38,7 @@ def evaluated(method, wraps: bool = False, batches: DataLoader | None = None) ->
     torch.manual_seed(ranks.rank())  # the other rank's weights are out of date
     model = Counting().eval()
     model.wraps = wraps
-    ranks.assign({TASK: 0}, helpers={TASK: [1]})
+    ranks.assign({TASK: 0}, evaluators={TASK: {0: 0.6, 1: 0.4}})
     with outputs_of_all_ranks({TASK: (model, batches)}):
         value = method(model, batches) if ranks.is_mine(TASK) else None
     assert "forward" not in vars(model)
