@@ -122,6 +122,20 @@ def test_where_memory_is_short_the_other_rank_starts_the_step_again(tasks, data,
     assert [first[2], second[2]] == [1, 2]
 
 
+def test_memory_that_runs_out_in_a_split_task_ends_the_run(tasks, data, monkeypatch):
+    """Its other ranks wait in the middle of their parts."""
+    session = session_of(tasks, data, False)
+    monkeypatch.setattr(ranks, "parts_of", lambda task: {0: 6})
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    tasks["south_pico"].model.register_forward_pre_hook(fail)
+    session.training.begin_stage(session.validation.active)
+    with pytest.raises(RuntimeError, match="south_pico: out of memory; allowed: a smaller batch_size"):
+        session.training.step(session.validation.active)
+
+
 # ---- a round that is resumed ------------------------------------------------------------------------------------
 
 

@@ -188,9 +188,7 @@ class Evaluator:
             return found | ({"per_class": self._per_class(task, reloaded[name])} if per_class else {})
 
         title = "evaluating what was written"
-        missing = [name for name in self.tasks if self.accuracy[name].agreement is None and not self.rounds]
-        with outputs_of_all_ranks({name: (self.unmerged[name], self.data[name].val) for name in missing}):
-            found = ranks.together(lambda: self._each(title, self.tasks, measure))
+        found = ranks.together(lambda: self._each(title, self.tasks, measure))
         self.accuracy |= {name: replace(self.accuracy[name], **values) for name, values in found.items()}
 
     def keep(self, accuracies: Mapping[str, float]) -> None:
