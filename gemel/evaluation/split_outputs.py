@@ -13,7 +13,7 @@ import itertools
 import logging
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,38 +23,58 @@ from gemel.environment import ranks
 from gemel.forward.batches import run
 from gemel.sharing.memory import named_tensors
 
+T = TypeVar("T")
 MAX_BYTES = 64 << 20  # of the outputs of a rank: more are not sent
 
 log = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def outputs_of_all_ranks(
-    wanted: Mapping[str, tuple[nn.Module, Iterable]],
+def measured_with_others(
+    names: Iterable[str],
+    measure: Callable[[str], T],
+    shown: Mapping[str, tuple[nn.Module, Iterable]],
     sharing: Callable[[str], Mapping[int, float]] = ranks.evaluators_of,
-) -> Iterator[None]:
-    """Within, models have their outputs for the batches of these loaders, where several ranks share in a task.
+) -> dict[str, T]:
+    """What `measure` returns for each of this rank's tasks among these, while other ranks share in some of them.
 
-    wanted: task -> its model and the loader on which it is about to be evaluated. sharing: rank -> share of a task's
+    shown: task -> the model that is about to be evaluated, and on which loader. sharing: rank -> share of a task's
     images; empty if it is not shared. These ranks call it alike, and their models get the weights that the task's own
-    rank has. An output is given once, for the same images, to a model in eval mode without gradients whose weights and
-    hooks are the same as before; copies of the model compute theirs.
+    rank has. While `measure` runs, the model has its outputs ready: each is given once, for the same images, to a model
+    in eval mode without gradients whose weights and hooks are the same as before; copies of the model compute theirs.
     """
-    with contextlib.ExitStack() as stack:
-        for task, (model, loader) in wanted.items():
-            on = sharing(task)
-            if ranks.rank() not in on or not isinstance(loader, DataLoader) or len(loader) < 2:
-                continue
-            ranks.broadcast(list(named_tensors(model).values()), ranks.owner_of(task), on)
-            before = _state(model)
-            found = _exchanged(_computed(task, model, _own_batches(loader, on)), task, on)
-            if ranks.is_mine(task):
-                stack.enter_context(_in_place_of_forward(model, _Given(model, found, before)))
-        yield
+    names = list(names)
+    shared = [name for name in names if name in shown and _is_shared(sharing(name), shown[name][1])]
+    parts, before = {}, {}
+    for name in shared:
+        model, loader = shown[name]
+        ranks.broadcast(list(named_tensors(model).values()), ranks.owner_of(name), sharing(name))
+        before[name] = _state(model)
+        parts[name] = _computed(name, model, _own_batches(loader, sharing(name)))
+    found: dict[str, T] = {}
+    failed: Exception | None = None
+    try:
+        found = {name: measure(name) for name in ranks.mine(names) if name not in shared}
+    except (RuntimeError, MemoryError) as error:  # the others wait for the outputs first
+        failed = error
+    for name in shared:
+        outputs = _exchanged(parts[name], name, sharing(name))
+        if ranks.is_mine(name) and failed is None:
+            model = shown[name][0]
+            with _in_place_of_forward(model, _Given(model, outputs, before[name])):
+                found[name] = measure(name)
+    if failed is not None:
+        raise failed
+    return found
 
 
-def _own_batches(loader: DataLoader, on: Mapping[int, float]) -> Iterable:
-    """This rank's share of the batches; where no other processes load them, no other sample is read."""
+def _is_shared(on: Mapping[int, float], loader: Iterable) -> bool:
+    """Whether this rank shares in the evaluation of a task, which it does if there is more than one batch."""
+    return ranks.rank() in on and isinstance(loader, DataLoader) and len(loader) > 1
+
+
+def _own_batches(loader: Iterable, on: Mapping[int, float]) -> Iterable:
+    """This rank's share of the batches of a DataLoader; where no other processes load them, no more is read."""
+    assert isinstance(loader, DataLoader)
     before = sum(share for number, share in on.items() if number < ranks.rank())
     edges = [round(len(loader) * edge / sum(on.values())) for edge in (before, before + on[ranks.rank()])]
     if loader.num_workers or loader.batch_sampler is None:

@@ -1,5 +1,6 @@
 """The accuracies of a workload: of the unmerged models, on the screening subset, merged, and reloaded from disk."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,7 @@ from gemel.environment.clock import Clock
 from gemel.environment.events import emit
 from gemel.evaluation.agreement import have_equal_tensors, mean_agreement
 from gemel.evaluation.eval_method import EvalMethodError, evaluate
-from gemel.evaluation.split_outputs import outputs_of_all_ranks
+from gemel.evaluation.split_outputs import measured_with_others
 from gemel.forward import STORE_TYPES
 from gemel.forward.modes import Models
 from gemel.merging.diagnosis import explanations
@@ -72,8 +73,9 @@ class Evaluator:
         problems = []
         missing = [name for name in self.tasks if name not in self.accuracy]
         shown = {name: (self.tasks[name].model, self.data[name].val) for name in missing}
-        with clock.interruptible(), outputs_of_all_ranks(shown):
-            found = ranks.together(lambda: self._each("evaluating the unmerged models", missing, self._unmerged))
+        title = "evaluating the unmerged models"
+        with clock.interruptible():
+            found = ranks.together(lambda: self._each(title, missing, self._unmerged, shown))
         for name in missing:
             if (error := found[name].get("error")) is not None:
                 problems.append(Problem(name, "eval_method", *error))
@@ -152,8 +154,7 @@ class Evaluator:
         """What is measured of every named task, each on its own rank, at the same time; shown: which model it shows
         which images, of which other ranks may take their share."""
         names = list(names)
-        with outputs_of_all_ranks(shown):
-            found = ranks.together(lambda: {name: measure(name) for name in ranks.mine(names)}) if names else {}
+        found = ranks.together(lambda: measured_with_others(names, measure, shown)) if names else {}
         return {name: found[name] for name in names}
 
     def measure_all(self, models: Mapping[str, nn.Module]) -> dict[str, float]:
@@ -250,13 +251,21 @@ class Evaluator:
             log.warning("%s: no agreement of merged and unmerged model: %s: %s", task.name, type(error).__name__, error)
             return None
 
-    def _each(self, title: str, names: Iterable[str], measure: Callable[[str], Any]) -> dict[str, Any]:
-        """What `measure` returns for each of this rank's tasks; each is said to begin."""
-        own, found = ranks.mine(names), {}
-        for number, name in enumerate(own, 1):
-            emit("doing", what=f"{title}: {name} ({number} of {len(own)})")
-            found[name] = measure(name)
-        return found
+    def _each(
+        self,
+        title: str,
+        names: Iterable[str],
+        measure: Callable[[str], Any],
+        shown: Mapping[str, tuple[nn.Module, DataLoader]] = MappingProxyType({}),
+    ) -> dict[str, Any]:
+        """What `measure` returns for each of this rank's tasks; each is said to begin. shown: as in `_of_all`."""
+        numbers, num_own = itertools.count(1), len(ranks.mine(names))
+
+        def begun(name: str) -> Any:
+            emit("doing", what=f"{title}: {name} ({next(numbers)} of {num_own})")
+            return measure(name)
+
+        return measured_with_others(names, begun, shown)
 
     # ---- resuming --------------------------------------------------------------------------------------------
 

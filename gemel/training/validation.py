@@ -11,7 +11,7 @@ from gemel.datasets.loaders import num_samples
 from gemel.environment import ranks
 from gemel.environment.events import emit
 from gemel.evaluation.eval_method import evaluate
-from gemel.evaluation.split_outputs import outputs_of_all_ranks
+from gemel.evaluation.split_outputs import measured_with_others
 from gemel.training.context import RoundContext
 from gemel.training.options import TrainingOptions
 from gemel.training.outcome import EPOCHS_SPENT, GIVEN_UP, MET, UNTRAINED
@@ -64,11 +64,12 @@ class Validation:
         """Of the first of the tasks, and at the same time of the first ones of the other ranks (or of all tasks)."""
         if not everything or ranks.size() == 1:
             left = list({ranks.owner_of(member.task.name): member for member in reversed(left)}.values())
-        mine = [member for member in left if ranks.is_mine(member.task.name)]
+        names = [member.task.name for member in left]
         shown = {m.task.name: self._shown_first(m) for m in left if ranks.takes_part(m.task.name)}
         known = {name: first for name, first in shown.items() if first is not None}
-        with outputs_of_all_ranks(known, ranks.parts_of):  # the others have no averaged weights
-            found = ranks.together(lambda: {member.task.name: self.measure(member) for member in mine})
+        found = ranks.together(  # ranks that do not train a task have no averaged weights of it
+            lambda: measured_with_others(names, lambda name: self.measure(self.members[name]), known, ranks.parts_of)
+        )
         return {name: (accuracy, is_confirmed) for name, (accuracy, is_confirmed) in found.items()}
 
     def _shown_first(self, member: Member) -> tuple[nn.Module, DataLoader] | None:

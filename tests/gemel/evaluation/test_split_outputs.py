@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from eval_methods import classification_eval
 from gemel.environment import ranks
-from gemel.evaluation.split_outputs import outputs_of_all_ranks
+from gemel.evaluation.split_outputs import measured_with_others
 
 TASK = "north_pico"
 
@@ -39,10 +39,9 @@ def evaluated(method, wraps: bool = False, batches: DataLoader | None = None) ->
     model = Counting().eval()
     model.wraps = wraps
     ranks.assign({TASK: 0}, evaluators={TASK: {0: 0.6, 1: 0.4}})
-    with outputs_of_all_ranks({TASK: (model, batches)}):
-        value = method(model, batches) if ranks.is_mine(TASK) else None
+    found = measured_with_others([TASK], lambda name: method(model, batches), {TASK: (model, batches)})
     assert "forward" not in vars(model)
-    return [value, model.calls]
+    return [found.get(TASK), model.calls]
 
 
 def logits(model: nn.Module, batches: DataLoader) -> torch.Tensor:
@@ -131,8 +130,39 @@ def test_an_error_of_the_model_is_left_to_the_eval_method(caplog):
     assert on_ranks(2, lambda: evaluated(method, batches=wrong))[0][0] == "raised"
 
 
+def of_two_tasks(fails: bool) -> list:
+    """The first rank has both tasks; what it does in which order."""
+    ranks.assign({}, evaluators={TASK: {0: 0.6, 1: 0.4}})
+    models, done = {name: Counting().eval() for name in (TASK, "other")}, []
+
+    def measure(name):
+        done.append([name, models[TASK].calls])
+        if fails and name == "other":
+            raise torch.OutOfMemoryError("no memory")
+        return logits(models[name], loader()).shape[0]
+
+    try:
+        found = measured_with_others(models, measure, {TASK: (models[TASK], loader())})
+    except torch.OutOfMemoryError:
+        found = {"failed": 1}
+    return [found, done]
+
+
+def test_what_is_not_shared_is_measured_before_ranks_wait_for_each_other():
+    (found, done), other = on_ranks(2, lambda: of_two_tasks(False))
+    assert found == {TASK: 20, "other": 20} and done == [["other", 3], [TASK, 3]]
+    assert other == [{}, []]
+
+
+def test_a_rank_that_runs_out_of_memory_raises_when_the_others_have_what_they_wait_for():
+    (found, done), other = on_ranks(2, lambda: of_two_tasks(True))
+    assert found == {"failed": 1} and done == [["other", 3]] and other == [{}, []]
+
+
 def test_one_process_runs_the_model_as_it_is():
     model = Counting().eval()
-    with outputs_of_all_ranks({TASK: (model, loader())}):
-        assert "forward" not in vars(model)
-        assert model.calls == 0
+    batches = loader()
+    assert measured_with_others([TASK], lambda name: "forward" in vars(model), {TASK: (model, batches)}) == {
+        TASK: False
+    }
+    assert model.calls == 0
