@@ -1,6 +1,7 @@
 """Which rank works for which task, and which tasks are split over several: by the time that a training step takes."""
 
 import functools
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from gemel.workload import Task
 
 REPEATS = 2  # of a step, after one that warms up
 STEP_IN_PASSES = 3  # a training step costs about as much as three forward passes of its images
+LEAST_SECONDS = 0.02  # of a step that is split: what is gained of a shorter one is less than the noise of measuring it
 COLLECTIVES = 10  # that are measured
 LARGE = 1 << 18  # numbers of the larger ones, in float32
 
@@ -95,7 +97,7 @@ def images_of_batch(data: TaskData) -> int:
 def work_of(task: Task, data: TaskData, talking: Talking, whole: float, half: float) -> Work:
     """What a step costs that takes so many seconds with a whole batch, and with half of one as a part of it."""
     more = max(0.0, half - whole / 2) + talking.seconds_of_split(task.model)
-    return Work(whole, images_of_batch(data), more)
+    return Work(whole, images_of_batch(data), more if whole >= LEAST_SECONDS else math.inf)
 
 
 def _evaluators(

@@ -48,6 +48,7 @@ def test_nothing_is_split_that_is_even_or_cannot_be_or_costs_too_much():
         of_costs(even),
         of_costs(costs, num_images=1),
         of_costs(costs, split_seconds=0.6),
+        of_costs(costs, split_seconds=float("inf")),
         of_costs({"a": 0.0}),
     ):
         owners = placed({task: one.seconds for task, one in work.items()}, 2)
