@@ -19,7 +19,7 @@ from gemel.environment.events import emit
 from gemel.environment.interrupts import Interrupted
 from gemel.environment.seeds import random_state, seeded, set_random_state
 from gemel.fitting.batch_norm import reestimate_statistics
-from gemel.sharing.holders import own_models
+from gemel.sharing.holders import own_models, synchronise_copies
 from gemel.training.context import RoundContext
 from gemel.training.distillation import Teacher
 from gemel.training.options import TrainingOptions
@@ -65,6 +65,7 @@ class Round:
         teachers: Mapping[str, Teacher] | None = None,
     ):
         self.members, self.options, self.context = members, options, context
+        synchronise_copies(models)
         steps_per_epoch = max(len(member.data.train) for member in members.values())
         shared, private = shared_and_private(models)
         held = set(own_models(models).parameters())  # what other ranks freeze is not known here
@@ -145,7 +146,7 @@ class Round:
             self._load_state(self.context.saved)
             return
         if not self.context.fitted:
-            for member in (member for name, member in self.members.items() if ranks.is_mine(name)):
+            for member in (member for name, member in self.members.items() if ranks.takes_part(name)):
                 batches = itertools.islice(member.data.train, self.options.statistics_batches)
                 model = member.task.model
                 reestimate_statistics(model, list(batches), self.context.device, keep=frozen_modules(model))

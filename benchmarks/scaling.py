@@ -3,10 +3,11 @@
     python -m benchmarks.scaling [--workload mine.py --datasets DIR] [--strategy adaptive] [--ranks 2] [--kills 0]
         [--num-models 100 1000]
 
-- Makespan: 64 classifiers and detectors of torchvision at 64 px, costs of a training step measured, placed on 1, 2, 4
-  and 8 ranks that are simulated: the most that a rank has to do, over the total divided by the number of ranks. The
-  same with uneven costs: as measured, times 1 to 30; and with one task that costs a quarter of all, which is never
-  split.
+- Makespan: 64 classifiers and detectors of torchvision at 64 px, costs of a training step measured, placed and split as
+  a merge does it over 1, 2, 4 and 8 ranks that are simulated: when the last rank has done its part of a step, over the
+  total divided by the number of ranks. A rank of a split task also pays what does not shrink with the number of images
+  (measured with half of them) and what the ranks tell each other (measured between two processes). The same with uneven
+  costs: as measured, times 1 to 30, as with larger images; and with one task that costs a quarter of all.
 - Plan: CPU seconds and peak memory for so many models, on the meta device.
 - With a workload: the same merge by one process with as many threads as there are ranks, and by ranks of one thread
   each: wall and CPU seconds, peak memory of a process, whether the kept configuration and the weights are the same.
@@ -30,16 +31,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from torch import nn
 from torchvision import models as classifiers
 from torchvision.models import detection
 
-from gemel.environment.ranks import placed
+from gemel.environment.shares import Work, loads, spread
 from gemel.merging.console import mib, plan_table
+from gemel.merging.placement import Talking
 from gemel.sharing.groups import find_groups
 from gemel.sharing.memory import distinct_bytes
 
-PIXELS, BATCH = 64, 2
+PIXELS, BATCH = 64, 8
 CLASSIFIERS = ("resnet18", "resnet34", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "squeezenet1_1")
 DETECTORS = ("ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn")
 SCRIPT = Path(__file__).resolve().parent.parent / "merge_workloads.py"
@@ -61,39 +65,77 @@ def built(name: str) -> nn.Module:
     return getattr(detection, name)(weights=None, weights_backbone=None, num_classes=4)
 
 
-def step_seconds(name: str) -> float:
-    """CPU seconds of a training step, the better of two."""
+def step_seconds(name: str, num_images: int) -> float:
+    """CPU seconds of a training step, that of the optimizer included, the better of two."""
     model = built(name).train()
-    images = torch.rand(BATCH, 3, PIXELS, PIXELS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    images = torch.rand(num_images, 3, PIXELS, PIXELS)
     boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0]])
-    targets = [{"boxes": boxes, "labels": torch.tensor([1])} for _ in range(BATCH)]
+    targets = [{"boxes": boxes, "labels": torch.tensor([1])} for _ in range(num_images)]
     found = []
     for _ in range(3):
         began = time.process_time()
+        optimizer.zero_grad()
         loss = model(images).sum() if name in CLASSIFIERS else sum(model(list(images), targets).values())
         loss.backward()
+        optimizer.step()
         found.append(time.process_time() - began)
     return min(found[1:])
 
 
+def measured_work(name: str, talking: Talking) -> Work:
+    """What a step of a model costs; where it is split, each rank pays in full what does not shrink with the images."""
+    whole, half = step_seconds(name, BATCH), step_seconds(name, BATCH // 2)
+    same_for_all = min(whole, max(0.0, 2 * half - whole))
+    return Work(whole, BATCH, same_for_all + talking.seconds_of_split(built(name)))
+
+
 def print_makespan(num_tasks: int = 64) -> None:
-    costs = {name: step_seconds(name) for name in (*CLASSIFIERS, *DETECTORS)}
-    names = list(costs)
-    even = {f"task{i}": costs[names[i % len(names)]] for i in range(num_tasks)}
+    talking = measured_talking()
+    print(f"a collective of two processes: {1e3 * talking.small:.2f} ms, and {1e9 * talking.per_byte:.2f} ms a MB")
+    works = {name: measured_work(name, talking) for name in (*CLASSIFIERS, *DETECTORS)}
+    names = list(works)
+    even = {f"task{i}": works[names[i % len(names)]] for i in range(num_tasks)}
     source = random.Random(0)
-    uneven = {task: cost * 30 ** source.random() for task, cost in even.items()}
-    heavy = {**even, "task0": sum(list(even.values())[1:]) / 3}
-    for what, tasks in (("", even), ("of uneven cost ", uneven), ("of which one costs a quarter of all ", heavy)):
+    uneven = {task: dearer(one, 30 ** source.random()) for task, one in even.items()}
+    total = sum(one.seconds for one in even.values()) - even["task0"].seconds
+    heavy = {**even, "task0": dearer(even["task0"], total / 3 / even["task0"].seconds)}
+    for what, work in (("", even), ("of uneven cost ", uneven), ("of which one costs a quarter of all ", heavy)):
         for num_ranks in (1, 2, 4, 8):
-            ratio = makespan(tasks, num_ranks)
-            print(f"makespan of {num_tasks} tasks {what}on {num_ranks} ranks: {ratio:.3f} x total / ranks", flush=True)
+            ratio, split = makespan(work, num_ranks)
+            means = f"{num_tasks} tasks {what}on {num_ranks} ranks, {split} of them split"
+            print(f"makespan of {means}: {ratio:.3f} x total / ranks", flush=True)
 
 
-def makespan(costs: dict[str, float], num_ranks: int) -> float:
-    """The most that a rank has to do, over the total divided by the number of ranks."""
-    owners = placed(costs, num_ranks)
-    loads = [sum(cost for task, cost in costs.items() if owners[task] == rank) for rank in range(num_ranks)]
-    return max(loads) / (sum(loads) / num_ranks)
+def dearer(work: Work, times: float) -> Work:
+    """A task whose steps cost so many times as much, as with larger images: what splitting costs stays the same."""
+    return work._replace(seconds=work.seconds * times)
+
+
+def makespan(work: dict[str, Work], num_ranks: int) -> tuple[float, int]:
+    """When the last rank has done its part of a step, over the total divided by the number of ranks; how many tasks are
+    split. Ranks begin and end a split task together, and each pays what splitting costs."""
+    parts = spread(work, num_ranks)
+    longest = max(loads(work, parts, num_ranks))
+    total = sum(one.seconds for one in work.values())
+    return longest / (total / num_ranks), sum(len(on) > 1 for on in parts.values())
+
+
+def measured_talking() -> Talking:
+    """Of two processes, as place_tasks measures it."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_talk, (folder,), nprocs=2)
+        return Talking(*json.loads((Path(folder) / "talking.json").read_text()))
+
+
+def _talk(number: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=2)
+    found = Talking.measured(torch.device("cpu"))
+    if number == 0:
+        (Path(folder) / "talking.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def print_plan(num_models: int) -> None:

@@ -27,6 +27,9 @@ MAX_CHUNK = 64 << 20  # bytes that are sent at a time
 FOREVER = timedelta(days=30)  # ranks wait as long as another one evaluates; alive.py finds those that are gone
 
 _owners: dict[str, int] = {}  # task -> its rank
+_parts: dict[str, dict[int, int]] = {}  # task that several ranks train -> rank -> images of a batch
+_evaluators: dict[str, dict[int, float]] = {}  # task that several ranks evaluate -> rank -> share of the images
+_groups: dict[tuple[int, ...], Any] = {}  # process groups of some of the ranks
 
 
 class RankLost(BaseException):
@@ -76,16 +79,34 @@ def joined() -> Iterator[None]:
     try:
         yield
     finally:
+        _groups.clear()
         dist.destroy_process_group()
 
 
 # ---- whose task ---------------------------------------------------------------------------------------------
 
 
-def assign(owners: Mapping[str, int]) -> None:
-    """Says which rank every task belongs to; one without an entry belongs to the first."""
+def assign(
+    owners: Mapping[str, int],
+    parts: Mapping[str, Mapping[int, int]] | None = None,
+    evaluators: Mapping[str, Mapping[int, float]] | None = None,
+) -> None:
+    """Says which rank every task belongs to; one without an entry belongs to the first.
+
+    parts: of tasks that several ranks train, how many images of a batch each of them does; its own rank among them.
+    evaluators: of tasks that several ranks evaluate, the share of the images of each. All ranks say the same.
+    """
     _owners.clear()
     _owners.update(owners)
+    _parts.clear()
+    _parts.update({task: dict(on) for task, on in (parts or {}).items() if len(on) > 1})
+    _evaluators.clear()
+    _evaluators.update({task: dict(on) for task, on in (evaluators or {}).items() if len(on) > 1})
+    together = [(task, tuple(sorted(on))) for shared in (_parts, _evaluators) for task, on in shared.items()]
+    assert all(owner_of(task) in members for task, members in together)
+    if size() > 1:
+        for members in sorted({members for _, members in together} - set(_groups)):
+            _groups[members] = dist.new_group(list(members))  # all ranks make it, also those that are not in it
 
 
 def owner_of(task: str) -> int:
@@ -101,6 +122,31 @@ def is_mine(task: str) -> bool:
 def mine(tasks: Iterable[str]) -> list[str]:
     """Those of the tasks that belong to this rank."""
     return [task for task in tasks if is_mine(task)]
+
+
+def evaluators_of(task: str) -> dict[int, float]:
+    """Rank -> share of the images, of a task that several ranks evaluate; else empty."""
+    return _evaluators.get(task, {}) if size() > 1 else {}
+
+
+def parts_of(task: str) -> dict[int, int]:
+    """Rank -> images of a batch, of a task that several ranks train; else empty."""
+    return _parts.get(task, {}) if size() > 1 else {}
+
+
+def ranks_of(task: str) -> list[int]:
+    """The ranks that train a task, its own one first."""
+    return [owner_of(task), *(number for number in parts_of(task) if number != owner_of(task))]
+
+
+def takes_part(task: str) -> bool:
+    """Whether this rank trains a task, or on a part of its batches; with one process always."""
+    return rank() in ranks_of(task)
+
+
+def taking_part(tasks: Iterable[str]) -> list[str]:
+    """Those of the tasks that this rank trains, or on parts of their batches."""
+    return [task for task in tasks if takes_part(task)]
 
 
 def placed(costs: Mapping[str, float], num_ranks: int, apart: Sequence[Collection[str]] = ()) -> dict[str, int]:
@@ -133,21 +179,21 @@ def _talking() -> Iterator[None]:
         raise RankLost(str(error).splitlines()[0]) from error
 
 
-def _gathered(message: bytes) -> list[bytes]:
-    """The messages of all ranks, by rank."""
+def messages(message: bytes, on: Collection[int] | None = None) -> list[bytes]:
+    """The messages of all ranks, by rank, or of some that were assigned the same task."""
     content = len(message).to_bytes(LENGTH, "little") + message
-    blocks = _all_gathered(content[:BLOCK].ljust(BLOCK, b"\0"))
+    blocks = _all_gathered(content[:BLOCK].ljust(BLOCK, b"\0"), on)
     lengths = [int.from_bytes(block[:LENGTH], "little") + LENGTH for block in blocks]
     if max(lengths) > BLOCK:
-        blocks = _all_gathered(content.ljust(max(lengths), b"\0"))
+        blocks = _all_gathered(content.ljust(max(lengths), b"\0"), on)
     return [block[LENGTH:length] for block, length in zip(blocks, lengths, strict=True)]
 
 
-def _all_gathered(content: bytes) -> list[bytes]:
+def _all_gathered(content: bytes, on: Collection[int] | None) -> list[bytes]:
     own = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    found = [torch.empty_like(own) for _ in range(size())]
+    found = [torch.empty_like(own) for _ in range(size() if on is None else len(on))]
     with _talking():
-        dist.all_gather(found, own)
+        dist.all_gather(found, own, group=_group_of(on))
     return [tensor.numpy().tobytes() for tensor in found]
 
 
@@ -155,7 +201,7 @@ def gathered(value: Any) -> list[Any]:
     """What every rank gives, by rank: JSON values, on all of them."""
     if size() == 1:
         return [value]
-    return [json.loads(message) for message in _gathered(json.dumps(value).encode())]
+    return [json.loads(message) for message in messages(json.dumps(value).encode())]
 
 
 def united(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,18 +304,34 @@ def sent_to_first(message: bytes) -> list[bytes]:
 # ---- tensors ------------------------------------------------------------------------------------------------
 
 
-def sum_in_place(tensor: Tensor) -> None:
-    """Replaces a tensor by its sum over all ranks."""
+def sum_in_place(tensor: Tensor, on: Collection[int] | None = None) -> None:
+    """Replaces a tensor by its sum over all ranks, or over some that were assigned the same task."""
+    if on is None or len(on) > 1:
+        with _talking():
+            dist.all_reduce(tensor, group=_group_of(on))
+
+
+def gathered_tensors(tensor: Tensor, on: Collection[int]) -> Tensor:
+    """The tensors, of one shape and type, of some ranks that were assigned the same task, by rank: [ranks, ...]."""
+    if len(on) <= 1:
+        return tensor[None]
+    found = tensor.new_empty(len(on), *tensor.shape)
     with _talking():
-        dist.all_reduce(tensor)
+        dist.all_gather(list(found), tensor, group=_group_of(on))
+    return found
 
 
-def broadcast(tensors: Sequence[Tensor], root: int) -> None:
-    """Gives tensors, the same in shape and type on all ranks, the values that they have on one of them."""
+def _group_of(on: Collection[int] | None) -> Any:
+    return None if on is None else _groups[tuple(sorted(on))]
+
+
+def broadcast(tensors: Sequence[Tensor], root: int, on: Collection[int] | None = None) -> None:
+    """Gives tensors, the same in shape and type on all ranks, the values that they have on one of them; on: some ranks
+    that were assigned the same task, which alone get them."""
     for part in _chunks(tensors):
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in part])
         with _talking():
-            dist.broadcast(flat, root)
+            dist.broadcast(flat, root, group=_group_of(on))
         if rank() != root:
             with torch.no_grad():
                 for tensor, values in zip(part, flat.split([tensor.numel() for tensor in part]), strict=True):

@@ -1,12 +1,15 @@
 """The accuracies of a workload: of the unmerged models, on the screening subset, merged, and reloaded from disk."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from gemel.datasets.folders import SampleError
 from gemel.datasets.loaders import TaskData
@@ -15,6 +18,7 @@ from gemel.environment.clock import Clock
 from gemel.environment.events import emit
 from gemel.evaluation.agreement import have_equal_tensors, mean_agreement
 from gemel.evaluation.eval_method import EvalMethodError, evaluate
+from gemel.evaluation.split_outputs import measured_with_others
 from gemel.forward import STORE_TYPES
 from gemel.forward.modes import Models
 from gemel.merging.diagnosis import explanations
@@ -68,8 +72,10 @@ class Evaluator:
         """
         problems = []
         missing = [name for name in self.tasks if name not in self.accuracy]
+        shown = {name: (self.tasks[name].model, self.data[name].val) for name in missing}
+        title = "evaluating the unmerged models"
         with clock.interruptible():
-            found = ranks.together(lambda: self._each("evaluating the unmerged models", missing, self._unmerged))
+            found = ranks.together(lambda: self._each(title, missing, self._unmerged, shown))
         for name in missing:
             if (error := found[name].get("error")) is not None:
                 problems.append(Problem(name, "eval_method", *error))
@@ -109,7 +115,9 @@ class Evaluator:
         names = list(names)
         missing = [n for n in names if n not in self.unmerged_on_screen and self.data[n].screen is not self.data[n].val]
         self.unmerged_on_screen |= self._of_all(
-            missing, lambda name: evaluate(self.tasks[name], self.data[name].screen, self.unmerged[name])
+            missing,
+            lambda name: evaluate(self.tasks[name], self.data[name].screen, self.unmerged[name]),
+            {name: (self.unmerged[name], self.data[name].screen) for name in missing},
         )
         measured = (name for name in names if self.unmerged_on_screen.get(name))  # where it is 0 it says nothing
         return {name: self.tasks[name].tolerance * self.unmerged_on_screen[name] for name in measured}
@@ -121,11 +129,9 @@ class Evaluator:
         names = list(names)
         targets = self.screen_targets(names)
 
-        def measure(name: str) -> float:
-            data = self.data[name]
-            return evaluate(self.tasks[name], data.screen if name in targets else data.val)
-
-        first = self._of_all(names, measure)
+        models = {name: self.tasks[name].model for name in names}
+        first_on = {n: (models[n], self.data[n].screen if n in targets else self.data[n].val) for n in names}
+        first = self._of_all(names, lambda name: evaluate(self.tasks[name], first_on[name][1]), first_on)
         found = {}
         for name in names:
             task, accuracy = self.tasks[name], first[name]
@@ -133,20 +139,29 @@ class Evaluator:
             found[name] = Standing(accuracy / targets.get(name, task.target_acc), accuracy if whole else None)
         if min(standing.ratio for standing in found.values()) >= THRESHOLDS.fit.full_validation_from:
             left = [name for name, standing in found.items() if standing.accuracy is None]
-            on_val = self._of_all(left, lambda name: evaluate(self.tasks[name], self.data[name].val))
+            left_on = {name: (models[name], self.data[name].val) for name in left}
+            on_val = self._of_all(left, lambda name: evaluate(self.tasks[name], left_on[name][1]), left_on)
             for name in left:
                 found[name] = Standing(on_val[name] / self.tasks[name].target_acc, on_val[name])
         return found
 
-    def _of_all(self, names: Iterable[str], measure: Callable[[str], float]) -> dict[str, float]:
-        """What is measured of every named task, each on its own rank, at the same time."""
+    def _of_all(
+        self,
+        names: Iterable[str],
+        measure: Callable[[str], float],
+        shown: Mapping[str, tuple[nn.Module, DataLoader]] = MappingProxyType({}),
+    ) -> dict[str, float]:
+        """What is measured of every named task, each on its own rank, at the same time; shown: which model it shows
+        which images, of which other ranks may take their share."""
         names = list(names)
-        found = ranks.together(lambda: {name: measure(name) for name in ranks.mine(names)}) if names else {}
+        found = ranks.together(lambda: measured_with_others(names, measure, shown)) if names else {}
         return {name: found[name] for name in names}
 
     def measure_all(self, models: Mapping[str, nn.Module]) -> dict[str, float]:
         """The accuracies of models in the place of their tasks', on all of val, as they will be loaded."""
-        return self._of_all(models, lambda name: self._as_loaded(name, models[name]))
+        live = [name for name in models if models[name] is self.tasks[name].model and not self.rounds]
+        shown = {name: (models[name], self.data[name].val) for name in live}
+        return self._of_all(models, lambda name: self._as_loaded(name, models[name]), shown)
 
     def _as_loaded(self, name: str, model: nn.Module) -> float:
         """What the model will reach on val when it is loaded from the store.
@@ -236,13 +251,21 @@ class Evaluator:
             log.warning("%s: no agreement of merged and unmerged model: %s: %s", task.name, type(error).__name__, error)
             return None
 
-    def _each(self, title: str, names: Iterable[str], measure: Callable[[str], Any]) -> dict[str, Any]:
-        """What `measure` returns for each of this rank's tasks; each is said to begin."""
-        own, found = ranks.mine(names), {}
-        for number, name in enumerate(own, 1):
-            emit("doing", what=f"{title}: {name} ({number} of {len(own)})")
-            found[name] = measure(name)
-        return found
+    def _each(
+        self,
+        title: str,
+        names: Iterable[str],
+        measure: Callable[[str], Any],
+        shown: Mapping[str, tuple[nn.Module, DataLoader]] = MappingProxyType({}),
+    ) -> dict[str, Any]:
+        """What `measure` returns for each of this rank's tasks; each is said to begin. shown: as in `_of_all`."""
+        numbers, num_own = itertools.count(1), len(ranks.mine(names))
+
+        def begun(name: str) -> Any:
+            emit("doing", what=f"{title}: {name} ({next(numbers)} of {num_own})")
+            return measure(name)
+
+        return measured_with_others(names, begun, shown)
 
     # ---- resuming --------------------------------------------------------------------------------------------
 

@@ -137,7 +137,7 @@ def memory_needs(
 
     Runs every task of this rank forward on a few images of train; the models stay as they are.
     """
-    own = {name: tasks[name] for name in ranks.mine(tasks)}
+    own = {name: tasks[name] for name in ranks.taking_part(tasks)}
     live = live_bytes(state, own)
     came = {"models as they came": earlier_merges.bytes_kept(task.model for task in tasks.values())}
     loaded = {"samples in memory": sum(bytes_of_samples(data[name], _cache(options, tasks)) for name in own)}

@@ -25,7 +25,7 @@ def teachers_of(
     return {
         name: Teacher(models[name], unmerged[name], compared_layers(models[name], name, proposal))
         for name, task in tasks.items()
-        if ranks.is_mine(name)
+        if ranks.takes_part(name)
         if options.teaches or not task.labels
     }
 
@@ -42,13 +42,13 @@ class FrozenPrefixes:
         self._last: dict[str, Prefix] = {}
 
     def of_round(self, names: Collection[str], proposal: Configuration, resumed: bool) -> dict[str, Prefix]:
-        """What the named classifiers of this rank compute before their first tied layers.
+        """What the named classifiers that this rank trains compute before their first tied layers.
 
         Outputs that were kept in an earlier round are used again where they would be the same. resumed: the weights of
         the round are yet to be loaded, so nothing can be kept of it.
         """
         found = {}
-        for name in ranks.mine(names):
+        for name in ranks.taking_part(names):
             tied = {o.layer for group in proposal for o in group.occurrences if o.task == name}
             is_classifier = self.images.tasks[name].kind == CLASSIFICATION
             cut = self._cuts_of(name).before(tied) if is_classifier else None

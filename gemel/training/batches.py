@@ -1,11 +1,13 @@
 """The batches of one task in a round: endless, restartable at any point, and split when memory runs out."""
 
+import itertools
 import logging
 from collections.abc import Iterator
 
 from torch import Tensor
 
 from gemel.datasets.loaders import ShuffledKeys, TaskData, batch_size_of, restarted
+from gemel.environment import ranks
 from gemel.environment.failures import is_worker_death
 
 log = logging.getLogger(__name__)
@@ -66,8 +68,35 @@ class Batches:
         return self.iterator
 
 
-def split(batch: tuple, num_parts: int) -> list[tuple]:
-    """(images, targets) in at most `num_parts` parts of equal size; tensors and lists are cut alike."""
+def own_part(batch: tuple, task: str) -> tuple:
+    """The images, with their targets, that this rank computes of a batch (images, targets) of a task.
+
+    All of them, if no other rank computes the task. The parts of its ranks follow each other in the order in which
+    `ranks.parts_of` names them; a batch with fewer images than usual is cut in the same proportions.
+    """
+    parts, (images, targets) = ranks.parts_of(task), batch
+    if not parts:
+        return batch
+    before, total = 0, sum(parts.values())
+    for number, num_images in parts.items():
+        begin, end = (len(images) * edge // total for edge in (before, before + num_images))
+        assert begin < end, f"{task}: a batch of {len(images)} images is too small for {len(parts)} ranks"
+        if number == ranks.rank():
+            return images[begin:end], targets[begin:end]
+        before += num_images
+    raise AssertionError(f"{task}: this rank does not compute it")
+
+
+def split(batch: tuple, num_parts: int, task: str = "") -> list[tuple]:
+    """(images, targets) in at most `num_parts` parts of equal size; tensors and lists are cut alike.
+
+    task: where several ranks compute it, their parts of a batch are split into equally many, as they wait for each
+    other in each of them.
+    """
     images, targets = batch
+    if parts := ranks.parts_of(task):
+        count = min(num_parts, *parts.values())
+        edges = [len(images) * i // count for i in range(count + 1)]
+        return [(images[begin:end], targets[begin:end]) for begin, end in itertools.pairwise(edges)]
     size = -(-len(images) // num_parts)
     return [(images[start : start + size], targets[start : start + size]) for start in range(0, len(images), size)]

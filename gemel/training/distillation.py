@@ -7,6 +7,7 @@ its class probabilities as well. Detections of a teacher can serve as labels. So
 
 import contextlib
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gemel.environment import ranks
 from gemel.forward.autocast import IN_FLOAT32, Autocast
 from gemel.forward.hooks import EndForward, hooked, run_until_end
 from gemel.forward.modes import logits_of
 
 MIN_SCORE = 0.4  # of a teacher's detection that counts as an object (benchmarks/LOG.md, 2026-11-25 Detectors)
+MAX_CALLS = 8  # of a layer in a pass, whose moments ranks exchange: one a pyramid level; others are not compared there
 EPSILON = 1e-6  # of the variance that a feature loss is divided by
 
 
@@ -58,20 +61,32 @@ class Teacher:
     """One task's unmerged model beside its merged one, for the duration of a round (`close` removes the hooks)."""
 
     def __init__(self, model: nn.Module, teacher: nn.Module, layers: Sequence[str]):
-        self.model, self.teacher = model, teacher
+        self.model, self.teacher, self.layers = model, teacher, list(layers)
         self.own, self.taught = Taps(model, layers), Taps(teacher, layers)
         self.has_seen = False  # whether a whole pass over the images of this batch is recorded
 
-    def losses(self, images: Tensor | list[Tensor], output: Any, autocast: Autocast = IN_FLOAT32) -> dict[str, Tensor]:
+    def losses(
+        self,
+        images: Tensor | list[Tensor],
+        output: Any,
+        autocast: Autocast = IN_FLOAT32,
+        split_task: str | None = None,
+    ) -> dict[str, Tensor]:
         """Named scalars with gradient, after the model's forward pass on `images` returned `output`.
 
         features: mean squared difference of the recorded outputs, each divided by the variance of the teacher's, mean
         over the layers (outputs that differ in shape, as behind a detector's own proposals, are left out).
         probabilities (classifiers): Kullback-Leibler divergence from the teacher's class probabilities. Where the
-        teacher's `detections` on these images were asked for, it does not run again.
+        teacher's `detections` on these images were asked for, it does not run again. split_task: the task, if the
+        images are this rank's part of a batch, so that the variance is that of the whole batch; all its ranks call this
+        together.
         """
         taught = None if self.has_seen else self._teacher_logits(images, autocast)
-        losses = {"features": feature_loss(self.own.outputs, self.taught.outputs)}
+        own, outputs = self.own.outputs, self.taught.outputs
+        if split_task is None:
+            losses = {"features": feature_loss(own, outputs)}
+        else:
+            losses = {"features": part_of_feature_loss(own, outputs, self.layers, split_task, images)}
         logits = logits_of(output)
         if torch.is_tensor(logits) and torch.is_tensor(taught):
             ours, theirs = logits.float().log_softmax(1), taught.float().log_softmax(1)
@@ -121,15 +136,60 @@ class Teacher:
 def feature_loss(own: Mapping[str, list[Tensor]], taught: Mapping[str, list[Tensor]]) -> Tensor:
     """Mean over layers of the squared difference from the teacher's output over the variance of that output; 0-dim."""
     losses: list[Tensor] = []
-    for layer, targets in taught.items():
-        pairs = [
-            (o.float(), t.float())
-            for o, t in zip(own[layer], targets, strict=False)
-            if o.shape == t.shape and t.numel() > 1
-        ]
-        if len(own[layer]) == len(targets) and len(pairs) == len(targets):
-            difference = functools.reduce(torch.add, ((o - t).square().sum() for o, t in pairs))
+    for layer in taught:
+        if pairs := _pairs(own[layer], taught[layer]):
             spread = sum((t - t.mean()).square().sum() for _, t in pairs)
             count = sum(t.numel() for _, t in pairs)
-            losses.append(difference / (spread + EPSILON * count))
+            losses.append(_difference(pairs) / (spread + EPSILON * count))
     return torch.stack(losses).mean() if losses else torch.zeros(())
+
+
+def part_of_feature_loss(
+    own: Mapping[str, list[Tensor]],
+    taught: Mapping[str, list[Tensor]],
+    layers: Sequence[str],
+    task: str,
+    images: Tensor | list[Tensor],
+) -> Tensor:
+    """This rank's part of the feature loss of a batch that several ranks compute; 0-dim.
+
+    The mean of the parts, each weighted by its number of images, is `feature_loss` of the whole batch, of the layers
+    that can be compared on all ranks. Mean and variance of the teacher's outputs come from the moments of all parts.
+    """
+    pairs = {layer: _pairs(own[layer], taught[layer], MAX_CALLS) for layer in layers}
+    zero = torch.zeros((), device=images[0].device)
+    parts = ranks.gathered_tensors(_moments(list(pairs.values()), zero, len(images)), ranks.parts_of(task))
+    counts, means, squares = parts[:, :-1].unbind(-1)
+    total = counts.sum(0)
+    mean = (counts * means).sum(0) / total.clamp(min=1)
+    spread = (squares + counts * (means - mean).square()).sum((0, -1)) + EPSILON * total.sum(-1)
+    is_everywhere = ((counts > 0) == (counts[:1] > 0)).all(0).all(-1) & (total > 0).any(-1)
+    differences = [_difference(found) if found else zero for found in pairs.values()]
+    if not differences:
+        return torch.zeros(())
+    losses = torch.stack(differences) / spread.clamp(min=EPSILON) * is_everywhere
+    return losses.sum() / is_everywhere.sum().clamp(min=1) * (parts[:, -1, 0, 0].sum() / len(images))
+
+
+def _moments(pairs: Sequence[Sequence[tuple[Tensor, Tensor]]], zero: Tensor, num_images: int) -> Tensor:
+    """Of each layer and call the number of the teacher's values, their mean and squared deviations; then the
+    number of images."""
+    found = zero.new_zeros(len(pairs) + 1, MAX_CALLS, 3)
+    for i, calls in enumerate(pairs):
+        for j, (_, t) in enumerate(calls):
+            mean = t.mean()
+            found[i, j] = torch.stack([mean.new_tensor(t.numel()), mean, (t - mean).square().sum()])
+    found[-1] = num_images
+    return found
+
+
+def _pairs(own: Sequence[Tensor], taught: Sequence[Tensor], most: float = math.inf) -> list[tuple[Tensor, Tensor]]:
+    """The outputs of the calls of one layer here and in the teacher; empty where they cannot be compared, or are more
+    than so many."""
+    both = zip(own, taught, strict=False)
+    pairs = [(o.float(), t.float()) for o, t in both if o.shape == t.shape and t.numel() > 1]
+    return pairs if len(own) == len(taught) == len(pairs) <= most else []
+
+
+def _difference(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    return functools.reduce(torch.add, ((o - t).square().sum() for o, t in pairs))

@@ -20,13 +20,17 @@ def task_losses(
     device: torch.device,
     teacher: Teacher | None = None,
     autocast: Autocast = IN_FLOAT32,
+    is_part: bool = False,
 ) -> dict[str, Tensor]:
     """Losses of the task's model, in train mode, on one batch of its train loader; each entry a scalar with gradient.
 
     Classification: cross-entropy of (Tensor[N,3,H,W], Tensor[N]). Detection: what the detector itself returns for
     (list of Tensor[3,H,W], list of targets). With a teacher, its losses as well. A task without labels needs one: its
     losses are all there is for a classifier, and what it detects is the targets of a detector. autocast: in which the
-    model and its teacher run; losses are computed in float32. Raises ValueError if the model returns something else.
+    model and its teacher run; losses are computed in float32. is_part: whether the batch is this rank's part of one
+    that several ranks compute: they call this together, and the mean of their losses, weighted by numbers of images, is
+    that of the whole batch, except where a detector divides by numbers of objects. Raises ValueError if the model
+    returns something else.
     """
     images, targets = batch
     if task.kind == CLASSIFICATION:
@@ -44,7 +48,8 @@ def task_losses(
         with autocast.within(task.model):
             output = task.model(images, targets)
         losses = _detection_losses(task, output)
-    return losses if teacher is None else {**losses, **teacher.losses(images, output, autocast)}
+    split_task = task.name if is_part else None
+    return losses if teacher is None else {**losses, **teacher.losses(images, output, autocast, split_task)}
 
 
 def _classification_losses(task: Task, output: Any, labels: Tensor) -> dict[str, Tensor]:

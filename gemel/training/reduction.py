@@ -4,7 +4,7 @@ Not DistributedDataParallel: it fails when a model is skipped in a step, and ran
 tied after wrapping. One flat sum after the backward passes is right whatever is tied or skipped.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gemel.environment import ranks
 from gemel.forward.modes import Models
 from gemel.sharing.holders import held_by
+from gemel.training.united import names_of
 
 
 class Reduced(NamedTuple):
@@ -26,18 +27,26 @@ class Reduced(NamedTuple):
 class Reduction:
     """Sums gradients over the ranks.
 
-    shared: the parameters that several models hold; those that models of several ranks hold are summed. The flat buffer
+    shared: the parameters that several models hold; those that models of several ranks hold are summed. trained: what
+    this rank trains; what one model holds whose task several ranks compute is summed as well. The flat buffer
     is made once, in float32, and holds besides the gradients, of each parameter, how many ranks have a gradient: one
     that none has, since its tasks are given up, stays without. Each gradient lies in it in the memory layout that its
     parameter has on the first rank, so that it is copied as it lies, and what comes back is a part of the buffer.
     """
 
-    def __init__(self, models: Models, shared: Collection[nn.Parameter], device: torch.device):
+    def __init__(
+        self,
+        models: Models,
+        shared: Collection[nn.Parameter],
+        device: torch.device,
+        trained: Sequence[nn.Parameter] = (),
+    ):
         self.parameters: list[nn.Parameter] = []
         strides: list[list[int]] = []
         if ranks.size() > 1:
             holders = held_by(models)
             self.parameters = [parameter for parameter in shared if len(holders[parameter]) > 1]
+            self.parameters += _of_split_tasks(models, [p for p in trained if len(holders[p]) > 1], set(shared))
             strides = ranks.of_first(lambda: [_dense_stride(parameter) for parameter in self.parameters])
         self.sizes = [parameter.numel() for parameter in self.parameters]
         self.flat = torch.empty(sum(self.sizes) + len(self.sizes) + 3, device=device)
@@ -61,6 +70,17 @@ class Reduction:
         for parameter, total, count in zip(self.parameters, self.sums, present, strict=True):
             parameter.grad = total.to(parameter.dtype) if count else None
         return Reduced(loss.new_tensor(summed_loss), int(samples), failures > 0)
+
+
+def _of_split_tasks(
+    models: Models, trained: Sequence[nn.Parameter], shared: Collection[nn.Parameter]
+) -> list[nn.Parameter]:
+    """Those of all ranks, in the order of the models, without shared ones; all ranks ask: what one freezes, only those
+    that compute its task know."""
+    own = names_of(models, [parameter for parameter in trained if parameter not in shared])
+    named = {name for part in ranks.gathered(own) for name in part}
+    everything = list(dict.fromkeys(p for model in models.values() for p in model.parameters()))
+    return [p for p, name in zip(everything, names_of(models, everything), strict=True) if name in named]
 
 
 def _dense_stride(parameter: nn.Parameter) -> list[int]:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from gemel.environment.seeds import derive_seed
 from gemel.fitting.batch_norm import freeze_statistics, frozen_statistics
 from gemel.forward.autocast import IN_FLOAT32, Autocast
 from gemel.forward.modes import release_graphs
+from gemel.forward.whole_batch_norm import whole_batch_norm
 from gemel.sharing.holders import own_models, synchronise
-from gemel.training.batches import Batches, split
+from gemel.training.batches import Batches, own_part, split
 from gemel.training.distillation import Teacher
 from gemel.training.early_stopping import Progress, loss_weight
 from gemel.training.losses import task_losses
@@ -55,9 +56,22 @@ class Member:
         return {"batches": self.batches.state(), "progress": self.progress.state(), "num_parts": self.num_parts}
 
     def load_state(self, state: dict) -> None:
-        if ranks.is_mine(self.task.name):
+        if ranks.takes_part(self.task.name):
             self.batches.load_state(state["batches"])
         self.progress, self.num_parts = Progress.from_state(state["progress"]), state["num_parts"]
+
+
+class Taken(NamedTuple):
+    """The next batch of a task, of which this rank computes all or a part."""
+
+    member: Member
+    part: tuple  # (images, targets)
+    num_images: int  # of the whole batch
+
+    @classmethod
+    def of(cls, member: Member) -> "Taken":
+        batch = member.batches.next()
+        return cls(member, own_part(batch, member.task.name), len(batch[0]))
 
 
 def shared_and_private(models: nn.ModuleDict) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -75,8 +89,9 @@ class JointStep:
     """The optimizer and the moving average of weights of the trained models.
 
     models: those of the members, in one container, so that a tied parameter is there once. teachers: by task, where
-    losses compare with the unmerged model. With several ranks each trains what the models of its own tasks hold, and
-    the gradients of what models of several ranks hold are summed over the ranks (reduction.py).
+    losses compare with the unmerged model. With several ranks each trains what the models of the tasks hold that it
+    computes, and the gradients of what several ranks train are summed over the ranks (reduction.py). A rank that
+    computes parts of a task's batches weights its losses by its share of the images.
     """
 
     def __init__(
@@ -94,7 +109,7 @@ class JointStep:
         self.own = own_models(models)
         held = set(self.own.parameters())
         self.trained = [parameter for parameter in [*self.shared, *private] if parameter in held]
-        self.reduction = Reduction(models, self.shared, device)
+        self.reduction = Reduction(models, self.shared, device, self.trained)
         self.positions = positions(models, self.trained) if ranks.size() > 1 else []
         fused = device.type == "cuda"
         stepped = self.trained or [nn.Parameter(torch.zeros(1, device=device))]  # all may be frozen, or other ranks'
@@ -114,7 +129,7 @@ class JointStep:
         private_only = self.schedule.private_only
         for parameter in self.shared:
             parameter.requires_grad_(not private_only)
-        for member in (member for member in members if ranks.is_mine(member.task.name)):
+        for member in (member for member in members if ranks.takes_part(member.task.name)):
             member.task.model.train()
             if private_only:
                 freeze_statistics(member.task.model)
@@ -123,15 +138,17 @@ class JointStep:
         """One batch of every member and one step of the optimizer; why the round ends, or None."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate()
-        mine = [member for member in members if ranks.is_mine(member.task.name)]
+        mine = [member for member in members if ranks.takes_part(member.task.name)]
+        mine.sort(key=lambda member: not ranks.parts_of(member.task.name))  # so that no rank waits for long
         began = time.perf_counter()
-        batches = [(member, member.batches.next()) for member in mine]
+        batches = [Taken.of(member) for member in mine]
         self.reading_seconds += time.perf_counter() - began
-        num_samples, reason = sum(len(batch[0]) for _, batch in batches), None
-        while (total := self._backward(batches)) is None:
-            if any(member.num_parts > len(batch[0]) for member, batch in batches):
-                total, reason = torch.zeros((), device=self.device), OUT_OF_MEMORY
-                break
+        num_samples, reason = sum(len(taken.part[0]) for taken in batches), None
+        are_split = any(ranks.parts_of(member.task.name) for member in members)
+        while self._again(total := self._backward(batches), batches, are_split):
+            pass
+        if total is None:
+            total, reason = torch.zeros((), device=self.device), OUT_OF_MEMORY
         if ranks.size() > 1:
             total, num_samples, is_out_of_memory = self.reduction.reduce(total, num_samples, reason is not None)
             reason = OUT_OF_MEMORY if is_out_of_memory else None
@@ -144,6 +161,12 @@ class JointStep:
         self.samples += num_samples
         self.schedule.step += 1
         return None
+
+    def _again(self, total: Tensor | None, batches: Sequence[Taken], are_split: bool) -> bool:
+        """Whether a batch that did not fit the memory is tried in smaller parts, on this rank or on one that computes
+        parts of the same batches: then all start again."""
+        again = total is None and not any(taken.member.num_parts > len(taken.part[0]) for taken in batches)
+        return ranks.any_of(again) if are_split else again
 
     def _look_at_loss(self) -> str | None:
         """Why the round ends, or None; where that is looked at later, the fused optimizer leaves out the step."""
@@ -167,21 +190,26 @@ class JointStep:
         synchronise(self.models)
         self.models.eval()
 
-    def _backward(self, batches: Sequence[tuple[Member, tuple]]) -> Tensor | None:
-        """Gradients of all losses and their sum; None if a task ran out of memory and is to be split further."""
+    def _backward(self, batches: Sequence[Taken]) -> Tensor | None:
+        """Gradients of all losses and their sum; None if a task ran out of memory and is to be split further.
+
+        Raises RuntimeError where that is a task of which other ranks compute parts.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for member, batch in batches:
+        for member, batch, num_images in batches:
             try:
-                for part in split(batch, member.num_parts):
+                for part in split(batch, member.num_parts, member.task.name):
                     with self._autocast_of(member).whole_step():
-                        loss = self._loss(member, part) * (len(part[0]) / len(batch[0]))
+                        loss = self._loss(member, part) * (len(part[0]) / num_images)
                         if loss.requires_grad:  # not where all that this stage trains is in other models
                             loss.backward()
                     total += loss.detach()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if ranks.parts_of(member.task.name):  # the others wait in the middle of their parts
+                    raise RuntimeError(f"{member.task.name}: out of memory; allowed: a smaller batch_size") from error
                 most = len(batch[0])  # more parts than images: it cannot be split further
                 member.num_parts = min(2 * member.num_parts, most) if member.num_parts < most else most + 1
                 if (teacher := self.teachers.get(member.task.name)) is not None:
@@ -193,11 +221,18 @@ class JointStep:
         return total
 
     def _loss(self, member: Member, batch: tuple) -> Tensor:
+        name, model = member.task.name, member.task.model
+        is_part = bool(ranks.parts_of(name))
         if ranks.size() > 1:  # what dropout draws does not depend on how many ranks there are
-            torch.manual_seed(derive_seed(self.seed, member.task.name, self.schedule.step))
-        model, teacher = member.task.model, self.teachers.get(member.task.name)
-        with frozen_statistics(model) if len(batch[0]) == 1 else contextlib.nullcontext():  # one has no variance
-            losses = task_losses(member.task, batch, self.device, teacher, self._autocast_of(member))
+            part = [ranks.ranks_of(name).index(ranks.rank())] if is_part else []
+            torch.manual_seed(derive_seed(self.seed, name, self.schedule.step, *part))
+        teacher, autocast = self.teachers.get(name), self._autocast_of(member)
+        with contextlib.ExitStack() as stack:
+            if is_part:
+                stack.enter_context(whole_batch_norm(model, name))
+            elif len(batch[0]) == 1:  # one image has no variance
+                stack.enter_context(frozen_statistics(model))
+            losses = task_losses(member.task, batch, self.device, teacher, autocast, is_part)
         weight = loss_weight(member.progress.accuracy, member.progress.target)
         total = sum(self.options.weight_of(name, member.task) * loss for name, loss in losses.items())
         return weight * torch.as_tensor(total)

@@ -68,7 +68,7 @@ def state_of_rank(state: dict, models: Models, trained: Sequence[nn.Parameter]) 
     """Of the state of all ranks' tasks what this rank holds; trained: the parameters of its optimizer."""
     if ranks.size() == 1:
         return state
-    mine, places = set(ranks.mine(models)), positions(models, trained)
+    mine, places = set(ranks.taking_part(models)), positions(models, trained)
     averaged = {key: v for key, v in state["averaged"].items() if "." not in key or key.split(".")[1] in mine}
     states = state["optimizer"]["state"]
     own = {i: states[position] for i, position in enumerate(places) if position in states}

@@ -5,11 +5,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 from torch import nn
+from torch.utils.data import DataLoader
 
 from gemel.datasets.loaders import num_samples
 from gemel.environment import ranks
 from gemel.environment.events import emit
 from gemel.evaluation.eval_method import evaluate
+from gemel.evaluation.split_outputs import measured_with_others
 from gemel.training.context import RoundContext
 from gemel.training.options import TrainingOptions
 from gemel.training.outcome import EPOCHS_SPENT, GIVEN_UP, MET, UNTRAINED
@@ -60,11 +62,24 @@ class Validation:
 
     def _measured(self, left: Sequence[Member], everything: bool) -> dict[str, tuple[float, bool]]:
         """Of the first of the tasks, and at the same time of the first ones of the other ranks (or of all tasks)."""
-        mine = [member for member in left if ranks.is_mine(member.task.name)]
         if not everything or ranks.size() == 1:
-            mine = mine[:1]
-        found = ranks.together(lambda: {member.task.name: self.measure(member) for member in mine})
+            left = list({ranks.owner_of(member.task.name): member for member in reversed(left)}.values())
+        names = [member.task.name for member in left]
+        shown = {m.task.name: self._shown_first(m) for m in left if ranks.takes_part(m.task.name)}
+        known = {name: first for name, first in shown.items() if first is not None}
+        found = ranks.together(  # ranks that do not train a task have no averaged weights of it
+            lambda: measured_with_others(names, lambda name: self.measure(self.members[name]), known, ranks.parts_of)
+        )
         return {name: (accuracy, is_confirmed) for name, (accuracy, is_confirmed) in found.items()}
+
+    def _shown_first(self, member: Member) -> tuple[nn.Module, DataLoader] | None:
+        """Which model sees which images first, when a task is measured; None where it is known already."""
+        name, step = member.task.name, self.schedule.step
+        known = self.context.fitted.get(name) if step == 0 else None
+        if known is not None and (known.accuracy is not None or self.screens(member)):
+            return None
+        model = self.averaged.get_submodule(name) if step else member.task.model
+        return model, member.data.screen if self.screens(member) else member.data.val
 
     def measure(self, member: Member) -> tuple[float, bool]:
         """(accuracy on val, True); where the screening subset is below its target, (an estimate from that, False)."""

@@ -24,10 +24,24 @@ def create_model_dict():
 
 
 def test_tasks_are_placed_on_simulated_ranks(capsys, monkeypatch):
-    monkeypatch.setattr(scaling, "step_seconds", lambda name: 0.1 + len(name) / 50)
+    monkeypatch.setattr(scaling, "step_seconds", lambda name, num_images: 0.02 + len(name) * num_images / 400)
+    monkeypatch.setattr(scaling, "measured_talking", lambda: scaling.Talking(1e-4, 1e-9))
     scaling.print_makespan()
-    ratios = [float(line.split(": ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()]
-    assert len(ratios) == 12 and ratios[0] == 1.0 and max(ratios[:4]) <= 1.1 and min(ratios) >= 1.0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    ratios = [float(line.split(": ")[1].split()[0]) for line in lines]
+    assert len(ratios) == 12 and ratios[0] == 1.0 and max(ratios) <= 1.1 and min(ratios) >= 1.0
+    assert "on 8 ranks, 1 of them split" in lines[-1]
+
+
+def test_what_splitting_costs_counts():
+    work = {f"task{i}": scaling.Work(1.0, 8, 0.2) for i in range(3)}
+    assert scaling.makespan(work, 2) == (pytest.approx(1.7 / 1.5), 1)
+    assert scaling.makespan({task: one._replace(split_seconds=0.6) for task, one in work.items()}, 2)[1] == 0
+    assert scaling.measured_work("squeezenet1_1", scaling.Talking(9.0, 0.0)).split_seconds >= 9.0
+
+
+def test_collectives_of_two_processes_are_measured():
+    assert 0 < scaling.measured_talking().small < 1
 
 
 def test_a_plan_is_measured(capsys):

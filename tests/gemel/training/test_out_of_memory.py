@@ -8,6 +8,7 @@ from torch import nn
 
 from gemel.evaluation.eval_method import evaluate
 from gemel.training import step as step_module
+from gemel.training.step import Taken
 
 
 def test_out_of_memory_halves_the_batch_of_that_task_and_goes_on(entries, tasks, data, monkeypatch, caplog):
@@ -52,7 +53,7 @@ def test_gradients_of_a_split_batch_are_those_of_the_whole(tasks, data):
     batch = member.batches.next()
     gradients = []
     for member.num_parts in (1, 2):
-        session.training._backward([(member, batch)])
+        session.training._backward([Taken(member, batch, len(batch[0]))])
         gradients.append(member.task.model.offsets.weight.grad.clone())
     assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().sum() > 0
 
