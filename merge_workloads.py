@@ -189,7 +189,7 @@ def _merge(
     device = pick_device(chosen.device)
     data = _open_data(tasks, roots, device, chosen)
     if chosen.retry is not None:
-        tasks = measured_anew(tasks, data, chosen)
+        tasks = measured_anew(tasks, data, chosen, results_path)
         say(retry_text(tasks[chosen.retry]) + "\n")
     mark = fingerprint(tasks, find_datasets(tasks, roots), chosen.deciding)
     with contextlib.ExitStack() as stack, clock.interrupts.deferred():

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from gemel.datasets.loaders import TaskData
+from gemel.datasets.records import NO_CLASS
 from gemel.environment import ranks
 from gemel.environment.device import pick_device
 from gemel.evaluation.eval_method import evaluate
 from gemel.merging.fingerprint import differences
 from gemel.merging.options import MergeOptions
-from gemel.results_store.manifest import has_results
+from gemel.results_store.manifest import has_results, read_manifest
 from gemel.workload import Problem, Task, WorkloadError
 
 
@@ -45,19 +46,28 @@ def with_new_data(
     return {**tasks, name: replace(tasks[name], dataset=str(folder))}, []
 
 
-def measured_anew(tasks: dict[str, Task], data: Mapping[str, TaskData], options: MergeOptions) -> dict[str, Task]:
+def measured_anew(
+    tasks: dict[str, Task], data: Mapping[str, TaskData], options: MergeOptions, results_path: Path
+) -> dict[str, Task]:
     """The tasks, of which the one that is merged again has the accuracy that its model reaches on the new val.
 
-    Raises WorkloadError if it reaches nothing, or cannot be evaluated.
+    Raises WorkloadError if it reaches nothing, or cannot be evaluated, or if a class id has another class in the new
+    data than in the results.
     """
     if (name := options.retry) is None:
         return tasks
     tasks[name].model.to(pick_device(options.device))
-    reached = ranks.of_first(lambda: _measured(tasks[name], data[name]))
+    reached = ranks.of_first(lambda: _measured(tasks[name], data[name], results_path))
     return {**tasks, name: replace(tasks[name], unmerged_acc=reached)}
 
 
-def _measured(task: Task, data: TaskData) -> float:
+def _measured(task: Task, data: TaskData, results_path: Path) -> float:
+    before = read_manifest(results_path)["tasks"].get(task.name, {}).get("class_names") or ()
+    pairs = zip(before, data.class_names, strict=False)  # a class that is left out at the end shifts no class id
+    if any(one != other and NO_CLASS not in (one, other) for one, other in pairs):
+        got = f"{task.dataset}, whose classes are, by class id, {', '.join(data.class_names)}"
+        allowed = f"the classes that the task was merged with: {', '.join(before)}"
+        raise WorkloadError([Problem(task.name, "data", got, allowed)])
     try:
         reached = evaluate(task, data.val)
     except ValueError as error:  # EvalMethodError among them

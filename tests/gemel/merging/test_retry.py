@@ -119,3 +119,29 @@ def test_all_that_is_wrong_is_listed_and_nothing_is_written(first, trained_entri
     with pytest.raises(WorkloadError, match="north_pico: "):  # it has three classes, the new data four
         merge(trained_entries, first[0], datasets, retry="north_pico", data=new_data)
     assert read_manifest(first[0]) == before
+
+
+@pytest.mark.parametrize("classes", [{"class0": "zebra"}, {"class1": None}])
+def test_data_whose_class_ids_mean_other_classes_are_refused(
+    first, trained_entries, datasets, new_data, tmp_path, classes
+):
+    """Folders are numbered by name: another name, or a folder that is left out, gives those behind it other ids."""
+    data = shutil.copytree(new_data, tmp_path / new_data.name)
+    for split in ("train", "val"):
+        for name, renamed in classes.items():
+            shutil.rmtree(data / split / name) if renamed is None else (data / split / name).rename(
+                data / split / renamed
+            )
+    before = read_manifest(first[0])
+    allowed = "allowed: the classes that the task was merged with: class0, class1, class2, class3"
+    with pytest.raises(WorkloadError, match=f"{RETRIED}: data: got .*whose classes are, by class id, class.*{allowed}"):
+        merge(trained_entries, first[0], datasets, retry=RETRIED, data=data)
+    assert read_manifest(first[0]) == before
+
+
+def test_data_without_the_last_class_keep_their_class_ids(first, trained_entries, datasets, new_data, tmp_path):
+    data = shutil.copytree(new_data, tmp_path / new_data.name)
+    for split in ("train", "val"):
+        shutil.rmtree(data / split / "class3")
+    after = merge(trained_entries, first[0], datasets, retry=RETRIED, data=data)
+    assert after["tasks"][RETRIED]["met"] and after["tasks"][RETRIED]["class_names"] == ["class0", "class1", "class2"]
