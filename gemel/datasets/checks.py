@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from gemel.datasets.class_folders import class_names, has_test, labelled_split, left_out_test, read_split
+from gemel.datasets.flat_images import other_colours
 from gemel.datasets.folders import (
     FolderDataset,
     describe,
@@ -100,6 +101,7 @@ def _task_problems(task: Task, roots: Sequence[Path], repairs: Counter) -> list[
     outputs = None
     if not problems:
         problems, outputs = _dry_run(task, folder, layout)
+        repairs += _other_colours(task, folder, layout) if not problems else Counter()
     if task.kind == CLASSIFICATION:
         problems += _class_count(task, class_names(task, folder), outputs)
     return problems
@@ -293,6 +295,16 @@ def _dry_run(task: Task, folder: Path, layout: Layout | None) -> tuple[list[Prob
     return [problem for problem, _ in tried if problem][:1], tried[-1][1]  # one: both mostly fail for the same reason
 
 
+def _other_colours(task: Task, folder: Path, layout: Layout | None) -> Counter:
+    """What is to be said of a train transform that gives colours other values than the val transform does."""
+    dataset = open_split(task, folder, "train", layout=layout)
+    size = header_size(dataset.samples[0][0], dataset.turned)
+    if size is None or task.train_transform is task.val_transform:
+        return Counter()
+    said = other_colours(task.train_transform, task.val_transform, size, dataset.has_targets)
+    return Counter({said: len(dataset)} if said else {})
+
+
 def _marked_box_problems(task: Task, dataset: FolderDataset, split: str) -> Iterator[Problem]:
     """A transform that moves the objects of an image and not their boxes, or the other way round."""
     size = header_size(dataset.samples[0][0], dataset.turned)
@@ -353,6 +365,10 @@ def _class_count(task: Task, names: list[str], outputs: int | None) -> list[Prob
         )
     outputs = num_outputs(task) if outputs is None else outputs
     if outputs is not None and len(names) > outputs:
+        if isinstance(task.reading.class_ids, Mapping):
+            beyond = {name: number for name, number in task.reading.class_ids.items() if number >= outputs}
+            allowed = f"class ids 0 to {outputs - 1}, as the model has {outputs} outputs"
+            return [*problems, Problem(task.name, "class_ids", str(beyond), allowed)]
         got = f"{len(names)} class folders ({', '.join(names[:20])})"
         allowed = f"at most {outputs}, the number of outputs of the model"
         problems.append(Problem(task.name, f"dataset {labelled_split(task)}", got, allowed))

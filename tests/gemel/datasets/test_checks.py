@@ -112,6 +112,15 @@ def test_a_class_that_train_lacks(cars, split):
     assert line.startswith(f"cars_pico: dataset {split}: got a class folder 'klass0'; allowed: {allowed}")
 
 
+def test_class_ids_beyond_the_outputs(cars):
+    task = read_workload(
+        {"cars_pico": classification_entry(PicoNet(3), class_ids={"class0": 0, "class1": 1, "class2": 7})}
+    )
+    (problem,) = check(task[0], [cars.parent])
+    said = "class_ids: got {'class2': 7}; allowed: class ids 0 to 2, as the model has 3 outputs"
+    assert str(problem) == f"cars_pico: {said}"
+
+
 def test_more_classes_than_outputs(cars):
     expected = "cars_pico: dataset train: got 3 class folders (class0, class1, class2); allowed: at most 2"
     (line,) = classifier_lines(cars, PicoNet(2))
