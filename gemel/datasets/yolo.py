@@ -35,6 +35,8 @@ CLASSES_FILE = "classes.txt"  # labelling tools write the class names beside the
 OUTSIDE_TOLERANCE = (1e-3, 1e-3)  # x, y: a box that exceeds the image by less is clipped
 MAX_CLASS_ID = 1 << 31
 OUTLINES = "the outline of an object was replaced by the box around it"
+BOX_AND_OUTLINE = "a line with a box and the outline of the same object was read by its box"
+ROUNDING = 1e-3  # of a box beside its outline
 FIVE_NUMBERS = "5 numbers: class x_center y_center width height"
 INSIDE = "boxes inside the image, relative to its width and height"
 
@@ -44,8 +46,8 @@ class TextFile:
     """The objects of one image in a text file; without a file, or in an empty file, there are none.
 
     num_classes: if the dataset states it. polygons: whether a line may also be an outline `class x y x y x y ...`,
-    which becomes the box around it. keypoints: numbers that may follow the box in a line, and are not read; where there
-    are any, no line is an outline.
+    which becomes the box around it, or a box and behind it such points of the same object. keypoints: numbers that may
+    follow the box in a line, and are not read; where there are any, no line is an outline.
     """
 
     file: Path | None
@@ -77,10 +79,11 @@ class TextFile:
         fault = self._class_fault(values[0])
         if fault is not None:
             objects.faults.append(Fault(file, place, f"class id {line.split()[0][:20]}", fault))
-        is_outline = len(values) > 5 and not self.keypoints
-        if is_outline:
-            objects.repairs[OUTLINES] += 1
-        box = _outline_box(values[1:]) if is_outline else values[1:5]
+        box = values[1:5]
+        if len(values) > 5 and not self.keypoints:
+            has_box = _is_box_of(box, values[5:])
+            objects.repairs[BOX_AND_OUTLINE if has_box else OUTLINES] += 1
+            box = box if has_box else _outline_box(values[1:])
         x, y, width, height = box
         corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
         inside = clip_box(corners, OUTSIDE_TOLERANCE, objects.repairs)
@@ -121,6 +124,20 @@ def _outline_box(points: Sequence[float]) -> list[float]:
     """[x_center, y_center, width, height] of the box around points x, y, x, y, ..."""
     left, right, top, bottom = min(points[::2]), max(points[::2]), min(points[1::2]), max(points[1::2])
     return [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
+
+
+def _is_box_of(box: Sequence[float], points: Sequence[float]) -> bool:
+    """Whether x_center, y_center, width, height is a box around these points, and no larger than twice what is needed.
+
+    So an outline of which the first two points happen to be that gets a box that is about right, too.
+    """
+    if len(points) < 6:
+        return False
+    x, y, width, height = box
+    near_x, near_y, near_width, near_height = _outline_box(points)
+    gap_x, gap_y = width / 2 - near_width / 2, height / 2 - near_height / 2
+    contains = abs(x - near_x) <= gap_x + ROUNDING and abs(y - near_y) <= gap_y + ROUNDING
+    return contains and width * height <= 2 * near_width * near_height
 
 
 # ---- the layout -------------------------------------------------------------------------------------------

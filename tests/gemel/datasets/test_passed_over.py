@@ -236,6 +236,23 @@ def test_outlines_are_counted(tmp_path, task):
     assert notes_of(task, tmp_path) == ["1 times: the outline of an object was replaced by the box around it"]
 
 
+@pytest.mark.parametrize(
+    "row, corners, said",
+    [
+        ("0.5 0.5 0.5 0.4 0.25 0.3 0.75 0.3 0.75 0.7 0.25 0.7", [10, 6, 30, 14], "read by its box"),
+        ("0.5 0.5 0.5 0.4 0.3 0.35 0.7 0.35 0.7 0.65", [10, 6, 30, 14], "read by its box"),  # not drawn to its edges
+        ("0.5 0.5 0.5 0.4 0.4 0.4 0.6 0.4 0.6 0.6", [16, 8, 24, 12], "replaced by the box"),  # points of a smaller one
+        ("0.25 0.5 0.2 0.4 0.6 0.3 0.9 0.3 0.9 0.7", [8, 6, 36, 14], "replaced by the box"),  # points elsewhere
+    ],
+)
+def test_a_box_before_its_outline_is_no_part_of_the_outline(tmp_path, task, row, corners, said):
+    folder = tmp_path / "street_OD"
+    WRITERS["yaml"](folder)
+    (folder / "labels" / "val" / "d.txt").write_text(f"1 {row}\n")
+    assert [note for note in notes_of(task, tmp_path) if said in note]
+    assert targets_of(task, folder, "val")[0][1]["boxes"].round().tolist() == [corners]
+
+
 @pytest.mark.parametrize("layout", ["readme", "yaml_roboflow", "coco_roboflow", "voc_roboflow"])
 def test_a_test_split_without_objects_is_left_out(tmp_path, task, layout, monkeypatch):
     monkeypatch.setitem(format_samples.TRUTH, "test", {"f": [], "g": []})
