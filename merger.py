@@ -115,7 +115,7 @@ class Merger:
         most = saved_bytes(groups_to_tie(self.options, self.state.models, self.record.groups))
         problems = goal_problems(self.options.memory, self.state.unmerged_bytes, most)
         if self.is_new and not problems:
-            problems = training_problems(self.tasks, self.data, self.state, self.options.seed)
+            problems = training_problems(self.tasks, self.data, self.state, self.options)
         try:
             problems = problems or self.evaluator.measure_unmerged(self.clock)
         except TimeOver:

@@ -7,12 +7,16 @@ import math
 import weakref
 from collections.abc import Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gemel.datasets.loaders import batch_size_of, restarted, with_half_batches
 from gemel.environment.failures import is_out_of_memory, is_worker_death
 from gemel.workload import Task
+
+READS_ONLY = "one that reads the model as it is, or a copy of it"
+STATISTICS = ("running_mean", "running_var")
 
 log = logging.getLogger(__name__)
 
@@ -67,22 +71,57 @@ def _after(error: BaseException, loader: DataLoader, deaths: int) -> DataLoader 
     return restarted(loader, num_workers=0) if is_worker_death(error) and loader.num_workers else None
 
 
-def _layout_of(model: object) -> dict[str, str]:
-    """Tensor name -> dtype, shape and device: what an eval method must leave as it is."""
-    tensors = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else {}
-    return {name: f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}" for name, tensor in tensors.items()}
+def _state_of(model: object) -> dict[str, tuple]:
+    """Tensor name -> what an eval method must leave as it is: dtype, shape and device, and of parameters more.
+
+    Of these: which object it is (a copy would no longer be shared), whether it is trained, and its values. Of buffers,
+    which some models write whenever they run, the values of statistics alone.
+    """
+    if not isinstance(model, nn.Module):
+        return {}
+    tensors = model.state_dict(keep_vars=True)
+    found: dict[str, tuple] = {}
+    for name, tensor in tensors.items():
+        layout = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        if isinstance(tensor, nn.Parameter):
+            found[name] = (layout, _content(tensor), f"requires_grad {tensor.requires_grad}", id(tensor))
+        else:
+            found[name] = (layout, _content(tensor) if name.endswith(STATISTICS) else 0)
+    return found
+
+
+def _content(tensor: Tensor) -> int:
+    """A sum over the bits of all values: the same in every layout of memory."""
+    of_bytes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    if tensor.layout != torch.strided or tensor.itemsize not in of_bytes:
+        return 0
+    return int(tensor.detach().view(of_bytes[tensor.itemsize]).sum(dtype=torch.int64))
+
+
+def _change(before: dict[str, tuple], now: dict[str, tuple]) -> str | None:
+    """What of the first changed tensor is another now, in words; None if nothing changed."""
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if not changed:
+        return None
+    name = min(changed)
+    first, second = before.get(name), now.get(name)
+    if first is None or second is None or first[0] != second[0]:
+        return f"{name} of the model from {first and first[0]} to {second and second[0]}"
+    if first[1] != second[1]:
+        return f"the values of {name} of the model"
+    if first[2] != second[2]:
+        return f"{name} of the model from {first[2]} to {second[2]}"
+    return f"the parameter {name} of the model for another object"
 
 
 def _evaluate_once(task: Task, loader: Iterable, model: nn.Module | None) -> float:
     model = task.model if model is None else model
-    before = _layout_of(model)
+    before = _state_of(model)
     printed = io.StringIO()  # pycocotools prints many lines
     with contextlib.redirect_stdout(printed):
         value = task.eval_method(model, loader)
-    if changed := before.items() ^ _layout_of(model).items():
-        name = min(changed)[0]
-        got = f"a method that changes {name} of the model from {before.get(name)} to {_layout_of(model).get(name)}"
-        raise EvalMethodError(task.name, got, "one that reads the model as it is, or a copy of it")
+    if (change := _change(before, _state_of(model))) is not None:
+        raise EvalMethodError(task.name, f"a method that changes {change}", READS_ONLY)
     if printed.getvalue():
         log.debug("%s: eval_method printed:\n%s", task.name, printed.getvalue())
     try:

@@ -13,10 +13,14 @@ from gemel.datasets.records import header_size
 from gemel.environment import ranks
 from gemel.environment.failures import is_out_of_memory
 from gemel.environment.seeds import seeded
+from gemel.forward import BFLOAT16
+from gemel.forward.autocast import IN_FLOAT32, Autocast
+from gemel.merging.options import MergeOptions
 from gemel.merging.state import MergeState
 from gemel.sharing.tying import restore_snapshot, take_snapshot
 from gemel.training.distillation import Teacher
 from gemel.training.losses import task_losses
+from gemel.training.precision import parts_of
 from gemel.workload import DETECTION, Problem, Task
 from model_architectures import num_classes_of
 
@@ -27,24 +31,24 @@ ALLOWED = "a model that is trained as torchvision's are: logits, or a dict of lo
 
 
 def training_problems(
-    tasks: Mapping[str, Task], data: Mapping[str, TaskData], state: MergeState, seed: int
+    tasks: Mapping[str, Task], data: Mapping[str, TaskData], state: MergeState, options: MergeOptions
 ) -> list[Problem]:
     """What keeps a task from being trained: losses and gradients are computed as a step of training computes them.
 
-    On images of train that cover its sizes and its classes (`telling_samples`). Models stay as they are. Every rank
-    tries its own tasks; all get all problems.
+    On images of train that cover its sizes and its classes (`telling_samples`), in float32, and in bfloat16 where steps
+    shall compute in that. Models stay as they are. Every rank tries its own tasks; all get all problems.
     """
     own = {name: tasks[name] for name in ranks.mine(tasks)}
-    found = ranks.gathered([list(problem) for problem in _problems_of(own, data, state, seed)])
+    found = ranks.gathered([list(problem) for problem in _problems_of(own, data, state, options)])
     return [Problem(*problem) for part in found for problem in part]
 
 
 def _problems_of(
-    tasks: Mapping[str, Task], data: Mapping[str, TaskData], state: MergeState, seed: int
+    tasks: Mapping[str, Task], data: Mapping[str, TaskData], state: MergeState, options: MergeOptions
 ) -> list[Problem]:
     problems = []
     for name, task in tasks.items():
-        error = training_error(task, data[name], state.unmerged[name], seed)
+        error = training_error(task, data[name], state.unmerged[name], options.seed)
         if error is not None and is_out_of_memory(error):  # a round comes down to single images, or is undone
             log.warning("%s: out of memory in a training pass on a few images: training may not be possible", name)
         elif error is not None:
@@ -52,15 +56,26 @@ def _problems_of(
             if isinstance(error, IndexError):
                 got += _highest_label(task, data[name].train)
             problems.append(Problem(name, "model", got, ALLOWED))
+        elif options.training.precision == BFLOAT16:
+            autocast = Autocast(torch.bfloat16, parts_of(task))
+            error = training_error(task, data[name], state.unmerged[name], options.seed, autocast=autocast)
+            if error is not None and not is_out_of_memory(error):
+                got = f"bfloat16, in which training fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                problems.append(Problem(name, "precision", got, "float32 or auto, which train this model in float32"))
     return problems
 
 
 def training_error(
-    task: Task, data: TaskData, unmerged: nn.Module, seed: int, num_images: int | None = None
+    task: Task,
+    data: TaskData,
+    unmerged: nn.Module,
+    seed: int,
+    num_images: int | None = None,
+    autocast: Autocast = IN_FLOAT32,
 ) -> Exception | None:
     """What a training pass over the task's telling samples raises; None if it works. The model stays as it is.
 
-    num_images: only so many of them.
+    num_images: only so many of them. autocast: in what the pass computes.
     """
     train = data.train
     snapshot = take_snapshot(task.model)
@@ -72,7 +87,7 @@ def training_error(
             for start in range(0, len(indices), size):
                 part = indices[start : start + size]
                 part += [i for i in range(num_samples(train)) if i not in part][: size - len(part)]
-                _backward(task, train, part, teacher)
+                _backward(task, train, part, teacher, autocast)
     except SampleError:
         raise
     except Exception as error:  # a user's model may raise anything
@@ -84,13 +99,13 @@ def training_error(
     return None
 
 
-def _backward(task: Task, train: DataLoader, indices: list[int], teacher: Teacher | None) -> None:
+def _backward(task: Task, train: DataLoader, indices: list[int], teacher: Teacher | None, autocast: Autocast) -> None:
     """Losses and gradients on some samples of train, in smaller batches where memory runs out."""
     task.model.train().zero_grad()  # gradients that the user left may have another memory layout
     device = next(task.model.parameters()).device
     try:
         batch = train.collate_fn([train.dataset[i] for i in indices])
-        losses = task_losses(task, batch, device, teacher)
+        losses = task_losses(task, batch, device, teacher, autocast)
         total = sum(losses.values(), torch.zeros((), device=device))
         if not total.requires_grad:
             raise ValueError(f"the loss ({', '.join(losses) or 'no entries'}) depends on no parameter that is trained")
@@ -99,7 +114,7 @@ def _backward(task: Task, train: DataLoader, indices: list[int], teacher: Teache
         if not is_out_of_memory(error) or len(indices) < 4:  # batch normalisation needs two images
             raise
         for half in (indices[: len(indices) // 2], indices[len(indices) // 2 :]):
-            _backward(task, train, half, teacher)
+            _backward(task, train, half, teacher, autocast)
 
 
 def telling_samples(task: Task, train: DataLoader) -> list[int]:

@@ -74,27 +74,27 @@ def rehearse(
     state = MergeState(tasks, device)
     try:
         for task in tasks.values():
-            seconds += _try_task(task, data[task.name], state, options.seed, found)
+            seconds += _try_task(task, data[task.name], state, options, found)
     finally:
         state.hand_back()
     found.findings += _whole(tasks, options, device, results_path, seconds)
     return found
 
 
-def _try_task(task: Task, data: TaskData, state: MergeState, seed: int, found: Rehearsal) -> float:
+def _try_task(task: Task, data: TaskData, state: MergeState, options: MergeOptions, found: Rehearsal) -> float:
     """Adds what is found of one task; returns the seconds that evaluating all of val would take."""
     what = "a batch of train"
     try:
         emit("doing", what=f"checking {task.name}: {what}")
-        batch = _load(task, data, seed)
+        batch = _load(task, data, options.seed)
         found.findings += boxes_on_images(task, batch)
         found.sheet[task.name] = _sheet(task, batch)
         what = "batches with gradients"
         emit("doing", what=f"checking {task.name}: {what}")
-        problems = training_problems({task.name: task}, {task.name: data}, state, seed)
+        problems = training_problems({task.name: task}, {task.name: data}, state, options)
         found.findings += [Finding(PROBLEM, task.name, f"got {p.got}; allowed: {p.allowed}") for p in problems]
         if not problems:
-            found.findings.append(_train(task, batch, state, seed))
+            found.findings.append(_train(task, batch, state, options.seed))
         what = "evaluating"
         emit("doing", what=f"checking {task.name}: {what}")
         finding, seconds = _measure(task, data)

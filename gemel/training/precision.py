@@ -192,10 +192,17 @@ def _compared(step: Step, ways: Mapping[str, Autocast]) -> Found:
 
 
 def _beside(step: Step, autocast: Autocast, exact: tuple[float, float, list[Tensor]]) -> Found:
-    """agrees, speedup and loss_difference of a way; exact: seconds, loss and gradients in float32."""
+    """agrees, speedup and loss_difference of a way, the first alone if it fails; exact: seconds, loss and gradients in float32."""
     limits = THRESHOLDS.precision
     exact_seconds, exact_loss, exact_gradients = exact
-    seconds = step.seconds(autocast)
+    try:
+        seconds = step.seconds(autocast)
+    except Exception as error:  # a user's model may raise anything
+        if is_out_of_memory(error):
+            raise
+        way = str(autocast.dtype).removeprefix("torch.")
+        log.warning("%s: no training step in %s, which fails: %s", step.task.name, way, " ".join(str(error).split()))
+        return {"agrees": False}
     loss, gradients = float(step.loss), step.gradients()
     difference = abs(loss - exact_loss) / max(abs(exact_loss), limits.least_loss)
     agrees = difference <= limits.loss_difference and _cosine(exact_gradients, gradients) >= limits.cosine

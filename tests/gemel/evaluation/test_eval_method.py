@@ -1,5 +1,6 @@
 """Running an eval method: what it returns and prints."""
 
+import copy
 import dataclasses
 from types import SimpleNamespace
 
@@ -77,6 +78,56 @@ def test_a_method_that_changes_the_model_is_named(tasks, data, change):
         match="north_pico: eval_method: got a method that changes .* of the model from .*; allowed: one that reads",
     ):
         evaluate(task, data["north_pico"].val)
+
+
+def rounds_to_half(model):
+    model.half().float()
+
+
+def adapts_statistics(model):
+    model.train()(torch.rand(4, 3, 16, 16))
+
+
+def swaps_a_layer(model):
+    model.fc = copy.deepcopy(model.fc)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (rounds_to_half, "the values of .* of the model"),
+        (adapts_statistics, "the values of bn1.running_mean of the model"),
+        (swaps_a_layer, "the parameter fc.bias of the model for another object"),
+        (lambda model: model.requires_grad_(False), "from requires_grad True to requires_grad False"),
+    ],
+)
+def test_a_method_that_changes_what_no_type_or_shape_shows_is_named(tasks, data, change, said):
+    """What ships would not be what was judged: other values, layers that are no longer shared or trained."""
+
+    def eval_method(model, loader):
+        change(model)
+        return 0.5
+
+    task = dataclasses.replace(tasks["north_pico"], eval_method=eval_method)
+    with pytest.raises(ValueError, match=f"north_pico: eval_method: got a method that changes .*({said})"):
+        evaluate(task, data["north_pico"].val)
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        torch.nn.Module.train,
+        lambda model: model.to(memory_format=torch.channels_last),
+        lambda model: copy.deepcopy(model).half(),
+        lambda model: model.double().float(),
+    ],
+)
+def test_a_method_that_leaves_all_values_may_do_so(tasks, data, harmless):
+    def eval_method(model, loader):
+        harmless(model)
+        return 0.5
+
+    assert evaluate(dataclasses.replace(tasks["north_pico"], eval_method=eval_method), data["north_pico"].val) == 0.5
 
 
 def test_processes_that_die_again_are_done_without(caplog):

@@ -6,7 +6,17 @@ import types
 
 import pytest
 import torch
-from pico import CPU, PicoDetector, PicoNet, classification_entry, detection_entry, fit, same_state, write_detection
+from pico import (
+    CPU,
+    PicoDetector,
+    PicoNet,
+    classification_entry,
+    detection_entry,
+    fit,
+    same_state,
+    thresholds,
+    write_detection,
+)
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import VisionTransformer
@@ -19,10 +29,13 @@ from gemel.merging import layout
 from gemel.merging.check import telling_samples, training_problems
 from gemel.merging.initialisation import donate_weights
 from gemel.merging.layout import can_be_channels_last
+from gemel.merging.options import MergeOptions
 from gemel.merging.state import MergeState
 from gemel.results_store.load import load_merged
 from gemel.sharing.groups import find_groups
 from gemel.sharing.tying import tie
+from gemel.training import precision
+from gemel.training.options import TrainingOptions
 from gemel.workload import WorkloadError, read_workload
 from merge_workloads import merge_workload
 
@@ -232,7 +245,7 @@ def test_a_training_pass_that_does_not_fit_the_memory_is_no_problem_of_the_model
 
     monkeypatch.setattr("gemel.merging.check.task_losses", crowded)
     only = {"north_pico": tasks["north_pico"]}
-    assert training_problems(only, data, MergeState(only, CPU), seed=0) == [] and sizes == [6, 3]
+    assert training_problems(only, data, MergeState(only, CPU), MergeOptions()) == [] and sizes == [6, 3]
     assert "north_pico: out of memory in a training pass" in caplog.text
 
 
@@ -270,9 +283,40 @@ def test_the_dry_run_is_a_step_of_training(at, message, datasets):
     data = {name: open_task(t, [datasets], device=CPU, seed=0, batch_size=6) for name, t in tasks.items()}
     state = MergeState(tasks, CPU)
     before = {key: value.clone() for key, value in tasks["north_x"].model.state_dict().items()}
-    (problem,) = training_problems(tasks, data, state, seed=0)
+    (problem,) = training_problems(tasks, data, state, MergeOptions())
     assert problem.task == "north_x" and message in problem.got
     assert all(torch.equal(value, before[key]) for key, value in tasks["north_x"].model.state_dict().items())
+
+
+class NumPy(PicoNet):
+    """A model that reads its features as an array, which there is none of in bfloat16."""
+
+    def forward(self, images):
+        features = torch.relu(self.bn1(self.conv1(images)))
+        assert torch.relu(self.conv2(features)).detach().numpy().size
+        return super().forward(images)
+
+
+def test_a_model_that_cannot_run_in_bfloat16_is_a_problem_of_the_option(datasets):
+    tasks, _ = read_workload({"north_x": classification_entry(NumPy(3), batch_size=6)})
+    data = {"north_x": open_task(tasks["north_x"], [datasets], device=CPU, seed=0, batch_size=6)}
+    state = MergeState(tasks, CPU)
+    for other in ("float32", "auto"):
+        options = MergeOptions(training=TrainingOptions(precision=other))
+        assert training_problems(tasks, data, state, options) == []
+    options = MergeOptions(training=TrainingOptions(precision="bfloat16"))
+    (problem,) = training_problems(tasks, data, state, options)
+    assert (problem.task, problem.key) == ("north_x", "precision")
+    assert "bfloat16, in which training fails: TypeError" in problem.got and "float32 or auto" in problem.allowed
+
+
+def test_a_model_that_cannot_run_in_bfloat16_is_trained_in_float32_by_auto(datasets, monkeypatch, caplog):
+    monkeypatch.setattr(precision, "THRESHOLDS", thresholds(least_seconds=0.0))
+    tasks, _ = read_workload({"north_x": classification_entry(NumPy(3), batch_size=6)})
+    data = open_task(tasks["north_x"], [datasets], device=CPU, seed=0, batch_size=6)
+    batch = precision.first_batch(data.train)
+    assert precision.measured(tasks["north_x"], batch, CPU, None, 0) == {"precision": "float32"}
+    assert "north_x: no training step in bfloat16, which fails: " in caplog.text
 
 
 def test_a_label_beyond_the_outputs_of_a_detector_is_named(tmp_path):
@@ -281,7 +325,7 @@ def test_a_label_beyond_the_outputs_of_a_detector_is_named(tmp_path):
     del entry["model"].num_classes  # outputs that cannot be seen
     tasks, _ = read_workload({"x_pico": entry})
     data = {"x_pico": open_task(tasks["x_pico"], [tmp_path], device=CPU, seed=0, batch_size=6)}
-    (problem,) = training_problems(tasks, data, MergeState(tasks, CPU), seed=0)
+    (problem,) = training_problems(tasks, data, MergeState(tasks, CPU), MergeOptions())
     assert "IndexError" in problem.got and "the highest label in train is 2; state num_classes" in problem.got
 
 
