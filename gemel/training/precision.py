@@ -192,7 +192,10 @@ def _compared(step: Step, ways: Mapping[str, Autocast]) -> Found:
 
 
 def _beside(step: Step, autocast: Autocast, exact: tuple[float, float, list[Tensor]]) -> Found:
-    """agrees, speedup and loss_difference of a way, the first alone if it fails; exact: seconds, loss and gradients in float32."""
+    """agrees, speedup and loss_difference of a way, the first alone if it fails.
+
+    exact: seconds, loss and gradients in float32.
+    """
     limits = THRESHOLDS.precision
     exact_seconds, exact_loss, exact_gradients = exact
     try:
