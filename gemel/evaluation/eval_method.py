@@ -116,6 +116,8 @@ def _change(before: dict[str, tuple], now: dict[str, tuple]) -> str | None:
 
 def _evaluate_once(task: Task, loader: Iterable, model: nn.Module | None) -> float:
     model = task.model if model is None else model
+    if isinstance(model, nn.Module):
+        model.eval()  # methods forget it
     before = _state_of(model)
     printed = io.StringIO()  # pycocotools prints many lines
     with contextlib.redirect_stdout(printed):

@@ -130,6 +130,20 @@ def test_a_method_that_leaves_all_values_may_do_so(tasks, data, harmless):
     assert evaluate(dataclasses.replace(tasks["north_pico"], eval_method=eval_method), data["north_pico"].val) == 0.5
 
 
+def test_a_method_that_forgets_eval_mode_is_given_it(tasks, data):
+    """In train mode it would judge by the statistics of each batch, and change those of the model."""
+    modes = []
+
+    def eval_method(model, loader):
+        modes.append(model.training)
+        model(next(iter(loader))[0])
+        return 0.5
+
+    tasks["north_pico"].model.train()
+    assert evaluate(dataclasses.replace(tasks["north_pico"], eval_method=eval_method), data["north_pico"].val) == 0.5
+    assert modes == [False]
+
+
 def test_processes_that_die_again_are_done_without(caplog):
     """Once more with new ones, then in the main process; not for ever."""
     used = []
