@@ -11,7 +11,7 @@ Put your own tasks into create_sample_model_dict(), or into a file of your own.
 
 import sys
 
-from gemel.merging.flags import parse_arguments
+from gemel.console.flags import parse_arguments
 
 if __name__ == "__main__":
     parse_arguments()  # before torch is imported, so that --help and a wrong flag answer at once
@@ -30,6 +30,10 @@ from typing import Any
 import torch
 import torchvision
 
+from gemel.console import tables
+from gemel.console.progress import Progress
+from gemel.console.run_log import RunLog
+from gemel.console.tensorboard import TensorBoardLog
 from gemel.datasets.folders import SampleError, find_datasets
 from gemel.datasets.loaders import TaskData
 from gemel.environment import ranks
@@ -42,19 +46,15 @@ from gemel.environment.imports import CHECKOUT, imported_from
 from gemel.environment.interrupts import Interrupts
 from gemel.environment.processes import raise_in_a_loader_process
 from gemel.environment.threads import choose_num_threads, num_threads_set
-from gemel.merging import console, earlier_merges
+from gemel.merging import earlier_merges
 from gemel.merging.fingerprint import fingerprint
-from gemel.merging.judged_as_stored import type_problems
 from gemel.merging.memory_need import memory_text
-from gemel.merging.options import MergeOptions, read_options
 from gemel.merging.plan import tables_and_plan
-from gemel.merging.progress import Progress
 from gemel.merging.rehearsal import rehearsal_text, rehearse
 from gemel.merging.resume import previous_manifest, set_aside
 from gemel.merging.retry import measured_anew, retry_text, with_new_data
-from gemel.merging.run_log import RunLog
-from gemel.merging.tensorboard import TensorBoardLog
 from gemel.merging.unmerged_store import unmerged_problems, write_unmerged
+from gemel.options import MergeOptions, read_options
 from gemel.report.check_page import check_page
 from gemel.report.page import write_report
 from gemel.report.plan_page import writable_problems, write_plan
@@ -66,6 +66,7 @@ from gemel.results_store.write import foreign_files
 from gemel.sample_workload.prepare import prepare
 from gemel.sample_workload.tasks import PLAN, SAMPLE_ROOT, Plan, dataset_roots, unmerged_acc, weights_path
 from gemel.sample_workload.training import Methods
+from gemel.trials.judged_as_stored import type_problems
 from gemel.workload import Problem, Task, WorkloadError, load_model_dict, read_workload
 from model_architectures import build, load_weights
 
@@ -146,7 +147,7 @@ def merge_workload(
     """Merges a workload, in place, and writes the results folder; returns the manifest (docs/results.md).
 
     datasets: folder that holds the datasets (default: ../dataset_formation/datasets beside this file). options: any
-    field of gemel.merging.options.MergeOptions, such as tolerance or time_budget, and any training option, that is,
+    field of gemel.options.MergeOptions, such as tolerance or time_budget, and any training option, that is,
     any field of gemel.training.options.TrainingOptions, such as learning_rate or max_epochs.
     Raises WorkloadError, before anything is written or trained, with every problem of the input. In several processes
     with a process group of torch.distributed, all of which call it alike, they work on one merge (docs/multi_gpu.md).
@@ -167,8 +168,8 @@ def merge_workload(
     if chosen.pareto is not None:
         files.write(Path(chosen.pareto), [json_bytes({"points": points_of(manifest)})])
     _write_report(results_path)
-    print("\n" + console.closing_report(manifest, chosen.per_class, chosen.memory))
-    print(console.memory_use(manifest["run"].get("memory_use", [])), flush=True)
+    print("\n" + tables.closing_report(manifest, chosen.per_class, chosen.memory))
+    print(tables.memory_use(manifest["run"].get("memory_use", [])), flush=True)
     return manifest
 
 
@@ -201,8 +202,8 @@ def _merge(
         stack.callback(earlier_merges.note_as_left, models)
         merger = Merger(tasks, data, chosen, device, results_path, clock, _started_with(chosen, device, datasets), mark)
         stack.callback(merger.state.hand_back)  # also where it is interrupted before it merges
-        say(console.workload_table(tasks, merger.state.models, merger.record.groups, chosen.store_dtype) + "\n")
-        if said := console.dataset_notes(notes):
+        say(tables.workload_table(tasks, merger.state.models, merger.record.groups, chosen.store_dtype) + "\n")
+        if said := tables.dataset_notes(notes):
             say(said + "\n")
         if previous is not None:
             say("\n".join(merger.resume(previous)))
@@ -290,7 +291,7 @@ def _checked_tasks(
         problems.append(Problem("options", "results", f"{results_path}, which holds {name} of something else", allowed))
     problems += unmerged_problems(results_path, tasks) if options.keep_unmerged else []
     if problems:
-        if said := console.dataset_notes(notes):
+        if said := tables.dataset_notes(notes):
             print(said, flush=True)
         raise WorkloadError(problems)
     return tasks
@@ -360,7 +361,7 @@ def check_workload(
         device = pick_device(chosen.device)
         data = _open_data(tasks, roots, device, chosen)
         found = rehearse(tasks, data, chosen, device, results)
-    if said := console.dataset_notes(notes):
+    if said := tables.dataset_notes(notes):
         print(said, end="\n\n")
     print(rehearsal_text(found))
     if html is not None:
@@ -414,7 +415,7 @@ def _run(flags: argparse.Namespace) -> int:
     chosen = {key: value for key, value in vars(flags).items() if key not in NOT_OPTIONS}
     with earlier_merges.not_remembered():
         manifest = merge_workload(model_dict, flags.results, **chosen)
-    return EXIT_DONE if console.fits(manifest, flags.memory) else EXIT_FAILED
+    return EXIT_DONE if tables.fits(manifest, flags.memory) else EXIT_FAILED
 
 
 def _look(flags: argparse.Namespace, model_dict: dict) -> int:

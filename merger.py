@@ -2,7 +2,7 @@
 
 Until the strategy is done or the time is over. A round depends only on what was kept before it, the seed and its
 number, so an interrupted run that is resumed from the results folder ends as it would have ended. The parts are in
-gemel/merging/: state.py (the live models, and how to undo), evaluator.py, initialisation.py, records.py.
+gemel/trials/: state.py (the live models, and how to undo), evaluator.py, initialisation.py; gemel/merging/: records.py.
 """
 
 import contextlib
@@ -24,29 +24,16 @@ from gemel.environment.failures import is_out_of_memory
 from gemel.forward.arithmetic import STORE_DTYPES
 from gemel.merging.architecture import Architectures
 from gemel.merging.check import training_problems
-from gemel.merging.evaluator import Evaluator
 from gemel.merging.examples import write_examples
 from gemel.merging.fingerprint import task_changes
-from gemel.merging.goal import GoalReplay, goal_problems
-from gemel.merging.images import ImageSampler
-from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisation, rule_of
-from gemel.merging.judged_as_stored import judge_folded, judged_as_stored
 from gemel.merging.layout import choose_layout
-from gemel.merging.matched_groups import matched_groups
 from gemel.merging.memory_need import predict_memory, searched_by
-from gemel.merging.options import LEAST_SQUARES, NO_ALIGNMENT, MergeOptions
-from gemel.merging.out_of_memory import on_fewer_images
 from gemel.merging.placement import place_tasks
-from gemel.merging.private_training import PrivateTraining
 from gemel.merging.records import RunRecord, memory_part, precision_part, run_part, task_parts
 from gemel.merging.reloaded import ReloadedModels
 from gemel.merging.resume import groups_to_tie, load_search, new_search
-from gemel.merging.rounding import Rounding
-from gemel.merging.sensitivity import expected_losses, sensitivity_if_all_were_tied
 from gemel.merging.shared_normalisation import share_norms
-from gemel.merging.state import MergeState
-from gemel.merging.teachers import FrozenPrefixes, teachers_of
-from gemel.merging.verified_part import part_to_keep, saving_of_part
+from gemel.options import LEAST_SQUARES, NO_ALIGNMENT, MergeOptions
 from gemel.results_store.checkpoint import drop_checkpoint, read_checkpoint, throttled, write_checkpoint
 from gemel.results_store.files import first_line
 from gemel.results_store.manifest import read_manifest
@@ -64,6 +51,19 @@ from gemel.thresholds import THRESHOLDS
 from gemel.training.context import RoundContext
 from gemel.training.outcome import OUT_OF_MEMORY, TIME_OVER, Outcome, Standing
 from gemel.training.united import united_state
+from gemel.trials.evaluator import Evaluator
+from gemel.trials.goal import GoalReplay, goal_problems
+from gemel.trials.images import ImageSampler
+from gemel.trials.initialisation import WeightFitter, refit_frozen_normalisation, rule_of
+from gemel.trials.judged_as_stored import judge_folded, judged_as_stored
+from gemel.trials.matched_groups import matched_groups
+from gemel.trials.out_of_memory import on_fewer_images
+from gemel.trials.private_training import PrivateTraining
+from gemel.trials.rounding import Rounding
+from gemel.trials.sensitivity import expected_losses, sensitivity_if_all_were_tied
+from gemel.trials.state import MergeState
+from gemel.trials.teachers import FrozenPrefixes, teachers_of
+from gemel.trials.verified_part import part_to_keep, saving_of_part
 from gemel.workload import Problem, Task, WorkloadError
 from trainer import recover
 

@@ -18,7 +18,7 @@ from benchmarks.one_run import write_json
 from benchmarks.runs import Failure, Result, code_digest, run_all, versions
 from benchmarks.summary import of_variant, spread, variants_of
 from benchmarks.workloads import run_command
-from gemel.merging.console import share, table
+from gemel.console.tables import share, table
 
 # option of merge_workload -> the values to compare, the simplest first; every combination is a cell, one row each.
 GRID: dict[str, tuple] = {

@@ -20,10 +20,10 @@ from benchmarks.workloads import Workload, add_workload_arguments, open_workload
 from dataset_manager import open_task
 from gemel.alignment.align import METHODS, Alignment, align
 from gemel.alignment.matching import match_groups
+from gemel.console.tables import table
 from gemel.datasets.loaders import TaskData
 from gemel.evaluation.eval_method import evaluate
 from gemel.fitting.batch_norm import reestimate_statistics
-from gemel.merging.console import table
 from gemel.sharing.groups import Configuration
 from gemel.sharing.tying import tie
 

@@ -16,7 +16,7 @@ from torchvision import models
 from tqdm import tqdm
 
 from gemel.alignment.permutation import ChannelSpaces, find_channel_spaces
-from gemel.merging.console import table
+from gemel.console.tables import table
 from gemel.sharing.signatures import find_layers
 
 OUTPUT = "output"  # reason why the last layer of a model, or of a traced part, is fixed: not counted as unaligned

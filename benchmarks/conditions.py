@@ -10,12 +10,12 @@ import torch
 
 import dataset_manager
 from benchmarks.workloads import Workload, add_workload_arguments, open_workload
+from gemel.console.flags import parse_duration
 from gemel.datasets.folders import SampleError
 from gemel.datasets.loaders import TaskData
 from gemel.evaluation.eval_method import evaluate
 from gemel.forward.modes import to_channels_last
 from gemel.merging.fingerprint import fingerprint
-from gemel.merging.flags import parse_duration
 from gemel.sharing.groups import find_groups, saved_bytes
 from gemel.sharing.memory import distinct_bytes
 from gemel.training.options import TrainingOptions

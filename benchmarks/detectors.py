@@ -21,10 +21,10 @@ from torchvision import models as torchvision_models
 from tqdm import tqdm
 
 from eval_methods import frcnn_eval
+from gemel.console.tables import table
 from gemel.fitting.batch_norm import reestimate_statistics
 from gemel.fitting.sequential_fit import fit_sequentially
 from gemel.fitting.teacher_samples import sample_teachers
-from gemel.merging.console import table
 from gemel.sharing.groups import Configuration, compared_layers, find_groups, saved_bytes
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.tying import is_tied, tie

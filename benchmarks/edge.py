@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from benchmarks.edge_long_run import long_run
+from gemel.console.tables import table
 from gemel.edge.blocks import blocks_of, sizes_of
 from gemel.edge.counts import CpuClock, Stopwatch
 from gemel.edge.frames import RandomFrames, default_transform
@@ -36,7 +37,6 @@ from gemel.edge.own import NOTHING_OWN, own_of
 from gemel.edge.profile import Profile, measure
 from gemel.edge.runtime import Result, Runtime
 from gemel.edge.simulator import Load, Plan, budgets_between, simulate
-from gemel.merging.console import table
 from gemel.results_store.manifest import read_result
 from gemel.results_store.write import write_results
 from gemel.sharing.groups import Configuration, find_groups, saved_bytes, to_plain

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gemel.console.tables import table
 from gemel.edge.simulator import Load
-from gemel.merging.console import table
 
 ROOT = Path(__file__).parents[1]
 FLAT = 0.02  # by how much the mean memory of the last fifth may differ from that of the second one

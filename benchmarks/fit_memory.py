@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torchvision import models as zoo
 from torchvision.transforms.functional import to_tensor
 
+from gemel.console.tables import table
 from gemel.fitting.memory import FitMemory, predicted_peak
 from gemel.fitting.sequential_fit import fit_sequentially
 from gemel.fitting.store import TensorStore
 from gemel.fitting.teacher_samples import StoredBatches, TeacherSampler
 from gemel.forward.modes import to_channels_last
-from gemel.merging.console import table
 from gemel.sharing.groups import find_groups
 from gemel.sharing.tying import tie
 from gemel.thresholds import THRESHOLDS

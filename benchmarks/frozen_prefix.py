@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import models as zoo
 
+from gemel.console.tables import table
 from gemel.forward.modes import evaluation_mode, to_channels_last
-from gemel.merging.console import table
 from gemel.sharing.signatures import find_layers
 from gemel.training.cut import Cuts
 from gemel.training.prefix import frozen, prefix_of

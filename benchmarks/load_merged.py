@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from gemel.merging.console import table
+from gemel.console.tables import table
 from gemel.results_store.load import build_empty, load_merged
 from gemel.results_store.manifest import read_manifest
 from gemel.results_store.write import write_results

@@ -25,11 +25,11 @@ from torchvision import models as zoo
 from torchvision.transforms.functional import to_tensor
 
 from benchmarks.fit_memory import MIB, resident_mib
+from gemel.console.tables import table
 from gemel.environment import DEVICES
 from gemel.environment.events import listening
 from gemel.forward.modes import evaluation_mode
 from gemel.merging import memory_need
-from gemel.merging.console import table
 from gemel.merging.memory_need import FITS
 from merge_workloads import merge_workload
 from model_architectures import build

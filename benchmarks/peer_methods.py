@@ -35,12 +35,12 @@ from gemel.fitting.teacher_samples import sample_teachers
 from gemel.forward.batches import Batch, to_device
 from gemel.forward.hooks import hooked
 from gemel.forward.modes import Models
-from gemel.merging.initialisation import donate_weights
 from gemel.sharing.adapters import LinearMap
 from gemel.sharing.groups import Configuration, Group, find_groups
 from gemel.sharing.tying import tie
 from gemel.strategies.adaptive import Adaptive
 from gemel.thresholds import THRESHOLDS
+from gemel.trials.initialisation import donate_weights
 
 POSITIONS = THRESHOLDS.fit.positions  # rows per layer and task
 ONE_IN = round(THRESHOLDS.fit.pixels / THRESHOLDS.sensitivity.pixels)  # of the images: misfit is predicted on these

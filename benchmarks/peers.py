@@ -22,9 +22,9 @@ from benchmarks.peer_checkouts import pleas, zipit
 from benchmarks.peer_methods import METHODS, Case, Method
 from benchmarks.probes import Probe, open_probe
 from benchmarks.workloads import add_workload_arguments, run_command
+from gemel.console.tables import table
 from gemel.evaluation.eval_method import evaluate
 from gemel.forward.modes import to_channels_last
-from gemel.merging.console import table
 from gemel.sharing.groups import find_groups, saved_bytes
 from gemel.sharing.memory import distinct_bytes
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from benchmarks.workloads import Workload, add_workload_arguments, open_workload, run_command
+from gemel.console.tables import table
 from gemel.datasets.cache import CacheBudget, SampleCache
 from gemel.datasets.folders import load_image, open_split
 from gemel.forward.modes import device_of, evaluation_mode
-from gemel.merging.console import table
 from gemel.workload import CLASSIFICATION, Task
 
 HEADER = ("task", "image", "model input", "decode", "transform", "from cache", "forward", "val in cache")

@@ -22,7 +22,7 @@ import torch
 from benchmarks.conditions import Bench
 from benchmarks.one_run import FINISHED, RESULTS, SPEC, write_json
 from gemel.evaluation.eval_method import evaluate
-from gemel.merging.options import MergeOptions
+from gemel.options import MergeOptions
 from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import read_manifest
 from gemel.sharing.memory import distinct_bytes

@@ -37,8 +37,8 @@ from torch import nn
 from torchvision import models as classifiers
 from torchvision.models import detection
 
+from gemel.console.tables import mib, plan_table
 from gemel.environment.shares import Work, loads, spread
-from gemel.merging.console import mib, plan_table
 from gemel.merging.placement import Talking
 from gemel.sharing.groups import find_groups
 from gemel.sharing.memory import distinct_bytes

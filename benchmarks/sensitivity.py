@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from benchmarks.probes import Probe, add_arguments, open_probe, spearman
 from benchmarks.workloads import run_command
+from gemel.console.tables import table
 from gemel.environment.seeds import generator
 from gemel.fitting.sensitivity import METHODS, Sensitivity, predict_sensitivity
 from gemel.forward.batches import run
 from gemel.forward.modes import logits_of
-from gemel.merging.console import table
 from gemel.sharing.groups import Configuration, Group, find_groups
 from gemel.sharing.tying import restore_snapshot, take_snapshot, tie
 from gemel.workload import CLASSIFICATION, Problem, WorkloadError

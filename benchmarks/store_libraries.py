@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from benchmarks.load_merged import MIB, every_byte, modules_of, write_workload
-from gemel.merging.console import table
+from gemel.console.tables import table
 from gemel.results_store import files, tensors, write
 from gemel.results_store.load import build_empty, load_merged
 from gemel.results_store.manifest import read_manifest, read_result

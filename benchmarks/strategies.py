@@ -19,8 +19,8 @@ from benchmarks.plots import plot_saving
 from benchmarks.runs import Failure, Result, code_digest, run_all, versions
 from benchmarks.summary import BASELINES, COSTS, LEVELS, TIMES, Ratio, levels_of, summarise, variants_of
 from benchmarks.workloads import run_command
+from gemel.console.tables import mib, share, table
 from gemel.environment.units import MIB
-from gemel.merging.console import mib, share, table
 from gemel.strategies import STRATEGIES
 from gemel.workload import Problem, WorkloadError
 

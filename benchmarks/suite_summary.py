@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.runs import Failure, Result
-from gemel.merging.console import share, table
+from gemel.console.tables import share, table
 
 MOMENTS = (5, 15, 30, 60, 120, 300)  # CPU seconds since the merge began
 CHOSEN_BY = (30, 60, 120, 300)  # moments whose mean share strategies are chosen by

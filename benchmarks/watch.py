@@ -24,12 +24,12 @@ from PIL import Image
 from torch import nn
 
 from gemel import load_merged
+from gemel.console.tables import table
 from gemel.edge.watch import Watch, WatchOptions
 from gemel.environment.seeds import derive_seed
 from gemel.evaluation.agreement import agreement_of
 from gemel.forward.batches import run
 from gemel.forward.modes import logits_of
-from gemel.merging.console import table
 from gemel.results_store.files import UNMERGED
 from gemel.results_store.manifest import read_manifest
 from gemel.sample_workload.camera import CAMERAS, Camera

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from gemel.console.flags import parse_size
 from gemel.edge.flags import add_edge_commands
 from gemel.environment import DEVICES
-from gemel.merging.flags import parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,7 @@ def report_command(flags: argparse.Namespace) -> int:
 
 def watch_command(flags: argparse.Namespace) -> int:
     """Follows the log of a run until it ends."""
-    from gemel.merging.watch import watch
+    from gemel.console.watch import watch
 
     watch(flags.results, follow=not flags.once)
     return 0

@@ -169,7 +169,7 @@ def boxes(*rows, size: int = SIZE):
 def merger_of(tasks, data, results_path, **options):
     """A Merger over the tasks, on the CPU; options: as merge_workload takes them. Nothing is measured or written."""
     from gemel.environment.clock import Clock
-    from gemel.merging.options import read_options
+    from gemel.options import read_options
     from merger import Merger
 
     chosen, problems = read_options(options)

@@ -32,8 +32,8 @@ from pico import (
 from PIL import Image
 
 from dataset_manager import open_task
+from gemel.console.flags import parse_arguments
 from gemel.evaluation.eval_method import evaluate
-from gemel.merging.flags import parse_arguments
 from gemel.results_store.manifest import read_manifest
 from gemel.workload import WorkloadError, read_workload
 from merge_workloads import merge_workload

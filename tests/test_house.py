@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gemel.merging.flags import parse_arguments
+from gemel.console.flags import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 IN_THE_ROOT = {
@@ -26,6 +26,8 @@ FLOORS = (
     ("alignment",),
     ("datasets", "evaluation", "fitting", "strategies"),
     ("results_store", "training"),
+    ("console", "options"),
+    ("trials",),
     ("merging",),
     ("report", "edge", "sample_workload"),
 )
@@ -178,7 +180,7 @@ def test_every_room_says_what_it_is_for():
 
 
 def test_the_flags_are_the_contract():
-    source = (ROOT / "gemel" / "merging" / "flags.py").read_text()
+    source = (ROOT / "gemel" / "console" / "flags.py").read_text()
     assert set(re.findall(r'add_argument\("(--[a-z-]+)"', source)) == FLAGS
     flags = parse_arguments([])
     assert (flags.results, flags.device, flags.seed, flags.plan, flags.fresh) == ("results", "auto", 0, False, False)

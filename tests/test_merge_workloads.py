@@ -14,7 +14,7 @@ from pico import PicoNet, write_classification
 from results_samples import slim_models, write
 
 import merge_workloads
-from gemel.merging.flags import parse_duration, parse_size
+from gemel.console.flags import parse_duration, parse_size
 from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import read_manifest
 from gemel.results_store.verify import OK, SKIP, verify

@@ -14,13 +14,14 @@ from dataset_manager import open_task
 from eval_methods import classification_eval
 from gemel.environment import clock as clock_module
 from gemel.evaluation.eval_method import evaluate
-from gemel.merging import architecture, evaluator
+from gemel.merging import architecture
 from gemel.merging.plan import plan
 from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import read_manifest
 from gemel.sharing.groups import Configuration, find_groups
 from gemel.sharing.memory import distinct_bytes
 from gemel.training.outcome import Outcome
+from gemel.trials import evaluator
 from gemel.workload import WorkloadError, read_workload
 from merge_workloads import merge_workload
 from merger import Merger

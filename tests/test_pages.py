@@ -8,9 +8,9 @@ import pytest
 from doc_pages import PAGES, ROOT, blocks_of
 from test_house import FLOORS
 
-from gemel.merging import console
-from gemel.merging.flags import parse_arguments
-from gemel.merging.options import DEFAULTS, DEFAULTS_OF, TRAINING_OF, MergeOptions
+from gemel.console import tables
+from gemel.console.flags import parse_arguments
+from gemel.options import DEFAULTS, DEFAULTS_OF, TRAINING_OF, MergeOptions
 from gemel.training.options import TrainingOptions
 
 
@@ -58,10 +58,10 @@ def test_every_table_stands_under_a_command(name):
 
 def test_the_output_in_the_readme_has_the_columns_of_the_console():
     (output,) = (block.text for block in blocks_of(PAGES[0]) if "round  tied" in block.text)
-    titles = [title for title, _ in console.ROUND_COLUMNS]
+    titles = [title for title, _ in tables.ROUND_COLUMNS]
     line = next(line for line in output.splitlines() if line.startswith("round"))
     assert re.split(r"\s{2,}", line) == titles
-    source = Path(console.__file__).read_text()
+    source = Path(tables.__file__).read_text()
     for line in output.splitlines():
         if line.startswith("task "):
             columns = [column for column in re.split(r"\s{2,}", line) if column != ".."]

@@ -13,7 +13,6 @@ from gemel.environment import ranks
 from gemel.environment.clock import Clock
 from gemel.environment.interrupts import Interrupted
 from gemel.fitting.sequential_fit import fit_sequentially
-from gemel.merging.fit_samples import FitSamples
 from gemel.sharing.groups import find_groups
 from gemel.sharing.holders import held_by, synchronise
 from gemel.sharing.tying import tie
@@ -23,6 +22,7 @@ from gemel.training.outcome import Standing
 from gemel.training.reduction import Reduction
 from gemel.training.step import Member
 from gemel.training.united import united_state
+from gemel.trials.fit_samples import FitSamples
 from merge_workloads import merge_workload
 from trainer import Round, recover
 

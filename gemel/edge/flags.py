@@ -5,8 +5,8 @@ import math
 import re
 from collections.abc import Callable
 
+from gemel.console.flags import parse_duration, parse_size
 from gemel.environment import DEVICES
-from gemel.merging.flags import parse_duration, parse_size
 
 FORMATS = ("onnx", "aoti")
 

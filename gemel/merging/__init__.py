@@ -1,4 +1,4 @@
-"""What merger.py is made of: options, state, initial weights of a trial, resuming, records, plan, checks, console.
+"""What stands around the trials of a merge: plan and checks before them, the record of a run, resuming, what is left.
 
-Open state.py first: it holds the live models and knows how to undo a trial.
+Open records.py first.
 """

@@ -15,14 +15,14 @@ from torch.utils._pytree import tree_leaves
 from gemel.environment.describe import describe, is_plain
 from gemel.forward.batches import Batch, run
 from gemel.forward.modes import deep_copy, device_of
-from gemel.merging.images import ImageSampler
-from gemel.merging.state import MergeState
 from gemel.results_store.load import build_empty, load_merged
 from gemel.results_store.manifest import read_manifest
 from gemel.sharing.adapters import own_modules
 from gemel.sharing.memory import named_tensors
 from gemel.sharing.precision import as_stored
 from gemel.sharing.signatures import settings_of
+from gemel.trials.images import ImageSampler
+from gemel.trials.state import MergeState
 from model_architectures import architecture_of
 
 NOT_BUILT = "it was not built by model_architectures.build, or a layer was replaced"

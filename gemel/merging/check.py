@@ -15,12 +15,12 @@ from gemel.environment.failures import is_out_of_memory
 from gemel.environment.seeds import seeded
 from gemel.forward import BFLOAT16
 from gemel.forward.autocast import IN_FLOAT32, Autocast
-from gemel.merging.options import MergeOptions
-from gemel.merging.state import MergeState
+from gemel.options import MergeOptions
 from gemel.sharing.tying import restore_snapshot, take_snapshot
 from gemel.training.distillation import Teacher
 from gemel.training.losses import task_losses
 from gemel.training.precision import parts_of
+from gemel.trials.state import MergeState
 from gemel.workload import DETECTION, Problem, Task
 from model_architectures import num_classes_of
 

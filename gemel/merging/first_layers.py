@@ -13,16 +13,11 @@ from collections.abc import Mapping, Sequence
 from gemel.environment.clock import Clock
 from gemel.environment.events import emit
 from gemel.environment.failures import is_out_of_memory
-from gemel.merging.evaluator import Evaluator
-from gemel.merging.images import ImageSampler
-from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisation, rule_of
 from gemel.merging.joint_training import JointTraining
-from gemel.merging.judged_as_stored import judged_as_stored
 from gemel.merging.model_traces import ModelTraces, common_layers
-from gemel.merging.options import LEAST_SQUARES, MergeOptions
 from gemel.merging.records import RunRecord
 from gemel.merging.resume import groups_to_tie
-from gemel.merging.state import MergeState
+from gemel.options import LEAST_SQUARES, MergeOptions
 from gemel.results_store.files import first_line
 from gemel.sharing.computation import members_of, with_equal_entries
 from gemel.sharing.groups import Configuration, Group, Occurrence, affected_tasks, joined
@@ -30,6 +25,11 @@ from gemel.sharing.normalisation import can_share
 from gemel.strategies.base import Strategy
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import GIVEN_UP, MET, Outcome
+from gemel.trials.evaluator import Evaluator
+from gemel.trials.images import ImageSampler
+from gemel.trials.initialisation import WeightFitter, refit_frozen_normalisation, rule_of
+from gemel.trials.judged_as_stored import judged_as_stored
+from gemel.trials.state import MergeState
 
 log = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 from torch import nn
 
 from gemel.environment.clock import Clock, TimeOver
-from gemel.merging.evaluator import Evaluator
-from gemel.merging.options import MergeOptions
-from gemel.merging.state import MergeState
-from gemel.merging.teachers import teachers_of
+from gemel.options import MergeOptions
 from gemel.sharing.groups import Configuration, Occurrence
 from gemel.training.context import RoundContext
 from gemel.training.outcome import TIME_OVER, Outcome, Standing
+from gemel.trials.evaluator import Evaluator
+from gemel.trials.state import MergeState
+from gemel.trials.teachers import teachers_of
 
 
 class JointTraining:

@@ -28,11 +28,11 @@ from gemel.forward.autocast import IN_FLOAT32, Autocast
 from gemel.forward.batches import Batch, run
 from gemel.forward.modes import deep_copy, device_of, set_layout
 from gemel.merging.check import training_error
-from gemel.merging.options import MergeOptions
-from gemel.merging.state import MergeState
+from gemel.options import MergeOptions
 from gemel.sharing.tying import restore_snapshot, take_snapshot
 from gemel.training.distillation import Teacher
 from gemel.training.precision import Step, architecture_of, first_batch, parts_of
+from gemel.trials.state import MergeState
 from gemel.workload import Task
 
 NUM_IMAGES = 2

@@ -13,14 +13,14 @@ from gemel.environment.seeds import seeded
 from gemel.fitting.memory import FitMemory, LiveBytes, footprint_of
 from gemel.fitting.rows import is_linear_map, linear_map_at, shape_of
 from gemel.forward.modes import Models
-from gemel.merging.images import ImageSampler
-from gemel.merging.options import MergeOptions
-from gemel.merging.state import MergeState
+from gemel.options import MergeOptions
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.tying import restore_snapshot, take_snapshot
 from gemel.thresholds import THRESHOLDS
 from gemel.training.distillation import Teacher
 from gemel.training.losses import task_losses
+from gemel.trials.images import ImageSampler
+from gemel.trials.state import MergeState
 from gemel.workload import Task
 
 MEASURED_IMAGES = 2  # of a batch: activations of the others take as much

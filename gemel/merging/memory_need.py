@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gemel.console.tables import wrap
 from gemel.datasets.loaders import TaskData
 from gemel.environment import ranks
 from gemel.environment.device import pick_device
@@ -19,8 +20,6 @@ from gemel.environment.memory import give_back_unused, memory_there, memory_used
 from gemel.environment.units import mib
 from gemel.fitting.memory import FitMemory
 from gemel.merging import earlier_merges
-from gemel.merging.console import wrap
-from gemel.merging.images import ImageSampler
 from gemel.merging.measured_memory import (
     FitWork,
     bytes_of_activations,
@@ -29,11 +28,12 @@ from gemel.merging.measured_memory import (
     bytes_of_training,
     work_of_fits,
 )
-from gemel.merging.options import LEAST_SQUARES, MergeOptions
-from gemel.merging.state import MergeState
+from gemel.options import LEAST_SQUARES, MergeOptions
 from gemel.sharing.groups import Configuration, restrict, saved_bytes
 from gemel.sharing.memory import distinct_bytes
 from gemel.strategies.base import Strategy
+from gemel.trials.images import ImageSampler
+from gemel.trials.state import MergeState
 from gemel.workload import Task
 
 log = logging.getLogger(__name__)

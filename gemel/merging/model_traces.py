@@ -17,10 +17,10 @@ from torchvision import tv_tensors
 
 from gemel.datasets.folders import load_image
 from gemel.forward.trace import Labels, Trace, trace
-from gemel.merging.evaluator import Evaluator
-from gemel.merging.state import MergeState
 from gemel.sharing.computation import common_points
 from gemel.sharing.groups import Occurrence
+from gemel.trials.evaluator import Evaluator
+from gemel.trials.state import MergeState
 from gemel.workload import CLASSIFICATION, Task
 
 log = logging.getLogger(__name__)

@@ -16,11 +16,11 @@ from gemel.environment.seeds import seeded
 from gemel.environment.shares import Parts, Work, evaluators, spread
 from gemel.fitting.batch_norm import batch_norms
 from gemel.forward.whole_batch_norm import whole_batch_norm
-from gemel.merging.state import MergeState
 from gemel.sharing.holders import park, synchronise
 from gemel.sharing.tying import restore_snapshot, take_snapshot
 from gemel.training.distillation import Teacher
 from gemel.training.losses import task_losses
+from gemel.trials.state import MergeState
 from gemel.workload import Task
 
 REPEATS = 2  # of a step, after one that warms up

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from gemel.console.tables import fit_table, plan_table, workload_table, wrap
 from gemel.environment.units import box_size, mib, share
 from gemel.forward.modes import Models
-from gemel.merging.console import fit_table, plan_table, workload_table, wrap
 from gemel.results_store.load import build_empty
 from gemel.sharing.groups import Configuration, find_groups, saved_bytes
 from gemel.sharing.memory import distinct_bytes

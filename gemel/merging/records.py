@@ -7,16 +7,16 @@ from gemel.environment.clock import Clock
 from gemel.fitting.batch_norm import is_frozen
 from gemel.forward.arithmetic import arithmetic_on
 from gemel.merging.architecture import Recorded
-from gemel.merging.evaluator import Evaluator
-from gemel.merging.goal import goal_part
 from gemel.merging.memory_need import MemoryNeed
-from gemel.merging.options import LEAST_SQUARES, MergeOptions
-from gemel.merging.state import MergeState
 from gemel.merging.why_not import GOAL_REACHED, TIME_OVER, Attempts, add_attempts, not_shared
+from gemel.options import LEAST_SQUARES, MergeOptions
 from gemel.sharing.groups import Configuration, saved_bytes, to_plain
 from gemel.sharing.memory import Memory
 from gemel.strategies.base import Strategy
 from gemel.training.outcome import Outcome
+from gemel.trials.evaluator import Evaluator
+from gemel.trials.goal import goal_part
+from gemel.trials.state import MergeState
 
 
 @dataclass

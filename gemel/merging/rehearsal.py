@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gemel.console.tables import wrap
 from gemel.datasets.loaders import TaskData, num_samples
 from gemel.environment.events import emit
 from gemel.environment.memory import memory_there
@@ -22,16 +23,15 @@ from gemel.environment.seeds import seeded
 from gemel.environment.units import duration, mib
 from gemel.evaluation.eval_method import evaluate
 from gemel.merging.check import training_problems
-from gemel.merging.console import wrap
 from gemel.merging.examples import LONGEST_SIDE, thumbnail
-from gemel.merging.fit_samples import memory_of_fits
-from gemel.merging.options import MergeOptions
-from gemel.merging.state import MergeState
+from gemel.options import MergeOptions
 from gemel.sharing.groups import find_groups, saved_bytes
 from gemel.sharing.memory import distinct_bytes
 from gemel.sharing.tying import restore_snapshot, take_snapshot
 from gemel.training.distillation import Teacher
 from gemel.training.losses import task_losses
+from gemel.trials.fit_samples import memory_of_fits
+from gemel.trials.state import MergeState
 from gemel.workload import CLASSIFICATION, Task
 
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"

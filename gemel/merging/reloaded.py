@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from gemel.merging.architecture import Architectures
-from gemel.merging.state import MergeState
+from gemel.trials.state import MergeState
 
 
 class ReloadedModels(Mapping[str, nn.Module]):

@@ -8,9 +8,8 @@ from gemel.fitting.least_squares import with_affine
 from gemel.forward.arithmetic import STORE_DTYPES
 from gemel.forward.modes import Models
 from gemel.merging.fingerprint import differences
-from gemel.merging.options import LEAST_SQUARES, MergeOptions
 from gemel.merging.retry import without_retried
-from gemel.merging.state import MergeState
+from gemel.options import LEAST_SQUARES, MergeOptions
 from gemel.results_store.files import ResultsError
 from gemel.results_store.manifest import has_results, read_manifest
 from gemel.results_store.write import repair
@@ -18,6 +17,7 @@ from gemel.sharing.groups import Configuration
 from gemel.strategies import STEM, strategy_class
 from gemel.strategies.base import Strategy
 from gemel.strategies.components import Components, components_of, is_by_components
+from gemel.trials.state import MergeState
 from gemel.workload import Problem, WorkloadError
 
 MAX_SET_ASIDE = 10_000

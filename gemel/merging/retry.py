@@ -15,7 +15,7 @@ from gemel.environment import ranks
 from gemel.environment.device import pick_device
 from gemel.evaluation.eval_method import evaluate
 from gemel.merging.fingerprint import differences
-from gemel.merging.options import MergeOptions
+from gemel.options import MergeOptions
 from gemel.results_store.manifest import has_results, read_manifest
 from gemel.workload import Problem, Task, WorkloadError
 

@@ -17,14 +17,11 @@ from gemel.environment.clock import Clock
 from gemel.environment.events import emit
 from gemel.fitting.shared_norm import Source, follow_statistics, shared_values
 from gemel.forward.modes import deep_copy
-from gemel.merging.evaluator import Accuracy, Evaluator
 from gemel.merging.first_layers import FirstLayers
-from gemel.merging.images import ImageSampler
 from gemel.merging.joint_training import JointTraining, sharing_with
 from gemel.merging.model_traces import common_layers
-from gemel.merging.options import MergeOptions
 from gemel.merging.records import RunRecord
-from gemel.merging.state import MergeState
+from gemel.options import MergeOptions
 from gemel.sharing.computation import Member, members_of
 from gemel.sharing.groups import Configuration, Occurrence, saved_bytes
 from gemel.sharing.normalisation import can_share, group_of, own_tensors, tie_normalisation
@@ -33,6 +30,9 @@ from gemel.sharing.tying import Snapshot, restore_snapshot, take_snapshot
 from gemel.strategies.base import Strategy
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Outcome
+from gemel.trials.evaluator import Accuracy, Evaluator
+from gemel.trials.images import ImageSampler
+from gemel.trials.state import MergeState
 from gemel.workload import Task
 
 

@@ -12,11 +12,11 @@ from gemel.alignment.align import apply_permutations
 from gemel.alignment.permutation import inverse
 from gemel.environment import ranks
 from gemel.forward.modes import deep_copy
-from gemel.merging.evaluator import Evaluator
 from gemel.merging.records import precision_part
-from gemel.merging.state import MergeState
 from gemel.results_store.files import UNMERGED
 from gemel.results_store.write import foreign_files, statistics_of, write_results
+from gemel.trials.evaluator import Evaluator
+from gemel.trials.state import MergeState
 from gemel.workload import Problem, Task
 
 KEPT = "the unmerged models that a merge kept"  # in the place of its options: no merge resumes from them

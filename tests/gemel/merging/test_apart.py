@@ -9,14 +9,14 @@ from pico import PicoNet, classification_entry
 from rank_processes import on_ranks
 
 from gemel.merging import memory_need
-from gemel.merging.options import MergeOptions
 from gemel.merging.resume import load_search, new_strategy
-from gemel.merging.state import MergeState
+from gemel.options import MergeOptions
 from gemel.results_store.manifest import read_manifest
 from gemel.sharing import residence
 from gemel.sharing.groups import affected_tasks, find_groups, saved_bytes
 from gemel.strategies.adaptive import Adaptive
 from gemel.strategies.components import Components
+from gemel.trials.state import MergeState
 from merge_workloads import merge_workload
 
 NARROW, WIDE = {"north_pico", "south_pico", "east_pico"}, {"wide_pico", "wider_pico"}

@@ -9,11 +9,11 @@ from pico import PicoDetector, PicoNet
 from test_merger import merge
 from torch import nn
 
+from gemel.console.tables import closing_report
 from gemel.environment.clock import TimeOver
-from gemel.merging.console import closing_report
 from gemel.merging.first_layers import FirstLayers
-from gemel.merging.options import MergeOptions
 from gemel.merging.resume import new_strategy
+from gemel.options import MergeOptions
 from gemel.results_store.load import load_merged
 from gemel.results_store.verify import FAIL, verify
 from gemel.sharing.groups import find_groups, joined

@@ -11,14 +11,14 @@ from gemel.environment.memory import memory_there
 from gemel.fitting.memory import FitMemory
 from gemel.forward.modes import state_on_cpu
 from gemel.merging import earlier_merges, memory_need
-from gemel.merging.images import ImageSampler
 from gemel.merging.measured_memory import FitWork, bytes_of_activations, bytes_of_fit, bytes_of_training
 from gemel.merging.memory_need import Searched, memory_needs, memory_text
-from gemel.merging.options import MergeOptions
-from gemel.merging.state import MergeState
+from gemel.options import MergeOptions
 from gemel.sharing.groups import find_groups, saved_bytes
 from gemel.sharing.memory import distinct_bytes
 from gemel.training.options import TrainingOptions
+from gemel.trials.images import ImageSampler
+from gemel.trials.state import MergeState
 from merge_workloads import main, merge_workload
 
 CPU = torch.device("cpu")

@@ -27,15 +27,15 @@ from gemel.evaluation.eval_method import evaluate
 from gemel.fitting.ridge import shares_of
 from gemel.merging import layout
 from gemel.merging.check import telling_samples, training_problems
-from gemel.merging.initialisation import donate_weights
 from gemel.merging.layout import can_be_channels_last
-from gemel.merging.options import MergeOptions
-from gemel.merging.state import MergeState
+from gemel.options import MergeOptions
 from gemel.results_store.load import load_merged
 from gemel.sharing.groups import find_groups
 from gemel.sharing.tying import tie
 from gemel.training import precision
 from gemel.training.options import TrainingOptions
+from gemel.trials.initialisation import donate_weights
+from gemel.trials.state import MergeState
 from gemel.workload import WorkloadError, read_workload
 from merge_workloads import merge_workload
 

@@ -7,7 +7,7 @@ import pytest
 from pico import PicoNet, classification_entry
 
 from gemel.__main__ import main
-from gemel.merging import console
+from gemel.console import tables
 from gemel.merging.plan import build_named, make_plan, plan_of, plan_text
 from gemel.sharing.groups import find_groups, saved_bytes
 from gemel.workload import WorkloadError
@@ -52,7 +52,7 @@ def test_the_json_file_has_the_numbers_of_the_record(tmp_path, capsys, monkeypat
     assert written["models"] == found.models and written["total_bytes"] == found.total_bytes
     assert written["optimal_saved_bytes"] == found.optimal_saved_bytes
     assert written["pairs"] == [["resnet18", "resnet34", found.optimal_saved_bytes]]
-    assert f"in all {console.mib(found.optimal_saved_bytes)}" in capsys.readouterr().out
+    assert f"in all {tables.mib(found.optimal_saved_bytes)}" in capsys.readouterr().out
 
 
 def test_without_files_named_nothing_is_written(tmp_path, monkeypatch, capsys):
@@ -68,7 +68,7 @@ def test_without_files_named_nothing_is_written(tmp_path, monkeypatch, capsys):
 def test_the_text_fits_a_terminal(number):
     entries = {f"a_camera_with_quite_a_long_name_{i}_x": classification_entry(PicoNet(), 0.5) for i in range(number)}
     text = plan_text(plan_of(entries), 1 << 30)
-    assert max(map(len, text.splitlines())) <= console.WIDTH and "a box of 1 GiB: the weights fit without" in text
+    assert max(map(len, text.splitlines())) <= tables.WIDTH and "a box of 1 GiB: the weights fit without" in text
 
 
 @pytest.mark.parametrize("box, said", [(100, "without merging"), (70, "once merged"), (50, "even at best")])

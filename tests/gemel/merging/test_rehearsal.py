@@ -8,8 +8,8 @@ import torch
 from pico import PicoNet, classification_entry, same_state
 from results_samples import tree
 
+from gemel.console.tables import WIDTH
 from gemel.merging.check import telling_samples
-from gemel.merging.console import WIDTH
 from gemel.merging.rehearsal import OK, PROBLEM, boxes_on_images
 from merge_workloads import check_workload
 

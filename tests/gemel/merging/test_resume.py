@@ -19,7 +19,6 @@ from gemel.environment.clock import Clock
 from gemel.environment.interrupts import Interrupted, Interrupts
 from gemel.environment.seeds import random_state, seeded, set_random_state
 from gemel.evaluation.eval_method import evaluate
-from gemel.merging import evaluator
 from gemel.results_store import files as results_files
 from gemel.results_store.checkpoint import read_checkpoint
 from gemel.results_store.files import ResultsError
@@ -33,6 +32,7 @@ from gemel.training.context import RoundContext
 from gemel.training.distillation import Teacher
 from gemel.training.options import TrainingOptions
 from gemel.training.outcome import MET, Outcome
+from gemel.trials import evaluator
 from gemel.workload import WorkloadError, read_workload
 from merger import Merger
 from trainer import recover

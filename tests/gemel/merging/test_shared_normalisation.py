@@ -7,10 +7,10 @@ import torch
 from pico import PicoDetector, PicoNet, classification_entry
 from test_merger import merge
 
+from gemel.console.tables import closing_report
 from gemel.edge import Runtime
 from gemel.edge.frames import RandomFrames
 from gemel.environment.clock import TimeOver
-from gemel.merging.console import closing_report
 from gemel.merging.joint_training import JointTraining
 from gemel.results_store.load import load_merged
 from gemel.results_store.verify import FAIL, Evaluation, verify

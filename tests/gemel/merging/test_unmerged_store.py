@@ -12,11 +12,11 @@ from gemel.edge import Runtime
 from gemel.edge.frames import RandomFrames
 from gemel.edge.watch import WatchOptions
 from gemel.evaluation.agreement import mean_agreement
-from gemel.merging import evaluator
 from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import read_manifest
 from gemel.results_store.verify import FAIL, verify
 from gemel.sharing.precision import as_stored
+from gemel.trials import evaluator
 from gemel.workload import WorkloadError, read_workload
 from merge_workloads import merge_workload
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from results_samples import pico_models, slim_models, tree, write
 
+from gemel.console import tables
 from gemel.environment.units import mib
-from gemel.merging import console
 from gemel.report import page as module
 from gemel.report.page import report_of, write_report
 from gemel.report.record import Layer, Record, TaskMemory, read_record
@@ -91,7 +91,7 @@ def test_manifest_console_and_report_say_the_same(merged):
     for key, (value, said) in page.numbers.items():
         assert value == looked_up(manifest, key), key
         assert said == (mib(value) if key.endswith("bytes") else f"{value:.3f}"), key
-    closing = console.closing_report(manifest, per_class=False)
+    closing = tables.closing_report(manifest, per_class=False)
     assert closing in printed
     for key in ("unmerged_bytes", "merged_bytes", "saved_bytes", "optimal_saved_bytes"):
         assert page.numbers[f"memory.{key}"][1] in closing

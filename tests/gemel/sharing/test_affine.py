@@ -21,8 +21,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from gemel.fitting.least_squares import fit_group, sums_of, with_affine
 from gemel.fitting.rows import Rows, is_normalised
-from gemel.merging.options import MergeOptions
 from gemel.merging.resume import new_strategy
+from gemel.options import MergeOptions
 from gemel.results_store.files import ResultsError
 from gemel.results_store.load import load_merged
 from gemel.results_store.manifest import seal

@@ -12,11 +12,11 @@ import torch
 
 from gemel.environment.clock import Clock
 from gemel.environment.failures import is_out_of_memory
-from gemel.merging.evaluator import Evaluator
-from gemel.merging.state import MergeState
 from gemel.sharing.groups import affected_tasks
 from gemel.sharing.precision import weights_of
 from gemel.training.outcome import BELOW_AS_STORED, OUT_OF_MEMORY, Outcome
+from gemel.trials.evaluator import Evaluator
+from gemel.trials.state import MergeState
 from gemel.workload import Problem, Task, WorkloadError
 
 

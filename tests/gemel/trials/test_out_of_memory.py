@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gemel.merging import sensitivity, state
-from gemel.merging.out_of_memory import BATCHES, on_fewer_images
+from gemel.trials import sensitivity, state
+from gemel.trials.out_of_memory import BATCHES, on_fewer_images
 from merge_workloads import merge_workload
 
 
@@ -57,7 +57,7 @@ def test_the_models_are_undone_after_a_fit_that_does_not_fit(entries, datasets, 
     def crowded(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("gemel.merging.initialisation.fit_sequentially", crowded)
+    monkeypatch.setattr("gemel.trials.initialisation.fit_sequentially", crowded)
     before = {n: {k: v.clone() for k, v in e["model"].state_dict().items()} for n, e in entries.items()}
     manifest = merge_workload(entries, tmp_path / "r", datasets=datasets, device="cpu", alignment="none")
     assert manifest["memory"]["saved_bytes"] == 0

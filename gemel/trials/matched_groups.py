@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 from gemel.alignment.matching import BY_ACTIVATIONS, match_groups
 from gemel.environment import ranks
-from gemel.merging.images import ImageSampler
-from gemel.merging.options import MergeOptions
-from gemel.merging.state import MergeState
+from gemel.options import MergeOptions
 from gemel.sharing.groups import Configuration, from_plain, to_plain
 from gemel.sharing.precision import groups_as_stored
 from gemel.thresholds import THRESHOLDS
+from gemel.trials.images import ImageSampler
+from gemel.trials.state import MergeState
 from gemel.workload import Task
 
 

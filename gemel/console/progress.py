@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from gemel.console.tables import WIDTH, round_header, round_row, wrap
 from gemel.environment.clock import Clock
 from gemel.environment.events import is_logging_set_up
 from gemel.environment.units import clock_time
-from gemel.merging.console import WIDTH, round_header, round_row, wrap
 
 TERMINAL_INTERVAL, FILE_INTERVAL = 1.0, 60.0  # seconds between two states
 CLEAR = "\r\033[K"

@@ -21,11 +21,11 @@ from gemel.evaluation.eval_method import EvalMethodError, evaluate
 from gemel.evaluation.split_outputs import measured_with_others
 from gemel.forward import STORE_TYPES
 from gemel.forward.modes import Models
-from gemel.merging.diagnosis import explanations
-from gemel.merging.rounding import Rounding
 from gemel.sharing.precision import as_stored, overflows
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
+from gemel.trials.diagnosis import explanations
+from gemel.trials.rounding import Rounding
 from gemel.workload import DETECTION, Problem, Task
 
 log = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gemel.console.run_log import RUN_ENDS
+from gemel.console.tables import round_header, round_row, wrap
 from gemel.environment.units import duration, mib
-from gemel.merging.console import round_header, round_row, wrap
-from gemel.merging.run_log import RUN_ENDS
 from gemel.results_store.files import LOG, ResultsError, naming
 
 INTERVAL = 1.0  # seconds

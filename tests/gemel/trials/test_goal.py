@@ -9,16 +9,17 @@ from pico import same_state
 
 import merge_workloads
 from gemel import thresholds
+from gemel.console import tables
 from gemel.forward.modes import state_on_cpu
-from gemel.merging import console, initialisation
-from gemel.merging import goal as goal_module
-from gemel.merging.goal import GoalReplay
-from gemel.merging.options import MergeOptions
 from gemel.merging.resume import groups_to_tie
+from gemel.options import MergeOptions
 from gemel.results_store.manifest import read_manifest
 from gemel.results_store.points import points_of
 from gemel.sharing.groups import find_groups, saved_bytes
 from gemel.sharing.memory import distinct_bytes
+from gemel.trials import goal as goal_module
+from gemel.trials import initialisation
+from gemel.trials.goal import GoalReplay
 from gemel.workload import WorkloadError
 from merge_workloads import merge_workload
 from merger import Merger
@@ -180,10 +181,10 @@ def test_the_nearest_trial_is_named_where_none_was_repeated():
     task = {"target_acc": 0.5, "measured_unmerged_acc": 0.6}
     memory = {"unmerged_bytes": 100, "merged_bytes": 100, "saved_bytes": 0, "optimal_saved_bytes": 60}
     manifest = {"memory": memory, "tasks": {"a": task, "b": task}, "run": {"rounds": [row]}}
-    assert "nearest was round 1" in console.goal_report(manifest, 40)
-    assert "with a at about 0.400 of its target 0.500" in console.goal_report(manifest, 40)
+    assert "nearest was round 1" in tables.goal_report(manifest, 40)
+    assert "with a at about 0.400 of its target 0.500" in tables.goal_report(manifest, 40)
     manifest["run"]["rounds"] = []
-    assert "no trial that would fit was made" in console.goal_report(manifest, 40)
+    assert "no trial that would fit was made" in tables.goal_report(manifest, 40)
 
 
 def test_the_points_are_written_where_asked_for_and_into_the_statistics(entries, datasets, tmp_path):

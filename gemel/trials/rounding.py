@@ -9,13 +9,13 @@ from gemel.environment import ranks
 from gemel.fitting.rounding import round_to_inputs
 from gemel.forward.batches import Batch
 from gemel.forward.modes import deep_copy, state_on_cpu
-from gemel.merging.images import ImageSampler
-from gemel.merging.state import MergeState
 from gemel.sharing.holders import synchronise
 from gemel.sharing.quantisation import Quantised, quantise, quantised_weights
 from gemel.thresholds import THRESHOLDS
+from gemel.trials.images import ImageSampler
+from gemel.trials.state import MergeState
 
-MOST_IMAGES = 16  # in a batch: what a fit holds in memory is bounded elsewhere (gemel/merging/fit_samples.py)
+MOST_IMAGES = 16  # in a batch: what a fit holds in memory is bounded elsewhere (gemel/trials/fit_samples.py)
 
 
 class Rounding:

@@ -10,10 +10,10 @@ from typing import Any
 
 from gemel.alignment.align import METHODS as ALIGNMENTS
 from gemel.alignment.matching import BY_ORDER, BY_WEIGHTS, MATCHINGS
+from gemel.console.tensorboard import is_installed
 from gemel.environment import DEVICES, ranks
 from gemel.environment.device import has_device
 from gemel.forward import FLOAT32, STEP_PRECISIONS, STORE_TYPES
-from gemel.merging.tensorboard import is_installed
 from gemel.sharing.initial_weights import INITIAL_WEIGHTS
 from gemel.strategies import STEM, STRATEGIES
 from gemel.training.options import TrainingOptions

@@ -3,7 +3,7 @@
 import pytest
 from pico import PicoNet, classification_entry
 
-from gemel.merging import console as tables
+from gemel.console import tables
 from gemel.sharing.groups import find_groups
 from gemel.sharing.memory import distinct_bytes
 from gemel.workload import read_workload

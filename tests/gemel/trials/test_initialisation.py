@@ -8,14 +8,14 @@ import torch
 from pico import merger_of, thresholds
 from torchvision.ops import FrozenBatchNorm2d
 
-from gemel.merging import evaluator, fit_samples, images, initialisation
-from gemel.merging.initialisation import WeightFitter, refit_frozen_normalisation
-from gemel.merging.sensitivity import sensitivity_if_all_were_tied
-from gemel.merging.task_weights import TaskWeights
-from gemel.merging.verified_part import saving_of_part
 from gemel.sharing.tying import is_tied, retie
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
+from gemel.trials import evaluator, fit_samples, images, initialisation
+from gemel.trials.initialisation import WeightFitter, refit_frozen_normalisation
+from gemel.trials.sensitivity import sensitivity_if_all_were_tied
+from gemel.trials.task_weights import TaskWeights
+from gemel.trials.verified_part import saving_of_part
 
 
 @pytest.fixture

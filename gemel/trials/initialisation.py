@@ -13,16 +13,16 @@ from gemel.fitting.rows import normalisation_behind
 from gemel.fitting.sequential_fit import fit_sequentially
 from gemel.fitting.teacher_samples import StoredBatches, TeacherSamples
 from gemel.forward.modes import Models, state_on_cpu
-from gemel.merging.evaluator import Evaluator
-from gemel.merging.images import ImageSampler
-from gemel.merging.options import LEAST_SQUARES
-from gemel.merging.state import MergeState
-from gemel.merging.task_weights import TaskWeights
+from gemel.options import LEAST_SQUARES
 from gemel.sharing.groups import Configuration, Group
 from gemel.sharing.holders import synchronise
 from gemel.sharing.tying import copy_parameters
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
+from gemel.trials.evaluator import Evaluator
+from gemel.trials.images import ImageSampler
+from gemel.trials.state import MergeState
+from gemel.trials.task_weights import TaskWeights
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pico import to_tensor
 from PIL import Image
 
 from dataset_manager import open_task
-from gemel.merging.diagnosis import explanations
+from gemel.trials.diagnosis import explanations
 from gemel.workload import WorkloadError, read_workload
 from merge_workloads import merge_workload
 

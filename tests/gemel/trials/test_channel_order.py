@@ -99,7 +99,7 @@ def test_a_resumed_search_has_models_and_unmerged_copies_in_one_order(
     with monkeypatch.context() as patch:
         patch.setattr(Merger, "play_round", first)
         if killed:  # nothing that runs at an orderly end
-            patch.setattr("gemel.merging.state.MergeState.restore_channel_order", lambda self: None)
+            patch.setattr("gemel.trials.state.MergeState.restore_channel_order", lambda self: None)
         with pytest.raises(KeyboardInterrupt):
             merge(copy.deepcopy(trained_entries), tmp_path / "results", datasets)
     assert any(first.moved.values()) and any(read_manifest(tmp_path / "results")["run"]["permutations"].values())

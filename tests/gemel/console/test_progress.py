@@ -6,12 +6,12 @@ import logging
 
 import pytest
 
+from gemel.console import progress as module
+from gemel.console.progress import Progress
+from gemel.console.run_log import RunLog
+from gemel.console.watch import watch
 from gemel.environment.clock import Clock
 from gemel.environment.events import emit, listening, warnings_as_events
-from gemel.merging import progress as module
-from gemel.merging.progress import Progress
-from gemel.merging.run_log import RunLog
-from gemel.merging.watch import watch
 from gemel.results_store.files import ResultsError, append
 
 

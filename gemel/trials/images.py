@@ -8,9 +8,9 @@ import torch
 
 from gemel.datasets.loaders import MAX_PLAIN_IMAGES, TaskData, plain_images
 from gemel.forward.batches import Batch
-from gemel.merging.fit_samples import FitSamples, memory_of_fits
 from gemel.sharing.groups import Configuration
 from gemel.thresholds import FIT_PIXELS, THRESHOLDS
+from gemel.trials.fit_samples import FitSamples, memory_of_fits
 from gemel.workload import CLASSIFICATION, Task
 
 FEW = 4

@@ -7,12 +7,12 @@ import torch
 from pico import CPU, merger_of, same_state
 
 from gemel.environment.clock import TimeOver
-from gemel.merging import state as module
-from gemel.merging.state import MergeState
 from gemel.sharing.adapters import has_additions, own_modules
 from gemel.sharing.affine import affine_of
 from gemel.sharing.groups import find_groups, verified_part
 from gemel.sharing.tying import is_tied
+from gemel.trials import state as module
+from gemel.trials.state import MergeState
 
 
 @pytest.fixture

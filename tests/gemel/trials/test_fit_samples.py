@@ -9,11 +9,11 @@ from pico import PicoNet, thresholds
 from torch import nn
 
 from gemel.fitting.sequential_fit import fit_sequentially
-from gemel.merging import fit_samples
-from gemel.merging.fit_samples import FitSamples, memory_of_fits
 from gemel.sharing.groups import find_groups
 from gemel.sharing.tying import tie
 from gemel.thresholds import THRESHOLDS
+from gemel.trials import fit_samples
+from gemel.trials.fit_samples import FitSamples, memory_of_fits
 
 CPU = torch.device("cpu")
 PIXELS = 40 * 16 * 16
@@ -72,7 +72,7 @@ def test_more_images_where_rows_are_few(tied, monkeypatch):
 
 def test_what_a_fit_is_predicted_to_take_is_logged(tied, caplog):
     _, unmerged, groups = tied
-    with caplog.at_level(logging.DEBUG, "gemel.merging.fit_samples"):
+    with caplog.at_level(logging.DEBUG, "gemel.trials.fit_samples"):
         FitSamples(Drawing(), 1 << 30, 2, 0).of(unmerged, groups, PIXELS)
     assert "a fit: 80 images, " in caplog.text and "MiB of activations" in caplog.text
     assert not [record for record in caplog.records if record.levelno > logging.DEBUG]

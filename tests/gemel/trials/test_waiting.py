@@ -6,11 +6,11 @@ from pico import CPU, PicoNet, same_state
 from torch import nn
 
 from gemel.forward.modes import deep_copy, state_on_cpu
-from gemel.merging.waiting import Waiting
 from gemel.sharing import residence
 from gemel.sharing.groups import find_groups, restrict
 from gemel.sharing.residence import movable
 from gemel.sharing.tying import is_tied, tie
+from gemel.trials.waiting import Waiting
 
 APART = (["a_x", "b_x"], ["c_x", "d_x"])
 
@@ -75,7 +75,7 @@ def test_an_interrupted_move_is_taken_back(waiting, monkeypatch):
         moved.append(tensor)
         to_file(tensor)
 
-    monkeypatch.setattr("gemel.merging.waiting.to_file", fails)
+    monkeypatch.setattr("gemel.trials.waiting.to_file", fails)
     with pytest.raises(KeyboardInterrupt):
         waiting.all_but(["a_x"])
     assert all(map(is_in_file, moved))

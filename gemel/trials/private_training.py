@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from gemel.datasets.loaders import num_samples
 from gemel.environment.clock import TimeOver
 from gemel.forward.modes import state_on_cpu
-from gemel.merging.evaluator import Evaluator
-from gemel.merging.state import MergeState
-from gemel.merging.teachers import teachers_of
 from gemel.sharing.groups import Configuration
 from gemel.thresholds import THRESHOLDS
 from gemel.training.context import RoundContext
 from gemel.training.options import TrainingOptions
 from gemel.training.outcome import TIME_OVER, Outcome, Standing
+from gemel.trials.evaluator import Evaluator
+from gemel.trials.state import MergeState
+from gemel.trials.teachers import teachers_of
 from gemel.workload import CLASSIFICATION
 
 STEP_IN_PASSES = 3  # a training step costs about as much as three forward passes of its images

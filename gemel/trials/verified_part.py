@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from gemel.environment.clock import Clock
 from gemel.environment.failures import is_out_of_memory
-from gemel.merging.evaluator import Evaluator
-from gemel.merging.state import MergeState
 from gemel.sharing.groups import Configuration, saved_bytes, verified_part
 from gemel.training.outcome import Outcome
+from gemel.trials.evaluator import Evaluator
+from gemel.trials.state import MergeState
 
 
 def part_to_keep(

@@ -4,14 +4,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from gemel.merging.evaluator import Evaluator
-from gemel.merging.images import ImageSampler
-from gemel.merging.initialisation import WeightFitter
-from gemel.merging.state import MergeState
 from gemel.sharing.groups import Configuration, Group, affected_tasks, saved_bytes
 from gemel.strategies.base import Ratios
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
+from gemel.trials.evaluator import Evaluator
+from gemel.trials.images import ImageSampler
+from gemel.trials.initialisation import WeightFitter
+from gemel.trials.state import MergeState
 from gemel.workload import Problem, Task
 
 MAX_REPLAYS = 6

@@ -4,8 +4,8 @@ import pytest
 import torch
 from pico import merger_of
 
-from gemel.merging.private_training import PrivateTraining
 from gemel.training.outcome import Standing
+from gemel.trials.private_training import PrivateTraining
 
 IMAGES = {"north_pico": 24, "south_pico": 24, "east_pico": 18}
 
@@ -114,7 +114,7 @@ def test_a_round_records_what_was_gained_and_the_search_learns_what_the_fit_reac
     def north_is_just_below(self, found, num_images):
         return steps_for(self, {**found, **standings(run, north=0.9995)}, num_images)
 
-    monkeypatch.setattr("gemel.merging.initialisation.worst", lambda found: 0.9995)
+    monkeypatch.setattr("gemel.trials.initialisation.worst", lambda found: 0.9995)
     monkeypatch.setattr(PrivateTraining, "steps_for", north_is_just_below)
     run.store()
     run.play_round(run.strategy.groups)

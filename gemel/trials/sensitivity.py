@@ -6,12 +6,12 @@ from gemel.environment import ranks
 from gemel.environment.seeds import generator
 from gemel.fitting.importance import importance_of_layers
 from gemel.fitting.sensitivity import Sensitivity, predict_sensitivity
-from gemel.merging.images import ImageSampler
-from gemel.merging.out_of_memory import on_fewer_images
-from gemel.merging.state import MergeState
 from gemel.sharing.groups import Configuration
 from gemel.sharing.signatures import find_layers
 from gemel.thresholds import THRESHOLDS
+from gemel.trials.images import ImageSampler
+from gemel.trials.out_of_memory import on_fewer_images
+from gemel.trials.state import MergeState
 from gemel.workload import CLASSIFICATION, Task
 
 

@@ -5,9 +5,9 @@ from types import ModuleType
 
 import pytest
 
-from gemel.merging import options
-from gemel.merging.options import read_options
-from gemel.merging.tensorboard import TensorBoardLog
+from gemel import options
+from gemel.console.tensorboard import TensorBoardLog
+from gemel.options import read_options
 
 ROW = {"round": 2, "saved_bytes": 3 << 20, "accuracies": {"north_pico": 0.9}}
 

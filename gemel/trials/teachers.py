@@ -5,13 +5,13 @@ from typing import Any
 
 from gemel.datasets.loaders import TaskData, repeats
 from gemel.environment import ranks
-from gemel.merging.images import ImageSampler
-from gemel.merging.state import MergeState
 from gemel.sharing.groups import Configuration, compared_layers
 from gemel.training.cut import Cuts
 from gemel.training.distillation import Teacher
 from gemel.training.options import TrainingOptions
 from gemel.training.prefix import Prefix, prefix_of
+from gemel.trials.images import ImageSampler
+from gemel.trials.state import MergeState
 from gemel.workload import CLASSIFICATION, Task
 
 IMAGES_OF_A_CUT = 4

@@ -14,7 +14,6 @@ from gemel.alignment.permutation import ChannelSpaces, inverse
 from gemel.environment import ranks
 from gemel.forward.batches import Batch
 from gemel.forward.modes import deep_copy, set_layout, state_on_cpu
-from gemel.merging.waiting import Waiting
 from gemel.results_store.load import load_merged
 from gemel.sharing.adapters import fold, has_additions, own_modules
 from gemel.sharing.groups import Configuration, affected_tasks, from_plain, joined, restrict
@@ -31,6 +30,7 @@ from gemel.sharing.tying import (
     retie,
     take_snapshot,
 )
+from gemel.trials.waiting import Waiting
 from gemel.workload import Problem, Task, WorkloadError
 
 Permutations = dict[
