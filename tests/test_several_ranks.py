@@ -86,11 +86,12 @@ def losses(tasks, data, give_up: str = "") -> list[float]:
     return [*found, *(float(p.detach().double().sum()) for p in named.values())]
 
 
-@pytest.mark.parametrize("give_up", ["", "south_pico", "north_pico"])
-def test_losses_and_weights_of_20_steps_are_those_of_one_process(tasks, data, give_up):
-    one_ranks = on_ranks(2, lambda: losses(tasks, data, give_up))
+@pytest.mark.parametrize("num_ranks, give_up", [(2, ""), (2, "south_pico"), (2, "north_pico"), (3, "")])
+def test_losses_and_weights_of_20_steps_are_those_of_one_process(tasks, data, num_ranks, give_up):
+    """Also with a rank that holds nothing of what is shared."""
+    several = on_ranks(num_ranks, lambda: losses(tasks, data, give_up))
     expected = losses(tasks, data, give_up)
-    for found in one_ranks:
+    for found in several:
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 

@@ -43,11 +43,12 @@ class Reduction:
     ):
         self.parameters: list[nn.Parameter] = []
         strides: list[list[int]] = []
+        holders = held_by(models) if ranks.size() > 1 else {}
         if ranks.size() > 1:
-            holders = held_by(models)
             self.parameters = [parameter for parameter in shared if len(holders[parameter]) > 1]
             self.parameters += _of_split_tasks(models, [p for p in trained if len(holders[p]) > 1], set(shared))
             strides = ranks.of_first(lambda: [_dense_stride(parameter) for parameter in self.parameters])
+        self.is_held = [ranks.rank() in holders[parameter] for parameter in self.parameters]
         self.sizes = [parameter.numel() for parameter in self.parameters]
         self.flat = torch.empty(sum(self.sizes) + len(self.sizes) + 3, device=device)
         parts = self.flat.split([*self.sizes, len(self.sizes), 3])
@@ -56,7 +57,10 @@ class Reduction:
         self.counts, self.values = parts[-2:]
 
     def reduce(self, loss: Tensor, num_samples: int, is_out_of_memory: bool) -> Reduced:
-        """Replaces gradients by their sums over all ranks, on every rank alike; they are valid until the next call."""
+        """Replaces gradients by their sums over all ranks, which are valid until the next call.
+
+        On the ranks that hold the parameter: another one would keep the gradient, and add it to the next sum.
+        """
         has_gradient = [parameter.grad is not None for parameter in self.parameters]
         self.counts.copy_(torch.tensor(has_gradient, dtype=torch.float32))
         self.values.copy_(torch.stack([loss.float(), loss.new_tensor(num_samples), loss.new_tensor(is_out_of_memory)]))
@@ -67,8 +71,8 @@ class Reduction:
                 total.copy_(parameter.grad)
         ranks.sum_in_place(self.flat)
         *present, summed_loss, samples, failures = self.flat[sum(self.sizes) :].tolist()
-        for parameter, total, count in zip(self.parameters, self.sums, present, strict=True):
-            parameter.grad = total.to(parameter.dtype) if count else None
+        for parameter, total, count, is_held in zip(self.parameters, self.sums, present, self.is_held, strict=True):
+            parameter.grad = total.to(parameter.dtype) if count and is_held else None
         return Reduced(loss.new_tensor(summed_loss), int(samples), failures > 0)
 
 
