@@ -235,7 +235,7 @@ def _training_rule(key: str, default: object) -> tuple[Callable[[Any], bool], st
         least = 0 if key in MAY_BE_NONE else 2
         none = " (none)" * (least == 0)
         return lambda v: type(v) is int and v >= least, f"a whole number of at least {least}{none}"
-    if key == "average_decay":
+    if key.endswith("average_decay"):
         return lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 (no average), below 1"
     if key.endswith("_weight") or key == "private_epochs":
         return lambda v: _is_number(v) and v >= 0, "a number of at least 0"

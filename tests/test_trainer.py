@@ -342,6 +342,21 @@ def test_without_average_of_weights_the_trained_weights_themselves_are_kept(mode
     assert all(torch.equal(value, kept[key]) for key, value in session.training.models.state_dict().items())
 
 
+def test_while_private_parameters_are_trained_the_average_keeps_the_weights_that_it_began_with(models, tasks, data):
+    tie(models, find_groups(models))
+    options = replace(QUICK, private_epochs=1.0, warmup_steps=0, private_average_decay=0.75)
+    session = session_of(models, tasks, data, options)
+    session.training.begin_stage(session.validation.active)
+    private, expected = models["north_pico"].bn1.weight, models["north_pico"].bn1.weight.detach().clone()
+    shared = models["north_pico"].conv1.weight.detach().clone()
+    for _ in range(2):
+        assert session.schedule.private_only and step(session) is None
+        expected = expected.lerp(private.detach(), 0.25)
+    average = session.training.averaged.module["north_pico"]
+    assert torch.allclose(average.bn1.weight, expected, atol=1e-6) and not torch.equal(average.bn1.weight, private)
+    assert torch.equal(average.conv1.weight, shared)
+
+
 @pytest.mark.parametrize("statistics_batches, unchanged", [(0, True), (8, False)])
 def test_statistics_are_left_alone_on_request(models, tasks, data, statistics_batches, unchanged):
     before = models["north_pico"].bn1.running_mean.clone()

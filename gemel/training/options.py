@@ -29,6 +29,7 @@ class TrainingOptions:
     private_epochs: float = 0.0  # at first only what one model holds is trained, with fixed normalisation statistics
     private_learning_rate: float = 1e-3  # of that
     detection_private_learning_rate: float = 3e-4  # of that, where a detector is among the tasks that are trained
+    private_average_decay: float = 0.98  # of the average in that stage, which begins with the weights of the round
     label_weight: float = 1.0  # of the losses from labels
     feature_weight: float = 0.0  # of the difference to the unmerged model's features; 0: not compared
     probability_weight: float = 0.0  # of the difference to the unmerged classifier's class probabilities

@@ -240,23 +240,25 @@ class JointStep:
     def _autocast_of(self, member: Member) -> Autocast:
         return (self.autocasts or {}).get(member.task.name, IN_FLOAT32)
 
-    @torch.no_grad()
     def _move_average(self) -> None:
-        """Moves the averages towards the values; quickly at first, so that the start of the trial is soon forgotten.
+        """Moves the averages towards the values, which are validated and kept.
 
-        The average is what is validated and kept: at any step it is as good as weights after a lowered learning rate.
+        At any step the average is as good as weights after a lowered learning rate. While only private parameters are
+        trained, it moves slowly, from the weights that the round began with: those were fitted, and are better than
+        what the first steps give. Else it moves quickly at first, so that the start of the trial is soon forgotten.
+
         As AveragedModel.update_parameters, but parameters lie in lists that are made once. Buffers do not: a layer of a
         user may put a new tensor in the place of one in each forward pass.
         Source: Izmailov et al., "Averaging Weights Leads to Wider Optima", UAI 2018.
         """
-        step = self.schedule.step
-        decay = min(self.options.average_decay, (1 + step) / (10 + step))
+        step, decay = self.schedule.step, self.options.average_decay
+        keeps_start = decay > 0 and self.schedule.private_only
+        decay = self.options.private_average_decay if keeps_start else min(decay, (1 + step) / (10 + step))
         buffers = _by_type(list(self.averaged.module.buffers()), list(self.own.buffers()))
-        for averages, values in [*self.averages, *buffers]:
-            if step and averages[0].is_floating_point():
-                torch._foreach_lerp_(averages, values, 1 - decay)
-            else:  # the first step has nothing to average with
-                torch._foreach_copy_(averages, values)
+        for averages, values in self.averages:
+            _move(averages, values, decay if step or keeps_start else 0)
+        for averages, values in buffers:
+            _move(averages, values, decay if step and averages[0].is_floating_point() else 0)
         self.averaged.n_averaged += 1
 
     def state(self) -> dict:
@@ -277,6 +279,15 @@ class JointStep:
         self.models.load_state_dict(state["models"])
         self.averaged.load_state_dict(own["averaged"])
         self.optimizer.load_state_dict(own["optimizer"])
+
+
+@torch.no_grad()
+def _move(averages: list[Tensor], values: list[Tensor], decay: float) -> None:
+    """Averages, in place, of which `decay` is left; 0: copies."""
+    if decay:
+        torch._foreach_lerp_(averages, values, 1 - decay)
+    else:
+        torch._foreach_copy_(averages, values)
 
 
 def _by_type(averages: Sequence[Tensor], values: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
