@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from gemel.datasets.loaders import MAX_PLAIN_IMAGES, TaskData, batch_size_of, num_samples
 from gemel.environment.seeds import seeded
-from gemel.fitting.memory import FitMemory, LiveBytes, footprint_of
+from gemel.fitting.memory import IN_FLIGHT_SHARE, ROWS_SHARE, SAMPLES_SHARE, FitMemory, LiveBytes, footprint_of
 from gemel.fitting.rows import is_linear_map, linear_map_at, shape_of
 from gemel.forward.modes import Models
 from gemel.options import MergeOptions
@@ -109,11 +109,14 @@ def work_of_fits(
 
 
 def bytes_of_fit(work: Sequence[FitWork], memory: FitMemory) -> int:
-    """Bytes of a fit of these tasks within its memory (gemel/fitting/memory.py); samples beyond that go to a file."""
+    """Bytes of a fit of these tasks within its memory (gemel/fitting/memory.py); samples beyond that go to a file.
+
+    With what the allocator leaves unused between tensors that come and go, which has a share of that memory as well.
+    """
     in_flight = sum(one.waiting for one in work) + max((one.moving for one in work), default=0)
     samples, equations = sum(one.samples for one in work), sum(one.equations for one in work)
     limited = ((in_flight, memory.in_flight), (samples, memory.samples), (equations, memory.rows))
-    return int(sum(min(size, limit) for size, limit in limited))
+    return int(sum(min(size, limit) for size, limit in limited) / (IN_FLIGHT_SHARE + SAMPLES_SHARE + ROWS_SHARE))
 
 
 def bytes_of_samples(data: TaskData, limit: int) -> int:
