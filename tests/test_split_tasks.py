@@ -170,7 +170,8 @@ def without_bias(model: nn.Module) -> None:
 # ---- a merge ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["adaptive", pytest.param("gemel", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("strategy", ["adaptive", "gemel"])
 def test_a_merge_is_that_of_one_process(entries, datasets, tmp_path, monkeypatch, strategy):
     for entry in entries.values():
         without_bias(entry["model"])
