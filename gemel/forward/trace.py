@@ -26,6 +26,7 @@ from gemel.forward.modes import evaluating
 Labels = Callable[[str, Tensor], Hashable]  # (state-dict name, tensor) -> what stands for a parameter or buffer
 ENTRY = "entry"
 MOST_NEEDED = 8  # tensors
+_UNKNOWN = itertools.count()  # of all passes: the id of one that has gone may be that of another
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,10 @@ class _Numbering(TorchDispatchMode):
         self.storages: dict[int, list[Tensor]] = {}
         self.operations = self.flops = 0
         self.leaks: list[int] = []  # operations whose result is no tensor: Python may decide by it what comes next
-        self._unique = itertools.count()
 
     def unique(self) -> str:
         """A number that no other tensor of any pass has."""
-        return f"unknown {id(self)} {next(self._unique)}"
+        return f"unknown {next(_UNKNOWN)}"
 
     def hold(self, tensor: Tensor, number: str) -> _Value:
         """Gives a tensor a new value, made by the operation that runs now."""
