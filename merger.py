@@ -58,7 +58,7 @@ from gemel.trials.initialisation import WeightFitter, refit_frozen_normalisation
 from gemel.trials.judged_as_stored import judge_folded, judged_as_stored
 from gemel.trials.matched_groups import matched_groups
 from gemel.trials.out_of_memory import on_fewer_images
-from gemel.trials.private_training import PrivateTraining
+from gemel.trials.private_training import ALONE, PrivateTraining
 from gemel.trials.rounding import Rounding
 from gemel.trials.sensitivity import expected_losses, sensitivity_if_all_were_tied
 from gemel.trials.state import MergeState
@@ -280,8 +280,7 @@ class Merger:
         if self.strategy.keeps_verified_part and not outcome.success:
             part, outcome = part_to_keep(self.state, self.evaluator, self.clock, proposal, outcome)
         ratios = {name: accuracy / self.tasks[name].target_acc for name, accuracy in outcome.accuracies.items()}
-        ratios |= outcome.fitted_ratios
-        self.strategy.record(outcome.success, outcome.met, ratios)
+        self.strategy.record(outcome.success, outcome.met, {**ratios, **outcome.fitted_ratios})
         if part is not None:
             self.state.keep_part(part, outcome.verified)
             self.strategy.keep_part(part)
@@ -325,6 +324,9 @@ class Merger:
             if self.in_flight is None:
                 with self.clock.interruptible():
                     fitted = self._initialise(proposal, trained, continues)
+            if self.strategy.trains_alone_at_length:
+                begun, self.in_flight = (self.in_flight or {}).get(ALONE), None
+                fitted = self.private_training.at_length(proposal, fitted, throttled(self._save_checkpoint), begun)
             outcome = self._retrain(proposal, trained, fitted)
             return replace(outcome, private_training=self.private_training.of_round())
         except (RuntimeError, MemoryError) as error:
@@ -341,7 +343,7 @@ class Merger:
             return {}
         if continues:
             return self.evaluator.standings(trained)
-        improve = partial(self.private_training.improve, proposal) if self.strategy.releases_before_training else None
+        improve = partial(self.private_training.improve, proposal) if self.strategy.trains_alone_shortly else None
         saving = partial(saving_of_part, self.state, proposal) if self.strategy.keeps_verified_part else None
         fitter = WeightFitter(self.state, self.evaluator, self.images, self.strategy.donor_of, improve, saving)
         if self.record.has_trained or not self.strategy.refits_all_changes:
@@ -434,7 +436,7 @@ class Merger:
         if round_state is None and continued is None:
             self._drop_checkpoint()
             return
-        if round_state is not None:
+        if round_state is not None and ALONE not in round_state:
             round_state = united_state(round_state, {name: self.state.models[name] for name in round_state["members"]})
         checkpoint = {
             "round": len(self.record.rounds),

@@ -74,6 +74,10 @@ class SearchThresholds:
     uncertainty: float = 0.6
     # Of the possible saving, expected of a trial (unmeasured).
     worth_a_trial: float = 0.01
+    # Of what adapters could save: if a trial is expected to save less, they come first ("2026-11-27 Imitation").
+    little: float = 0.33
+    # Of the possible saving: only where adapters could save as much (unmeasured).
+    much: float = 0.15
     # Of accuracy / target, per unit of sensitivity, of a classifier before the first trial ("2026-11-26 A search by").
     classifier_loss: float = 0.3
     # The same of a detector ("2026-11-26 A search by").
@@ -86,13 +90,18 @@ class SearchThresholds:
 
 @dataclass(frozen=True)
 class PrivateTrainingThresholds:
-    """What a short training of private parameters is expected to gain before any was measured."""
+    """What a training of private parameters is expected to gain before any was measured.
 
-    # Of accuracy / target, of a detector ("2026-11-26 A short training after a fit").
-    detector_gain: float = 0.01
-    # The same of a classifier ("2026-11-26 A short training after a fit").
-    classifier_gain: float = 0.0025
-    # In so many steps (unmeasured).
+    Of the gap to the unmerged model's accuracy, the share that a step closes (its logarithm falls by as much).
+    """
+
+    # Trained by labels and the unmerged model ("2026-11-26 A short training after a fit").
+    classifier_rate: float = 0.006
+    # The same of a detector whose predictions cannot be compared ("2026-11-26 A short training after a fit").
+    detector_rate: float = 0.01
+    # Trained to predict what the unmerged model does ("2026-11-27 Imitation").
+    imitation_rate: float = 0.015
+    # That count as much as so many measured steps (unmeasured).
     steps: int = 20
 
 

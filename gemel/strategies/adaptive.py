@@ -20,7 +20,7 @@ trial is made twice.
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
@@ -40,25 +40,18 @@ from gemel.sharing.signatures import find_layers
 from gemel.strategies.base import NONE, Ratios, Sensitivity, Strategy
 from gemel.strategies.curves import Curve
 from gemel.strategies.goal import just_enough
+from gemel.strategies.phases import (
+    ABOUT_TO_DO,
+    DONE,
+    FILL,
+    SEARCH,
+    TRAIN,
+    TRAIN_WITH_ADAPTERS,
+    WITH_ADAPTERS,
+    following,
+)
 from gemel.thresholds import THRESHOLDS
 
-SEARCH, FILL, TRAIN, DONE = "search", "fill in", "fill in with training", "done"
-WITH_ADAPTERS, TRAIN_WITH_ADAPTERS = "fill in with adapters", "fill in with adapters and training"
-FOLLOWING = {
-    SEARCH: FILL,
-    FILL: WITH_ADAPTERS,
-    WITH_ADAPTERS: TRAIN_WITH_ADAPTERS,
-    TRAIN_WITH_ADAPTERS: TRAIN,
-    TRAIN: DONE,
-}
-ABOUT_TO_DO = {  # in the next rounds; short enough for one line
-    SEARCH: "predicts how much sharing hurts, then ties what saves most",
-    FILL: "ties what is missing, in smaller parts",
-    WITH_ADAPTERS: "ties what is missing, with small private adapters",
-    TRAIN_WITH_ADAPTERS: "trains what is missing, with small private adapters",
-    TRAIN: "trains what is missing, in ever smaller parts",
-    DONE: "everything was tried",
-}
 ALL_ALIKE = ""  # spared in the first trial that just reaches the goal
 RISKS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # each task's probability to meet its target
 
@@ -84,7 +77,7 @@ class Adaptive(Strategy):
         self.stems = [all(first[o.task] == o.layer for o in group.occurrences) for group in self.groups]
         self.own: Configuration = ()
         self.part: Configuration = ()  # kept of a failed trial, of more saving than what whole trials kept
-        self.phase = SEARCH
+        self.phase, self.adapters_first = SEARCH, False
         self.working: Configuration = ()  # the failed trial that a training continues
         self.parts: list[Part] = []  # to fill in, in this order
         self.smallest = 0.0  # bytes that a part would have to save to be halved without training
@@ -119,6 +112,10 @@ class Adaptive(Strategy):
     @property
     def releases_before_training(self) -> bool:
         return self.phase not in (TRAIN_WITH_ADAPTERS, TRAIN)
+
+    @property
+    def trains_alone_at_length(self) -> bool:
+        return self.phase == WITH_ADAPTERS
 
     @property
     def keeps_verified_part(self) -> bool:
@@ -157,11 +154,13 @@ class Adaptive(Strategy):
             if (next_goal := self._next_goal_trial()) is not None:
                 return next_goal[1]
             if self.phase == SEARCH:
-                if (trial := self._most_promising()) is not None:
+                trial = self._most_promising()
+                if trial is not None and not self._promises_little(trial):
                     return trial
-                self._begin_filling(FILL)
+                self.adapters_first = trial is not None
+                self._begin_filling(following(self.phase, self.adapters_first))
             elif not self.parts:
-                self._begin_filling(FOLLOWING[self.phase])
+                self._begin_filling(following(self.phase, self.adapters_first))
             elif not self._is_new(trial := self._filled(self.parts[0])):
                 self._give_up_part(met=())
             elif self.phase == FILL and not self._is_worth_a_trial(trial):
@@ -256,6 +255,15 @@ class Adaptive(Strategy):
             saving += per_task * (sum(each) - 1 + math.prod(1 - p for p in each))
         return saving
 
+    def _promises_little(self, trial: Configuration) -> bool:
+        """Whether so much would still be missing after the trial that adapters are tried first: tasks which only they,
+        and a training of what each holds alone, bring to their targets."""
+        missing = self._missing(WITH_ADAPTERS)
+        possible = saved_bytes(self._filled(missing, self.adapted)) - saved_bytes(self.kept) if missing else 0
+        gain = self._expected_saving(trial) - saved_bytes(self.kept)
+        is_much = possible >= THRESHOLDS.search.much * saved_bytes(self.groups)
+        return bool(self.kept) and is_much and gain < THRESHOLDS.search.little * possible
+
     def _is_worth_a_trial(self, trial: Configuration) -> bool:
         gain = self._expected_saving(trial) - saved_bytes(self.kept)
         return gain >= THRESHOLDS.search.worth_a_trial * saved_bytes(self.groups)
@@ -324,7 +332,7 @@ class Adaptive(Strategy):
         elif self.phase != SEARCH:
             self._give_up_part(met, ratios)
             while self.phase in (FILL, WITH_ADAPTERS, TRAIN_WITH_ADAPTERS) and not self.parts:
-                self._begin_filling(FOLLOWING[self.phase])
+                self._begin_filling(following(self.phase, self.adapters_first))
             if self.phase in (TRAIN_WITH_ADAPTERS, TRAIN) and self.parts and self._filled(self.parts[0]) == trial:
                 self.working = trial  # training continues from the fitted weights
 
@@ -375,10 +383,11 @@ class Adaptive(Strategy):
     def _gain(self, part: Part) -> int:
         return saved_bytes(self._filled(part)) - saved_bytes(self.kept)
 
-    def _filled(self, part: Part) -> Configuration:
+    def _filled(self, part: Part, groups: Sequence[Group] | None = None) -> Configuration:
         """What is kept, and the part: its tasks join the tasks of each group that are tied or in the part."""
         tied = {occurrence for group in self.kept for occurrence in group.occurrences}
-        groups = self.adapted if self.phase in (WITH_ADAPTERS, TRAIN_WITH_ADAPTERS) else self.groups
+        if groups is None:
+            groups = self.adapted if self.phase in (WITH_ADAPTERS, TRAIN_WITH_ADAPTERS) else self.groups
         added = [
             groups[i].restricted_to({o.task for o in groups[i].occurrences if o in tied or o.task in tasks})
             for i, tasks in part.items()
@@ -408,6 +417,7 @@ class Adaptive(Strategy):
             "own": to_plain(self.own),
             "part": to_plain(self.part),
             "phase": self.phase,
+            "adapters_first": self.adapters_first,
             "working": to_plain(self.working),
             "parts": [[[index, list(tasks)] for index, tasks in part.items()] for part in self.parts],
             "smallest": self.smallest,
@@ -423,6 +433,7 @@ class Adaptive(Strategy):
         self.curves = {task: Curve.of(curve) for task, curve in state["curves"].items()}
         self.own, self.part, self.working = (from_plain(state[key]) for key in ("own", "part", "working"))
         self.phase, self.smallest = state["phase"], state["smallest"]
+        self.adapters_first = state.get("adapters_first", False)  # earlier versions have none
         self.parts = [{index: tuple(tasks) for index, tasks in part} for part in state["parts"]]
         self.tried, self.adopted = set(state["tried"]), from_plain(state["adopted"])
         self.losses, goal = state["losses"], state["goal"]

@@ -87,6 +87,16 @@ class Strategy(ABC):
         return False
 
     @property
+    def trains_alone_at_length(self) -> bool:
+        """Whether tasks that a fit leaves below their targets may be trained for long in what they hold alone."""
+        return False
+
+    @property
+    def trains_alone_shortly(self) -> bool:
+        """Whether they may be trained for no longer than another fit takes, which may follow."""
+        return self.releases_before_training and not self.trains_alone_at_length
+
+    @property
     def keeps_verified_part(self) -> bool:
         """Whether tasks that met their targets in a failed trial keep what they share among themselves."""
         return False

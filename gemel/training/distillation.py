@@ -1,8 +1,9 @@
 """The unmerged model as teacher of the merged one: losses between the two on the same images, without labels.
 
 Outputs of the tied layers are compared layer by layer, for classifiers and detectors in the same way; for a classifier
-its class probabilities as well. Detections of a teacher can serve as labels. Sources: Hinton et al.,
-"Distilling the Knowledge in a Neural Network", 2015 (section 2); Romero et al., "FitNets", ICLR 2015, for features.
+its class probabilities as well, for a detector what it predicts at every position (predictions.py). Detections of a
+teacher can serve as labels. Sources: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (section 2);
+Romero et al., "FitNets", ICLR 2015, for features.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from gemel.environment import ranks
 from gemel.forward.autocast import IN_FLOAT32, Autocast
 from gemel.forward.hooks import EndForward, hooked, run_until_end
 from gemel.forward.modes import logits_of
+from gemel.training.predictions import PredictionTaps
 
 MIN_SCORE = 0.4  # of a teacher's detection that counts as an object (benchmarks/LOG.md, 2026-11-25 Detectors)
 MAX_CALLS = 8  # of a layer in a pass, whose moments ranks exchange: one a pyramid level; others are not compared there
@@ -63,6 +65,7 @@ class Teacher:
     def __init__(self, model: nn.Module, teacher: nn.Module, layers: Sequence[str]):
         self.model, self.teacher, self.layers = model, teacher, list(layers)
         self.own, self.taught = Taps(model, layers), Taps(teacher, layers)
+        self.predictions = PredictionTaps(model, teacher)
         self.has_seen = False  # whether a whole pass over the images of this batch is recorded
 
     def losses(
@@ -76,8 +79,9 @@ class Teacher:
 
         features: mean squared difference of the recorded outputs, each divided by the variance of the teacher's, mean
         over the layers (outputs that differ in shape, as behind a detector's own proposals, are left out).
-        probabilities (classifiers): Kullback-Leibler divergence from the teacher's class probabilities. Where the
-        teacher's `detections` on these images were asked for, it does not run again. split_task: the task, if the
+        probabilities (classifiers): Kullback-Leibler divergence from the teacher's class probabilities. predictions
+        (detectors that predictions.py knows): the difference from what the teacher predicts at every position. Where
+        the teacher's `detections` on these images were asked for, it does not run again. split_task: the task, if the
         images are this rank's part of a batch, so that the variance is that of the whole batch; all its ranks call this
         together.
         """
@@ -91,6 +95,8 @@ class Teacher:
         if torch.is_tensor(logits) and torch.is_tensor(taught):
             ours, theirs = logits.float().log_softmax(1), taught.float().log_softmax(1)
             losses["probabilities"] = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        if (predicted := self.predictions.loss()) is not None:
+            losses["predictions"] = predicted
         self.clear()
         return losses
 
@@ -102,7 +108,7 @@ class Teacher:
         3.2; the threshold is lower here, as one-stage detectors give low scores.
         """
         max_calls, self.taught.max_calls = self.taught.max_calls, None  # the whole pass is needed
-        with autocast.within(self.teacher):
+        with self.predictions.of_whole_pass(), autocast.within(self.teacher):
             found = self.teacher(images)
         self.taught.max_calls, self.has_seen = max_calls, True
         certain = [output["scores"] >= MIN_SCORE for output in found]
@@ -112,17 +118,20 @@ class Teacher:
         """Forgets what was recorded in a pass whose losses are not computed."""
         self.own.clear()
         self.taught.clear()
+        self.predictions.clear()
         self.has_seen = False
 
     def close(self) -> None:
         self.own.remove()
         self.taught.remove()
+        self.predictions.remove()
 
     @torch.no_grad()
     def _teacher_logits(self, images: Tensor | list[Tensor], autocast: Autocast) -> Tensor | None:
         """The teacher's logits; None for a detector, whose pass ends at the last layer that is compared.
 
-        Which call is the last one is known after the first whole pass.
+        Which call is the last one is known after the first whole pass; where predictions are compared, it is the last
+        head.
         """
         with autocast.within(self.teacher):
             output = run_until_end(self.teacher, images)

@@ -28,11 +28,12 @@ class TrainingOptions:
     validation_share: float = 0.25  # of the time of training that validation may take, as far as can be planned
     private_epochs: float = 0.0  # at first only what one model holds is trained, with fixed normalisation statistics
     private_learning_rate: float = 1e-3  # of that
-    detection_private_learning_rate: float = 3e-4  # of that, where a detector is among the tasks that are trained
-    private_average_decay: float = 0.98  # of the average in that stage, which begins with the weights of the round
+    detection_private_learning_rate: float = 3e-4  # of that, where a detector among the tasks is trained by labels
+    private_average_decay: float = 0.98  # of the average where labels train in that stage; it begins with the fit
     label_weight: float = 1.0  # of the losses from labels
     feature_weight: float = 0.0  # of the difference to the unmerged model's features; 0: not compared
-    probability_weight: float = 0.0  # of the difference to the unmerged classifier's class probabilities
+    # Of the difference to the unmerged classifier's class probabilities, or the unmerged detector's predictions.
+    probability_weight: float = 0.0
     freeze_prefix: bool = False  # whether what a classifier computes before its first tied layer stays as it is
     precision: str = (
         FLOAT32  # of training steps: a name of gemel.forward.STEP_PRECISIONS; auto: what a few steps of each model show
@@ -53,15 +54,25 @@ class TrainingOptions:
 
     def private_rate(self, tasks: Iterable[Task]) -> float:
         """The learning rate of these tasks while only what one model holds is trained: they have one optimizer."""
-        only_classifiers = all(task.kind == CLASSIFICATION for task in tasks)
-        return self.private_learning_rate if only_classifiers else self.detection_private_learning_rate
+        if self.imitates or all(task.kind == CLASSIFICATION for task in tasks):
+            return self.private_learning_rate
+        return self.detection_private_learning_rate
+
+    @property
+    def imitates(self) -> bool:
+        """Whether what the unmerged model puts out is all that is compared."""
+        return self.probability_weight > 0 and self.label_weight == self.feature_weight == 0
 
     @property
     def teaches(self) -> bool:
         return self.feature_weight > 0 or self.probability_weight > 0
 
     def weight_of(self, loss: str, task: Task) -> float:
-        taught = {"features": self.feature_weight, "probabilities": self.probability_weight}
+        taught = {
+            "features": self.feature_weight,
+            "probabilities": self.probability_weight,
+            "predictions": self.probability_weight,
+        }
         if loss not in taught:
             return self.label_weight
         return taught[loss] if task.labels else taught[loss] or 1.0  # without labels there is nothing else

@@ -32,7 +32,7 @@ class Outcome:
     @property
     def fitted_ratios(self) -> dict[str, float]:
         """Accuracy / target of the tasks that were trained shortly after the fit, as the fit had left them."""
-        return {gained["task"]: gained["before"] for gained in self.private_training}
+        return {gained["task"]: gained["before"] for gained in reversed(self.private_training)}
 
     @property
     def success(self) -> bool:

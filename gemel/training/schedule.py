@@ -39,9 +39,14 @@ class Schedule:
         return self.options.patience_epochs * self.steps_per_epoch
 
     def rate(self) -> float:
-        """The learning rate of the next step; each stage warms up."""
+        """The learning rate of the next step; each stage warms up, and in the last third of an imitation it falls to 0.
+
+        Source: Hu et al., "MiniCPM", 2024, section 4 (warm-up, stable, decay).
+        """
         since = self.step if self.private_only else self.step - self.private_steps
         peak = self.private_rate if self.private_only else self.learning_rate
+        if self.private_only and self.options.imitates:
+            peak *= min(1.0, 3 * (1 - since / self.private_steps))
         return peak * min(1.0, (since + 1) / max(1, self.options.warmup_steps))
 
     def lower_rate(self) -> bool:

@@ -253,7 +253,10 @@ class JointStep:
         """
         step, decay = self.schedule.step, self.options.average_decay
         keeps_start = decay > 0 and self.schedule.private_only
-        decay = self.options.private_average_decay if keeps_start else min(decay, (1 + step) / (10 + step))
+        if not keeps_start:
+            decay = min(decay, (1 + step) / (10 + step))
+        elif not self.options.imitates:  # single steps on labels of a small batch are worse
+            decay = self.options.private_average_decay
         buffers = _by_type(list(self.averaged.module.buffers()), list(self.own.buffers()))
         for averages, values in self.averages:
             _move(averages, values, decay if step or keeps_start else 0)

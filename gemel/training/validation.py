@@ -138,7 +138,8 @@ class Validation:
         shortest = min(shortest, self.schedule.steps_per_epoch)
         if worst.progress.ratio > NEARLY_THERE:
             return shortest
-        return int(min(max(shortest, worst.progress.steps_to_target() / 2), 4 * shortest))
+        longest = 2 if self.options.imitates else 4  # what imitates gains in most steps
+        return int(min(max(shortest, worst.progress.steps_to_target() / 2), longest * shortest))
 
     def _screen(self, member: Member, model: nn.Module) -> float:
         accuracy = evaluate(member.task, member.data.screen, model)

@@ -1,13 +1,23 @@
-"""Whether tasks that a fit leaves just below their targets are trained shortly, in what they hold alone.
+"""Whether tasks that a fit leaves below their targets are trained in what they hold alone, and for how long.
 
 What is shared stays as it is then, and so do the other tasks: what was measured of them holds. It is decided by counts
 and by what earlier trainings gained, so that runs with the same seed, or one that is resumed, decide the same.
+
+A detector is trained to predict what its unmerged model predicts at every position (gemel/training/predictions.py), and
+nothing else: that gains several times as much in a step as labels do (benchmarks/LOG.md, 2026-11-27 Imitation).
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
 
 from gemel.datasets.loaders import num_samples
+from gemel.environment import ranks
 from gemel.environment.clock import TimeOver
 from gemel.forward.modes import state_on_cpu
 from gemel.sharing.groups import Configuration
@@ -15,12 +25,18 @@ from gemel.thresholds import THRESHOLDS
 from gemel.training.context import RoundContext
 from gemel.training.options import TrainingOptions
 from gemel.training.outcome import TIME_OVER, Outcome, Standing
+from gemel.training.predictions import heads_of
 from gemel.trials.evaluator import Evaluator
 from gemel.trials.state import MergeState
 from gemel.trials.teachers import teachers_of
 from gemel.workload import CLASSIFICATION
 
+Save = Callable[[dict, bool], None]
+ALONE = "trained alone"  # the key of what is saved of trainings at length
 STEP_IN_PASSES = 3  # a training step costs about as much as three forward passes of its images
+CLASSIFIER, DETECTOR, IMITATION = "classifier", "detector", "imitation"  # how a task is trained
+LEAST_STEPS = 40  # of a training that is expected to take fewer
+LEAST_GAP = 0.005  # of accuracy / target to the unmerged model's: a smaller one is within what one evaluation shows
 
 
 @dataclass(frozen=True)
@@ -49,7 +65,7 @@ class PrivateTraining:
         earlier: Collection[Mapping] = (),
     ):
         self.state, self.options, self.context, self.recover = state, options, context, recover
-        self.tasks, self.data = evaluator.tasks, evaluator.data
+        self.tasks, self.data, self.evaluator = evaluator.tasks, evaluator.data, evaluator
         self.earlier = [Gained(**gained) for gained in earlier]
         self.now: list[Gained] = []  # in this round
 
@@ -63,14 +79,44 @@ class PrivateTraining:
         """
         reached = dict(found)
         for name, steps in self.steps_for(found, num_images).items():
-            fitted = state_on_cpu(self.state.models[name])
-            accuracy, taken = self._train(name, steps, proposal, found)
-            after = Standing(accuracy / self.tasks[name].target_acc, accuracy)
-            self.now.append(Gained(name, found[name].ratio, after.ratio, taken))
-            if after.ratio < found[name].ratio:
-                self.state.models[name].load_state_dict(fitted)
-            else:
-                reached[name] = after
+            reached[name] = self._trained(name, steps, proposal, reached)
+        return reached
+
+    def at_length(
+        self, proposal: Configuration, found: Mapping[str, Standing], save: Save, saved: Mapping | None = None
+    ) -> dict[str, Standing]:
+        """Trains each task for as long as `steps_at_length` says, again and again; where all are then.
+
+        found: after the fit. save: called as in RoundContext with what `saved` is to go on from there, alone in a dict
+        under ALONE; several ranks save nothing, and begin the trial again. Raises Interrupted or TimeOver.
+        """
+        reached, spent, names = dict(found), dict.fromkeys(found, 0), list(found)
+        if saved is not None:
+            reached = {name: Standing(*standing) for name, standing in saved["reached"].items()}
+            spent, names = saved["spent"], saved["names"]
+            self.now = [Gained(**gained) for gained in saved["now"]]
+            nn.ModuleDict({name: self.state.models[name] for name in reached}).load_state_dict(saved["models"])
+        for number, name in enumerate(names):
+            while (
+                steps := saved["steps"] if saved is not None else self.steps_at_length(name, reached[name], spent[name])
+            ):
+                begun = {
+                    "reached": {task: list(standing) for task, standing in reached.items()},
+                    "spent": spent,
+                    "names": names[number:],
+                    "now": self.of_round(),
+                    "steps": steps,
+                    "models": state_on_cpu(nn.ModuleDict({task: self.state.models[task] for task in reached})),
+                }
+                resumed = {
+                    "save": None if ranks.size() > 1 else partial(_save_within, save, begun),
+                    "saved": None if saved is None else saved["round"],
+                }
+                saved = None
+                reached[name] = self._trained(name, steps, proposal, reached, spent[name], resumed)
+                spent = {**spent, name: spent[name] + self.now[-1].steps}
+                if not self.now[-1].steps:  # it could not be trained
+                    break
         return reached
 
     def steps_for(self, found: Mapping[str, Standing], num_images: Mapping[str, int]) -> dict[str, int]:
@@ -88,28 +134,86 @@ class PrivateTraining:
             / (STEP_IN_PASSES * self.options.batch_size(self.tasks[name]))
             for name in below
         }
-        if any(1 - below[name].ratio > steps * self._gain_per_step(name) for name, steps in affordable.items()):
+        if any(self._steps_to_target(name, below[name]) > steps for name, steps in affordable.items()):
             return {}
         return {name: int(steps) for name, steps in affordable.items() if int(steps)}
 
-    def _gain_per_step(self, name: str) -> float:
-        """Of accuracy / target: as expected at first, corrected by what tasks of this kind gained in this run."""
-        kind, limits = self.tasks[name].kind, THRESHOLDS.private
-        done = [
-            one for one in [*self.earlier, *self.now] if one.task in self.tasks and self.tasks[one.task].kind == kind
-        ]
-        expected = limits.classifier_gain if kind == CLASSIFICATION else limits.detector_gain
-        gain = expected + sum(one.after - one.before for one in done)
-        return max(0.0, gain) / (limits.steps + sum(one.steps for one in done))
+    def steps_at_length(self, name: str, standing: Standing, spent: int) -> int:
+        """As many as are expected to bring the task to its target; 0 where it is there, or where these and what was
+        spent already are more than a round of training has."""
+        if standing.ratio >= 1:
+            return 0
+        steps = max(LEAST_STEPS, self._steps_to_target(name, standing))
+        return math.ceil(steps) if steps <= self.options.max_epochs * len(self.data[name].train) - spent else 0
+
+    def _steps_to_target(self, name: str, standing: Standing) -> float:
+        """Steps that are expected to bring a task to its target; infinite where its unmerged model is not above it.
+
+        Each step is expected to close the same share of the gap that is left to the accuracy of the unmerged model: as
+        expected at first, corrected by what tasks that are trained alike gained in this run.
+        """
+        kind, limits = self._kind(name), THRESHOLDS.private
+        done = [one for one in [*self.earlier, *self.now] if one.task in self.tasks and self._kind(one.task) == kind]
+        closed = limits.steps * getattr(limits, f"{kind}_rate") + sum(
+            math.log(self._gap(one.task, one.before) / self._gap(one.task, one.after)) for one in done
+        )
+        rate = closed / (limits.steps + sum(one.steps for one in done))
+        wanted = math.log(self._gap(name, standing.ratio) / self._gap(name, 1.0))
+        return wanted / rate if rate > 0 and self._unmerged_ratio(name) - 1 >= LEAST_GAP else math.inf
+
+    def _unmerged_ratio(self, name: str) -> float:
+        return self.evaluator.accuracy[name].unmerged / self.tasks[name].target_acc
+
+    def _gap(self, name: str, ratio: float) -> float:
+        """To the unmerged model's accuracy, in accuracy / target."""
+        return max(LEAST_GAP, self._unmerged_ratio(name) - ratio)
+
+    def _kind(self, name: str) -> str:
+        """How a task is trained: whose rate of THRESHOLDS.private is expected."""
+        if self.tasks[name].kind == CLASSIFICATION:
+            return CLASSIFIER
+        imitates = self.options.probability_weight > 0 and heads_of(self.state.unmerged[name])
+        return IMITATION if imitates else DETECTOR
+
+    def _trained(
+        self,
+        name: str,
+        steps: int,
+        proposal: Configuration,
+        found: Mapping[str, Standing],
+        spent: int = 0,
+        resumed: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Standing:
+        """Where a task is after a training; one that is worse afterwards gets back what it had before.
+
+        spent: steps of its trainings in this trial before this one, which sees other batches. resumed: of RoundContext.
+        """
+        before, fitted = found[name], state_on_cpu(self.state.models[name])
+        accuracy, taken = self._train(name, steps, proposal, found, spent, resumed)
+        after = Standing(accuracy / self.tasks[name].target_acc, accuracy)
+        self.now.append(Gained(name, before.ratio, after.ratio, taken))
+        if after.ratio < before.ratio:
+            self.state.models[name].load_state_dict(fitted)
+            return before
+        return after
 
     def _train(
-        self, name: str, steps: int, proposal: Configuration, found: Mapping[str, Standing]
+        self,
+        name: str,
+        steps: int,
+        proposal: Configuration,
+        found: Mapping[str, Standing],
+        spent: int,
+        resumed: Mapping[str, Any],
     ) -> tuple[float, int]:
         """Trains what one task holds alone, at most for so many steps; its accuracy then, and the steps taken."""
         task, epochs = {name: self.tasks[name]}, steps / len(self.data[name].train)
         options = replace(self.options, max_epochs=epochs, private_epochs=epochs)
+        if self._kind(name) == IMITATION:
+            options = replace(options, label_weight=0.0, feature_weight=0.0)
         teachers = teachers_of(self.state, task, proposal, options)
-        context = replace(self.context, fitted={name: found[name]}, beside=tuple(found))
+        purpose = (*self.context.purpose, spent) if spent else self.context.purpose
+        context = replace(self.context, fitted={name: found[name]}, beside=tuple(found), purpose=purpose, **resumed)
         try:
             outcome = self.recover(self.state.models, task, self.data, options, context, teachers)
         finally:
@@ -122,3 +226,8 @@ class PrivateTraining:
     def of_round(self) -> list[dict]:
         """What was gained since this was made, as a round records it."""
         return [asdict(gained) for gained in self.now]
+
+
+def _save_within(save: Save, begun: Mapping, state: dict, last: bool) -> None:
+    """Hands on the state of a round within a training that began there."""
+    save({ALONE: {**begun, "round": state}}, last)

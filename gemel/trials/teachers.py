@@ -23,7 +23,11 @@ def teachers_of(
     """The unmerged models beside those that this rank trains, if training compares with them or has no labels."""
     models, unmerged = state.models, state.unmerged
     return {
-        name: Teacher(models[name], unmerged[name], compared_layers(models[name], name, proposal))
+        name: Teacher(
+            models[name],
+            unmerged[name],
+            compared_layers(models[name], name, proposal) if options.feature_weight > 0 or not task.labels else (),
+        )
         for name, task in tasks.items()
         if ranks.takes_part(name)
         if options.teaches or not task.labels

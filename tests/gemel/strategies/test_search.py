@@ -13,6 +13,7 @@ from gemel.strategies import STRATEGIES, strategy_class
 from gemel.strategies.adaptive import RISKS, Adaptive
 from gemel.strategies.baselines import Stem
 from gemel.strategies.curves import Curve
+from gemel.strategies.phases import ABOUT_TO_DO, DONE, FILL, SEARCH, TRAIN, WITH_ADAPTERS, following
 from gemel.thresholds import THRESHOLDS
 
 NAMES = ("task0_x", "task1_x", "task2_x")
@@ -57,6 +58,34 @@ def test_the_expected_saving_is_the_mean_over_who_meets_the_target(num_kept, mon
             tied = sum(o.task in met or o in certain for o in group.occurrences)
             expected += chance * group.bytes * max(0, tied - 1)
     assert strategy._expected_saving(strategy.groups) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "num_kept, gain, phase", [(1, 0.02, WITH_ADAPTERS), (1, 0.5, SEARCH), (0, 0.02, SEARCH)], ids=str
+)
+def test_where_the_next_trial_promises_little_adapters_come_first(num_kept, gain, phase, monkeypatch):
+    strategy = Adaptive(models(width=32), adapter_budget=0.125)
+    strategy.own = strategy.groups[-1:] if num_kept else ()
+    expected = saved_bytes(strategy.own) + gain * saved_bytes(strategy.groups)
+    monkeypatch.setattr(Adaptive, "_expected_saving", lambda self, trial: expected)
+    trial = strategy.propose()
+    assert strategy.phase == phase and strategy.trains_alone_at_length == (phase == WITH_ADAPTERS)
+    assert any(group.rank for group in trial) == (phase == WITH_ADAPTERS)
+    if phase == WITH_ADAPTERS:
+        resumed = Adaptive(models(width=32), adapter_budget=0.125)
+        resumed.load_state(json.loads(json.dumps(strategy.state())))
+        assert resumed.propose() == trial
+        resumed.record(False, (), dict.fromkeys(NAMES, 0.1))
+        resumed.propose()
+        assert resumed.phase == FILL, "what adapters were too little for is tried in parts"
+
+
+def test_every_phase_follows_once_in_either_order():
+    for adapters_first, second in ((False, FILL), (True, WITH_ADAPTERS)):
+        order = [SEARCH]
+        while order[-1] != DONE:
+            order.append(following(order[-1], adapters_first))
+        assert sorted(order) == sorted(ABOUT_TO_DO) and order[1] == second and order[-2] == TRAIN
 
 
 def test_what_a_trial_teaches_of_each_task():

@@ -1,18 +1,29 @@
 """The short training of what tasks just below their targets hold alone."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from pico import merger_of
 
-from gemel.training.outcome import Standing
-from gemel.trials.private_training import PrivateTraining
+from gemel.environment.interrupts import Interrupted
+from gemel.training.options import TrainingOptions
+from gemel.training.outcome import Outcome, Standing
+from gemel.training.schedule import Schedule
+from gemel.trials.evaluator import Accuracy
+from gemel.trials.private_training import ALONE, PrivateTraining
+from merger import Merger
 
 IMAGES = {"north_pico": 24, "south_pico": 24, "east_pico": 18}
 
 
 @pytest.fixture
 def run(tasks, data, tmp_path):
-    return merger_of(tasks, data, tmp_path / "results", strategy="adaptive")
+    """The unmerged models are a twentieth above their targets."""
+    run = merger_of(tasks, data, tmp_path / "results", strategy="adaptive")
+    run.evaluator.accuracy = {name: Accuracy(1.05 * task.target_acc, 0.0) for name, task in tasks.items()}
+    return run
 
 
 @pytest.fixture
@@ -64,8 +75,104 @@ def test_what_was_gained_decides_what_is_tried_next(run, training):
     assert not training.steps_for(farther, IMAGES) and after(gained).steps_for(farther, IMAGES)
 
 
+def test_no_step_is_spent_on_a_task_whose_unmerged_model_is_hardly_above_its_target(run, training):
+    run.evaluator.accuracy["north_pico"].unmerged = 1.001 * run.tasks["north_pico"].target_acc
+    assert training.steps_for(standings(run, north=0.9995, south=1.0), IMAGES) == {}
+
+
+def test_at_length_every_task_in_reach_is_trained_whatever_the_others_do(run, training, monkeypatch):
+    assert training.steps_at_length("north_pico", Standing(0.97), 0) == 0, "in four short epochs"
+    training.options = replace(run.options.training, max_epochs=100 / len(run.data["north_pico"].train))
+    assert 40 < training.steps_at_length("north_pico", Standing(0.97), 0) < 100
+    assert training.steps_at_length("north_pico", Standing(0.97), 90) == 0
+    assert training.steps_at_length("north_pico", Standing(1.0), 0) == 0
+    assert training.steps_at_length("south_pico", Standing(0.1), 0) == 0
+
+
+def test_at_length_a_task_is_trained_again_as_long_as_that_is_expected_to_be_enough(run, training, monkeypatch):
+    """On other batches each time; what a fit had left is what the search hears."""
+    reached, spent, target = iter([0.98, 0.975, 1.001]), [], run.tasks["north_pico"].target_acc
+    training.options = replace(run.options.training, max_epochs=400 / len(run.data["north_pico"].train))
+
+    def train(name, steps, proposal, found, already, resumed):
+        spent.append((name, already))
+        return next(reached) * target, 10
+
+    monkeypatch.setattr(training, "_train", train)
+    found = standings(run, north=0.97, south=1.0, east=1.0)
+    after = training.at_length(run.strategy.groups, found, lambda state, last: None)
+    assert after["north_pico"].ratio == pytest.approx(1.001) and after["east_pico"] == found["east_pico"]
+    assert spent == [("north_pico", 0), ("north_pico", 10), ("north_pico", 20)], "worse once is not the end"
+    assert Outcome("", {}, (), 0, 0, private_training=training.of_round()).fitted_ratios == {"north_pico": 0.97}
+
+
+def test_trainings_at_length_go_on_where_they_ended(tasks, data, tmp_path, monkeypatch):
+    """In the middle of the training of the second task: what comes out is equal to that of one go."""
+
+    def begun(name) -> Merger:
+        out_of_reach = {name: replace(task, unmerged_acc=2.0) for name, task in copy.deepcopy(tasks).items()}
+        run = merger_of(out_of_reach, data, tmp_path / name, strategy="adaptive", max_epochs=8.0)
+        run.evaluator.accuracy = {name: Accuracy(1.05 * task.target_acc, 0.0) for name, task in run.tasks.items()}
+        run.state.begin_trial(run.strategy.groups, "mean")
+        monkeypatch.setattr(run.private_training, "steps_at_length", lambda name, found, spent: 30 * (spent < 60))
+        return run
+
+    def go(run, save, saved=None) -> dict:
+        found = {} if saved else standings(run, north=0.3, south=0.3, east=0.3)
+        return run.private_training.at_length(run.strategy.groups, found, save, saved)
+
+    whole, broken = begun("whole"), begun("broken")
+    expected = go(whole, lambda state, last: None)
+    states = []
+
+    def end_in_the_second_task(state, last):
+        states.append(copy.deepcopy(state[ALONE]))
+        if state[ALONE]["names"][0] == "south_pico":
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        go(broken, end_in_the_second_task)
+    assert states[-1]["spent"]["north_pico"] == 60 and len(states[-1]["now"]) >= 2
+    resumed = begun("resumed")
+    assert go(resumed, lambda state, last: None, states[-1]) == expected
+    assert resumed.private_training.of_round() == whole.private_training.of_round()
+    for (name, value), other in zip(
+        whole.state.models.state_dict().items(), resumed.state.models.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), name
+
+
+def test_imitation_ends_with_small_steps():
+    options = TrainingOptions(label_weight=0.0, probability_weight=1.0, private_epochs=1.0, warmup_steps=2)
+    schedule, rates = Schedule(options, 12, has_private_stage=True), []
+    for schedule.step in range(12):
+        rates.append(schedule.rate())
+    assert rates[0] == 5e-4 and set(rates[1:9]) == {1e-3}
+    assert rates[9:] == pytest.approx([7.5e-4, 5e-4, 2.5e-4])
+    by_labels = Schedule(replace(options, label_weight=1.0), 12, has_private_stage=True)
+    by_labels.step = 11
+    assert by_labels.rate() == 1e-3
+
+
+def test_a_detector_whose_predictions_are_known_imitates_and_others_are_trained_by_labels(run, training, monkeypatch):
+    trained = []
+
+    def recover(models, tasks, data, options, context, teachers):
+        trained.append((next(iter(tasks)), options.label_weight, options.imitates))
+        return Outcome("met", dict.fromkeys(tasks, 0.5), (), 3, 12)
+
+    monkeypatch.setattr(training, "recover", recover)
+    found = standings(run, north=0.9995, south=1.0, east=0.9995)
+    monkeypatch.setattr("gemel.trials.private_training.heads_of", lambda model: {"head": None})
+    training._trained("east_pico", 4, run.strategy.groups, found)
+    training._trained("north_pico", 4, run.strategy.groups, found)
+    monkeypatch.setattr("gemel.trials.private_training.heads_of", lambda model: {})
+    training._trained("east_pico", 4, run.strategy.groups, found)
+    assert trained == [("east_pico", 0.0, True), ("north_pico", 1.0, False), ("east_pico", 1.0, False)]
+
+
 def test_it_changes_only_what_the_task_holds_alone(run, monkeypatch):
-    monkeypatch.setattr(PrivateTraining, "steps_for", lambda self, found, num_images: {"north_pico": 8})
+    monkeypatch.setattr(PrivateTraining, "steps_for", lambda self, *given: {"north_pico": 8})
     groups = run.strategy.groups
     run.state.begin_trial(groups, "mean")
     shared = {id(p) for group in groups for o in group.occurrences for p in _layer(run, o).parameters(recurse=False)}
@@ -111,8 +218,8 @@ def test_a_round_records_what_was_gained_and_the_search_learns_what_the_fit_reac
     monkeypatch.setattr(run.strategy, "record", lambda k, met, ratios: (heard.append(ratios), honest(k, met, ratios)))
     steps_for = PrivateTraining.steps_for
 
-    def north_is_just_below(self, found, num_images):
-        return steps_for(self, {**found, **standings(run, north=0.9995)}, num_images)
+    def north_is_just_below(self, found, *given):
+        return steps_for(self, {**found, **standings(run, north=0.9995)}, *given)
 
     monkeypatch.setattr("gemel.trials.initialisation.worst", lambda found: 0.9995)
     monkeypatch.setattr(PrivateTraining, "steps_for", north_is_just_below)
