@@ -140,11 +140,13 @@ class PrivateTraining:
 
     def steps_at_length(self, name: str, standing: Standing, spent: int) -> int:
         """As many as are expected to bring the task to its target; 0 where it is there, or where these and what was
-        spent already are more than a round of training has."""
+        spent already are more than a round of training has, in which an epoch is a pass over the largest train split.
+        """
         if standing.ratio >= 1:
             return 0
         steps = max(LEAST_STEPS, self._steps_to_target(name, standing))
-        return math.ceil(steps) if steps <= self.options.max_epochs * len(self.data[name].train) - spent else 0
+        most = self.options.max_epochs * max(len(data.train) for data in self.data.values())
+        return math.ceil(steps) if steps <= most - spent else 0
 
     def _steps_to_target(self, name: str, standing: Standing) -> float:
         """Steps that are expected to bring a task to its target; infinite where its unmerged model is not above it.
