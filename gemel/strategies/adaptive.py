@@ -7,8 +7,8 @@
    sensitive task (the donor), and what follows it in the other tasks is fitted to that.
 2. Fill in: try what is missing, the largest savings first, in parts that are halved when they nearly work; parts with
    which a task is predicted to fail are not tried.
-3. Fill in with adapters: if much is missing, try the same with a low-rank adapter per task (gemel/sharing/adapters.py).
-   Up to here weights are fitted in closed form and not trained, which takes seconds.
+3. Fill in with adapters: if much is missing, try the same with a low-rank adapter per task (gemel/sharing/adapters.py),
+   then with smaller ones. Up to here shared weights are fitted in closed form; a task may be trained in what it holds.
 4. Fill in with training: first with adapters, then without, in parts that are halved when they fail.
 
 With a memory goal the search begins with configurations that just reach it (goal.py): one that spares all tasks alike,
@@ -24,7 +24,6 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
-from gemel.sharing.adapters import adapter_bytes, rank_within
 from gemel.sharing.groups import (
     Configuration,
     Group,
@@ -37,6 +36,7 @@ from gemel.sharing.groups import (
     to_plain,
 )
 from gemel.sharing.signatures import find_layers
+from gemel.strategies.adapted_groups import with_adapters
 from gemel.strategies.base import NONE, Ratios, Sensitivity, Strategy
 from gemel.strategies.curves import Curve
 from gemel.strategies.goal import just_enough
@@ -45,9 +45,11 @@ from gemel.strategies.phases import (
     DONE,
     FILL,
     SEARCH,
+    SMALLER_ADAPTERS,
     TRAIN,
-    TRAIN_WITH_ADAPTERS,
+    UNTRAINED,
     WITH_ADAPTERS,
+    WITH_ANY_ADAPTERS,
     following,
 )
 from gemel.thresholds import THRESHOLDS
@@ -67,7 +69,8 @@ class Adaptive(Strategy):
         self, models: Mapping[str, nn.Module], groups: Configuration | None = None, adapter_budget: float = 0.0
     ):
         self.groups = find_groups(models) if groups is None else groups
-        self.adapted = [_with_adapters(group, models, adapter_budget) for group in self.groups]
+        self.adapted = with_adapters(self.groups, models, adapter_budget)
+        self.smaller = with_adapters(self.groups, models, adapter_budget / 2)
         self.sensitivity: dict[tuple[int, str], float] = {}  # (index of a group, task) -> error at the outputs
         self.misfit: dict[int, float] = {}  # index of a group -> error of its fitted weights, for the worst task
         self.donor: str | None = None  # the task with the highest sum of errors of fitted weights
@@ -95,7 +98,7 @@ class Adaptive(Strategy):
 
     @property
     def continues_failed_trial(self) -> bool:
-        return self.phase in (TRAIN_WITH_ADAPTERS, TRAIN) and bool(self.working)
+        return self.phase not in UNTRAINED and bool(self.working)
 
     @property
     def needs_sensitivity(self) -> bool:
@@ -111,16 +114,16 @@ class Adaptive(Strategy):
 
     @property
     def releases_before_training(self) -> bool:
-        return self.phase not in (TRAIN_WITH_ADAPTERS, TRAIN)
+        return self.phase in UNTRAINED
 
     @property
     def trains_alone_at_length(self) -> bool:
-        return self.phase == WITH_ADAPTERS
+        return self.phase in (WITH_ADAPTERS, SMALLER_ADAPTERS)
 
     @property
     def keeps_verified_part(self) -> bool:
         """As long as trials are not trained: a training that fails is continued, in smaller parts."""
-        return self.phase not in (TRAIN_WITH_ADAPTERS, TRAIN)
+        return self.phase in UNTRAINED
 
     @property
     def about_to_do(self) -> str:
@@ -331,9 +334,9 @@ class Adaptive(Strategy):
             self.parts = self.parts[1:]
         elif self.phase != SEARCH:
             self._give_up_part(met, ratios)
-            while self.phase in (FILL, WITH_ADAPTERS, TRAIN_WITH_ADAPTERS) and not self.parts:
+            while self.phase not in (TRAIN, DONE) and not self.parts:
                 self._begin_filling(following(self.phase, self.adapters_first))
-            if self.phase in (TRAIN_WITH_ADAPTERS, TRAIN) and self.parts and self._filled(self.parts[0]) == trial:
+            if self.phase not in UNTRAINED and self.parts and self._filled(self.parts[0]) == trial:
                 self.working = trial  # training continues from the fitted weights
 
     def _begin_filling(self, phase: str) -> None:
@@ -344,7 +347,7 @@ class Adaptive(Strategy):
         self.smallest = max(
             THRESHOLDS.fill.worth_a_fit * saved_bytes(self.groups), THRESHOLDS.fill.smallest_part * self._gain(part)
         )
-        limits, has_adapters = THRESHOLDS.fill, phase in (WITH_ADAPTERS, TRAIN_WITH_ADAPTERS)
+        limits, has_adapters = THRESHOLDS.fill, phase in WITH_ANY_ADAPTERS
         least = limits.worth_adapters if has_adapters else limits.worth_training
         if self._gain(part) < least * saved_bytes(self.groups):
             self.parts = []
@@ -352,10 +355,14 @@ class Adaptive(Strategy):
     def _missing(self, phase: str) -> Part:
         """What could still be tied: with adapters only layers that can have one, and with training also what is tied
         with adapters and may do without."""
+        if phase == SMALLER_ADAPTERS:
+            larger = {o for group in self.kept if group.rank for o in group.occurrences}
+            parts = {i: tuple(o.task for o in g.occurrences if o in larger) for i, g in enumerate(self.groups)}
+            return {i: tasks for i, tasks in parts.items() if tasks and self.smaller[i].rank}
         settled = [group for group in self.kept if phase != TRAIN or not group.rank]
         tied = {occurrence for group in settled for occurrence in group.occurrences}
         missing = {i: tuple(o.task for o in group.occurrences if o not in tied) for i, group in enumerate(self.groups)}
-        needs_adapter = phase in (WITH_ADAPTERS, TRAIN_WITH_ADAPTERS)
+        needs_adapter = phase in WITH_ANY_ADAPTERS
         return {i: tasks for i, tasks in missing.items() if tasks and (self.adapted[i].rank or not needs_adapter)}
 
     def _give_up_part(self, met: Collection[str], ratios: Ratios = NONE) -> None:
@@ -365,7 +372,7 @@ class Adaptive(Strategy):
         """
         part = self.parts.pop(0)
         is_far = any(ratio < THRESHOLDS.fill.far for ratio in ratios.values())
-        if self.phase in (FILL, WITH_ADAPTERS) and (is_far or self._gain(part) < self.smallest):
+        if self.phase in UNTRAINED and (is_far or self._gain(part) < self.smallest):
             return
         good, bad = (
             {i: left for i, tasks in part.items() if (left := tuple(t for t in tasks if (t in met) == is_good))}
@@ -387,7 +394,8 @@ class Adaptive(Strategy):
         """What is kept, and the part: its tasks join the tasks of each group that are tied or in the part."""
         tied = {occurrence for group in self.kept for occurrence in group.occurrences}
         if groups is None:
-            groups = self.adapted if self.phase in (WITH_ADAPTERS, TRAIN_WITH_ADAPTERS) else self.groups
+            groups = self.adapted if self.phase in WITH_ANY_ADAPTERS else self.groups
+            groups = self.smaller if self.phase == SMALLER_ADAPTERS else groups
         added = [
             groups[i].restricted_to({o.task for o in groups[i].occurrences if o in tied or o.task in tasks})
             for i, tasks in part.items()
@@ -406,7 +414,8 @@ class Adaptive(Strategy):
         """Identifies a trial: what it ties, with which adapters, and whether it is trained."""
         named = sorted(",".join(f"{o.task}:{o.layer}" for o in g.occurrences) + "+" * bool(g.rank) for g in trial)
         digest = hashlib.sha256(";".join(named).encode()).hexdigest()[:16]
-        return f"{digest} trained" if self.phase in (TRAIN_WITH_ADAPTERS, TRAIN) else digest
+        how = "" if self.phase in UNTRAINED else " trained"
+        return digest + (" smaller" if self.phase == SMALLER_ADAPTERS else how)
 
     def state(self) -> dict:
         return {
@@ -438,11 +447,3 @@ class Adaptive(Strategy):
         self.tried, self.adopted = set(state["tried"]), from_plain(state["adopted"])
         self.losses, goal = state["losses"], state["goal"]
         self.goal_ratios = goal["ratios"] if goal["saving"] == self.goal_saving else {}  # of this goal only
-
-
-def _with_adapters(group: Group, models: Mapping[str, nn.Module], adapter_budget: float) -> Group:
-    """The group with the largest adapters that the budget allows; without, where it allows none."""
-    first = group.occurrences[0]
-    layer = models[first.task].get_submodule(first.layer)
-    rank = rank_within(layer, adapter_budget)
-    return group.with_adapters(rank, group.as_counted(layer, adapter_bytes(layer, rank))) if rank else group

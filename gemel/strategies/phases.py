@@ -2,16 +2,21 @@
 
 SEARCH, FILL, TRAIN, DONE = "search", "fill in", "fill in with training", "done"
 WITH_ADAPTERS, TRAIN_WITH_ADAPTERS = "fill in with adapters", "fill in with adapters and training"
+SMALLER_ADAPTERS = "make adapters smaller"
 ABOUT_TO_DO = {  # in the next rounds; short enough for one line
     SEARCH: "predicts how much sharing hurts, then ties what saves most",
     FILL: "ties what is missing, in smaller parts",
     WITH_ADAPTERS: "ties what is missing, with small private adapters",
+    SMALLER_ADAPTERS: "makes the private adapters smaller",
     TRAIN_WITH_ADAPTERS: "trains what is missing, with small private adapters",
     TRAIN: "trains what is missing, in ever smaller parts",
     DONE: "everything was tried",
 }
-USUALLY = (SEARCH, FILL, WITH_ADAPTERS, TRAIN_WITH_ADAPTERS, TRAIN, DONE)
-ADAPTERS_FIRST = (SEARCH, WITH_ADAPTERS, FILL, TRAIN_WITH_ADAPTERS, TRAIN, DONE)  # where the search promises little
+UNTRAINED = (SEARCH, FILL, WITH_ADAPTERS, SMALLER_ADAPTERS)  # in which no shared weight is trained
+WITH_ANY_ADAPTERS = (WITH_ADAPTERS, SMALLER_ADAPTERS, TRAIN_WITH_ADAPTERS)
+USUALLY = (SEARCH, FILL, WITH_ADAPTERS, SMALLER_ADAPTERS, TRAIN_WITH_ADAPTERS, TRAIN, DONE)
+# Where the search promises little
+ADAPTERS_FIRST = (SEARCH, WITH_ADAPTERS, FILL, SMALLER_ADAPTERS, TRAIN_WITH_ADAPTERS, TRAIN, DONE)
 
 
 def following(phase: str, adapters_first: bool) -> str:

@@ -13,7 +13,7 @@ from gemel.strategies import STRATEGIES, strategy_class
 from gemel.strategies.adaptive import RISKS, Adaptive
 from gemel.strategies.baselines import Stem
 from gemel.strategies.curves import Curve
-from gemel.strategies.phases import ABOUT_TO_DO, DONE, FILL, SEARCH, TRAIN, WITH_ADAPTERS, following
+from gemel.strategies.phases import ABOUT_TO_DO, DONE, FILL, SEARCH, SMALLER_ADAPTERS, TRAIN, WITH_ADAPTERS, following
 from gemel.thresholds import THRESHOLDS
 
 NAMES = ("task0_x", "task1_x", "task2_x")
@@ -78,6 +78,22 @@ def test_where_the_next_trial_promises_little_adapters_come_first(num_kept, gain
         resumed.record(False, (), dict.fromkeys(NAMES, 0.1))
         resumed.propose()
         assert resumed.phase == FILL, "what adapters were too little for is tried in parts"
+
+
+@pytest.mark.parametrize("least, phase", [(0.03, SMALLER_ADAPTERS), (0.9, TRAIN)])
+def test_what_is_kept_with_adapters_is_tried_with_smaller_ones_where_that_saves_enough(least, phase, monkeypatch):
+    monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(worth_adapters=least))
+    strategy = Adaptive(models(width=32), adapter_budget=0.25)
+    strategy.own, strategy.phase = tuple(strategy.adapted), WITH_ADAPTERS
+    larger = {group.occurrences: group.rank for group in strategy.kept if group.rank}
+    trial = strategy.propose()
+    assert strategy.phase == phase and larger
+    if phase == SMALLER_ADAPTERS:
+        ranks = {group.occurrences: group.rank for group in trial}
+        assert all(0 < ranks[key] < rank for key, rank in larger.items())
+        assert saved_bytes(trial) > saved_bytes(strategy.kept) and strategy.trains_alone_at_length
+        strategy.record(True, NAMES)
+        assert strategy.kept == trial
 
 
 def test_every_phase_follows_once_in_either_order():
