@@ -87,37 +87,40 @@ class PrivateTraining:
     ) -> dict[str, Standing]:
         """Trains each task for as long as `steps_at_length` says, again and again; where all are then.
 
-        found: after the fit. save: called as in RoundContext with what `saved` is to go on from there, alone in a dict
-        under ALONE; several ranks save nothing, and begin the trial again. Raises Interrupted or TimeOver.
+        The farthest first, as long as two tasks at least are at their targets or expected to get there, since one alone
+        shares nothing. found: after the fit. save: called as in RoundContext with what `saved` is to go on from there,
+        alone in a dict under ALONE; several ranks save nothing, and begin the trial again. Raises Interrupted or
+        TimeOver.
         """
-        reached, spent, names = dict(found), dict.fromkeys(found, 0), list(found)
+        reached, spent = dict(found), dict.fromkeys(found, 0)
+        names, round_state = sorted(found, key=lambda name: found[name].ratio), None
         if saved is not None:
             reached = {name: Standing(*standing) for name, standing in saved["reached"].items()}
-            spent, names = saved["spent"], saved["names"]
+            spent, names, round_state = saved["spent"], saved["names"], saved["round"]
             self.now = [Gained(**gained) for gained in saved["now"]]
             nn.ModuleDict({name: self.state.models[name] for name in reached}).load_state_dict(saved["models"])
         for number, name in enumerate(names):
-            while (
-                steps := saved["steps"] if saved is not None else self.steps_at_length(name, reached[name], spent[name])
+            while self._num_in_reach(reached, spent) > 1 and (
+                steps := self.steps_at_length(name, reached[name], spent[name])
             ):
                 begun = {
                     "reached": {task: list(standing) for task, standing in reached.items()},
                     "spent": spent,
                     "names": names[number:],
                     "now": self.of_round(),
-                    "steps": steps,
                     "models": state_on_cpu(nn.ModuleDict({task: self.state.models[task] for task in reached})),
                 }
-                resumed = {
-                    "save": None if ranks.size() > 1 else partial(_save_within, save, begun),
-                    "saved": None if saved is None else saved["round"],
-                }
-                saved = None
+                keep = None if ranks.size() > 1 else partial(_save_within, save, begun)
+                resumed, round_state = {"save": keep, "saved": round_state}, None
                 reached[name] = self._trained(name, steps, proposal, reached, spent[name], resumed)
                 spent = {**spent, name: spent[name] + self.now[-1].steps}
                 if not self.now[-1].steps:  # it could not be trained
                     break
         return reached
+
+    def _num_in_reach(self, reached: Mapping[str, Standing], spent: Mapping[str, int]) -> int:
+        """How many tasks are at their targets, or expected to get there."""
+        return sum(s.ratio >= 1 or self.steps_at_length(n, s, spent[n]) > 0 for n, s in reached.items())
 
     def steps_for(self, found: Mapping[str, Standing], num_images: Mapping[str, int]) -> dict[str, int]:
         """Task below its target -> the most steps that it is trained for; empty, if that is not expected to help all.

@@ -106,6 +106,15 @@ def test_at_length_a_task_is_trained_again_as_long_as_that_is_expected_to_be_eno
     assert Outcome("", {}, (), 0, 0, private_training=training.of_round()).fitted_ratios == {"north_pico": 0.97}
 
 
+def test_no_task_is_trained_at_length_that_nobody_would_share_with(run, training, monkeypatch):
+    training.options = replace(run.options.training, max_epochs=400 / len(run.data["north_pico"].train))
+    trained = []
+    monkeypatch.setattr(training, "_train", lambda name, *more: (trained.append(name), (0.0, 10))[1])
+    found = {"north_pico": Standing(0.97), "south_pico": Standing(0.0)}
+    run.evaluator.accuracy["south_pico"].unmerged = run.tasks["south_pico"].target_acc
+    assert training.at_length(run.strategy.groups, found, lambda state, last: None) == found and not trained
+
+
 def test_trainings_at_length_go_on_where_they_ended(tasks, data, tmp_path, monkeypatch):
     """In the middle of the training of the second task: what comes out is equal to that of one go."""
 
@@ -127,12 +136,12 @@ def test_trainings_at_length_go_on_where_they_ended(tasks, data, tmp_path, monke
 
     def end_in_the_second_task(state, last):
         states.append(copy.deepcopy(state[ALONE]))
-        if state[ALONE]["names"][0] == "south_pico":
+        if len(state[ALONE]["names"]) == 2:
             raise Interrupted
 
     with pytest.raises(Interrupted):
         go(broken, end_in_the_second_task)
-    assert states[-1]["spent"]["north_pico"] == 60 and len(states[-1]["now"]) >= 2
+    assert sorted(states[-1]["spent"].values()) == [0, 0, 60] and len(states[-1]["now"]) >= 2
     resumed = begun("resumed")
     assert go(resumed, lambda state, last: None, states[-1]) == expected
     assert resumed.private_training.of_round() == whole.private_training.of_round()
