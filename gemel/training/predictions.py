@@ -82,6 +82,15 @@ def heads_of(model: nn.Module) -> dict[str, Callable[[Any], Predicted]]:
     return {}
 
 
+def learns_by_imitation(model: nn.Module) -> bool:
+    """Whether a detector is known to gain most where predictions are all that is compared, without labels.
+
+    FCOS does; a YOLOv3-tiny lost by it what labels gained, and the others were not measured (benchmarks/LOG.md,
+    2026-11-27 Imitation).
+    """
+    return isinstance(model, FCOS)
+
+
 class PredictionTaps:
     """Keeps what a detector and its unmerged model predict in their last forward passes.
 

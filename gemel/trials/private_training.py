@@ -3,7 +3,7 @@
 What is shared stays as it is then, and so do the other tasks: what was measured of them holds. It is decided by counts
 and by what earlier trainings gained, so that runs with the same seed, or one that is resumed, decide the same.
 
-A detector is trained to predict what its unmerged model predicts at every position (gemel/training/predictions.py), and
+An FCOS is trained to predict what its unmerged model predicts at every position (gemel/training/predictions.py), and
 nothing else: that gains several times as much in a step as labels do (benchmarks/LOG.md, 2026-11-27 Imitation).
 """
 
@@ -25,7 +25,7 @@ from gemel.thresholds import THRESHOLDS
 from gemel.training.context import RoundContext
 from gemel.training.options import TrainingOptions
 from gemel.training.outcome import TIME_OVER, Outcome, Standing
-from gemel.training.predictions import heads_of
+from gemel.training.predictions import learns_by_imitation
 from gemel.trials.evaluator import Evaluator
 from gemel.trials.state import MergeState
 from gemel.trials.teachers import teachers_of
@@ -177,7 +177,7 @@ class PrivateTraining:
         """How a task is trained: whose rate of THRESHOLDS.private is expected."""
         if self.tasks[name].kind == CLASSIFICATION:
             return CLASSIFIER
-        imitates = self.options.probability_weight > 0 and heads_of(self.state.unmerged[name])
+        imitates = self.options.probability_weight > 0 and learns_by_imitation(self.state.unmerged[name])
         return IMITATION if imitates else DETECTOR
 
     def _trained(
@@ -216,6 +216,8 @@ class PrivateTraining:
         options = replace(self.options, max_epochs=epochs, private_epochs=epochs)
         if self._kind(name) == IMITATION:
             options = replace(options, label_weight=0.0, feature_weight=0.0)
+            if any(one.task == name and one.after < one.before for one in self.now):
+                options = replace(options, private_learning_rate=options.detection_private_learning_rate)
         teachers = teachers_of(self.state, task, proposal, options)
         purpose = (*self.context.purpose, spent) if spent else self.context.purpose
         context = replace(self.context, fitted={name: found[name]}, beside=tuple(found), purpose=purpose, **resumed)

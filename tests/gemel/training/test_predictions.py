@@ -14,7 +14,7 @@ from torchvision.models.detection.ssd import SSD
 
 from gemel.training.distillation import Teacher
 from gemel.training.options import TrainingOptions
-from gemel.training.predictions import Predicted, difference, heads_of
+from gemel.training.predictions import Predicted, difference, heads_of, learns_by_imitation
 from gemel.workload import CLASSIFICATION, DETECTION
 from model_architectures import build
 
@@ -123,6 +123,10 @@ def test_where_its_detections_serve_as_labels_it_runs_once_and_sees_images_of_it
     losses = both.losses(images, model(images, batch()[1]))
     assert ("predictions" in losses) == compared
     both.close()
+
+
+def test_only_kinds_that_were_measured_learn_by_imitation_alone():
+    assert [name for name in DETECTORS if learns_by_imitation(detector(name))] == ["fcos"]
 
 
 def test_detectors_of_other_kinds_are_compared_by_their_features():

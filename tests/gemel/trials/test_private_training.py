@@ -163,21 +163,39 @@ def test_imitation_ends_with_small_steps():
     assert by_labels.rate() == 1e-3
 
 
-def test_a_detector_whose_predictions_are_known_imitates_and_others_are_trained_by_labels(run, training, monkeypatch):
+def test_a_detector_that_learns_by_imitation_does_and_others_are_trained_by_labels(run, training, monkeypatch):
     trained = []
 
     def recover(models, tasks, data, options, context, teachers):
-        trained.append((next(iter(tasks)), options.label_weight, options.imitates))
+        rate = options.private_rate(tasks.values())
+        trained.append((next(iter(tasks)), options.label_weight, options.imitates, rate))
         return Outcome("met", dict.fromkeys(tasks, 0.5), (), 3, 12)
 
     monkeypatch.setattr(training, "recover", recover)
     found = standings(run, north=0.9995, south=1.0, east=0.9995)
-    monkeypatch.setattr("gemel.trials.private_training.heads_of", lambda model: {"head": None})
+    monkeypatch.setattr("gemel.trials.private_training.learns_by_imitation", lambda model: True)
     training._trained("east_pico", 4, run.strategy.groups, found)
     training._trained("north_pico", 4, run.strategy.groups, found)
-    monkeypatch.setattr("gemel.trials.private_training.heads_of", lambda model: {})
+    monkeypatch.setattr("gemel.trials.private_training.learns_by_imitation", lambda model: False)
     training._trained("east_pico", 4, run.strategy.groups, found)
-    assert trained == [("east_pico", 0.0, True), ("north_pico", 1.0, False), ("east_pico", 1.0, False)]
+    east, north, by_labels = trained
+    assert east == ("east_pico", 0.0, True, 1e-3) and north[:3] == ("north_pico", 1.0, False)
+    assert by_labels == ("east_pico", 1.0, False, 3e-4)
+
+
+def test_an_imitation_that_lost_accuracy_goes_on_more_slowly(run, training, monkeypatch):
+    rates = []
+
+    def recover(models, tasks, data, options, context, teachers):
+        rates.append(options.private_rate(tasks.values()))
+        return Outcome("met", dict.fromkeys(tasks, 0.5), (), 3, 12)
+
+    monkeypatch.setattr(training, "recover", recover)
+    monkeypatch.setattr("gemel.trials.private_training.learns_by_imitation", lambda model: True)
+    found = standings(run, north=1.0, south=1.0, east=0.99)
+    for _ in range(2):
+        training._trained("east_pico", 4, run.strategy.groups, found)
+    assert rates == [1e-3, 3e-4]
 
 
 def test_it_changes_only_what_the_task_holds_alone(run, monkeypatch):
