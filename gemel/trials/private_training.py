@@ -114,8 +114,9 @@ class PrivateTraining:
                 resumed, round_state = {"save": keep, "saved": round_state}, None
                 reached[name] = self._trained(name, steps, proposal, reached, spent[name], resumed)
                 spent = {**spent, name: spent[name] + self.now[-1].steps}
-                if not self.now[-1].steps:  # it could not be trained
-                    break
+                last = [one for one in self.now if one.task == name][-2:]
+                if not last[-1].steps or [one.after < one.before for one in last] == [True, True]:
+                    break  # it cannot be trained, or gains nothing any more
         return reached
 
     def _num_in_reach(self, reached: Mapping[str, Standing], spent: Mapping[str, int]) -> int:
