@@ -17,6 +17,7 @@ from gemel.sharing.groups import Configuration
 from gemel.strategies import STEM, strategy_class
 from gemel.strategies.base import Strategy
 from gemel.strategies.components import Components, components_of, is_by_components
+from gemel.training.predictions import learns_by_imitation
 from gemel.trials.state import MergeState
 from gemel.workload import Problem, WorkloadError
 
@@ -87,7 +88,9 @@ def _as_one(options: MergeOptions, models: Models, groups: Configuration) -> Str
         given["groups"] = groups_to_tie(options, models, groups)
     else:  # it finds its own groups
         given["store_dtype"] = STORE_DTYPES[options.store_dtype]
-    return strategy_class(options.strategy)(models, **given)
+    strategy = strategy_class(options.strategy)(models, **given)
+    strategy.learn_quickly = [name for name, model in models.items() if learns_by_imitation(model)]
+    return strategy
 
 
 def _by_components(options: MergeOptions, models: Models, groups: Configuration) -> Components:

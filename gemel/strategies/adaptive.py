@@ -259,13 +259,14 @@ class Adaptive(Strategy):
         return saving
 
     def _promises_little(self, trial: Configuration) -> bool:
-        """Whether so much would still be missing after the trial that adapters are tried first: tasks which only they,
-        and a training of what each holds alone, bring to their targets."""
+        """Whether so much would be missing after the trial that adapters are tried first, with tasks that learn
+        quickly in what each holds alone."""
         missing = self._missing(WITH_ADAPTERS)
         possible = saved_bytes(self._filled(missing, self.adapted)) - saved_bytes(self.kept) if missing else 0
         gain = self._expected_saving(trial) - saved_bytes(self.kept)
         is_much = possible >= THRESHOLDS.search.much * saved_bytes(self.groups)
-        return bool(self.kept) and is_much and gain < THRESHOLDS.search.little * possible
+        is_of_use = len(self.learn_quickly) > 1 and is_much
+        return bool(self.kept) and is_of_use and gain < THRESHOLDS.search.little * possible
 
     def _is_worth_a_trial(self, trial: Configuration) -> bool:
         gain = self._expected_saving(trial) - saved_bytes(self.kept)

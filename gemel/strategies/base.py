@@ -23,6 +23,7 @@ class Strategy(ABC):
     """What the merger asks of a strategy; what an earlier run kept (`adopted`) is part of every proposal."""
 
     adopted: Configuration = ()
+    learn_quickly: Collection[str] = ()  # tasks that few steps on what they hold alone bring far
     tied_share: float = 0.0  # of what could be saved, that trials which are trained save at least, or as a rule
     goal_saving: int | None = None  # bytes; the search is over as soon as what is kept saves as many
 

@@ -61,10 +61,18 @@ def test_the_expected_saving_is_the_mean_over_who_meets_the_target(num_kept, mon
 
 
 @pytest.mark.parametrize(
-    "num_kept, gain, phase", [(1, 0.02, WITH_ADAPTERS), (1, 0.5, SEARCH), (0, 0.02, SEARCH)], ids=str
+    "quick, num_kept, gain, phase",
+    [
+        (NAMES[:2], 1, 0.02, WITH_ADAPTERS),
+        (NAMES[:2], 1, 0.5, SEARCH),
+        (NAMES[:2], 0, 0.02, SEARCH),
+        (NAMES[:1], 1, 0.02, SEARCH),
+    ],
 )
-def test_where_the_next_trial_promises_little_adapters_come_first(num_kept, gain, phase, monkeypatch):
+def test_where_the_next_trial_promises_little_adapters_come_first(quick, num_kept, gain, phase, monkeypatch):
+    """For tasks that learn quickly in what they hold alone."""
     strategy = Adaptive(models(width=32), adapter_budget=0.125)
+    strategy.learn_quickly = quick
     strategy.own = strategy.groups[-1:] if num_kept else ()
     expected = saved_bytes(strategy.own) + gain * saved_bytes(strategy.groups)
     monkeypatch.setattr(Adaptive, "_expected_saving", lambda self, trial: expected)
@@ -73,6 +81,7 @@ def test_where_the_next_trial_promises_little_adapters_come_first(num_kept, gain
     assert any(group.rank for group in trial) == (phase == WITH_ADAPTERS)
     if phase == WITH_ADAPTERS:
         resumed = Adaptive(models(width=32), adapter_budget=0.125)
+        resumed.learn_quickly = quick
         resumed.load_state(json.loads(json.dumps(strategy.state())))
         assert resumed.propose() == trial
         resumed.record(False, (), dict.fromkeys(NAMES, 0.1))
