@@ -87,13 +87,13 @@ class PrivateTraining:
     ) -> dict[str, Standing]:
         """Trains each task for as long as `steps_at_length` says, again and again; where all are then.
 
-        The farthest first, as long as two tasks at least are at their targets or expected to get there, since one alone
+        As long as two tasks at least are at their targets or expected to get there, since one alone
         shares nothing. found: after the fit. save: called as in RoundContext with what `saved` is to go on from there,
         alone in a dict under ALONE; several ranks save nothing, and begin the trial again. Raises Interrupted or
         TimeOver.
         """
         reached, spent = dict(found), dict.fromkeys(found, 0)
-        names, round_state = sorted(found, key=lambda name: found[name].ratio), None
+        names, round_state = list(found), None
         if saved is not None:
             reached = {name: Standing(*standing) for name, standing in saved["reached"].items()}
             spent, names, round_state = saved["spent"], saved["names"], saved["round"]
@@ -217,8 +217,6 @@ class PrivateTraining:
         options = replace(self.options, max_epochs=epochs, private_epochs=epochs)
         if self._kind(name) == IMITATION:
             options = replace(options, label_weight=0.0, feature_weight=0.0)
-            if any(one.task == name and one.after < one.before for one in self.now):
-                options = replace(options, private_learning_rate=options.detection_private_learning_rate)
         teachers = teachers_of(self.state, task, proposal, options)
         purpose = (*self.context.purpose, spent) if spent else self.context.purpose
         context = replace(self.context, fitted={name: found[name]}, beside=tuple(found), purpose=purpose, **resumed)

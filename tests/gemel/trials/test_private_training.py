@@ -192,21 +192,6 @@ def test_a_detector_that_learns_by_imitation_does_and_others_are_trained_by_labe
     assert by_labels == ("east_pico", 1.0, False, 3e-4)
 
 
-def test_an_imitation_that_lost_accuracy_goes_on_more_slowly(run, training, monkeypatch):
-    rates = []
-
-    def recover(models, tasks, data, options, context, teachers):
-        rates.append(options.private_rate(tasks.values()))
-        return Outcome("met", dict.fromkeys(tasks, 0.5), (), 3, 12)
-
-    monkeypatch.setattr(training, "recover", recover)
-    monkeypatch.setattr("gemel.trials.private_training.learns_by_imitation", lambda model: True)
-    found = standings(run, north=1.0, south=1.0, east=0.99)
-    for _ in range(2):
-        training._trained("east_pico", 4, run.strategy.groups, found)
-    assert rates == [1e-3, 3e-4]
-
-
 def test_it_changes_only_what_the_task_holds_alone(run, monkeypatch):
     monkeypatch.setattr(PrivateTraining, "steps_for", lambda self, *given: {"north_pico": 8})
     groups = run.strategy.groups
