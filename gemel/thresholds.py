@@ -103,6 +103,10 @@ class PrivateTrainingThresholds:
     imitation_rate: float = 0.015
     # That count as much as so many measured steps (unmeasured).
     steps: int = 20
+    # Of a training at length, also where fewer are expected to be enough (unmeasured).
+    least_steps: int = 40
+    # A smaller gap, in accuracy / target, is within what one evaluation shows (unmeasured).
+    least_gap: float = 0.005
 
 
 @dataclass(frozen=True)

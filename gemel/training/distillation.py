@@ -81,11 +81,12 @@ class Teacher:
         over the layers (outputs that differ in shape, as behind a detector's own proposals, are left out).
         probabilities (classifiers): Kullback-Leibler divergence from the teacher's class probabilities. predictions
         (detectors that predictions.py knows): the difference from what the teacher predicts at every position. Where
-        the teacher's `detections` on these images were asked for, it does not run again. split_task: the task, if the
-        images are this rank's part of a batch, so that the variance is that of the whole batch; all its ranks call this
-        together.
+        the teacher's `detections` on these images were asked for and can be compared, it does not run again.
+        split_task: the task, if the images are this rank's part of a batch, so that the variance is that of the whole
+        batch; all its ranks call this together.
         """
-        taught = None if self.has_seen else self._teacher_logits(images, autocast)
+        runs = not self.has_seen or self.predictions.needs_a_pass
+        taught = self._teacher_logits(images, autocast) if runs else None
         own, outputs = self.own.outputs, self.taught.outputs
         if split_task is None:
             losses = {"features": feature_loss(own, outputs)}

@@ -75,4 +75,6 @@ class TrainingOptions:
         }
         if loss not in taught:
             return self.label_weight
-        return taught[loss] if task.labels else taught[loss] or 1.0  # without labels there is nothing else
+        if task.labels or self.imitates:
+            return taught[loss]
+        return taught[loss] or 1.0  # without labels there is nothing else

@@ -25,13 +25,13 @@ class Outcome:
     steps: int
     samples: int
     verified: tuple[str, ...] = ()  # tasks of `met` that were evaluated on all of val with the weights as they are now
-    private_training: list[dict] = field(default_factory=list)  # what short trainings after fits gained, by task
+    private_training: list[dict] = field(default_factory=list)  # what trainings of single tasks after fits gained
     training_seconds: float = field(default=0.0, compare=False)  # of all steps of this process
     reading_seconds: float = field(default=0.0, compare=False)  # of these, waited for batches
 
     @property
     def fitted_ratios(self) -> dict[str, float]:
-        """Accuracy / target of the tasks that were trained shortly after the fit, as the fit had left them."""
+        """Accuracy / target of the tasks that were trained alone after the fit, as the fit had left them."""
         return {gained["task"]: gained["before"] for gained in reversed(self.private_training)}
 
     @property

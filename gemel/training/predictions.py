@@ -27,10 +27,10 @@ TRANSFORM, PROPOSALS, REGIONS = "transform", "roi_heads.box_roi_pool", "roi_head
 class Predicted(NamedTuple):
     """The outputs of one head at n positions (with anchors: n of them)."""
 
-    scores: Tensor  # [n, classes], logits
+    scores: Tensor  # [n, classes], logits; [n, 1] where they only say whether there is an object
     boxes: Tensor  # [n, 4], or [n, classes, 4] where each class has its own; as the detector codes them
-    others: Tensor | None = None  # [n, k], logits that count where there is an object: centredness; classes, if ...
-    is_softmax: bool = False  # ... scores are of objects alone. Softmax: one of all classes, 0 is the background
+    others: Tensor | None = None  # [n, k], logits that count where there is an object: centredness (FCOS), class (YOLO)
+    is_softmax: bool = False  # whether the scores are of one of all classes, of which 0 is the background
 
 
 def _flat(values: Tensor) -> Tensor:
@@ -161,6 +161,12 @@ class PredictionTaps:
             yield
         finally:
             self.runs_whole = False
+
+    @property
+    def needs_a_pass(self) -> bool:
+        """Whether what the teacher has put out on images of its own cannot stand beside the model's, as where images
+        are resized at random."""
+        return bool(self.heads) and self.loss() is None
 
     def loss(self) -> Tensor | None:
         """The sum of the heads' differences, of those that both have put out alike; None if there is none."""

@@ -138,7 +138,7 @@ class Validation:
         shortest = min(shortest, self.schedule.steps_per_epoch)
         if worst.progress.ratio > NEARLY_THERE:
             return shortest
-        longest = 2 if self.options.imitates else 4  # what imitates gains in most steps
+        longest = 2 if self.options.imitates else 4  # it may be at its target soon
         return int(min(max(shortest, worst.progress.steps_to_target() / 2), longest * shortest))
 
     def _screen(self, member: Member, model: nn.Module) -> float:

@@ -35,8 +35,6 @@ Save = Callable[[dict, bool], None]
 ALONE = "trained alone"  # the key of what is saved of trainings at length
 STEP_IN_PASSES = 3  # a training step costs about as much as three forward passes of its images
 CLASSIFIER, DETECTOR, IMITATION = "classifier", "detector", "imitation"  # how a task is trained
-LEAST_STEPS = 40  # of a training that is expected to take fewer
-LEAST_GAP = 0.005  # of accuracy / target to the unmerged model's: a smaller one is within what one evaluation shows
 
 
 @dataclass(frozen=True)
@@ -85,12 +83,12 @@ class PrivateTraining:
     def at_length(
         self, proposal: Configuration, found: Mapping[str, Standing], save: Save, saved: Mapping | None = None
     ) -> dict[str, Standing]:
-        """Trains each task for as long as `steps_at_length` says, again and again; where all are then.
+        """Trains one task after the other, each again and again as `steps_at_length` says; where all are then.
 
-        As long as two tasks at least are at their targets or expected to get there, since one alone
-        shares nothing. found: after the fit. save: called as in RoundContext with what `saved` is to go on from there,
-        alone in a dict under ALONE; several ranks save nothing, and begin the trial again. Raises Interrupted or
-        TimeOver.
+        Ends when fewer than two tasks are at their targets or expected to get there, since one alone shares nothing. A
+        task that twice gains nothing is given up. found: after the fit. save: called as in RoundContext, with what
+        `saved` must be to go on from there under the key ALONE; several ranks save nothing, and begin the trial again.
+        Raises Interrupted or TimeOver.
         """
         reached, spent = dict(found), dict.fromkeys(found, 0)
         names, round_state = list(found), None
@@ -148,7 +146,7 @@ class PrivateTraining:
         """
         if standing.ratio >= 1:
             return 0
-        steps = max(LEAST_STEPS, self._steps_to_target(name, standing))
+        steps = max(THRESHOLDS.private.least_steps, self._steps_to_target(name, standing))
         most = self.options.max_epochs * max(len(data.train) for data in self.data.values())
         return math.ceil(steps) if steps <= most - spent else 0
 
@@ -165,14 +163,14 @@ class PrivateTraining:
         )
         rate = closed / (limits.steps + sum(one.steps for one in done))
         wanted = math.log(self._gap(name, standing.ratio) / self._gap(name, 1.0))
-        return wanted / rate if rate > 0 and self._unmerged_ratio(name) - 1 >= LEAST_GAP else math.inf
+        return wanted / rate if rate > 0 and self._unmerged_ratio(name) - 1 >= limits.least_gap else math.inf
 
     def _unmerged_ratio(self, name: str) -> float:
         return self.evaluator.accuracy[name].unmerged / self.tasks[name].target_acc
 
     def _gap(self, name: str, ratio: float) -> float:
         """To the unmerged model's accuracy, in accuracy / target."""
-        return max(LEAST_GAP, self._unmerged_ratio(name) - ratio)
+        return max(THRESHOLDS.private.least_gap, self._unmerged_ratio(name) - ratio)
 
     def _kind(self, name: str) -> str:
         """How a task is trained: whose rate of THRESHOLDS.private is expected."""

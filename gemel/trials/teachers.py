@@ -26,7 +26,7 @@ def teachers_of(
         name: Teacher(
             models[name],
             unmerged[name],
-            compared_layers(models[name], name, proposal) if options.feature_weight > 0 or not task.labels else (),
+            compared_layers(models[name], name, proposal) if options.weight_of("features", task) > 0 else (),
         )
         for name, task in tasks.items()
         if ranks.takes_part(name)

@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,15 +114,24 @@ def test_a_pass_of_the_unmerged_model_ends_behind_the_heads_and_leaves_no_hook()
     assert not any(m._forward_hooks or m._forward_pre_hooks for one in (model, teacher) for m in one.modules())
 
 
-@pytest.mark.parametrize("name, compared", [("fcos", True), ("faster rcnn", True)])
-def test_where_its_detections_serve_as_labels_it_runs_once_and_sees_images_of_its_own(name, compared):
-    """What stands beside proposals is left out then: the model draws its own afterwards."""
-    model = detector(name)
-    both, (images, _) = Teacher(model, copy.deepcopy(model).eval(), []), batch()
-    found = both.detections(images)
-    assert {"boxes", "labels"} == set(found[0])
-    losses = both.losses(images, model(images, batch()[1]))
-    assert ("predictions" in losses) == compared
+@pytest.mark.parametrize("sizes, num_passes", [((SIZE,), 1), ((2 * SIZE, SIZE), 2)])
+def test_where_its_detections_serve_as_labels_it_runs_again_only_on_images_of_another_size(sizes, num_passes):
+    model = detector("fcos")
+    teacher, (images, targets) = copy.deepcopy(model).eval(), batch()
+    model.transform.min_size, passes = sizes[:1], []  # of the last one the unmerged model takes its images
+    both = Teacher(model, teacher, [])
+    teacher.backbone.register_forward_hook(lambda *given: passes.append(1))
+    assert {"boxes", "labels"} == set(both.detections(images)[0])
+    losses = both.losses(images, model(images, targets))
+    assert losses["predictions"].item() == pytest.approx(0.0, abs=1e-5) and len(passes) == num_passes
+    both.close()
+
+
+def test_what_it_predicts_for_proposals_of_its_own_is_not_compared():
+    model = detector("faster rcnn")
+    both = Teacher(model, copy.deepcopy(model).eval(), [])
+    both.detections(batch()[0])
+    assert set(both.predictions.taught) == {"rpn.head"}
     both.close()
 
 
@@ -161,7 +171,9 @@ def test_the_weights_of_an_imitation_leave_labels_and_features_out(tasks):
     options = TrainingOptions(label_weight=0.0, feature_weight=0.0, probability_weight=1.0)
     task = tasks["east_pico"]
     assert options.imitates and not TrainingOptions(probability_weight=1.0).imitates
-    assert [options.weight_of(loss, task) for loss in ("predictions", "loss_box", "features")] == [1.0, 0.0, 0.0]
+    for labels in (True, False):
+        task = replace(task, reading=replace(task.reading, labels=labels))
+        assert [options.weight_of(loss, task) for loss in ("predictions", "loss_box", "features")] == [1.0, 0.0, 0.0]
     kinds = {task.kind: task for task in tasks.values()}
     assert options.private_rate([kinds[DETECTION]]) == options.private_learning_rate
     labelled = TrainingOptions()

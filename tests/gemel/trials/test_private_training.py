@@ -1,4 +1,4 @@
-"""The short training of what tasks just below their targets hold alone."""
+"""The training of what tasks below their targets hold alone."""
 
 import copy
 from dataclasses import replace
@@ -80,7 +80,7 @@ def test_no_step_is_spent_on_a_task_whose_unmerged_model_is_hardly_above_its_tar
     assert training.steps_for(standings(run, north=0.9995, south=1.0), IMAGES) == {}
 
 
-def test_at_length_every_task_in_reach_is_trained_whatever_the_others_do(run, training, monkeypatch):
+def test_at_length_a_task_has_the_steps_that_it_is_expected_to_take_if_a_round_has_as_many(run, training):
     assert training.steps_at_length("north_pico", Standing(0.97), 0) == 0, "in four short epochs"
     training.options = replace(run.options.training, max_epochs=100 / len(run.data["north_pico"].train))
     assert 40 < training.steps_at_length("north_pico", Standing(0.97), 0) < 100
