@@ -80,7 +80,8 @@ class Adaptive(Strategy):
         self.stems = [all(first[o.task] == o.layer for o in group.occurrences) for group in self.groups]
         self.own: Configuration = ()
         self.part: Configuration = ()  # kept of a failed trial, of more saving than what whole trials kept
-        self.phase, self.adapters_first = SEARCH, False
+        self.phase = SEARCH
+        self.adapters_first: bool | None = None  # whether they came before the search was over; False: that failed
         self.working: Configuration = ()  # the failed trial that a training continues
         self.parts: list[Part] = []  # to fill in, in this order
         self.smallest = 0.0  # bytes that a part would have to save to be halved without training
@@ -158,9 +159,9 @@ class Adaptive(Strategy):
                 return next_goal[1]
             if self.phase == SEARCH:
                 trial = self._most_promising()
-                if trial is not None and not self._promises_little(trial):
+                if trial is not None and (self.adapters_first is not None or not self._promises_little(trial)):
                     return trial
-                self.adapters_first = trial is not None
+                self.adapters_first = trial is not None or self.adapters_first
                 self._begin_filling(following(self.phase, self.adapters_first))
             elif not self.parts:
                 self._begin_filling(following(self.phase, self.adapters_first))
@@ -259,14 +260,11 @@ class Adaptive(Strategy):
         return saving
 
     def _promises_little(self, trial: Configuration) -> bool:
-        """Whether so much would be missing after the trial that adapters are tried first, with tasks that learn
-        quickly in what each holds alone."""
-        missing = self._missing(WITH_ADAPTERS)
-        possible = saved_bytes(self._filled(missing, self.adapted)) - saved_bytes(self.kept) if missing else 0
+        """Whether adapters, with tasks that learn quickly in what they hold alone, promise far more than the trial."""
+        possible = saved_bytes(self._filled(self._missing(WITH_ADAPTERS), self.adapted)) - saved_bytes(self.kept)
         gain = self._expected_saving(trial) - saved_bytes(self.kept)
-        is_much = possible >= THRESHOLDS.search.much * saved_bytes(self.groups)
-        is_of_use = len(self.learn_quickly) > 1 and is_much
-        return bool(self.kept) and is_of_use and gain < THRESHOLDS.search.little * possible
+        is_much = possible >= max(THRESHOLDS.search.much * saved_bytes(self.groups), gain / THRESHOLDS.search.little)
+        return is_much and bool(self.kept) and len(self.learn_quickly) > 1
 
     def _is_worth_a_trial(self, trial: Configuration) -> bool:
         gain = self._expected_saving(trial) - saved_bytes(self.kept)
@@ -333,6 +331,8 @@ class Adaptive(Strategy):
         if kept:
             self.own, self.part = trial, ()
             self.parts = self.parts[1:]
+        elif self.phase == WITH_ADAPTERS and self.adapters_first:  # the search goes on
+            self.phase, self.parts, self.adapters_first = SEARCH, [], False
         elif self.phase != SEARCH:
             self._give_up_part(met, ratios)
             while self.phase not in (TRAIN, DONE) and not self.parts:
@@ -443,7 +443,7 @@ class Adaptive(Strategy):
         self.curves = {task: Curve.of(curve) for task, curve in state["curves"].items()}
         self.own, self.part, self.working = (from_plain(state[key]) for key in ("own", "part", "working"))
         self.phase, self.smallest = state["phase"], state["smallest"]
-        self.adapters_first = state.get("adapters_first", False)  # earlier versions have none
+        self.adapters_first = state.get("adapters_first")  # earlier versions have none
         self.parts = [{index: tuple(tasks) for index, tasks in part} for part in state["parts"]]
         self.tried, self.adopted = set(state["tried"]), from_plain(state["adopted"])
         self.losses, goal = state["losses"], state["goal"]

@@ -15,11 +15,11 @@ ABOUT_TO_DO = {  # in the next rounds; short enough for one line
 UNTRAINED = (SEARCH, FILL, WITH_ADAPTERS, SMALLER_ADAPTERS)  # in which no shared weight is trained
 WITH_ANY_ADAPTERS = (WITH_ADAPTERS, SMALLER_ADAPTERS, TRAIN_WITH_ADAPTERS)
 USUALLY = (SEARCH, FILL, WITH_ADAPTERS, SMALLER_ADAPTERS, TRAIN_WITH_ADAPTERS, TRAIN, DONE)
-# Where the search promises little
+# Where the search promised little, and everything with adapters was kept
 ADAPTERS_FIRST = (SEARCH, WITH_ADAPTERS, FILL, SMALLER_ADAPTERS, TRAIN_WITH_ADAPTERS, TRAIN, DONE)
 
 
-def following(phase: str, adapters_first: bool) -> str:
+def following(phase: str, adapters_first: bool | None) -> str:
     """The phase after one that is not the last."""
     order = ADAPTERS_FIRST if adapters_first else USUALLY
     return order[order.index(phase) + 1]

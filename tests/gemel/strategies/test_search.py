@@ -85,8 +85,12 @@ def test_where_the_next_trial_promises_little_adapters_come_first(quick, num_kep
         resumed.load_state(json.loads(json.dumps(strategy.state())))
         assert resumed.propose() == trial
         resumed.record(False, (), dict.fromkeys(NAMES, 0.1))
-        resumed.propose()
-        assert resumed.phase == FILL, "what adapters were too little for is tried in parts"
+        assert resumed.propose() != trial and resumed.phase == SEARCH, (
+            "it goes on, and comes to adapters once more last"
+        )
+        strategy.record(True, NAMES)
+        strategy.propose()
+        assert strategy.phase not in (SEARCH, WITH_ADAPTERS), "all is tied"
 
 
 @pytest.mark.parametrize("least, phase", [(0.03, SMALLER_ADAPTERS), (0.9, TRAIN)])
