@@ -26,6 +26,11 @@ CPU = torch.device("cpu")
 DRAWING = {"test_any_input", "test_docs", "test_walkthroughs"}  # tests in which charts are drawn
 
 
+def pytest_runtest_setup():
+    """Untrained models of a test are the same ones, whatever ran before it in its process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
