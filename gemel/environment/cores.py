@@ -16,11 +16,15 @@ def usable_cores() -> int:
     return max(1, min([allowed, *map(int, _quotas())]))
 
 
+def ranks_here() -> int:
+    """Ranks on this machine, this one among them: torchrun says so."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks.size() > 1 else 1
+
+
 def loader_processes(num_tasks: int) -> int:
     """Loader processes of one task, where the cores are shared fairly among tasks and the ranks of this machine."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks.size() > 1 else 1
     tasks_here = -(-num_tasks // ranks.size())
-    return max(1, min(MAX_LOADER_PROCESSES, usable_cores() // ranks_here) // max(1, tasks_here))
+    return max(1, min(MAX_LOADER_PROCESSES, usable_cores() // ranks_here()) // max(1, tasks_here))
 
 
 def _quotas() -> list[float]:

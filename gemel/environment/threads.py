@@ -1,4 +1,4 @@
-"""How many threads torch computes with: as many as there are idle cores.
+"""How many threads torch computes with: as many as there are idle cores, and those of ranks that wait.
 
 Threads of one operation wait for each other busily. On cores that other programs use, two threads can be slower than
 one (benchmarks/LOG.md, "2026-11-26 Threads beside other programs").
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from gemel.environment.cores import ranks_here, usable_cores
 
 SECONDS = 0.25  # over which idle cores are counted
 STATISTICS = Path("/proc/stat")  # Linux
@@ -46,6 +48,14 @@ def num_threads_set(num_threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def threads_of_waiting_ranks() -> Iterator[None]:
+    """Within, this rank works while all others wait: torch computes with the threads of all ranks on this machine."""
+    num_threads = torch.get_num_threads()
+    with num_threads_set(max(num_threads, min(num_threads * ranks_here(), usable_cores()))):
+        yield
 
 
 def _idle_and_total() -> tuple[int, int] | None:

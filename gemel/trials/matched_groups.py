@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from gemel.alignment.matching import BY_ACTIVATIONS, match_groups
 from gemel.environment import ranks
+from gemel.environment.threads import threads_of_waiting_ranks
 from gemel.options import MergeOptions
 from gemel.sharing.groups import Configuration, from_plain, to_plain
 from gemel.sharing.precision import groups_as_stored
@@ -18,6 +19,7 @@ def matched_groups(
 ) -> Configuration:
     """Every group of the workload; the first rank matches."""
 
+    @threads_of_waiting_ranks()
     def matched() -> Configuration:
         shown = None
         if options.matching == BY_ACTIVATIONS:

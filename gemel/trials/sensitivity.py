@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from gemel.environment import ranks
 from gemel.environment.seeds import generator
+from gemel.environment.threads import threads_of_waiting_ranks
 from gemel.fitting.importance import importance_of_layers
 from gemel.fitting.sensitivity import Sensitivity, predict_sensitivity
 from gemel.sharing.groups import Configuration
@@ -20,6 +21,7 @@ def sensitivity_if_all_were_tied(
 ) -> tuple[Sensitivity, Sensitivity] | None:
     """As `_predicted`, which the first rank alone does: it takes few images, and all rows of a group together."""
 
+    @threads_of_waiting_ranks()
     def listed() -> list[list[list]] | None:
         found = _predicted(state, images, groups)
         return found and [[[groups.index(g), t, value] for (g, t), value in part.items()] for part in found]

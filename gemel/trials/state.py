@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gemel.alignment.align import align, apply_permutations, permutations_of
 from gemel.alignment.permutation import ChannelSpaces, inverse
 from gemel.environment import ranks
+from gemel.environment.threads import threads_of_waiting_ranks
 from gemel.forward.batches import Batch
 from gemel.forward.modes import deep_copy, set_layout, state_on_cpu
 from gemel.results_store.load import load_merged
@@ -215,7 +216,7 @@ class MergeState:
 
         What they compute stays the same. A model that was aligned once stays as it is. The first rank finds the order.
         """
-        found = ranks.of_first(lambda: self._find_alignment(groups, images, method, seed))
+        found = ranks.of_first(threads_of_waiting_ranks()(lambda: self._find_alignment(groups, images, method, seed)))
         for name, permutations in found.items():
             if not ranks.is_first():
                 apply_permutations(self.unmerged[name], permutations)

@@ -3,7 +3,7 @@
 import torch
 
 from gemel.environment import threads
-from gemel.environment.threads import choose_num_threads, idle_cores, num_threads_set
+from gemel.environment.threads import choose_num_threads, idle_cores, num_threads_set, threads_of_waiting_ranks
 
 
 def statistics(monkeypatch, tmp_path, *idle_of_100):
@@ -46,3 +46,12 @@ def test_threads_are_never_more_than_torch_has(monkeypatch):
         monkeypatch.setattr(threads, "idle_cores", lambda: 1)
         assert choose_num_threads() == 2, "who sets it knows why"
     assert torch.get_num_threads() == 1, "as all tests have it"
+
+
+def test_a_rank_that_works_alone_takes_the_threads_of_those_that_wait(monkeypatch):
+    monkeypatch.setattr(threads, "ranks_here", lambda: 3)
+    for cores, expected in ((8, 6), (4, 4), (1, 2)):
+        monkeypatch.setattr(threads, "usable_cores", lambda cores=cores: cores)
+        with num_threads_set(2), threads_of_waiting_ranks():
+            assert torch.get_num_threads() == expected, cores
+    assert torch.get_num_threads() == 1, "as before"
