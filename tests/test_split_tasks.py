@@ -177,9 +177,7 @@ def test_a_merge_is_that_of_one_process(entries, datasets, tmp_path, monkeypatch
         without_bias(entry["model"])
     options = {"strategy": strategy, "tolerance": 0.85, "learning_rate": 0.02, "max_epochs": 6}
     monkeypatch.setattr(placement, "spread", lambda work, num_ranks, apart: {name: PARTS[name] for name in work})
-    monkeypatch.setattr(
-        placement, "evaluators", lambda costs, parts, num_ranks: {name: {0: 0.5, 1: 0.5} for name in costs}
-    )
+    monkeypatch.setattr(placement, "evaluation_seconds", lambda task, data, device: (0.0, 1.0))
     several = on_ranks(2, lambda: merge(entries, tmp_path / "several", datasets, **options))
     one = merge(entries, tmp_path / "one", datasets, **options)
     for found in several:

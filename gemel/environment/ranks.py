@@ -28,7 +28,8 @@ FOREVER = timedelta(days=30)  # ranks wait as long as another one evaluates; ali
 
 _owners: dict[str, int] = {}  # task -> its rank
 _parts: dict[str, dict[int, int]] = {}  # task that several ranks train -> rank -> images of a batch
-_evaluators: dict[str, dict[int, float]] = {}  # task that several ranks evaluate -> rank -> share of the images
+_evaluations: dict[str, tuple[float, float]] = {}  # task -> seconds of reading a batch of val, and of its outputs
+_seconds: dict[str, float] = {}  # task -> of a training step on one rank
 _groups: dict[tuple[int, ...], Any] = {}  # process groups of some of the ranks
 
 
@@ -89,24 +90,32 @@ def joined() -> Iterator[None]:
 def assign(
     owners: Mapping[str, int],
     parts: Mapping[str, Mapping[int, int]] | None = None,
-    evaluators: Mapping[str, Mapping[int, float]] | None = None,
+    seconds: Mapping[str, float] | None = None,
+    evaluations: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """Says which rank every task belongs to; one without an entry belongs to the first.
 
     parts: of tasks that several ranks train, how many images of a batch each of them does; its own rank among them.
-    evaluators: of tasks that several ranks evaluate, the share of the images of each. All ranks say the same.
+    seconds: of a training step of each task on one rank. evaluations: what a batch of val costs, as
+    `seconds_of_evaluation` returns it. All ranks say the same.
     """
     _owners.clear()
     _owners.update(owners)
     _parts.clear()
     _parts.update({task: dict(on) for task, on in (parts or {}).items() if len(on) > 1})
-    _evaluators.clear()
-    _evaluators.update({task: dict(on) for task, on in (evaluators or {}).items() if len(on) > 1})
-    together = [(task, tuple(sorted(on))) for shared in (_parts, _evaluators) for task, on in shared.items()]
-    assert all(owner_of(task) in members for task, members in together)
-    if size() > 1:
-        for members in sorted({members for _, members in together} - set(_groups)):
-            _groups[members] = dist.new_group(list(members))  # all ranks make it, also those that are not in it
+    _seconds.clear()
+    _seconds.update(seconds or {})
+    _evaluations.clear()
+    _evaluations.update({task: (reading, computing) for task, (reading, computing) in (evaluations or {}).items()})
+    assert all(owner_of(task) in on for task, on in _parts.items())
+    make_groups(_parts.values())
+
+
+def make_groups(sets: Iterable[Collection[int]]) -> None:
+    """Makes what some of the ranks need to tell each other something; all ranks call it with the same sets."""
+    wanted = {tuple(sorted(members)) for members in sets if 1 < len(members) < size()}
+    for members in sorted(wanted - set(_groups)):
+        _groups[members] = dist.new_group(list(members))  # all ranks make it, also those that are not in it
 
 
 def owner_of(task: str) -> int:
@@ -124,14 +133,19 @@ def mine(tasks: Iterable[str]) -> list[str]:
     return [task for task in tasks if is_mine(task)]
 
 
-def evaluators_of(task: str) -> dict[int, float]:
-    """Rank -> share of the images, of a task that several ranks evaluate; else empty."""
-    return _evaluators.get(task, {}) if size() > 1 else {}
+def seconds_of_evaluation(task: str) -> tuple[float, float]:
+    """What reading a batch of val takes on one rank, and computing its outputs; zeros if that was not measured."""
+    return _evaluations.get(task, (0.0, 0.0))
 
 
 def parts_of(task: str) -> dict[int, int]:
     """Rank -> images of a batch, of a task that several ranks train; else empty."""
     return _parts.get(task, {}) if size() > 1 else {}
+
+
+def seconds_of_step(task: str) -> float:
+    """What a training step of the task takes on one rank; 0 if that was not measured."""
+    return _seconds.get(task, 0.0)
 
 
 def ranks_of(task: str) -> list[int]:
@@ -180,7 +194,7 @@ def _talking() -> Iterator[None]:
 
 
 def messages(message: bytes, on: Collection[int] | None = None) -> list[bytes]:
-    """The messages of all ranks, by rank, or of some that were assigned the same task."""
+    """The messages of all ranks, by rank, or of some for whom there is a group."""
     content = len(message).to_bytes(LENGTH, "little") + message
     blocks = _all_gathered(content[:BLOCK].ljust(BLOCK, b"\0"), on)
     lengths = [int.from_bytes(block[:LENGTH], "little") + LENGTH for block in blocks]
@@ -305,14 +319,14 @@ def sent_to_first(message: bytes) -> list[bytes]:
 
 
 def sum_in_place(tensor: Tensor, on: Collection[int] | None = None) -> None:
-    """Replaces a tensor by its sum over all ranks, or over some that were assigned the same task."""
+    """Replaces a tensor by its sum over all ranks, or over some for whom there is a group."""
     if on is None or len(on) > 1:
         with _talking():
             dist.all_reduce(tensor, group=_group_of(on))
 
 
 def gathered_tensors(tensor: Tensor, on: Collection[int]) -> Tensor:
-    """The tensors, of one shape and type, of some ranks that were assigned the same task, by rank: [ranks, ...]."""
+    """The tensors, of one shape and type, of some ranks for whom there is a group, by rank: [ranks, ...]."""
     if len(on) <= 1:
         return tensor[None]
     found = tensor.new_empty(len(on), *tensor.shape)
@@ -322,12 +336,12 @@ def gathered_tensors(tensor: Tensor, on: Collection[int]) -> Tensor:
 
 
 def _group_of(on: Collection[int] | None) -> Any:
-    return None if on is None else _groups[tuple(sorted(on))]
+    return None if on is None or len(on) == size() else _groups[tuple(sorted(on))]
 
 
 def broadcast(tensors: Sequence[Tensor], root: int, on: Collection[int] | None = None) -> None:
     """Gives tensors, the same in shape and type on all ranks, the values that they have on one of them; on: some ranks
-    that were assigned the same task, which alone get them."""
+    for whom there is a group, which alone get them."""
     for part in _chunks(tensors):
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in part])
         with _talking():

@@ -1,4 +1,4 @@
-"""Which ranks compute a task, and how many images of each of its batches: tasks spread over ranks by what they cost."""
+"""Which ranks compute a task, how many images of each of its batches, and with how many threads: by what tasks cost."""
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -11,6 +11,7 @@ Parts = dict[str, dict[int, int]]  # task -> rank -> images of a batch; the task
 BALANCED = 1.1  # times the total / ranks: up to here no task is split
 WORTHWHILE = 0.98  # of the time before: a split that gains less is not made
 EVEN = 1.05  # times the total / ranks: up to here no more of an evaluation is handed on
+NEARLY_DONE = 0.1  # of a step: a rank that has less left to do is taken to wait already
 MAX_SPLITS = 2  # times the number of ranks: how often a task is split more
 MAX_CANDIDATES = 8  # tasks of the rank with most to do, the most expensive ones, of which one is split next
 
@@ -54,33 +55,66 @@ def loads(work: Mapping[str, Work], parts: Parts, num_ranks: int) -> list[float]
     return busy
 
 
+def shares_of_threads(work: Mapping[str, Work], parts: Parts, rank: int, here: Collection[int]) -> dict[str, int]:
+    """Task -> times how many threads, of each task that one rank computes alone, in the order of a step.
+
+    here: the ranks of its machine. Those that have done their part of a step by then wait: others take their threads.
+    """
+    num_ranks = max(here, default=0) + 1
+    num_ranks = max([num_ranks, *(number + 1 for on in parts.values() for number in on)])
+    ends = loads(work, parts, num_ranks)
+    begins = loads(work, {task: on for task, on in parts.items() if len(on) > 1}, num_ranks)[rank]
+    found: dict[str, int] = {}
+    for task in (task for task, on in parts.items() if set(on) == {rank}):
+        still_busy = [number for number in here if number == rank or ends[number] > begins + NEARLY_DONE * max(ends)]
+        found[task] = len(here) // len(still_busy)
+        begins += work[task].seconds / found[task]
+    return found
+
+
 def split_first(tasks: Collection[str], parts: Parts) -> list[str]:
     """The tasks in the order in which a step takes them: those of several ranks first, so that none waits for long."""
     return sorted(tasks, key=lambda task: len(parts.get(task, ())) <= 1)
 
 
-def evaluators(
-    costs: Mapping[str, float], on: Mapping[str, Mapping[int, float]], num_ranks: int
-) -> dict[str, dict[int, float]]:
-    """Task -> the ranks that share in its evaluations, with their shares of the images; its own rank first.
+class Evaluation(NamedTuple):
+    """What an evaluation of a task costs, in seconds."""
 
-    costs: seconds of an evaluation. on: the same of training, where it begins. Again and again the rank with most to do
-    hands a part of its largest piece to the one with least to do, so that both are done at the same time.
+    reading: float  # all images, which the task's own rank reads in any case, and others as far as they share
+    computing: float  # the outputs of all images
+
+
+def evaluators(
+    costs: Mapping[str, Evaluation], owners: Mapping[str, int], num_ranks: int
+) -> dict[str, dict[int, float]]:
+    """Task -> the ranks that share in its evaluation, with their shares of the images; its own rank first.
+
+    Again and again the rank with most to do hands a part of its largest piece to the one with least to do, so that both
+    are done at the same time.
     """
-    pieces = {task: {rank: costs[task] * n / sum(on[task].values()) for rank, n in on[task].items()} for task in costs}
+    shares = {task: {owners[task]: 1.0} for task in costs}
+
+    def seconds(task: str, rank: int) -> float:
+        return costs[task].computing + (costs[task].reading if rank != owners[task] else 0.0)
+
     for _ in range(MAX_SPLITS * num_ranks):
-        busy = [sum(own.get(rank, 0.0) for own in pieces.values()) for rank in range(num_ranks)]
+        busy = [sum(cost.reading for task, cost in costs.items() if owners[task] == rank) for rank in range(num_ranks)]
+        pieces = {
+            (task, rank): share * seconds(task, rank) for task, on in shares.items() for rank, share in on.items()
+        }
+        for (_, rank), piece in pieces.items():
+            busy[rank] += piece
         longest, idlest = busy.index(max(busy)), busy.index(min(busy))
-        if max(busy) <= EVEN * sum(busy) / num_ranks:
+        largest = max(
+            (task for task in shares if longest in shares[task]), key=lambda t: pieces[t, longest], default=""
+        )
+        if max(busy) <= EVEN * sum(busy) / num_ranks or not largest or not pieces[largest, longest]:
             break
-        largest = max(pieces, key=lambda task: pieces[task].get(longest, 0.0))
-        moved = min(pieces[largest][longest], (busy[longest] - busy[idlest]) / 2)
-        pieces[largest][longest] -= moved
-        pieces[largest][idlest] = pieces[largest].get(idlest, 0.0) + moved
-    return {
-        task: {rank: piece / costs[task] if costs[task] else 1 / len(own) for rank, piece in own.items()}
-        for task, own in pieces.items()
-    }
+        even = (busy[longest] - busy[idlest]) / (seconds(largest, longest) + seconds(largest, idlest))
+        moved = min(shares[largest][longest], even)
+        shares[largest][longest] -= moved
+        shares[largest][idlest] = shares[largest].get(idlest, 0.0) + moved
+    return shares
 
 
 def _evened(work: Mapping[str, Work], parts: Parts, num_ranks: int) -> Parts:

@@ -7,12 +7,14 @@ one (benchmarks/LOG.md, "2026-11-26 Threads beside other programs").
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
 
+from gemel.environment import ranks
 from gemel.environment.cores import ranks_here, usable_cores
+from gemel.environment.shares import Work, shares_of_threads
 
 SECONDS = 0.25  # over which idle cores are counted
 STATISTICS = Path("/proc/stat")  # Linux
@@ -43,6 +45,9 @@ def choose_num_threads() -> int:
 def num_threads_set(num_threads: int) -> Iterator[None]:
     """Within, torch computes with that many threads."""
     before = torch.get_num_threads()
+    if num_threads == before:
+        yield
+        return
     torch.set_num_threads(num_threads)
     try:
         yield
@@ -56,6 +61,19 @@ def threads_of_waiting_ranks() -> Iterator[None]:
     num_threads = torch.get_num_threads()
     with num_threads_set(max(num_threads, min(num_threads * ranks_here(), usable_cores()))):
         yield
+
+
+def times_threads(tasks: Collection[str]) -> dict[str, int]:
+    """Task -> times how many threads, of those tasks that this rank trains alone: in a step of all of them it takes the
+    threads of ranks on its machine that have less to do. Empty with one process."""
+    if ranks.size() == 1:
+        return {}
+    work = {task: Work(ranks.seconds_of_step(task)) for task in tasks}
+    parts = {task: ranks.parts_of(task) or {ranks.owner_of(task): 1} for task in tasks}
+    num_ranks, cores = ranks_here(), usable_cores()
+    first = ranks.rank() - ranks.rank() % num_ranks
+    found = shares_of_threads(work, parts, ranks.rank(), range(first, first + num_ranks))
+    return {task: max(1, min(times, cores // torch.get_num_threads())) for task, times in found.items()}
 
 
 def _idle_and_total() -> tuple[int, int] | None:

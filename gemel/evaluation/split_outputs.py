@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gemel.environment import ranks
+from gemel.environment.shares import Evaluation, evaluators
 from gemel.forward.batches import run
 from gemel.sharing.memory import named_tensors
 
@@ -33,23 +34,22 @@ def measured_with_others(
     names: Iterable[str],
     measure: Callable[[str], T],
     shown: Mapping[str, tuple[nn.Module, Iterable]],
-    sharing: Callable[[str], Mapping[int, float]] = ranks.evaluators_of,
 ) -> dict[str, T]:
     """What `measure` returns for each of this rank's tasks among these, while other ranks share in some of them.
 
-    shown: task -> the model that is about to be evaluated, and on which loader. sharing: rank -> share of a task's
-    images; empty if it is not shared. These ranks call it alike, and their models get the weights that the task's own
-    rank has. While `measure` runs, the model has its outputs ready: each is given once, for the same images, to a model
-    in eval mode without gradients whose weights and hooks are the same as before; copies of the model compute theirs.
+    shown: task -> the model that is about to be evaluated, and on which loader. All ranks call it alike. The models of
+    those that share in a task get the weights that its own rank has. While `measure` runs, the model has its outputs
+    ready: each is given once, for the same images, to a model in eval mode without gradients whose weights and hooks
+    are the same as before; copies of the model compute theirs.
     """
-    names = list(names)
-    shared = [name for name in names if name in shown and _is_shared(sharing(name), shown[name][1])]
+    names, sharing = list(names), _shares(shown)
+    shared = [name for name in names if ranks.rank() in sharing.get(name, {})]
     parts, before = {}, {}
     for name in shared:
         model, loader = shown[name]
-        ranks.broadcast(list(named_tensors(model).values()), ranks.owner_of(name), sharing(name))
+        ranks.broadcast(list(named_tensors(model).values()), ranks.owner_of(name), sharing[name])
         before[name] = _state(model)
-        parts[name] = _computed(name, model, _own_batches(loader, sharing(name)))
+        parts[name] = _computed(name, model, _own_batches(loader, sharing[name]))
     found: dict[str, T] = {}
     failed: Exception | None = None
     try:
@@ -57,7 +57,7 @@ def measured_with_others(
     except (RuntimeError, MemoryError) as error:  # the others wait for the outputs first
         failed = error
     for name in shared:
-        outputs = _exchanged(parts[name], name, sharing(name))
+        outputs = _exchanged(parts[name], name, sharing[name])
         if ranks.is_mine(name) and failed is None:
             model = shown[name][0]
             with _in_place_of_forward(model, _Given(model, outputs, before[name])):
@@ -67,9 +67,18 @@ def measured_with_others(
     return found
 
 
-def _is_shared(on: Mapping[int, float], loader: Iterable) -> bool:
-    """Whether this rank shares in the evaluation of a task, which it does if there is more than one batch."""
-    return ranks.rank() in on and isinstance(loader, DataLoader) and len(loader) > 1
+def _shares(shown: Mapping[str, tuple[nn.Module, Iterable]]) -> dict[str, dict[int, float]]:
+    """Task -> rank -> share of its batches, of those tasks in which several ranks share: by what all of them cost."""
+    if ranks.size() == 1:
+        return {}
+    costs = {
+        name: Evaluation(*(len(loader) * seconds for seconds in ranks.seconds_of_evaluation(name)))
+        for name, (_, loader) in shown.items()
+        if isinstance(loader, DataLoader) and len(loader) > 1
+    }
+    found = evaluators(costs, {name: ranks.owner_of(name) for name in costs}, ranks.size())
+    ranks.make_groups(found.values())
+    return {name: on for name, on in found.items() if len(on) > 1}
 
 
 def _own_batches(loader: Iterable, on: Mapping[int, float]) -> Iterable:
@@ -92,7 +101,7 @@ def _computed(task: str, model: nn.Module, batches: Iterable) -> dict[str, Any]:
     try:
         for images, _ in batches:
             with contextlib.suppress(TypeError):  # what others cannot read is left to the eval method
-                found[_digest(images)] = _packed(run(model, images))
+                found[digest(images)] = _packed(run(model, images))
     except Exception as error:  # a user's model, dataset or transform may raise anything
         log.warning("%s: outputs are not computed by rank %d: %s: %s", task, ranks.rank(), type(error).__name__, error)
     return found
@@ -121,10 +130,10 @@ class _Given:
 
     def __call__(self, *inputs: Any, **more: Any) -> Any:
         if not more and len(inputs) == 1 and _are_images(inputs[0]) and not torch.is_grad_enabled():
-            digest = _digest(inputs[0])
+            key = digest(inputs[0])
             is_as_before = _state(self.model) == self.before and not any(m.training for m in self.model.modules())
-            if digest in self.outputs and is_as_before:
-                return self.outputs.pop(digest)
+            if key in self.outputs and is_as_before:
+                return self.outputs.pop(key)
         return self.forward(*inputs, **more)
 
     def __deepcopy__(self, memo: dict) -> Any:
@@ -156,12 +165,13 @@ def _are_images(value: Any) -> bool:
     return torch.is_tensor(value) or (isinstance(value, list) and bool(value) and all(map(torch.is_tensor, value)))
 
 
-def _digest(images: Tensor | Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
+def digest(images: Tensor | Iterable[Tensor]) -> str:
+    """By which the images of a batch are known again."""
+    found = hashlib.sha256()
     for image in [images] if torch.is_tensor(images) else images:
-        digest.update(f"{image.dtype} {tuple(image.shape)}".encode())
-        digest.update(image.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(f"{image.dtype} {tuple(image.shape)}".encode())
+        found.update(image.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _packed(output: Any) -> Any:

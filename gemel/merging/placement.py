@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,8 +13,10 @@ from gemel.datasets.loaders import TaskData, batch_size_of, num_samples
 from gemel.environment import ranks
 from gemel.environment.device import seconds_of
 from gemel.environment.seeds import seeded
-from gemel.environment.shares import Parts, Work, evaluators, spread
+from gemel.environment.shares import Work, spread
+from gemel.evaluation.split_outputs import digest
 from gemel.fitting.batch_norm import batch_norms
+from gemel.forward.batches import run
 from gemel.forward.whole_batch_norm import whole_batch_norm
 from gemel.sharing.holders import park, synchronise
 from gemel.sharing.tying import restore_snapshot, take_snapshot
@@ -24,9 +26,10 @@ from gemel.trials.state import MergeState
 from gemel.workload import Task
 
 REPEATS = 2  # of a step, after one that warms up
-STEP_IN_PASSES = 3  # a training step costs about as much as three forward passes of its images
 LEAST_SECONDS = 0.02  # of a step that is split: what is gained of a shorter one is less than the noise of measuring it
-COLLECTIVES = 10  # that are measured
+COLLECTIVES = 20  # that are measured
+SIDE = 64  # of the matrices that are multiplied between them
+SECONDS_OF_WORK = 0.002  # between them
 LARGE = 1 << 18  # numbers of the larger ones, in float32
 
 
@@ -53,8 +56,9 @@ def place_tasks(
     talking = Talking.measured(state.device)
     work = {name: work_of(task, data[name], talking, *seconds[name]) for name, task in tasks.items()}
     parts = spread(work, ranks.size(), apart)
-    sharing = _evaluators(work, data, parts, apart)
-    ranks.assign({name: next(iter(on)) for name, on in parts.items()}, parts, sharing)
+    owners = {name: next(iter(on)) for name, on in parts.items()}
+    costs = ranks.united({name: evaluation_seconds(tasks[name], data[name], state.device) for name in own})
+    ranks.assign(owners, parts, {name: one.seconds for name, one in work.items()}, costs)
     park(state.models)
     park(state.unmerged)
 
@@ -67,8 +71,9 @@ class Talking(NamedTuple):
 
     @classmethod
     def measured(cls, device: torch.device) -> "Talking":
-        """The least of several; the same on all ranks, which all call it."""
-        small, large = (min(_collective(n, device) for _ in range(COLLECTIVES)) for n in (1, LARGE))
+        """The mean of several, each after some work, since between ranks that work a collective takes several times as
+        long as between ranks that wait for it; the same on all ranks, which all call it."""
+        small, large = (sum(_collective(n, device) for _ in range(COLLECTIVES)) / COLLECTIVES for n in (1, LARGE))
         everywhere = ranks.gathered([small, max(0.0, large - small) / (4 * LARGE)])
         return cls(*(max(values) for values in zip(*everywhere, strict=True)))
 
@@ -80,13 +85,15 @@ class Talking(NamedTuple):
 
 
 def _collective(num_values: int, device: torch.device) -> float:
-    """Seconds of a sum of so many numbers over all ranks."""
-    values = torch.zeros(num_values, device=device)
+    """Seconds of a sum of so many numbers over all ranks, which worked as long as each other before."""
+    values, factor = torch.zeros(num_values, device=device), torch.zeros(SIDE, SIDE, device=device)
     ranks.wait_for_all()
-    began = time.perf_counter()
+    ends = time.perf_counter() + SECONDS_OF_WORK
+    while time.perf_counter() < ends:
+        float((factor @ factor)[0, 0])  # waits for the device
     ranks.sum_in_place(values)
-    float(values[0])  # waits for the device
-    return time.perf_counter() - began
+    float(values[0])
+    return time.perf_counter() - ends
 
 
 def images_of_batch(data: TaskData) -> int:
@@ -100,20 +107,25 @@ def work_of(task: Task, data: TaskData, talking: Talking, whole: float, half: fl
     return Work(whole, images_of_batch(data), more if whole >= LEAST_SECONDS else math.inf)
 
 
-def _evaluators(
-    work: Mapping[str, Work], data: Mapping[str, TaskData], parts: Parts, apart: Sequence[Collection[str]]
-) -> dict[str, dict[int, float]]:
-    """Task -> the ranks that share in its evaluations, with their shares."""
-    alone = [name for name in work if not any(name in part for part in apart)]
-    found: dict[str, dict[int, float]] = {}
-    for names in [*apart, alone]:
-        costs = {
-            name: one.seconds / one.num_images * num_samples(data[name].val) / STEP_IN_PASSES
-            for name, one in work.items()
-            if name in names
-        }
-        found |= evaluators(costs, parts, ranks.size())
-    return found
+def evaluation_seconds(task: Task, data: TaskData, device: torch.device) -> tuple[float, float]:
+    """Seconds of reading a batch of val, of images that were read before, and of computing its outputs; 0 if that
+    fails."""
+    val = data.val
+    num_images = min(batch_size_of(val), num_samples(val))
+
+    def read() -> Any:
+        images, _ = val.collate_fn([val.dataset[i] for i in range(num_images)])
+        digest(images)
+        return images
+
+    try:
+        images = read()
+        reading, computing = (
+            min(seconds_of(work, device) for _ in range(REPEATS)) for work in (read, lambda: run(task.model, images))
+        )
+        return reading, computing
+    except Exception:  # a user's model or transform may raise anything
+        return 0.0, 0.0
 
 
 def step_seconds(task: Task, data: TaskData, state: MergeState, seed: int) -> tuple[float, float]:
@@ -127,11 +139,11 @@ def step_seconds(task: Task, data: TaskData, state: MergeState, seed: int) -> tu
             task.model.train().zero_grad()  # gradients that the user left may have another memory layout
             trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
             optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0) if trained else None
-            run = functools.partial(_seconds, task, device=state.device, teacher=teacher, optimizer=optimizer)
-            whole = min([run((images, targets)) for _ in range(1 + REPEATS)][1:])
+            step = functools.partial(_seconds, task, device=state.device, teacher=teacher, optimizer=optimizer)
+            whole = min([step((images, targets)) for _ in range(1 + REPEATS)][1:])
             part = images[: -(-len(images) // 2)], targets[: -(-len(images) // 2)]
             with whole_batch_norm(task.model, task.name):
-                return whole, min([run(part) for _ in range(1 + REPEATS)][1:])
+                return whole, min([step(part) for _ in range(1 + REPEATS)][1:])
     except Exception:  # a user's model may raise anything
         return 0.0, 0.0
     finally:

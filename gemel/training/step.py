@@ -19,6 +19,7 @@ from gemel.datasets.loaders import TaskData
 from gemel.environment import ranks
 from gemel.environment.failures import is_out_of_memory
 from gemel.environment.seeds import derive_seed
+from gemel.environment.threads import num_threads_set, times_threads
 from gemel.fitting.batch_norm import freeze_statistics, frozen_statistics
 from gemel.forward.autocast import IN_FLOAT32, Autocast
 from gemel.forward.modes import release_graphs
@@ -121,12 +122,15 @@ class JointStep:
         self.reading_seconds = 0.0  # that this process waited for batches
         self.seed = torch.initial_seed()
         self.loss = torch.zeros((), device=device)  # of the last step, the sum over the tasks of all ranks
+        self.times_threads: dict[str, int] = {}  # by task of this rank
         self.has_failed = torch.zeros((), dtype=torch.bool, device=device)  # a loss was not finite; not looked at yet
         self.looks_later = fused  # so that the device need not wait for this process in every step
 
     def begin_stage(self, members: Sequence[Member]) -> None:
         """Train mode, with what this stage leaves alone frozen: shared parameters and statistics in the first."""
         private_only = self.schedule.private_only
+        if self.device.type == "cpu":
+            self.times_threads = times_threads([member.task.name for member in members])
         for parameter in self.shared:
             parameter.requires_grad_(not private_only)
         for member in (member for member in members if ranks.takes_part(member.task.name)):
@@ -161,6 +165,10 @@ class JointStep:
         self.samples += num_samples
         self.schedule.step += 1
         return None
+
+    def _threads_of(self, member: Member) -> contextlib.AbstractContextManager:
+        """Within, torch computes with the threads that this rank has for the task."""
+        return num_threads_set(torch.get_num_threads() * self.times_threads.get(member.task.name, 1))
 
     def _again(self, total: Tensor | None, batches: Sequence[Taken], are_split: bool) -> bool:
         """Whether a batch that did not fit the memory is tried in smaller parts, on this rank or on one that computes
@@ -200,7 +208,7 @@ class JointStep:
         for member, batch, num_images in batches:
             try:
                 for part in split(batch, member.num_parts, member.task.name):
-                    with self._autocast_of(member).whole_step():
+                    with self._autocast_of(member).whole_step(), self._threads_of(member):
                         loss = self._loss(member, part) * (len(part[0]) / num_images)
                         if loss.requires_grad:  # not where all that this stage trains is in other models
                             loss.backward()

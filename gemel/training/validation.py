@@ -1,11 +1,11 @@
 """Validation within a round: when, of which tasks first, and what it decides."""
 
+import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from gemel.datasets.loaders import num_samples
 from gemel.environment import ranks
@@ -61,38 +61,43 @@ class Validation:
         return self._decide()
 
     def _measured(self, left: Sequence[Member], everything: bool) -> dict[str, tuple[float, bool]]:
-        """Of the first of the tasks, and at the same time of the first ones of the other ranks (or of all tasks)."""
-        if not everything or ranks.size() == 1:
-            left = list({ranks.owner_of(member.task.name): member for member in reversed(left)}.values())
-        names = [member.task.name for member in left]
-        shown = {m.task.name: self._shown_first(m) for m in left if ranks.takes_part(m.task.name)}
-        known = {name: first for name, first in shown.items() if first is not None}
-        found = ranks.together(  # ranks that do not train a task have no averaged weights of it
-            lambda: measured_with_others(names, lambda name: self.measure(self.members[name]), known, ranks.parts_of)
-        )
-        return {name: (accuracy, is_confirmed) for name, (accuracy, is_confirmed) in found.items()}
+        """Of the first of the tasks, or of all: (accuracy on val, True); where the screening subset is below its
+        target, (an estimate from that, False). All ranks share in it."""
+        members = left if everything else left[:1]
+        found: dict[str, tuple[float, bool]] = {}
+        ratios: dict[str, float] = {}  # on the screening subset
+        for name, member in ((member.task.name, member) for member in members):
+            known = self.context.fitted.get(name) if self.schedule.step == 0 else None
+            if known is not None and known.accuracy is not None:
+                found[name] = known.accuracy, True
+            elif known is not None and self.screens(member):
+                ratios[name] = known.ratio
+        unknown = [member for member in members if member.task.name not in found]
+        screened = [member for member in unknown if self.screens(member) and member.task.name not in ratios]
+        targets = self.context.screen_targets
+        ratios |= {n: accuracy / targets[n] for n, accuracy in self._evaluated(screened, "screen").items()}
+        left = [member for member in unknown if ratios.get(member.task.name, 1.0) >= 1]
+        found |= {name: (accuracy, True) for name, accuracy in self._evaluated(left, "val").items()}
+        failed = {name: ratio for name, ratio in ratios.items() if ratio < 1}
+        return found | {name: (ratio * self.members[name].progress.target, False) for name, ratio in failed.items()}
 
-    def _shown_first(self, member: Member) -> tuple[nn.Module, DataLoader] | None:
-        """Which model sees which images first, when a task is measured; None where it is known already."""
-        name, step = member.task.name, self.schedule.step
-        known = self.context.fitted.get(name) if step == 0 else None
-        if known is not None and (known.accuracy is not None or self.screens(member)):
-            return None
-        model = self.averaged.get_submodule(name) if step else member.task.model
-        return model, member.data.screen if self.screens(member) else member.data.val
+    def _evaluated(self, members: Sequence[Member], split: str) -> dict[str, float]:
+        """The accuracies of some tasks, of which all ranks compute outputs."""
+        if not members:
+            return {}
+        shown = {m.task.name: (self._model(m), getattr(m.data, split)) for m in members}
 
-    def measure(self, member: Member) -> tuple[float, bool]:
-        """(accuracy on val, True); where the screening subset is below its target, (an estimate from that, False)."""
-        name, step = member.task.name, self.schedule.step
-        known = self.context.fitted.get(name) if step == 0 else None
-        if known is not None and known.accuracy is not None:
-            return known.accuracy, True
-        model = self.averaged.get_submodule(name) if step else member.task.model
-        if self.screens(member):
-            ratio = known.ratio if known else self._screen(member, model)
-            if ratio < 1:
-                return min(ratio, 1.0) * member.progress.target, False
-        return evaluate(member.task, member.data.val, model), True
+        def measure(name: str) -> float:
+            return evaluate(self.members[name].task, shown[name][1], shown[name][0])
+
+        found = ranks.together(lambda: measured_with_others(shown, measure, shown))
+        return {name: found[name] for name in shown}
+
+    def _model(self, member: Member) -> nn.Module:
+        """What is validated; where this rank does not train the task, a copy, which is to get the weights."""
+        if ranks.takes_part(member.task.name):
+            return self.averaged.get_submodule(member.task.name) if self.schedule.step else member.task.model
+        return copy.deepcopy(member.task.model).eval()
 
     def note(self, member: Member, accuracy: float, is_confirmed: bool) -> None:
         """Adds a measurement to the task's progress."""
@@ -140,10 +145,6 @@ class Validation:
             return shortest
         longest = 2 if self.options.imitates else 4  # it may be at its target soon
         return int(min(max(shortest, worst.progress.steps_to_target() / 2), longest * shortest))
-
-    def _screen(self, member: Member, model: nn.Module) -> float:
-        accuracy = evaluate(member.task, member.data.screen, model)
-        return accuracy / self.context.screen_targets[member.task.name]
 
     def _decide(self) -> str | None:
         """A round ends when all tasks meet their targets, or when fewer than two are left that could share."""

@@ -3,7 +3,15 @@ import random
 import pytest
 
 from gemel.environment.ranks import placed
-from gemel.environment.shares import Work, evaluators, loads, split_first, spread
+from gemel.environment.shares import (
+    Evaluation,
+    Work,
+    evaluators,
+    loads,
+    shares_of_threads,
+    split_first,
+    spread,
+)
 
 
 def longest(work, num_ranks: int) -> float:
@@ -14,6 +22,10 @@ def longest(work, num_ranks: int) -> float:
 
 def of_costs(costs, num_images: int = 8, split_seconds: float = 0.0) -> dict:
     return {task: Work(seconds, num_images, split_seconds) for task, seconds in costs.items()}
+
+
+def computing(costs) -> dict:
+    return {task: Evaluation(0.0, seconds) for task, seconds in costs.items()}
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
@@ -76,19 +88,46 @@ def test_the_same_costs_give_the_same_parts():
 
 
 def test_evaluations_are_shared_so_that_all_ranks_are_done_at_the_same_time():
-    costs, on = {"a": 8.0, "b": 5.0, "c": 1.0}, {"a": {0: 16}, "b": {1: 16}, "c": {0: 16}}
-    assert evaluators(costs, on, 2) == {"a": {0: 0.75, 1: 0.25}, "b": {1: 1.0}, "c": {0: 1.0}}
+    costs, owners = {"a": 8.0, "b": 5.0, "c": 1.0}, {"a": 0, "b": 1, "c": 0}
+    assert evaluators(computing(costs), owners, 2) == {"a": {0: 0.75, 1: 0.25}, "b": {1: 1.0}, "c": {0: 1.0}}
     even = {"a": 5.0, "b": 5.0}
-    assert evaluators(even, {"a": {0: 16}, "b": {1: 16}}, 2) == {"a": {0: 1.0}, "b": {1: 1.0}}
-    trained = {"a": {0: 4, 1: 12}, "b": {1: 16}}
-    assert evaluators({"a": 4.0, "b": 0.0}, trained, 2) == {"a": {0: 0.5, 1: 0.5}, "b": {1: 1.0}}
+    assert evaluators(computing(even), owners, 2) == {"a": {0: 1.0}, "b": {1: 1.0}}
+    assert evaluators(computing({"a": 4.0, "b": 0.0}), owners, 2) == {"a": {0: 0.5, 1: 0.5}, "b": {1: 1.0}}
+    assert evaluators(computing({"a": 0.0}), owners, 2) == {"a": {0: 1.0}}
+
+
+def test_the_rank_of_a_task_reads_all_of_its_images():
+    shares = evaluators({"a": Evaluation(reading=1.0, computing=2.0)}, {"a": 0}, 2)["a"]
+    assert shares == pytest.approx({0: 0.4, 1: 0.6})
+    assert 1.0 + 2.0 * shares[0] == pytest.approx((1.0 + 2.0) * shares[1])
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_evaluations_of_uneven_tasks(num_ranks):
     source = random.Random(num_ranks)
     costs = {f"task{i}": 30 ** source.random() for i in range(8)}
-    shares = evaluators(costs, {task: {i % num_ranks: 16} for i, task in enumerate(costs)}, num_ranks)
+    shares = evaluators(computing(costs), {task: i % num_ranks for i, task in enumerate(costs)}, num_ranks)
     busy = [sum(costs[task] * own.get(rank, 0.0) for task, own in shares.items()) for rank in range(num_ranks)]
     assert max(busy) <= 1.1 * sum(busy) / num_ranks
     assert all(sum(own.values()) == pytest.approx(1.0) for own in shares.values())
+
+
+@pytest.mark.parametrize(
+    ("costs", "owners", "rank", "expected"),
+    [
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, {"a": [0], "b": [1], "c": [1]}, 1, {"b": 1, "c": 2}),
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, {"a": [0], "b": [1], "c": [1]}, 0, {"a": 1}),
+        ({"a": 1.5, "b": 1.0, "c": 1.0}, {"a": [0], "b": [1], "c": [1]}, 1, {"b": 1, "c": 1}),  # a is not done yet
+        ({"b": 1.0, "c": 1.0}, {"b": [1], "c": [1]}, 1, {"b": 2, "c": 2}),  # a was given up
+        ({"a": 1.0, "b": 1.0, "s": 2.0}, {"s": [0, 1], "a": [1], "b": [1]}, 1, {"a": 2, "b": 2}),
+    ],
+)
+def test_a_rank_takes_the_threads_of_those_that_are_done(costs, owners, rank, expected):
+    parts = {task: dict.fromkeys(on, 8 // len(on)) for task, on in owners.items()}
+    assert shares_of_threads(of_costs(costs), parts, rank, range(2)) == expected
+
+
+def test_threads_of_other_machines_cannot_be_taken():
+    costs, parts = {"a": 1.0, "b": 1.0}, {"a": {2: 8}, "b": {2: 8}}
+    assert shares_of_threads(of_costs(costs), parts, 2, [2, 3]) == {"a": 2, "b": 2}
+    assert shares_of_threads(of_costs(costs), parts, 2, [2]) == {"a": 1, "b": 1}

@@ -38,7 +38,7 @@ def evaluated(method, wraps: bool = False, batches: DataLoader | None = None) ->
     torch.manual_seed(ranks.rank())  # the other rank's weights are out of date
     model = Counting().eval()
     model.wraps = wraps
-    ranks.assign({TASK: 0}, evaluators={TASK: {0: 0.6, 1: 0.4}})
+    ranks.assign({TASK: 0}, evaluations={TASK: (1.0, 2.0)})
     found = measured_with_others([TASK], lambda name: method(model, batches), {TASK: (model, batches)})
     assert "forward" not in vars(model)
     return [found.get(TASK), model.calls]
@@ -51,7 +51,7 @@ def logits(model: nn.Module, batches: DataLoader) -> torch.Tensor:
 
 def test_each_rank_runs_its_share_of_the_batches_and_nothing_differs():
     (value, calls), (nothing, calls_of_other) = on_ranks(2, lambda: evaluated(logits))
-    assert nothing is None and (calls, calls_of_other) == (3, 2)
+    assert nothing is None and (calls, calls_of_other) == (2, 3)
     expected, calls_of_one = evaluated(logits)
     assert torch.equal(value, expected) and calls_of_one == 5
     (accuracy, _), _ = on_ranks(2, lambda: evaluated(classification_eval))
@@ -117,7 +117,7 @@ def test_what_other_ranks_cannot_read_is_computed_by_the_eval_method():
 
     (value, calls), (_, calls_of_other) = on_ranks(2, lambda: evaluated(method, wraps=True))
     assert torch.equal(value, evaluated(method, wraps=True)[0])
-    assert (calls, calls_of_other) == (3 + 5, 2)
+    assert (calls, calls_of_other) == (2 + 5, 3)
 
 
 def test_an_error_of_the_model_is_left_to_the_eval_method(caplog):
@@ -132,7 +132,7 @@ def test_an_error_of_the_model_is_left_to_the_eval_method(caplog):
 
 def of_two_tasks(fails: bool) -> list:
     """The first rank has both tasks; what it does in which order."""
-    ranks.assign({}, evaluators={TASK: {0: 0.6, 1: 0.4}})
+    ranks.assign({}, evaluations={TASK: (1.0, 2.0)})
     models, done = {name: Counting().eval() for name in (TASK, "other")}, []
 
     def measure(name):
@@ -150,13 +150,13 @@ def of_two_tasks(fails: bool) -> list:
 
 def test_what_is_not_shared_is_measured_before_ranks_wait_for_each_other():
     (found, done), other = on_ranks(2, lambda: of_two_tasks(False))
-    assert found == {TASK: 20, "other": 20} and done == [["other", 3], [TASK, 3]]
+    assert found == {TASK: 20, "other": 20} and done == [["other", 2], [TASK, 2]]
     assert other == [{}, []]
 
 
 def test_a_rank_that_runs_out_of_memory_raises_when_the_others_have_what_they_wait_for():
     (found, done), other = on_ranks(2, lambda: of_two_tasks(True))
-    assert found == {"failed": 1} and done == [["other", 3]] and other == [{}, []]
+    assert found == {"failed": 1} and done == [["other", 2]] and other == [{}, []]
 
 
 def test_one_process_runs_the_model_as_it_is():
