@@ -20,6 +20,7 @@ from gemel.environment.interrupts import Interrupted
 from gemel.environment.seeds import random_state, seeded, set_random_state
 from gemel.fitting.batch_norm import reestimate_statistics
 from gemel.sharing.holders import own_models, synchronise_copies
+from gemel.training.compiled import compiled_of
 from gemel.training.context import RoundContext
 from gemel.training.distillation import Teacher
 from gemel.training.options import TrainingOptions
@@ -99,6 +100,7 @@ class Round:
         if self.training.autocasts is None:
             steps = self.schedule.max_steps
             self.training.autocasts = autocasts_of(self.members, self.training, self.context, steps)
+            self.training.compiled = compiled_of(self.members, self.training, self.context, steps)
         while self.schedule.step < self.schedule.next_validation and self.reason is None:
             if self.context.clock.stop_asked():
                 self.save(last=True)

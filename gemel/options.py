@@ -128,6 +128,8 @@ class MergeOptions:
         training = dataclasses.asdict(self.training)
         if self.training.precision == FLOAT32:  # nor this
             del training["precision"]
+        if not self.training.compile:  # nor this
+            del training["compile"]
         return {**own, **training}
 
     def memory_per_task(self, num_tasks: int) -> int:

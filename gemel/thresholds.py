@@ -125,6 +125,9 @@ class PrecisionThresholds:
     least_seconds: float = 0.1
     # Of a training: with fewer, measuring takes what it could gain.
     least_steps: int = 24
+    # Of the loss, at most, and of the angle between the gradients, at least, where a step is compiled (unmeasured).
+    compiled_difference: float = 0.001
+    compiled_cosine: float = 0.999
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS, MAX_FIELDS = 450, 60, 8, 12
 FLAGS = {
     *("--workload", "--datasets", "--results", "--tolerance", "--strategy", "--device"),
     *("--time-budget", "--fresh", "--per-class", "--plan", "--seed", "--memory", "--pareto", "--tensorboard"),
-    *("--check", "--html", "--json", "--quiet", "--debug", "--store-dtype", "--precision", "--share-norm"),
+    *("--check", "--html", "--json", "--quiet", "--debug", "--store-dtype", "--precision", "--compile", "--share-norm"),
     *("--keep-unmerged", "--retry", "--data"),
 }
 

@@ -28,6 +28,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--store-dtype", choices=STORE_TYPES, default="float32", help=types_help)
     precision_help = "of training steps; auto: as measured, with all that is judged in float32 (default: %(default)s)"
     parser.add_argument("--precision", choices=STEP_PRECISIONS, default="float32", help=precision_help)
+    compile_help = "compile training steps with torch.compile where that is faster: for long trainings"
+    parser.add_argument("--compile", action="store_true", help=compile_help)
     norm_help = "share normalisation in first layers as well, so that tasks of one camera run them once"
     parser.add_argument("--share-norm", action="store_true", help=norm_help)
     parser.add_argument("--memory", type=parse_size, metavar="SIZE", help="such as 600MiB: stop once parameters fit it")

@@ -38,6 +38,7 @@ class TrainingOptions:
     precision: str = (
         FLOAT32  # of training steps: a name of gemel.forward.STEP_PRECISIONS; auto: what a few steps of each model show
     )
+    compile: bool = False  # whether models run compiled in training steps, where that is faster
     screening_images: int = 256  # of val, evaluated first; all of it only where these meet the target; 0: none
 
     @classmethod

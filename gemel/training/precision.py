@@ -206,14 +206,22 @@ def _beside(step: Step, autocast: Autocast, exact: tuple[float, float, list[Tens
         way = str(autocast.dtype).removeprefix("torch.")
         log.warning("%s: no training step in %s, which fails: %s", step.task.name, way, " ".join(str(error).split()))
         return {"agrees": False}
-    loss, gradients = float(step.loss), step.gradients()
+    loss = float(step.loss)
     difference = abs(loss - exact_loss) / max(abs(exact_loss), limits.least_loss)
-    agrees = difference <= limits.loss_difference and _cosine(exact_gradients, gradients) >= limits.cosine
+    agrees = agree((exact_loss, exact_gradients), (loss, step.gradients()), limits.loss_difference, limits.cosine)
     speedup = exact_seconds / seconds
     if agrees and speedup * limits.speedup >= 1:  # the first step may be slower than those behind it
         pairs = [(step.seconds(IN_FLOAT32), step.seconds(autocast)) for _ in range(2)]
         speedup = min(exact for exact, _ in pairs) / min(short for _, short in pairs)
     return {"agrees": agrees, "speedup": round(speedup, 3), "loss_difference": round(difference, 5)}
+
+
+def agree(
+    exact: tuple[float, list[Tensor]], other: tuple[float, list[Tensor]], difference: float, cosine: float
+) -> bool:
+    """Whether loss and gradients differ little: the loss by at most this share, the gradients' cosine at least this."""
+    least = max(abs(exact[0]), THRESHOLDS.precision.least_loss)
+    return abs(other[0] - exact[0]) / least <= difference and _cosine(exact[1], other[1]) >= cosine
 
 
 def _cosine(one: list[Tensor], other: list[Tensor]) -> float:

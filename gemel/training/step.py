@@ -22,6 +22,7 @@ from gemel.environment.seeds import derive_seed
 from gemel.environment.threads import num_threads_set, times_threads
 from gemel.fitting.batch_norm import freeze_statistics, frozen_statistics
 from gemel.forward.autocast import IN_FLOAT32, Autocast
+from gemel.forward.compiled import Compiled
 from gemel.forward.modes import release_graphs
 from gemel.forward.whole_batch_norm import whole_batch_norm
 from gemel.sharing.holders import own_models, synchronise
@@ -122,6 +123,7 @@ class JointStep:
         self.reading_seconds = 0.0  # that this process waited for batches
         self.seed = torch.initial_seed()
         self.loss = torch.zeros((), device=device)  # of the last step, the sum over the tasks of all ranks
+        self.compiled: Mapping[str, Compiled] = {}  # by task of this rank (compiled.py)
         self.times_threads: dict[str, int] = {}  # by task of this rank
         self.has_failed = torch.zeros((), dtype=torch.bool, device=device)  # a loss was not finite; not looked at yet
         self.looks_later = fused  # so that the device need not wait for this process in every step
@@ -240,6 +242,8 @@ class JointStep:
                 stack.enter_context(whole_batch_norm(model, name))
             elif len(batch[0]) == 1:  # one image has no variance
                 stack.enter_context(frozen_statistics(model))
+            elif name in self.compiled:
+                stack.enter_context(self.compiled[name].within())
             losses = task_losses(member.task, batch, self.device, teacher, autocast, is_part)
         weight = loss_weight(member.progress.accuracy, member.progress.target)
         total = sum(self.options.weight_of(name, member.task) * loss for name, loss in losses.items())
