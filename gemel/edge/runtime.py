@@ -105,8 +105,7 @@ class Runtime:
         self.common = CommonLayers([], self.options.clock)
         self._turns(dict.fromkeys(self.kinds, Arrivals(1, None, 1, 1)))  # raises for a wrong budget or order
         self._stop = self.weights.stop
-        for model in self.weights.models.values():
-            stop_at_layers(model, self._stop)
+        self._hooks = [end for model in self.weights.models.values() for end in stop_at_layers(model, self._stop)]
         self._reader = ThreadPoolExecutor(1, "weights")
         self._ahead: Future | None = None
 
@@ -117,8 +116,10 @@ class Runtime:
         self.close()
 
     def close(self) -> None:
-        """Ends the thread that reads weights, and closes the store."""
+        """Ends the thread that reads weights, closes the store, and takes its hooks from the models."""
         self._reader.shutdown()
+        for end in self._hooks:
+            end()
         self.weights.close()
 
     def stop(self) -> None:

@@ -218,3 +218,18 @@ def test_models_with_tied_modules_of_their_own(tmp_path):
         image = runtime.transforms["a_x"](FRAMES[0])
     answer = next(r.output for r in results if (r.task, r.frame) == ("a_x", 0))
     assert torch.equal(answer, expected(models["a_x"], [image])[0])
+
+
+def test_models_serve_another_runtime_after_one_that_was_stopped(mixed):
+    models, whole = fresh_models(), load_merged(mixed, fresh_models())
+    with Runtime(mixed, models=models) as first:
+        first.run(FRAMES, fps=1e6, count=20, on_result=lambda result: first.stop())
+    results = []
+    with Runtime(mixed, models=models) as second:
+        summary = second.run(FRAMES, fps=1e6, count=20, on_result=results.append)
+        transforms = second.transforms
+    assert all(task["processed"] == 20 and task["dropped"] == 0 for task in summary["tasks"].values())
+    for result in results:
+        image = transforms[result.task](FRAMES[result.frame % len(FRAMES)])
+        assert equal(result.output, expected(whole[result.task], [image])[0])
+    assert not any(module._forward_pre_hooks for model in models.values() for module in model.modules())
