@@ -45,7 +45,7 @@ from gemel.sharing.tying import tie
 from model_architectures import build
 
 MIB = 1 << 20
-MOST = 4  # times the frames of a run: it is stopped before, so that no task runs out of frames, unless none is answered
+MOST = 4  # a run ends once its last frame is answered; if none is, after so many times its frames
 PLAN = Plan(shared_computation=False)
 NUM_CLASSES = 10
 

@@ -116,7 +116,7 @@ class Runtime:
         self.close()
 
     def close(self) -> None:
-        """Ends the thread that reads weights, closes the store, and takes its hooks from the models."""
+        """Ends the thread that reads weights, closes the store, and removes its hooks from the models."""
         self._reader.shutdown()
         for end in self._hooks:
             end()

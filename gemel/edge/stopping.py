@@ -13,7 +13,9 @@ class Stopped(Exception):
 
 
 def stop_at_layers(model: nn.Module, stop: threading.Event) -> list[Callable[[], None]]:
-    """From now on a call of the model raises Stopped before the next layer, once the event is set; what ends that.
+    """From now on a call of the model raises Stopped before the next layer, once the event is set.
+
+    Returns what takes that back, by layer.
 
     Layers within torch's attention are left out: with hooks on them it computes on another path, and the answers differ
     in the last bits.

@@ -31,7 +31,6 @@ def test_models_of_one_architecture_are_compiled_once_and_run_compiled_within_al
     for _ in range(2):  # as in two rounds
         for model in models:
             expected = model(IMAGES)
-            assert not graphs or model is not models[0] or len(graphs) == 1
             with Compiled(model).within():
                 assert torch.allclose(model(IMAGES), expected, atol=1e-6)
     assert len(graphs) == 1
