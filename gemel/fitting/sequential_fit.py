@@ -210,14 +210,14 @@ class _SequentialFit:
 
     def settle(self, norm: Norm) -> None:
         """Sets the statistics by the moments of its inputs here and in the unmerged model."""
-        of_teacher = self.samples.norms[norm]
-        numbers = [number for number in self.moments[norm] if number in of_teacher]
+        of_teacher, of_model = self.samples.norms[norm], self.moments.pop(norm)
+        numbers = [number for number in of_model if number in of_teacher]
         if numbers:
             model, teacher = (
                 cast(_BatchNorm, models[norm.task].get_submodule(norm.name)) for models in (self.models, self.teachers)
             )
-            own = pooled_moments([self.moments[norm][number] for number in numbers])
-            set_statistics(model, own, teacher, pooled_moments([of_teacher[number] for number in numbers]))
+            own = pooled_moments([of_model[number] for number in numbers])
+            set_statistics(model, own, teacher, pooled_moments([of_teacher[number].load() for number in numbers]))
         self.settled.add(norm)
 
     def keep(self, group: Group, task: str, name: str, number: int, rows: Sequence[Tensor]) -> None:
@@ -280,7 +280,7 @@ class _RowsOfLayer:
     """The inputs x [groups, n, d] of one layer of one task, in one tensor that its batches fill."""
 
     def __init__(self, samples: LayerSamples):
-        counts = [sum(len(call.picked) for call in calls) for calls in samples.calls]
+        counts = [sum(len(call.positions) for call in calls) for calls in samples.calls]
         self.ends = list(itertools.accumulate(counts))
         self.seen: set[int] = set()
         self.x: Tensor | None = None

@@ -31,12 +31,30 @@ MEASURED_IMAGES = 4  # of which the memory of a forward pass is measured
 
 
 class StoredSample(NamedTuple):
-    """As rows.Sample, with the outputs in a store."""
+    """As rows.Sample, with its tensors in a store."""
 
-    picked: Tensor
+    positions: Stored
     input_shape: torch.Size
     output_shape: torch.Size
     y: Stored
+
+    @property
+    def picked(self) -> Tensor:
+        return self.positions.load()
+
+
+class StoredMoments(NamedTuple):
+    """As batch_norm.ChannelMoments, with its tensors in a store."""
+
+    num_values: int
+    values: Stored  # [2, channels]: mean, variance
+
+    @classmethod
+    def put(cls, moments: ChannelMoments, store: TensorStore) -> "StoredMoments":
+        return cls(moments.num_values, store.put(torch.stack([moments.mean, moments.var])))
+
+    def load(self) -> ChannelMoments:
+        return ChannelMoments(self.num_values, *self.values.load())
 
 
 @dataclass
@@ -99,7 +117,7 @@ class TeacherSamples(dict[tuple[str, str], LayerSamples]):
     def __init__(self) -> None:
         super().__init__()
         self.waiting: dict[str, dict[str, int]] = {}
-        self.norms: dict[tuple[str, str], dict[int, ChannelMoments]] = {}
+        self.norms: dict[tuple[str, str], dict[int, StoredMoments]] = {}
         self.elsewhere: dict[tuple[str, str], LayerSummary] = {}
         self.num_batches: dict[str, int] = {}
         self.num_images: dict[str, int] = {}
@@ -128,7 +146,8 @@ class TeacherSamples(dict[tuple[str, str], LayerSamples]):
 class TeacherSampler:
     """Draws rows of layers and records the unmerged models' outputs there, once for every layer and set of images.
 
-    seed: of the positions that are drawn; those of a layer do not depend on which others are sampled. memory: bounds
+    All that stays of a forward pass goes to the store at once, small tensors too: between activations they would leave
+    holes that the allocator cannot give back. seed: of the positions that are drawn; those of a layer do not depend on which others are sampled. memory: bounds
     how many batches wait at a layer, the rows of a group, and what of the samples stays in memory.
     """
 
@@ -137,7 +156,7 @@ class TeacherSampler:
         self.store = TensorStore(memory.samples) if store is None else store
         self.footprints: dict[str, Footprint] = {}
         self._known: dict[tuple, LayerSamples] = {}
-        self._norms: dict[tuple, dict[int, dict[str, list[ChannelMoments]]]] = {}
+        self._norms: dict[tuple, dict[int, dict[str, list[StoredMoments]]]] = {}
         self._images: list[Sequence[Batch]] = []  # of what is known: while they are here, their ids name them
 
     def footprint(self, task: str, images: Batch) -> Footprint:
@@ -213,12 +232,12 @@ class TeacherSampler:
         layers: Mapping[str, LayerSamples],
         quota_of: Mapping[str, int],
         images: Sequence[Batch],
-        norms: dict[int, dict[str, list[ChannelMoments]]],
+        norms: dict[int, dict[str, list[StoredMoments]]],
     ) -> None:
         """Runs the task's unmerged model on the batches, and fills in the samples of the layers and the moments."""
 
         def note(name: str, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            norms[number].setdefault(name, []).append(channel_moments(inputs[0]))
+            norms[number].setdefault(name, []).append(StoredMoments.put(channel_moments(inputs[0]), self.store))
 
         def takes_inputs(call: int, inputs: Tensor) -> bool:
             return call > 0 or len(inputs) != len(batch)  # of later calls, and on regions
@@ -237,7 +256,9 @@ class TeacherSampler:
             self._add_inputs(layers, samples, batch, number)
 
     def _kept(self, sample: Sample) -> StoredSample:
-        return StoredSample(sample.picked, sample.input_shape, sample.output_shape, self.store.put(sample.y))
+        return StoredSample(
+            self.store.put(sample.picked), sample.input_shape, sample.output_shape, self.store.put(sample.y)
+        )
 
     def _add_inputs(self, layers: Mapping[str, LayerSamples], samples: Samples, batch: Batch, number: int) -> None:
         """Keeps the teacher's inputs of layers on regions, and of all calls of a layer but the first."""
