@@ -78,9 +78,13 @@ class SearchThresholds:
     little: float = 0.33
     # Of the possible saving: only where adapters could save as much (unmeasured).
     much: float = 0.15
-    # Of accuracy / target, per unit of sensitivity, of a classifier before the first trial ("2026-11-26 A search by").
-    classifier_loss: float = 0.3
-    # The same of a detector ("2026-11-26 A search by").
+    # Of the possible saving: what the time of one more trial counts ("2026-11-27 Losses of classifiers").
+    one_more_trial: float = 0.1
+    # Of accuracy / target, of a classifier before the first trial: this times a power of its sensitivity, chosen with
+    # whole workloads left out ("2026-11-27 Losses of classifiers").
+    classifier_loss: float = 0.02
+    classifier_exponent: float = 0.3
+    # The same of a detector, per unit of its sensitivity ("2026-11-26 A search by").
     detector_loss: float = 2.0
     # With a memory goal: of so many tasks each is spared in one of the first trials (unmeasured).
     spared_tasks: int = 3

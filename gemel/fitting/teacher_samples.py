@@ -147,8 +147,9 @@ class TeacherSampler:
     """Draws rows of layers and records the unmerged models' outputs there, once for every layer and set of images.
 
     All that stays of a forward pass goes to the store at once, small tensors too: between activations they would leave
-    holes that the allocator cannot give back. seed: of the positions that are drawn; those of a layer do not depend on which others are sampled. memory: bounds
-    how many batches wait at a layer, the rows of a group, and what of the samples stays in memory.
+    holes that the allocator cannot give back. seed: of the positions that are drawn; those of a layer do not depend on
+    which others are sampled. memory: bounds how many batches wait at a layer, the rows of a group, and what of the
+    samples stays in memory.
     """
 
     def __init__(self, teachers: Models, seed: int, memory: FitMemory = UNBOUNDED, store: TensorStore | None = None):

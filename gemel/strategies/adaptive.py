@@ -19,7 +19,6 @@ trial is made twice.
 """
 
 import hashlib
-import math
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
@@ -38,7 +37,7 @@ from gemel.sharing.groups import (
 from gemel.sharing.signatures import find_layers
 from gemel.strategies.adapted_groups import with_adapters
 from gemel.strategies.base import NONE, Ratios, Sensitivity, Strategy
-from gemel.strategies.curves import Curve
+from gemel.strategies.curves import Curve, ExpectedLoss, expected_saving
 from gemel.strategies.goal import just_enough
 from gemel.strategies.phases import (
     ABOUT_TO_DO,
@@ -74,7 +73,6 @@ class Adaptive(Strategy):
         self.sensitivity: dict[tuple[int, str], float] = {}  # (index of a group, task) -> error at the outputs
         self.misfit: dict[int, float] = {}  # index of a group -> error of its fitted weights, for the worst task
         self.donor: str | None = None  # the task with the highest sum of errors of fitted weights
-        self.losses: dict[str, float] = {}  # task -> accuracy / target that a unit of sensitivity is expected to cost
         self.curves = {name: Curve() for name in models}
         first = {name: next((layer.name for layer in find_layers(model)), None) for name, model in models.items()}
         self.stems = [all(first[o.task] == o.layer for o in group.occurrences) for group in self.groups]
@@ -188,7 +186,7 @@ class Adaptive(Strategy):
             for o in group.occurrences:
                 if o not in tied:
                     weight = THRESHOLDS.search.spared_weight if o.task == spared else 1.0
-                    costs[i, o.task] = weight * self._sensitivity_of(i, o.task) * self.losses.get(o.task, 1.0)
+                    costs[i, o.task] = weight * self._expected_loss(i, o.task)
         assert self.goal_saving is not None
         found = just_enough(self.groups, costs, self.goal_saving)
         return joined(base, found) if base and found is not None else found
@@ -218,7 +216,13 @@ class Adaptive(Strategy):
         """Of several configurations, from cautious to everything, the new one with the largest expected saving."""
         trials = dict.fromkeys(self._at_risk(risk) for risk in RISKS)
         new = [trial for trial in trials if self._is_new(trial) and self._is_worth_a_trial(trial)]
-        return max(new, key=self._expected_saving, default=None)
+        return max(new, key=self._worth, default=None)
+
+    def _worth(self, trial: Configuration) -> float:
+        """Its expected saving, less what one more trial counts where it leaves something out."""
+        is_everything = saved_bytes(trial) == saved_bytes(joined(self.base, self.groups))
+        more = 0.0 if is_everything else THRESHOLDS.search.one_more_trial * saved_bytes(self.groups)
+        return self._expected_saving(trial) - more
 
     def _at_risk(self, risk: float) -> Configuration:
         """What is kept, and as much of all groups as each task bears with this probability."""
@@ -245,19 +249,8 @@ class Adaptive(Strategy):
         return {task: curve.probability(self._tied_share(trial, task)) for task, curve in self.curves.items()}
 
     def _expected_saving(self, trial: Configuration) -> float:
-        """Net bytes, where tasks that fail go back to what is kept, and the others share among themselves.
-
-        Of n tasks that share a group k meet their targets; the mean of max(0, k - 1) is the sum of the probabilities,
-        less 1, and the probability that none does.
-        """
-        probabilities = self._probabilities(trial)
         tied = {o for group in self.kept for o in group.occurrences}
-        saving = 0.0
-        for group in trial:
-            each = [1.0 if o in tied else probabilities[o.task] for o in group.occurrences]
-            per_task = group.saved_bytes / (len(each) - 1)
-            saving += per_task * (sum(each) - 1 + math.prod(1 - p for p in each))
-        return saving
+        return expected_saving(trial, self._probabilities(trial), tied)
 
     def _promises_little(self, trial: Configuration) -> bool:
         """Whether adapters, with tasks that learn quickly in what they hold alone, promise far more than the trial."""
@@ -275,10 +268,18 @@ class Adaptive(Strategy):
         group = self.groups[index]
         return self.sensitivity.get((index, task), group.bytes / max(1, saved_bytes(self.groups)))
 
+    def _total_sensitivity(self, task: str) -> float:
+        return sum(self._sensitivity_of(i, task) for i, group in enumerate(self.groups) if task in group.tasks)
+
+    def _expected_loss(self, index: int, task: str) -> float:
+        """Of the task by one group: as much of the loss by all of them as it has of their sensitivity."""
+        slope = self.curves[task].slope
+        return self._sensitivity_of(index, task) * (slope / self._total_sensitivity(task) if slope else 1.0)
+
     def _tied_share(self, trial: Configuration, task: str) -> float:
         """The share of a task's sensitivity that the trial ties without an adapter."""
         tied = {o for group in trial if not group.rank for o in group.occurrences if o.task == task}
-        total = sum(self._sensitivity_of(i, task) for i, group in enumerate(self.groups) if task in group.tasks)
+        total = self._total_sensitivity(task)
         among = (i for i, group in enumerate(self.groups) if tied.intersection(group.occurrences))
         return sum(self._sensitivity_of(i, task) for i in among) / total if total else 0.0
 
@@ -305,7 +306,7 @@ class Adaptive(Strategy):
         sensitivity: Sensitivity,
         misfit: Sensitivity = NONE,
         reached: Ratios = NONE,
-        losses: Mapping[str, float] = NONE,
+        losses: Mapping[str, ExpectedLoss] = NONE,
     ) -> None:
         """Begins the curve of each task."""
         index = {group.occurrences: i for i, group in enumerate(self.groups)}
@@ -315,10 +316,10 @@ class Adaptive(Strategy):
             self.misfit[i] = max(value, self.misfit.get(i, 0.0))
         totals = {task: sum(v for (_, t), v in misfit.items() if t == task) for task in sorted(self.curves)}
         self.donor = max(totals, key=totals.__getitem__, default=None)
-        self.losses = dict(losses)
         for task, curve in self.curves.items():
-            total = sum(value for (_, name), value in self.sensitivity.items() if name == task)
-            curve.unshared, curve.slope = reached.get(task, 1.0), losses.get(task, 0.0) * total
+            curve.unshared = reached.get(task, 1.0)
+            if task in losses:
+                curve.expect(losses[task], sum(v for (_, name), v in self.sensitivity.items() if name == task))
 
     def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE) -> None:
         trial = self.propose()
@@ -432,7 +433,6 @@ class Adaptive(Strategy):
             "parts": [[[index, list(tasks)] for index, tasks in part.items()] for part in self.parts],
             "smallest": self.smallest,
             "tried": sorted(self.tried),
-            "losses": self.losses,
             "goal": {"saving": self.goal_saving, "ratios": self.goal_ratios},
             "adopted": to_plain(self.adopted),
         }
@@ -446,5 +446,5 @@ class Adaptive(Strategy):
         self.adapters_first = state.get("adapters_first")  # earlier versions have none
         self.parts = [{index: tuple(tasks) for index, tasks in part} for part in state["parts"]]
         self.tried, self.adopted = set(state["tried"]), from_plain(state["adopted"])
-        self.losses, goal = state["losses"], state["goal"]
+        goal = state["goal"]
         self.goal_ratios = goal["ratios"] if goal["saving"] == self.goal_saving else {}  # of this goal only

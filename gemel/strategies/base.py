@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from gemel.sharing.groups import Configuration, Group, Occurrence, joined
+from gemel.strategies.curves import ExpectedLoss
 
 NONE: Mapping = MappingProxyType({})
 Ratios = Mapping[str, float]  # task -> what it reached, as a share of its target
@@ -111,13 +112,13 @@ class Strategy(ABC):
         sensitivity: Sensitivity,
         misfit: Sensitivity = NONE,
         reached: Ratios = NONE,
-        losses: Mapping[str, float] = NONE,
+        losses: Mapping[str, ExpectedLoss] = NONE,
     ) -> None:
         """Takes the predictions for every group and task, before the first proposal.
 
         sensitivity: error at the outputs of the task's model, relative to their variance, if the group is tied. misfit:
         the same at the outputs of the group's layer. reached: of each task now. losses: of each task, the accuracy /
-        target that a unit of sensitivity is expected to cost.
+        target that sensitivity is expected to cost.
         """
 
     def predicted_sensitivity(self) -> Mapping[Occurrence, float]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from gemel.sharing.groups import Configuration, Group, Occurrence, ordered, restrict, saved_bytes
 from gemel.strategies.base import NONE, Ratios, Sensitivity, Strategy
+from gemel.strategies.curves import ExpectedLoss
 
 KEY = "components"  # of the state of a search by components
 Make = Callable[[Mapping[str, nn.Module], Configuration], Strategy]
@@ -130,7 +131,7 @@ class Components(Strategy):
         sensitivity: Sensitivity,
         misfit: Sensitivity = NONE,
         reached: Ratios = NONE,
-        losses: Mapping[str, float] = NONE,
+        losses: Mapping[str, ExpectedLoss] = NONE,
     ) -> None:
         self._proposed = {}
         for tasks, part in zip(self.tasks, self.parts, strict=True):
@@ -138,10 +139,8 @@ class Components(Strategy):
                 errors, worst = (
                     {key: v for key, v in values.items() if key[1] in tasks} for values in (sensitivity, misfit)
                 )
-                ratios, slopes = (
-                    {name: v for name, v in values.items() if name in tasks} for values in (reached, losses)
-                )
-                part.set_sensitivity(errors, worst, ratios, slopes)
+                ratios = {name: ratio for name, ratio in reached.items() if name in tasks}
+                part.set_sensitivity(errors, worst, ratios, {n: loss for n, loss in losses.items() if n in tasks})
 
     def predicted_sensitivity(self) -> Mapping[Occurrence, float]:
         return {o: value for part in self.parts for o, value in part.predicted_sensitivity().items()}

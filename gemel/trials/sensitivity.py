@@ -9,6 +9,7 @@ from gemel.fitting.importance import importance_of_layers
 from gemel.fitting.sensitivity import Sensitivity, predict_sensitivity
 from gemel.sharing.groups import Configuration
 from gemel.sharing.signatures import find_layers
+from gemel.strategies.curves import ExpectedLoss
 from gemel.thresholds import THRESHOLDS
 from gemel.trials.images import ImageSampler
 from gemel.trials.out_of_memory import on_fewer_images
@@ -73,10 +74,9 @@ def _sensitivity(
     return errors, misfit
 
 
-def expected_losses(tasks: Mapping[str, Task]) -> dict[str, float]:
-    """Task -> accuracy / target that a unit of sensitivity is expected to cost, before anything was measured."""
+def expected_losses(tasks: Mapping[str, Task]) -> dict[str, ExpectedLoss]:
+    """Task -> accuracy / target that sensitivity is expected to cost, before anything was measured."""
     limits = THRESHOLDS.search
-    return {
-        name: limits.classifier_loss if task.kind == CLASSIFICATION else limits.detector_loss
-        for name, task in tasks.items()
-    }
+    classifier = ExpectedLoss(limits.classifier_loss, limits.classifier_exponent)
+    detector = ExpectedLoss(limits.detector_loss)
+    return {name: classifier if task.kind == CLASSIFICATION else detector for name, task in tasks.items()}

@@ -9,6 +9,7 @@ from pico import PicoNet
 from gemel.sharing.groups import affected_tasks, find_groups, restrict, saved_bytes
 from gemel.strategies.adaptive import Adaptive
 from gemel.strategies.components import Components, components_of
+from gemel.strategies.curves import ExpectedLoss
 
 
 def workload(*widths: int) -> dict:
@@ -86,7 +87,7 @@ def test_predictions_reach_the_searches_that_they_are_for():
     groups, strategy = find_groups(models), searched_apart(models)
     assert strategy.needs_sensitivity
     errors = {(group, o.task): 0.01 for group in groups for o in group.occurrences}
-    strategy.set_sensitivity(errors, errors, dict.fromkeys(models, 1.0), dict.fromkeys(models, 0.3))
+    strategy.set_sensitivity(errors, errors, dict.fromkeys(models, 1.0), dict.fromkeys(models, ExpectedLoss(0.3)))
     assert not strategy.needs_sensitivity
     assert set(strategy.predicted_sensitivity()) == {o for group in groups for o in group.occurrences}
 

@@ -7,6 +7,7 @@ from pico import PicoNet
 
 from gemel.sharing.groups import find_groups, saved_bytes
 from gemel.strategies.adaptive import Adaptive
+from gemel.strategies.curves import ExpectedLoss
 from gemel.strategies.goal import just_enough
 
 
@@ -63,8 +64,8 @@ def adaptive(goal_share: float | None = 0.5, **of_layer: float) -> Adaptive:
     if goal_share is not None:
         strategy.goal_saving = int(goal_share * saved_bytes(groups))
     found = {(groups[i], task): cost for (i, task), cost in costs_of(groups, **of_layer).items()}
-    slope = {"task0_x": 0.3, "task1_x": 0.3, "task2_x": 2.0}
-    strategy.set_sensitivity(found, losses=slope)
+    losses = {"task0_x": ExpectedLoss(0.3), "task1_x": ExpectedLoss(0.3), "task2_x": ExpectedLoss(2.0)}
+    strategy.set_sensitivity(found, losses=losses)
     return strategy
 
 

@@ -12,7 +12,7 @@ from gemel.sharing.groups import find_groups, restrict, saved_bytes, verified_pa
 from gemel.strategies import STRATEGIES, strategy_class
 from gemel.strategies.adaptive import RISKS, Adaptive
 from gemel.strategies.baselines import Stem
-from gemel.strategies.curves import Curve
+from gemel.strategies.curves import Curve, ExpectedLoss
 from gemel.strategies.phases import ABOUT_TO_DO, DONE, FILL, SEARCH, SMALLER_ADAPTERS, TRAIN, WITH_ADAPTERS, following
 from gemel.thresholds import THRESHOLDS
 
@@ -210,7 +210,7 @@ def test_sensitivity_that_is_known_is_looked_up_and_otherwise_in_proportion_to_b
     bytes_of = [strategy._sensitivity_of(i, "task0_x") / group.bytes for i, group in enumerate(strategy.groups)]
     assert bytes_of == pytest.approx([1 / saved_bytes(strategy.groups)] * len(bytes_of))
     known = {(first, "task0_x"): 0.7, (second, "task1_x"): 0.5}
-    strategy.set_sensitivity(known, losses={"task0_x": 2.0}, reached={"task0_x": 1.1})
+    strategy.set_sensitivity(known, losses={"task0_x": ExpectedLoss(2.0)}, reached={"task0_x": 1.1})
     assert strategy.predicted_sensitivity() == {first.occurrences[0]: 0.7, second.occurrences[1]: 0.5}
     assert not strategy.needs_sensitivity
     curve, other = strategy.curves["task0_x"], strategy.curves["task1_x"]
@@ -234,6 +234,46 @@ def test_the_share_that_is_tied_leaves_out_layers_with_adapters():
     assert whole == pytest.approx(1.0)
     own = [group for group in find_groups(models(width=32)) if "task0_x" in group.tasks]
     assert without == pytest.approx(1 - own[0].bytes / sum(group.bytes for group in own))
+
+
+def test_losses_that_grow_more_slowly_than_sensitivity_are_on_a_line_over_its_power():
+    """The loss of a share is what the factor and the exponent say, as long as nothing was measured."""
+    noise, uncertainty = THRESHOLDS.search.noise, THRESHOLDS.search.uncertainty
+    curve = Curve(unshared=1.1)
+    curve.expect(ExpectedLoss(0.2, 0.5), 0.25)
+    assert curve.slope == pytest.approx(0.1), "of everything"
+    for share in (0.01, 0.16, 1.0):
+        loss = 0.2 * (0.25 * share) ** 0.5
+        expected = NormalDist(1.1 - loss, math.hypot(noise, loss * max(uncertainty, noise / 0.1)))
+        assert curve.probability(share) == pytest.approx(1 - expected.cdf(1.0)), share
+    curve.add(0.16, 1.06)
+    curve.add(0.64, 0.98)
+    line = (0.16**0.5, 0.64**0.5)
+    slope = 0.08 / (line[1] - line[0])
+    for share, distance in ((0.25, 0.1), (0.49, 0.1), (1.0, 0.2)):
+        spread = math.hypot(noise, uncertainty * slope * distance)
+        expected = NormalDist(1.06 - slope * (share**0.5 - line[0]), spread)
+        assert curve.probability(share) == pytest.approx(1 - expected.cdf(1.0)), share
+
+
+def test_everything_is_tried_first_where_what_would_be_left_is_not_worth_a_trial_of_its_own():
+    """Which of two trials is made depends on what one more of them counts."""
+    strategy = Adaptive(models(width=32))
+    small = min(strategy.groups, key=lambda group: group.bytes)
+    rest = tuple(group for group in strategy.groups if group != small)
+    errors = {(group, task): 1.0 if group == small else 0.01 for group in strategy.groups for task in group.tasks}
+
+    def proposal(loss: ExpectedLoss):
+        strategy.set_sensitivity(errors, reached=dict.fromkeys(NAMES, 1.05), losses=dict.fromkeys(NAMES, loss))
+        return strategy.propose()
+
+    missing = THRESHOLDS.search.one_more_trial * saved_bytes(strategy.groups)
+    proposals = [proposal(ExpectedLoss(loss)) for loss in (0.0, 0.005, 0.01, 0.02)]
+    assert strategy.groups in proposals and rest in proposals
+    for loss, found in zip((0.0, 0.005, 0.01, 0.02), proposals, strict=True):
+        assert proposal(ExpectedLoss(loss)) == found
+        gain = strategy._expected_saving(rest) - strategy._expected_saving(strategy.groups)
+        assert (found == strategy.groups) == (gain < missing), loss
 
 
 # ---- filling in -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from gemel.sharing.groups import affected_tasks, find_groups, from_plain, joined
 from gemel.strategies import STRATEGIES, strategy_class
 from gemel.strategies.adaptive import Adaptive
 from gemel.strategies.baselines import All, Gemel, Stem, gemel_units
-from gemel.strategies.curves import Curve
+from gemel.strategies.curves import Curve, ExpectedLoss
 from gemel.thresholds import THRESHOLDS
 
 
@@ -213,7 +213,7 @@ def test_a_trial_that_is_expected_to_fail_is_not_made_first():
     for loss in (0.0, 2.0, 100.0):
         strategy = Adaptive(workload(1, 1, 1))
         tasks = tasks_in(groups)
-        losses = dict.fromkeys(tasks, loss)
+        losses = dict.fromkeys(tasks, ExpectedLoss(loss))
         strategy.set_sensitivity(sensitivities(groups), reached=dict.fromkeys(tasks, 1.05), losses=losses)
         proposal = strategy.propose()
         shares.append(saved_bytes(proposal) if strategy.phase == "search" else 0)
