@@ -60,7 +60,7 @@ from gemel.trials.matched_groups import matched_groups
 from gemel.trials.out_of_memory import on_fewer_images
 from gemel.trials.private_training import ALONE, PrivateTraining
 from gemel.trials.rounding import Rounding
-from gemel.trials.sensitivity import expected_losses, sensitivity_if_all_were_tied
+from gemel.trials.sensitivity import begins_small, predict_for
 from gemel.trials.state import MergeState
 from gemel.trials.teachers import FrozenPrefixes, teachers_of
 from gemel.trials.verified_part import part_to_keep, saving_of_part
@@ -225,17 +225,17 @@ class Merger:
         """
         if self._fits():
             return
+        is_new = self.strategy.needs_sensitivity
         with self.clock.interruptible():
             emit("doing", what="aligning channels")
             self._align_channels()
+            self.strategy.begins_small = is_new and begins_small(self.state, self.images, self.record.groups)
         self._update_run()  # a killed run goes on in this order of channels
-        with self.clock.interruptible():
-            emit("doing", what="predicting how much sharing hurts")
-            if self.strategy.needs_sensitivity:
-                predicted = sensitivity_if_all_were_tied(self.state, self.images, self.record.groups)
-                if predicted is not None:
-                    self.strategy.set_sensitivity(*predicted, self.evaluator.ratios(), expected_losses(self.tasks))
         while True:
+            if is_new and self.strategy.needs_sensitivity:
+                is_new = False
+                with self.clock.interruptible():
+                    predict_for(self.strategy, self.state, self.images, self.record.groups, self.evaluator)
             self.clock.raise_if_over()
             self._see_what_the_goal_would_take()
             emit("doing", what="choosing what to try next")

@@ -86,7 +86,20 @@ class SearchThresholds:
     classifier_exponent: float = 0.3
     # The same of a detector, per unit of its sensitivity ("2026-11-26 A search by").
     detector_loss: float = 2.0
-    # With a memory goal: of so many tasks each is spared in one of the first trials (unmeasured).
+    # Floating-point operations of classifiers on the images of a fit: from here on, large and late layers come first
+    # ("2026-11-27 A small step first").
+    long_fit: float = 1.3e11
+    # Of the possible saving, that they save ("2026-11-27 A small step first").
+    first_step: float = 0.9
+    # Of the possible saving, that the first trial after a failure saves ("2026-11-27 A small step first").
+    small_step: float = 0.5
+
+
+@dataclass(frozen=True)
+class GoalThresholds:
+    """How trials that just reach a memory goal spare tasks."""
+
+    # Of so many tasks each is spared in one of the first trials (unmeasured).
     spared_tasks: int = 3
     # There, times as much counts what that task loses (unmeasured).
     spared_weight: float = 3.0
@@ -158,6 +171,7 @@ class Thresholds:
     balance: BalanceThresholds = BalanceThresholds()
     sensitivity: SensitivityThresholds = SensitivityThresholds()
     search: SearchThresholds = SearchThresholds()
+    goal: GoalThresholds = GoalThresholds()
     private: PrivateTrainingThresholds = PrivateTrainingThresholds()
     precision: PrecisionThresholds = PrecisionThresholds()
     fill: FillThresholds = FillThresholds()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from gemel.fitting.rows import is_linear_map, output_width
 from gemel.forward.batches import Batch, to_device
@@ -35,6 +36,7 @@ class Footprint(NamedTuple):
 
     layers: Mapping[str, LayerFootprint]  # in the order in which they are called
     peak: float  # bytes at the worst moment of the pass
+    flops: float = 0.0  # floating-point operations of the pass
 
 
 @torch.no_grad()
@@ -55,10 +57,10 @@ def footprint_of(model: nn.Module, names: Iterable[str], images: Batch) -> Footp
         layers[name] = layers[name]._replace(positions=layers[name].positions + positions)
 
     names = list(names)
-    alive = LiveBytes([*model.parameters(), *model.buffers()])
-    with evaluating(model), hooked(model, names, arrive, before=True), hooked(model, names, leave), alive:
+    alive, counter = LiveBytes([*model.parameters(), *model.buffers()]), Flops()
+    with evaluating(model), hooked(model, names, arrive, before=True), hooked(model, names, leave), alive, counter:
         model(_copied(to_device(images, device)))
-    return Footprint(layers, alive.peak / num_images)
+    return Footprint(layers, alive.peak / num_images, counter.total / num_images)
 
 
 def _copied(images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
@@ -92,6 +94,20 @@ class LiveBytes(TorchDispatchMode):
     def _release(self, address: int, num_bytes: int) -> None:
         self._known.discard(address)
         self.now -= num_bytes
+
+
+class Flops(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products and convolutions, as torch.utils.flop_counter does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 # ---- a plan ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from gemel.forward.batches import Batch, run
-from gemel.forward.hooks import hooked
+from gemel.forward.hooks import EndForward, hooked, run_until_end
 from gemel.sharing.adapters import (
     KINDS,
     LinearMap,
@@ -212,23 +212,28 @@ def sample_outputs(
     return {name: _thinned(calls, quotas[name]) for name, calls in samples.items()}
 
 
-def sample_inputs(model: nn.Module, samples: Mapping[str, Sequence[Positions]], images: Batch) -> dict[str, Tensor]:
+def sample_inputs(
+    model: nn.Module, samples: Mapping[str, Sequence[Positions]], images: Batch, *, ends_early: bool = False
+) -> dict[str, Tensor]:
     """Runs the model once and returns x [groups, n, d] of each layer at the positions of its samples.
 
-    A layer whose calls have other shapes here than when the samples were taken is left out.
+    A layer whose calls have other shapes here than when the samples were taken is left out. ends_early: the pass ends
+    where the last call that was sampled begins; for the model and the images that the samples were taken of.
     """
     found: dict[str, list[Tensor | None]] = {name: [] for name in samples}
 
-    def record(name: str, layer: LinearMap, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+    def record(name: str, layer: LinearMap, inputs: tuple[Tensor, ...]) -> None:
         calls = found[name]
         sample = samples[name][len(calls)] if len(calls) < len(samples[name]) else None
         if sample is not None and sample.input_shape == inputs[0].shape:
             calls.append(input_rows(layer, inputs[0], sample.output_shape, sample.picked))
         else:
             calls.append(None)
+        if ends_early and all(len(found[other]) == len(samples[other]) for other in samples):
+            raise EndForward
 
-    with hooked(model, samples, record):
-        run(model, images)
+    with hooked(model, samples, record, before=True):
+        run_until_end(run, model, images)
     usable = {name: [part for part in parts if part is not None] for name, parts in found.items()}
     return {n: torch.cat(x, 1) for n, x in usable.items() if len(x) == len(found[n]) == len(samples[n])}
 

@@ -273,7 +273,8 @@ class _SequentialFit:
         samples = self.samples[task, name]
         if number in samples.inputs:
             return samples.inputs[number].load()
-        return sample_inputs(self.teachers[task], {name: samples.calls[number]}, self.images[task][number])[name]
+        batch = self.images[task][number]
+        return sample_inputs(self.teachers[task], {name: samples.calls[number]}, batch, ends_early=True)[name]
 
 
 class _RowsOfLayer:

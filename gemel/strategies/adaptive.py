@@ -1,5 +1,6 @@
 """The adaptive strategy: what is expected to save most, by the accuracies that were measured so far.
 
+   Where trials take long, and after a failure that kept little, what is least sensitive comes first.
 1. Search: of several configurations, from cautious to everything, try the one that is expected to save most, as long
    as that is worth a trial. Of each task the most sensitive layers per byte are released first (a group splits: the
    other tasks still share it); how many, follows from what the task reached with more and with less tied (curves.py).
@@ -34,11 +35,11 @@ from gemel.sharing.groups import (
     saved_bytes,
     to_plain,
 )
-from gemel.sharing.signatures import find_layers
 from gemel.strategies.adapted_groups import with_adapters
 from gemel.strategies.base import NONE, Ratios, Sensitivity, Strategy
 from gemel.strategies.curves import Curve, ExpectedLoss, expected_saving
-from gemel.strategies.goal import just_enough
+from gemel.strategies.donors import Donors
+from gemel.strategies.goal import just_enough, least_sensitive
 from gemel.strategies.phases import (
     ABOUT_TO_DO,
     DONE,
@@ -71,11 +72,8 @@ class Adaptive(Strategy):
         self.adapted = with_adapters(self.groups, models, adapter_budget)
         self.smaller = with_adapters(self.groups, models, adapter_budget / 2)
         self.sensitivity: dict[tuple[int, str], float] = {}  # (index of a group, task) -> error at the outputs
-        self.misfit: dict[int, float] = {}  # index of a group -> error of its fitted weights, for the worst task
-        self.donor: str | None = None  # the task with the highest sum of errors of fitted weights
+        self.donors = Donors(models, self.groups)
         self.curves = {name: Curve() for name in models}
-        first = {name: next((layer.name for layer in find_layers(model)), None) for name, model in models.items()}
-        self.stems = [all(first[o.task] == o.layer for o in group.occurrences) for group in self.groups]
         self.own: Configuration = ()
         self.part: Configuration = ()  # kept of a failed trial, of more saving than what whole trials kept
         self.phase = SEARCH
@@ -101,7 +99,7 @@ class Adaptive(Strategy):
 
     @property
     def needs_sensitivity(self) -> bool:
-        return self.phase == SEARCH and bool(self.groups) and not self.sensitivity
+        return self.phase == SEARCH and bool(self.groups) and not self.sensitivity and self._small_step() is None
 
     @property
     def refits_all_changes(self) -> bool:
@@ -156,6 +154,8 @@ class Adaptive(Strategy):
             if (next_goal := self._next_goal_trial()) is not None:
                 return next_goal[1]
             if self.phase == SEARCH:
+                if (step := self._small_step()) is not None:
+                    return step
                 trial = self._most_promising()
                 if trial is not None and (self.adapters_first is not None or not self._promises_little(trial)):
                     return trial
@@ -176,7 +176,7 @@ class Adaptive(Strategy):
     def _spared(self) -> list[str]:
         """Who is spared in the trials that just reach the goal: all tasks alike, then each of the most sensitive."""
         most = sorted(self.curves, key=lambda task: (-self.curves[task].slope, task))
-        return [ALL_ALIKE, *most[: THRESHOLDS.search.spared_tasks]]
+        return [ALL_ALIKE, *most[: THRESHOLDS.goal.spared_tasks]]
 
     def _goal_trial(self, spared: str, base: Configuration) -> Configuration | None:
         """Ties the base, and just enough to save `goal_saving`; None: nothing saves that."""
@@ -185,7 +185,7 @@ class Adaptive(Strategy):
         for i, group in enumerate(self.groups):
             for o in group.occurrences:
                 if o not in tied:
-                    weight = THRESHOLDS.search.spared_weight if o.task == spared else 1.0
+                    weight = THRESHOLDS.goal.spared_weight if o.task == spared else 1.0
                     costs[i, o.task] = weight * self._expected_loss(i, o.task)
         assert self.goal_saving is not None
         found = just_enough(self.groups, costs, self.goal_saving)
@@ -211,6 +211,16 @@ class Adaptive(Strategy):
         return None if trial is None else (trial, self.goal_ratios[spared])
 
     # ---- the search ------------------------------------------------------------------------------------------
+
+    def _small_step(self) -> Configuration | None:
+        """What is least sensitive: first of all where trials take long, and after one that failed and kept little."""
+        share = THRESHOLDS.search.small_step if self.tried else THRESHOLDS.search.first_step
+        least = share * saved_bytes(self.groups)
+        if not (self.begins_small or self.tried) or self.goal_saving is not None or saved_bytes(self.kept) >= least:
+            return None
+        density = [max(self._sensitivity_of(i, t) for t in g.tasks) / g.bytes for i, g in enumerate(self.groups)]
+        step = joined(self.base, least_sensitive(self.groups, density, least))
+        return step if self._is_new(step) else None
 
     def _most_promising(self) -> Configuration | None:
         """Of several configurations, from cautious to everything, the new one with the largest expected saving."""
@@ -294,12 +304,7 @@ class Adaptive(Strategy):
                 self.curves[task].add(self._tied_share(trial, task), min(ratios.get(task, 0.9), 1 - 1e-6))
 
     def donor_of(self, group: Group) -> str | None:
-        """The most sensitive task, for first layers that no one set of weights is predicted to serve."""
-        for i, (other, is_stem) in enumerate(zip(self.groups, self.stems, strict=True)):
-            cannot_serve = self.misfit.get(i, 0.0) > THRESHOLDS.sensitivity.misfit
-            if is_stem and cannot_serve and set(group.occurrences) <= set(other.occurrences):
-                return self.donor if self.donor in group.tasks else None
-        return None
+        return self.donors.of(group)
 
     def set_sensitivity(
         self,
@@ -311,13 +316,9 @@ class Adaptive(Strategy):
         """Begins the curve of each task."""
         index = {group.occurrences: i for i, group in enumerate(self.groups)}
         self.sensitivity = {(index[group.occurrences], task): value for (group, task), value in sensitivity.items()}
-        for (group, _), value in misfit.items():
-            i = index[group.occurrences]
-            self.misfit[i] = max(value, self.misfit.get(i, 0.0))
-        totals = {task: sum(v for (_, t), v in misfit.items() if t == task) for task in sorted(self.curves)}
-        self.donor = max(totals, key=totals.__getitem__, default=None)
+        self.donors.learn(misfit)
         for task, curve in self.curves.items():
-            curve.unshared = reached.get(task, 1.0)
+            curve.unshared, curve.points = reached.get(task, 1.0), []  # of other shares, as sensitivity was unknown
             if task in losses:
                 curve.expect(losses[task], sum(v for (_, name), v in self.sensitivity.items() if name == task))
 
@@ -422,8 +423,7 @@ class Adaptive(Strategy):
     def state(self) -> dict:
         return {
             "sensitivity": [[index, task, value] for (index, task), value in self.sensitivity.items()],
-            "misfit": [[index, value] for index, value in self.misfit.items()],
-            "donor": self.donor,
+            **self.donors.state(),
             "curves": {task: curve.state() for task, curve in self.curves.items()},
             "own": to_plain(self.own),
             "part": to_plain(self.part),
@@ -439,7 +439,7 @@ class Adaptive(Strategy):
 
     def load_state(self, state: dict) -> None:
         self.sensitivity = {(index, task): value for index, task, value in state["sensitivity"]}
-        self.misfit, self.donor = {index: value for index, value in state["misfit"]}, state["donor"]
+        self.donors.load_state(state)
         self.curves = {task: Curve.of(curve) for task, curve in state["curves"].items()}
         self.own, self.part, self.working = (from_plain(state[key]) for key in ("own", "part", "working"))
         self.phase, self.smallest = state["phase"], state["smallest"]

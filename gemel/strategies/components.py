@@ -120,6 +120,15 @@ class Components(Strategy):
     def donor_of(self, group: Group) -> str | None:
         return self.current.donor_of(group)
 
+    @property
+    def begins_small(self) -> bool:  # type: ignore[override]
+        return any(part.begins_small for part in self.parts)
+
+    @begins_small.setter
+    def begins_small(self, value: bool) -> None:
+        for part in self.parts:
+            part.begins_small = value
+
     # ---- predictions -----------------------------------------------------------------------------------------
 
     @property
@@ -135,7 +144,7 @@ class Components(Strategy):
     ) -> None:
         self._proposed = {}
         for tasks, part in zip(self.tasks, self.parts, strict=True):
-            if part.needs_sensitivity:
+            if not part.predicted_sensitivity():
                 errors, worst = (
                     {key: v for key, v in values.items() if key[1] in tasks} for values in (sensitivity, misfit)
                 )

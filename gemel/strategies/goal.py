@@ -1,10 +1,11 @@
 """Configurations that just save enough, and release what the tasks are most sensitive to.
 
-They depend on predicted sensitivities alone, not on targets, and a search that has a goal tries all of them as long as
-none succeeds: so what one of them reached also holds for a search with other targets.
+Those of a memory goal depend on predicted sensitivities alone, not on targets, and a search that has a goal tries all
+of them as long as none succeeds: so what one of them reached also holds for a search with other targets.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 
 from gemel.sharing.groups import Configuration, ordered, saved_bytes
 
@@ -39,3 +40,14 @@ def just_enough(groups: Configuration, costs: Costs, saving: int) -> Configurati
         tied[i] = tied[i] - released
     kept = (group.restricted_to(tasks) for group, tasks in zip(groups, tied, strict=True))
     return ordered(group for group in kept if len(group.occurrences) > 1)
+
+
+def least_sensitive(groups: Configuration, density: Sequence[float], saving: float) -> Configuration:
+    """As few groups as save as many bytes, the ones of the least density first, of equal density the largest ones.
+
+    density: of each group, how much tying it is expected to hurt, per byte.
+    """
+    order = sorted(range(len(groups)), key=lambda i: (density[i], -groups[i].saved_bytes, -i))
+    savings = itertools.accumulate(groups[i].saved_bytes for i in order)
+    count = 1 + next(number for number, saved in enumerate(savings) if saved >= saving)
+    return ordered(groups[i] for i in order[:count])

@@ -5,7 +5,7 @@ Within the bytes that a fit may take: see gemel/fitting/memory.py for how they a
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -70,6 +70,15 @@ class FitSamples:
         with ranks.sharing_memory_errors():
             samples = sampler.sample(groups, images, positions)
         return images, samples.with_other_ranks()
+
+    def flops(self, unmerged: Models, tasks: Iterable[str], num_pixels: int) -> float:
+        """Floating-point operations of the unmerged models on the images of a fit; all ranks call it."""
+        sampler, counted = self._sampler_of(unmerged), {}
+        with ranks.sharing_memory_errors():
+            for task in ranks.mine(dict.fromkeys(tasks)):
+                sizes = self._images_of(sampler, task, num_pixels).sizes
+                counted[task] = sum(sizes) * sampler.footprints[task].flops
+        return sum(ranks.united(counted).values())
 
     def _sampler_of(self, unmerged: Models) -> TeacherSampler:
         if self._sampler is None or self._sampler.teachers is not unmerged:

@@ -3,14 +3,18 @@
 from collections.abc import Mapping
 
 from gemel.environment import ranks
+from gemel.environment.events import emit
+from gemel.environment.failures import is_out_of_memory
 from gemel.environment.seeds import generator
 from gemel.environment.threads import threads_of_waiting_ranks
 from gemel.fitting.importance import importance_of_layers
 from gemel.fitting.sensitivity import Sensitivity, predict_sensitivity
 from gemel.sharing.groups import Configuration
 from gemel.sharing.signatures import find_layers
+from gemel.strategies.base import Strategy
 from gemel.strategies.curves import ExpectedLoss
 from gemel.thresholds import THRESHOLDS
+from gemel.trials.evaluator import Evaluator
 from gemel.trials.images import ImageSampler
 from gemel.trials.out_of_memory import on_fewer_images
 from gemel.trials.state import MergeState
@@ -72,6 +76,32 @@ def _sensitivity(
         for o in group.occurrences
     }
     return errors, misfit
+
+
+def predict_for(
+    strategy: Strategy, state: MergeState, images: ImageSampler, groups: Configuration, evaluator: Evaluator
+) -> None:
+    """Tells the strategy what is predicted, unless there is not enough memory to predict anything."""
+    emit("doing", what="predicting how much sharing hurts")
+    predicted = sensitivity_if_all_were_tied(state, images, groups)
+    if predicted is not None:
+        strategy.set_sensitivity(*predicted, evaluator.ratios(), expected_losses(evaluator.tasks))
+
+
+def begins_small(state: MergeState, images: ImageSampler, groups: Configuration) -> bool:
+    """Whether fits of everything take so long that something smaller is to be kept before; all ranks call it.
+
+    Not with detectors, of which no layer is safe before sensitivity was predicted.
+    """
+    tasks = [task for group in groups for task in group.tasks]
+    if any(images.tasks[task].kind != CLASSIFICATION for task in tasks):
+        return False
+    try:
+        return images.of_fits.flops(state.unmerged, tasks, THRESHOLDS.fit.pixels) > THRESHOLDS.search.long_fit
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return True  # a fit takes still more memory than counting its operations, and there is less of it to do then
 
 
 def expected_losses(tasks: Mapping[str, Task]) -> dict[str, ExpectedLoss]:

@@ -1,6 +1,7 @@
 """What a fit takes, and that it stays within what it may take."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ def test_a_footprint_counts_what_lives_at_each_layer():
     assert [*found.layers] == ["0", "2", "4"] and waiting == [512, 512 + 1024, 512 + 4]
     assert [layer.positions for layer in found.layers.values()] == [64, 1, 1]
     assert found.peak >= 512 + 1024 + 4
+    assert found.flops == 2 * (64 * 2 * 4 + 4 * 64 + 1), "a multiplication and an addition are two"
     twice = nn.Sequential(model[0], nn.Conv2d(4, 2, 1), model[0])
     assert footprint_of(twice, ["0"], torch.rand(3, 2, 8, 8)).layers["0"].positions == 128, "over all calls"
 
@@ -187,6 +189,28 @@ def test_samples_are_drawn_once_and_do_not_depend_on_what_else_is_sampled():
     changed = sampler.sample(groups, images)
     assert not torch.equal(changed["a_x", "conv1"].outputs(), both["a_x", "conv1"].outputs()), "another teacher"
     assert torch.equal(changed["b_x", "conv1"].outputs(), both["b_x", "conv1"].outputs())
+
+
+def storages() -> set[int]:
+    """Of all tensors that there are."""
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
+
+
+def test_nothing_of_a_sample_stays_outside_the_blocks_of_the_store():
+    """Small tensors that stay between activations that go would leave holes that the allocator cannot give back."""
+    models, teachers, groups = tied(a_x=Shrinking(), b_x=Shrinking())
+    images = images_of(models)
+    sampler = TeacherSampler(teachers, 0)
+    gc.collect()
+    before = storages()
+    samples = sampler.sample(groups, images)
+    gc.collect()
+    stay = storages() - before
+    assert samples.norms and all(own.calls for own in samples.values())
+    assert len(stay) == 1, "one block holds all of it"
+    moments = samples.norms[next(iter(samples.norms))][0].load()
+    assert moments.mean.shape == moments.var.shape and moments.num_values > 1
 
 
 def test_rows_of_wide_layers_are_fewer_where_their_sums_would_not_fit():

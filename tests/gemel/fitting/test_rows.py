@@ -11,6 +11,7 @@ from gemel.fitting.rows import (
     matrix_of,
     output_rows,
     output_width,
+    sample_inputs,
     sample_outputs,
     set_matrix,
     shape_of,
@@ -131,3 +132,15 @@ def test_inputs_on_regions_are_those_of_the_teacher():
         teacher, student = Regions(2), Regions(number)
         rows = collect_rows(teacher, {"box": 50}, batches, torch.Generator(), student)["box"]
         assert torch.allclose(rows.x @ matrix_of(teacher.box), rows.y, atol=1e-5)
+
+
+def test_a_pass_that_ends_early_gives_the_same_inputs_and_computes_no_more():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 6, 3)).eval()
+    images, late = torch.rand(2, 3, 9, 9), []
+    samples = sample_outputs(model, {"0": 20, "2": 20}, images, torch.Generator().manual_seed(0))
+    whole = sample_inputs(model, samples, images)
+    model[4].register_forward_hook(lambda *_: late.append("called"))
+    early = sample_inputs(model, samples, images, ends_early=True)
+    assert not late and set(early) == set(whole) == {"0", "2"}
+    assert all(torch.equal(early[name], whole[name]) for name in whole)

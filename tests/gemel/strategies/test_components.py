@@ -102,3 +102,17 @@ def test_what_was_kept_may_connect_tasks_that_no_group_connects():
     strategy.adopt(everything[2:])
     assert len(strategy.parts) == 1 and strategy.kept == everything[2:]
     assert saved_bytes(strategy.propose()) > saved_bytes(strategy.kept)
+
+
+def test_every_search_makes_a_small_step_before_one_prediction_for_all():
+    models = workload(8, 8, 12, 12)
+    groups, strategy = find_groups(models), searched_apart(models)
+    strategy.begins_small = True
+    assert strategy.begins_small and not strategy.needs_sensitivity
+    first = strategy.propose()
+    strategy.record(True, tasks_of(first))
+    assert strategy.needs_sensitivity, "the next proposals depend on it"
+    errors = {(group, o.task): 0.01 for group in groups for o in group.occurrences}
+    strategy.set_sensitivity(errors, errors, dict.fromkeys(models, 1.0))
+    assert set(strategy.predicted_sensitivity()) == {o for group in groups for o in group.occurrences}
+    assert not strategy.needs_sensitivity

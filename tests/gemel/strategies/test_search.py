@@ -236,6 +236,56 @@ def test_the_share_that_is_tied_leaves_out_layers_with_adapters():
     assert without == pytest.approx(1 - own[0].bytes / sum(group.bytes for group in own))
 
 
+def step_of(strategy: Adaptive):
+    """The small step that is proposed, and what it saves of what is possible."""
+    step = strategy.propose()
+    return step, saved_bytes(step) / saved_bytes(strategy.groups)
+
+
+def test_where_trials_take_long_the_largest_layers_come_before_the_prediction():
+    strategy = Adaptive(models(width=32))
+    strategy.begins_small = True
+    assert not strategy.needs_sensitivity, "not before the small step"
+    step, share = step_of(strategy)
+    largest = sorted(strategy.groups, key=lambda group: -group.bytes)
+    assert 0.9 <= share < 1 and set(step) == set(largest[: len(step)])
+    assert share - largest[len(step) - 1].saved_bytes / saved_bytes(strategy.groups) < 0.9, "one fewer saves too little"
+    strategy.record(True, NAMES, dict.fromkeys(NAMES, 1.03))
+    assert strategy.kept == step and strategy.needs_sensitivity
+    errors = {(group, task): 0.01 for group in strategy.groups for task in group.tasks}
+    strategy.set_sensitivity(
+        errors, reached=dict.fromkeys(NAMES, 1.03), losses=dict.fromkeys(NAMES, ExpectedLoss(0.01))
+    )
+    assert not any(curve.points for curve in strategy.curves.values()), "shares of bytes are none of sensitivity"
+    assert strategy.propose() == strategy.groups
+
+
+def test_a_small_step_that_fails_is_not_made_again():
+    strategy = Adaptive(models(width=32))
+    strategy.begins_small = True
+    step, _ = step_of(strategy)
+    strategy.record(False, (), dict.fromkeys(NAMES, 0.9))
+    assert strategy.needs_sensitivity
+    again = Adaptive(models(width=32))
+    again.begins_small = True
+    again.load_state(json.loads(json.dumps(strategy.state())))
+    assert again.needs_sensitivity and again.propose() != step
+
+
+def test_after_a_failure_that_keeps_little_the_least_sensitive_half_comes_next():
+    strategy = Adaptive(models(width=32, extra=2))
+    most = max(strategy.groups, key=lambda group: group.bytes)
+    errors = {(group, task): 1.0 if group == most else 0.001 for group in strategy.groups for task in group.tasks}
+    strategy.set_sensitivity(errors, reached=dict.fromkeys(NAMES, 1.5))
+    assert strategy.propose() == strategy.groups
+    strategy.record(False, (), dict.fromkeys(NAMES, 0.7))
+    step, share = step_of(strategy)
+    assert 0.5 <= share < 1 and most not in step
+    strategy.keep_part(restrict(strategy.groups, NAMES[:2]))
+    assert saved_bytes(strategy.kept) >= 0.5 * saved_bytes(strategy.groups)
+    assert strategy.propose() != step, "as much is kept already"
+
+
 def test_losses_that_grow_more_slowly_than_sensitivity_are_on_a_line_over_its_power():
     """The loss of a share is what the factor and the exponent say, as long as nothing was measured."""
     noise, uncertainty = THRESHOLDS.search.noise, THRESHOLDS.search.uncertainty

@@ -9,13 +9,15 @@ from pico import merger_of, thresholds
 from torchvision.ops import FrozenBatchNorm2d
 
 from gemel.sharing.tying import is_tied, retie
+from gemel.strategies import adaptive
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
-from gemel.trials import evaluator, fit_samples, images, initialisation
+from gemel.trials import evaluator, fit_samples, images, initialisation, sensitivity
 from gemel.trials.initialisation import WeightFitter, refit_frozen_normalisation
-from gemel.trials.sensitivity import sensitivity_if_all_were_tied
+from gemel.trials.sensitivity import begins_small, sensitivity_if_all_were_tied
 from gemel.trials.task_weights import TaskWeights
 from gemel.trials.verified_part import saving_of_part
+from gemel.workload import CLASSIFICATION
 
 
 @pytest.fixture
@@ -57,6 +59,51 @@ def test_predicting_changes_nothing_and_scores_every_group_and_task(run):
     pairs = {(i, task) for i, group in enumerate(run.record.groups) for task in group.tasks}
     assert set(run.strategy.sensitivity) == pairs and not run.strategy.needs_sensitivity
     assert all(value >= 0 for value in run.strategy.sensitivity.values())
+
+
+@pytest.fixture
+def classifiers(tasks, data, tmp_path):
+    own = {name: task for name, task in tasks.items() if task.kind == CLASSIFICATION}
+    return merger_of(own, {name: data[name] for name in own}, tmp_path / "classifiers", strategy="adaptive")
+
+
+def test_what_takes_long_is_decided_by_operations_on_the_images_of_a_fit(classifiers, run, monkeypatch):
+    groups, tasks = classifiers.record.groups, list(classifiers.tasks)
+    given = (classifiers.state, classifiers.images, groups)
+    flops = [
+        classifiers.images.of_fits.flops(classifiers.state.unmerged, names, THRESHOLDS.fit.pixels)
+        for names in (tasks, *([task] for task in tasks))
+    ]
+    assert flops[0] == sum(flops[1:]) and min(flops) > 0
+    for limit, is_long in ((flops[0], False), (flops[0] / 2, True)):
+        monkeypatch.setattr(sensitivity, "THRESHOLDS", thresholds(long_fit=limit))
+        assert begins_small(*given) is is_long
+    with_detector = (run.state, run.images, run.record.groups)
+    assert not begins_small(*with_detector), "no layer of a detector is safe without a prediction"
+
+
+def test_counting_operations_may_run_out_of_memory(classifiers, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("no memory for counting")
+
+    given = (classifiers.state, classifiers.images, classifiers.record.groups)
+    monkeypatch.setattr(classifiers.images.of_fits, "flops", full)
+    assert begins_small(*given)
+    monkeypatch.setattr(classifiers.images.of_fits, "flops", lambda *_: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        begins_small(*given)
+
+
+def test_where_fits_take_long_a_merge_ties_the_largest_layers_first(classifiers, monkeypatch):
+    for module in (sensitivity, adaptive):
+        monkeypatch.setattr(module, "THRESHOLDS", thresholds(long_fit=0.0, first_step=0.3))
+    classifiers.preflight()
+    classifiers.merge()
+    first, second = classifiers.record.rounds[:2]
+    optimal = first["optimal_saved_bytes"]
+    assert 0.3 * optimal <= first["trial_saved_bytes"] < optimal
+    assert second["trial_saved_bytes"] > first["saved_bytes"]
+    assert not classifiers.strategy.needs_sensitivity, "which is predicted after that"
 
 
 def test_fitted_weights_come_near_to_what_each_task_could(run, fit):
