@@ -80,9 +80,10 @@ class SearchThresholds:
     much: float = 0.15
     # Of the possible saving: what the time of one more trial counts ("2026-11-27 Losses of classifiers").
     one_more_trial: float = 0.1
-    # Of accuracy / target, of a classifier before the first trial: this times a power of its sensitivity, chosen with
-    # whole workloads left out ("2026-11-27 Losses of classifiers").
+    # Of accuracy / target, of a classifier before the first trial, times a power of its sensitivity; chosen with whole
+    # workloads left out ("2026-11-27 Losses of classifiers").
     classifier_loss: float = 0.02
+    # That power ("2026-11-27 Losses of classifiers").
     classifier_exponent: float = 0.3
     # The same of a detector, per unit of its sensitivity ("2026-11-26 A search by").
     detector_loss: float = 2.0

@@ -52,6 +52,7 @@ ELSEWHERE = {
     "python -m benchmarks.frozen_prefix": "test_a_frozen_prefix_is_measured",
     "python -m benchmarks.detectors": "test_a_detector_is_built_tied_fitted_and_trained",
     "python -m benchmarks.kills": "test_kills_at_small_size",
+    "python -m benchmarks.expected_losses": "test_the_command_says_when_there_is_nothing_to_fit_to",
     "python benchmarks/load_merged.py": "test_loading_is_timed_at_small_size",
 }
 CARS, TRAFFIC = "main_2nd_cars_resnet50", "oak_3rd_traffic_frcnn"  # as in README
