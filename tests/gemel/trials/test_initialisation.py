@@ -150,7 +150,7 @@ def test_the_better_of_two_fits_is_kept(run, fit, monkeypatch):
     tie_all(run)
     given, answers = (
         [],
-        iter([{"north_pico": 0.9, "south_pico": 1.1, "east_pico": 1.02}, dict.fromkeys(run.tasks, 0.85)]),
+        iter([{"north_pico": 0.9, "south_pico": 1.1, "east_pico": 1.06}, dict.fromkeys(run.tasks, 0.85)]),
     )
     first = {}
 
@@ -170,6 +170,19 @@ def test_the_better_of_two_fits_is_kept(run, fit, monkeypatch):
     assert set(given[0].values()) == {1.0}
     assert given[1]["north_pico"] > given[1]["east_pico"] > given[1]["south_pico"]
     assert sum(given[1].values()) == pytest.approx(3.0)
+
+
+def test_there_is_no_other_fit_where_tasks_have_hardly_more_to_spare_than_others_lack(run, fit, monkeypatch):
+    tie_all(run)
+    fits = []
+    reached = {"north_pico": 0.9, "south_pico": 1.1, "east_pico": 1.02}
+    monkeypatch.setattr(initialisation, "fit_sequentially", lambda *more, **options: fits.append(1))
+    monkeypatch.setattr(run.evaluator, "standings", lambda names: {name: Standing(r) for name, r in reached.items()})
+    fit(run.record.groups)
+    assert len(fits) == 1, "1.0067 of the targets are expected of all"
+    reached["east_pico"] = 1.03
+    fit(run.record.groups)
+    assert len(fits) > 2, "1.01"
 
 
 def test_the_fit_is_kept_whose_tasks_at_target_save_most(run, monkeypatch):
