@@ -225,15 +225,15 @@ class Merger:
         """
         if self._fits():
             return
-        is_new = self.strategy.needs_sensitivity
+        predicts = self.strategy.needs_sensitivity
         with self.clock.interruptible():
             emit("doing", what="aligning channels")
             self._align_channels()
-            self.strategy.begins_small = is_new and begins_small(self.state, self.images, self.record.groups)
+            self.strategy.begins_small = predicts and begins_small(self.state, self.images, self.record.groups)
         self._update_run()  # a killed run goes on in this order of channels
         while True:
-            if is_new and self.strategy.needs_sensitivity:
-                is_new = False
+            if predicts and self.strategy.needs_sensitivity:
+                predicts = False
                 with self.clock.interruptible():
                     predict_for(self.strategy, self.state, self.images, self.record.groups, self.evaluator)
             self.clock.raise_if_over()

@@ -214,9 +214,10 @@ class Adaptive(Strategy):
 
     def _small_step(self) -> Configuration | None:
         """What is least sensitive: first of all where trials take long, and after one that failed and kept little."""
-        share = THRESHOLDS.search.small_step if self.tried else THRESHOLDS.search.first_step
-        least = share * saved_bytes(self.groups)
-        if not (self.begins_small or self.tried) or self.goal_saving is not None or saved_bytes(self.kept) >= least:
+        is_due = any(curve.failed for curve in self.curves.values()) if self.tried else self.begins_small
+        search = THRESHOLDS.search
+        least = saved_bytes(self.groups) * (search.small_step if self.tried else search.first_step)
+        if not is_due or self.goal_saving is not None or saved_bytes(self.kept) >= least:
             return None
         density = [max(self._sensitivity_of(i, t) for t in g.tasks) / g.bytes for i, g in enumerate(self.groups)]
         step = joined(self.base, least_sensitive(self.groups, density, least))
@@ -230,9 +231,8 @@ class Adaptive(Strategy):
 
     def _worth(self, trial: Configuration) -> float:
         """Its expected saving, less what one more trial counts where it leaves something out."""
-        is_everything = saved_bytes(trial) == saved_bytes(joined(self.base, self.groups))
-        more = 0.0 if is_everything else THRESHOLDS.search.one_more_trial * saved_bytes(self.groups)
-        return self._expected_saving(trial) - more
+        leaves_out = saved_bytes(trial) < saved_bytes(joined(self.base, self.groups))
+        return self._expected_saving(trial) - leaves_out * THRESHOLDS.search.one_more_trial * saved_bytes(self.groups)
 
     def _at_risk(self, risk: float) -> Configuration:
         """What is kept, and as much of all groups as each task bears with this probability."""

@@ -101,7 +101,7 @@ def begins_small(state: MergeState, images: ImageSampler, groups: Configuration)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return True  # a fit takes still more memory than counting its operations, and there is less of it to do then
+        return True  # then fits are large
 
 
 def expected_losses(tasks: Mapping[str, Task]) -> dict[str, ExpectedLoss]:

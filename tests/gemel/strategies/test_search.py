@@ -286,6 +286,19 @@ def test_after_a_failure_that_keeps_little_the_least_sensitive_half_comes_next()
     assert strategy.propose() != step, "as much is kept already"
 
 
+def test_a_cautious_trial_that_works_is_followed_by_what_is_expected_to_save_most():
+    """However little it saves: the least sensitive half is for what comes after a failure."""
+    strategy = Adaptive(models(width=32, extra=2))
+    errors = {(group, task): 0.01 for group in strategy.groups for task in group.tasks}
+    strategy.set_sensitivity(errors, reached=dict.fromkeys(NAMES, 1.05))
+    strategy.own = strategy.groups[-1:]
+    strategy.tried = {"a cautious trial"}
+    assert saved_bytes(strategy.kept) < 0.5 * saved_bytes(strategy.groups)
+    assert strategy._small_step() is None and strategy.propose() == strategy._most_promising()
+    strategy.curves[NAMES[0]].add(1.0, 0.9)
+    assert strategy.propose() == strategy._small_step() is not None
+
+
 def test_losses_that_grow_more_slowly_than_sensitivity_are_on_a_line_over_its_power():
     """The loss of a share is what the factor and the exponent say, as long as nothing was measured."""
     noise, uncertainty = THRESHOLDS.search.noise, THRESHOLDS.search.uncertainty
