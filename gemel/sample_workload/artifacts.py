@@ -43,7 +43,7 @@ def replacement_of(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(root: Path) -> None:
     """Removes unfinished files of killed processes; the process of a recent file may still be running."""
-    for path in root.glob(f"*/{PARTIAL}*"):
+    for path in root.glob(f"**/{PARTIAL}*"):
         with contextlib.suppress(FileNotFoundError):  # its process is running and has just finished
             if time.time() - path.stat().st_mtime > PARTIAL_SECONDS:
                 remove(path)

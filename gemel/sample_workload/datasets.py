@@ -1,4 +1,4 @@
-"""Draws the datasets of one camera, in the same layouts as datasets of users."""
+"""Draws the datasets of one camera, a split at a time, in the same layouts as datasets of users."""
 
 import contextlib
 from pathlib import Path
@@ -13,7 +13,7 @@ from gemel.sample_workload.dataset_files import Crops, Frames, write_scenes
 from gemel.sample_workload.tasks import CROP_SIZE, FRAME_SIZE, SPLITS, TASKS, Plan, SampleTask
 from gemel.workload import CLASSIFICATION, DATASET_SUFFIX
 
-RECIPE_FILE = ".recipe"  # in a dataset folder; hidden, so it is not taken for a split
+RECIPE_FILE = ".recipe-{}"  # of a split, in the dataset folder; hidden, so it is not taken for a split
 
 
 def dataset_folders(root: Path, camera: str) -> dict[Path, SampleTask]:
@@ -25,25 +25,31 @@ def dataset_folders(root: Path, camera: str) -> dict[Path, SampleTask]:
     }
 
 
-def is_drawn(root: Path, camera: str, plan: Plan) -> bool:
-    """Whether all datasets of a camera exist and were drawn by this plan."""
-    return all(is_current(folder / RECIPE_FILE, plan) for folder in dataset_folders(root, camera))
+def is_drawn(root: Path, camera: str, split: str, plan: Plan) -> bool:
+    """Whether this split of all datasets of a camera exists and was drawn by this plan."""
+    return all(is_current(_recipe_path(folder, split), plan) for folder in dataset_folders(root, camera))
 
 
-def draw_camera(root: Path, camera: str, plan: Plan, position: int = 0) -> None:
-    """Draws the scenes of one camera and writes the datasets of its tasks.
+def draw_split(root: Path, camera: str, split: str, plan: Plan, position: int = 0) -> None:
+    """Draws the scenes of one split of a camera and writes this split of the datasets of its tasks.
 
-    position: line of the progress bar. The folders appear when all are complete.
+    position: line of the progress bar. The folders of the split appear when all are complete, and then their recipes,
+    without which they do not count.
     """
+    number = SPLITS.index(split)
+    folders = dataset_folders(root, camera)
     with contextlib.ExitStack() as stack:
-        folders = {stack.enter_context(replacement_of(f)): task for f, task in dataset_folders(root, camera).items()}
-        for split, scenes, crops in zip(SPLITS, plan.scenes, plan.crops, strict=True):
-            rng = np.random.default_rng(derive_seed(SEED, "draw", camera, split))
-            outputs = [_output(folder / split, task, crops) for folder, task in folders.items()]
-            numbers = tqdm(range(scenes), f"drawing {camera} {split}", leave=False, position=position)
-            write_scenes(CAMERAS[camera], numbers, outputs, rng)
-        for folder in folders:
-            (folder / RECIPE_FILE).write_text(recipe_digest(plan))
+        parts = {stack.enter_context(replacement_of(folder / split)): task for folder, task in folders.items()}
+        rng = np.random.default_rng(derive_seed(SEED, "draw", camera, split))
+        outputs = [_output(part, task, plan.crops[number]) for part, task in parts.items()]
+        numbers = tqdm(range(plan.scenes[number]), f"drawing {camera} {split}", leave=False, position=position)
+        write_scenes(CAMERAS[camera], numbers, outputs, rng)
+    for folder in folders:
+        _recipe_path(folder, split).write_text(recipe_digest(plan))
+
+
+def _recipe_path(folder: Path, split: str) -> Path:
+    return folder / RECIPE_FILE.format(split)
 
 
 def _output(folder: Path, task: SampleTask, crops: int) -> Frames | Crops:

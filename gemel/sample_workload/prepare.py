@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from gemel.sample_workload.artifacts import remove_leftovers
 from gemel.sample_workload.camera import CAMERAS
-from gemel.sample_workload.datasets import draw_camera, is_drawn
-from gemel.sample_workload.tasks import ANCESTORS, PLAN, SAMPLE_ROOT, TASKS, Plan, task_named
+from gemel.sample_workload.datasets import draw_split, is_drawn
+from gemel.sample_workload.tasks import ANCESTORS, PLAN, SAMPLE_ROOT, SPLITS, TASKS, Plan, task_named
 from gemel.sample_workload.training import Methods, is_trained, train
 
 log = logging.getLogger(__name__)
@@ -60,19 +60,29 @@ def prepare(methods: Mapping[str, Methods], root: Path = SAMPLE_ROOT, plan: Plan
 
 
 def _stages(root: Path, plan: Plan, methods: Mapping[str, Methods]) -> list[list[Callable[..., None]]]:
-    """The jobs for everything that is missing; jobs of one stage are independent, the longest comes first."""
-    cameras = [camera for camera in CAMERAS if not is_drawn(root, camera, plan)]
+    """The jobs for everything that is missing; jobs of one stage are independent, the longest comes first.
+
+    What models are judged on is drawn beside the first ancestor, which would otherwise be trained alone.
+    """
+    draws: dict[str, list[Callable[..., None]]] = {
+        split: [
+            partial(draw_split, root, camera, split, plan)
+            for camera in CAMERAS
+            if not is_drawn(root, camera, split, plan)
+        ]
+        for split in SPLITS
+    }
     missing = set()
     for task in TASKS:
         name: str | None = task
         while name and not is_trained(root, name, plan):
             missing.add(name)
             name = task_named(name).parent
-    generations: dict[int, list[str]] = {}
+    generations: dict[int, list[Callable[..., None]]] = {}
     for task in filter(missing.__contains__, [*ANCESTORS, *TASKS]):
-        generations.setdefault(_generation(task), []).append(task)
-    stages: list[list[Callable[..., None]]] = [[partial(draw_camera, root, camera, plan) for camera in cameras]]
-    stages += [[partial(train, root, task, plan, methods) for task in generations[age]] for age in sorted(generations)]
+        generations.setdefault(_generation(task), []).append(partial(train, root, task, plan, methods))
+    second = [*generations.pop(0, []), *(job for split in SPLITS[1:] for job in draws[split])]
+    stages = [draws[SPLITS[0]], second, *(generations[age] for age in sorted(generations))]
     return [stage for stage in stages if stage]
 
 

@@ -17,6 +17,7 @@ from gemel.sample_workload.artifacts import SEED, is_current, recipe_digest, rep
 from gemel.sample_workload.datasets import dataset_folders
 from gemel.sample_workload.tasks import (
     FRAME_SIZE,
+    TASKS,
     Plan,
     SampleTask,
     new_model,
@@ -48,7 +49,7 @@ def is_trained(root: Path, name: str, plan: Plan) -> bool:
 def train(root: Path, name: str, plan: Plan, methods: Mapping[str, Methods], position: int = 0) -> None:
     """Trains a task from its trained ancestor, measures it on val, and writes first the weights, then the accuracy.
 
-    position: line of the progress bar.
+    An ancestor is not measured: it is no task. position: line of the progress bar.
     """
     task = task_named(name)
     with seeded(SEED, "train", name):
@@ -59,12 +60,14 @@ def train(root: Path, name: str, plan: Plan, methods: Mapping[str, Methods], pos
         model.to(memory_format=torch.channels_last)  # a fifth quicker
         _fit(model, name, _samples(root, task, "train"), epochs, position)
         model.to(memory_format=torch.contiguous_format)
-    own = methods[task.kind]
-    accuracy = own.eval_method(model, _val_loader(task, own.transform, _samples(root, task, "val")))
+    stamp: dict[str, Any] = {"recipe": recipe_digest(plan)}
+    if name in TASKS:
+        own = methods[task.kind]
+        stamp["unmerged_acc"] = own.eval_method(model, _val_loader(task, own.transform, _samples(root, task, "val")))
     with replacement_of(weights_path(name, root)) as unfinished, unfinished.open("wb") as file:
         torch.save(model.state_dict(), file)  # a path would be stored in the file
     with replacement_of(stamp_path(name, root)) as unfinished:
-        unfinished.write_text(json.dumps({"recipe": recipe_digest(plan), "unmerged_acc": accuracy}, indent=1))
+        unfinished.write_text(json.dumps(stamp, indent=1))
 
 
 def _inherit(model: nn.Module, ancestor: dict[str, Tensor]) -> None:

@@ -49,30 +49,43 @@ def test_the_splits_share_no_image(prepared):
 
 
 def test_an_interrupted_drawing_is_drawn_again(prepared, tmp_path, monkeypatch):
-    """Killed after some of the files, or after all but before the end: no dataset is there, and then the same one."""
-    draw, calls = sample_datasets.write_scenes, []
+    """Killed when all files are written, before the end: the split is not there, and then it is the same one."""
+    draw = sample_datasets.write_scenes
 
     def interrupted(*arguments):
         draw(*arguments)
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(sample_datasets, "write_scenes", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sample_datasets.draw_camera(tmp_path, "main_2nd", TINY)
-    assert not list((tmp_path / "datasets").iterdir())
-    assert not sample_datasets.is_drawn(tmp_path, "main_2nd", TINY)
-    sample_datasets.draw_camera(tmp_path, "main_2nd", TINY)
-    assert sample_datasets.is_drawn(tmp_path, "main_2nd", TINY)
+        sample_datasets.draw_split(tmp_path, "main_2nd", "val", TINY)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not sample_datasets.is_drawn(tmp_path, "main_2nd", "val", TINY)
+    monkeypatch.setattr(sample_datasets, "write_scenes", draw)
+    sample_datasets.draw_split(tmp_path, "main_2nd", "val", TINY)
+    assert sample_datasets.is_drawn(tmp_path, "main_2nd", "val", TINY)
+    assert not sample_datasets.is_drawn(tmp_path, "main_2nd", "train", TINY)
     for folder in (tmp_path / "datasets").iterdir():
-        assert files_of(folder) == files_of(prepared / "datasets" / folder.name)
+        assert files_of(folder / "val") == files_of(prepared / "datasets" / folder.name / "val")
+
+
+def test_a_split_without_its_recipe_is_drawn_again(tmp_path, monkeypatch):
+    """Killed between the files and the recipe."""
+    plan = Plan(scenes=(2, 2, 2), crops=(1, 1, 1))
+    with monkeypatch.context() as patched:
+        patched.setattr(sample_datasets, "recipe_digest", lambda plan: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sample_datasets.draw_split(tmp_path, "elm_1st", "test", plan)
+    assert list(tmp_path.glob("datasets/*/test/images/*.jpg"))
+    assert not sample_datasets.is_drawn(tmp_path, "elm_1st", "test", plan)
+    sample_datasets.draw_split(tmp_path, "elm_1st", "test", plan)
+    assert sample_datasets.is_drawn(tmp_path, "elm_1st", "test", plan)
 
 
 def test_a_dataset_of_another_recipe_is_replaced(tmp_path):
     for scenes in (3, 2):
         plan = Plan(scenes=(scenes,) * 3, crops=(1, 1, 1))
-        sample_datasets.draw_camera(tmp_path, "elm_1st", plan)
-        assert sample_datasets.is_drawn(tmp_path, "elm_1st", plan)
-        assert len(list(tmp_path.glob("datasets/elm_1st_traffic_OD/*/images/*.jpg"))) == 3 * scenes
-    assert not sample_datasets.is_drawn(tmp_path, "elm_1st", TINY)
+        sample_datasets.draw_split(tmp_path, "elm_1st", "train", plan)
+        assert sample_datasets.is_drawn(tmp_path, "elm_1st", "train", plan)
+        assert len(list(tmp_path.glob("datasets/elm_1st_traffic_OD/train/images/*.jpg"))) == scenes
+    assert not sample_datasets.is_drawn(tmp_path, "elm_1st", "train", TINY)

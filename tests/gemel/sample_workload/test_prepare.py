@@ -14,7 +14,7 @@ from gemel.sample_workload import prepare as prepare_module
 from gemel.sample_workload import tasks as sample_tasks
 from gemel.sample_workload.camera import CAMERAS
 from gemel.sample_workload.prepare import prepare
-from gemel.sample_workload.tasks import ANCESTORS, TASKS
+from gemel.sample_workload.tasks import ANCESTORS, SPLITS, TASKS
 from gemel.sample_workload.training import is_trained
 from gemel.workload import CLASSIFICATION, DETECTION, read_workload
 from merge_workloads import create_sample_model_dict
@@ -24,10 +24,9 @@ CLASSIFIER = "main_2nd_vehicles_resnet10"
 
 
 def test_leftovers_of_a_killed_process_do_not_count_and_do_not_stay(tmp_path, monkeypatch):
-    leftover = tmp_path / "datasets" / f"{artifacts.PARTIAL}1-main_2nd_traffic_OD"
-    (leftover / "train").mkdir(parents=True)
-    (leftover / sample_datasets.RECIPE_FILE).write_text(artifacts.recipe_digest(TINY))
-    assert not sample_datasets.is_drawn(tmp_path, "main_2nd", TINY)
+    leftover = tmp_path / "datasets" / "main_2nd_traffic_OD" / f"{artifacts.PARTIAL}1-train"
+    (leftover / "images").mkdir(parents=True)
+    assert not sample_datasets.is_drawn(tmp_path, "main_2nd", "train", TINY)
     monkeypatch.setattr(prepare_module, "_work_in_processes", lambda stages, processes: None)
     prepare(METHODS, tmp_path, TINY)
     assert leftover.exists()  # its process may be alive
@@ -75,16 +74,12 @@ def test_an_interrupted_training_is_done_again_with_the_same_result(prepared):
 
 def test_another_recipe_is_made_again(prepared, monkeypatch):
     assert prepare_module._stages(prepared, TINY, METHODS) == []
-    assert [len(stage) for stage in prepare_module._stages(prepared, TINY._replace(epochs=2.0), METHODS)] == [
-        2,
-        1,
-        3,
-        2,
-    ]
+    sizes = [2, 1 + 4, 3, 2]  # train of each camera; the first ancestor beside val and test; the others
+    assert [len(stage) for stage in prepare_module._stages(prepared, TINY._replace(epochs=2.0), METHODS)] == sizes
     monkeypatch.setattr(artifacts, "RECIPE", artifacts.RECIPE + 1)
     stages = prepare_module._stages(prepared, TINY, METHODS)
-    assert [len(stage) for stage in stages] == [2, 1, 3, 2]
-    assert sum(map(len, stages)) == len(CAMERAS) + len(ANCESTORS) + len(TASKS)
+    assert [len(stage) for stage in stages] == sizes
+    assert sum(map(len, stages)) == len(SPLITS) * len(CAMERAS) + len(ANCESTORS) + len(TASKS)
 
 
 def test_no_other_process_is_needed(prepared, monkeypatch):
