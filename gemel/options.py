@@ -65,8 +65,8 @@ class MergeOptions:
     initial_weights: of a tied layer: "least_squares", "mean", "similar" or "first".
     alignment: how channels of models trained apart are aligned first: by "weights", "activations" or "none".
     matching: which layer pairs with which: by "order", or the most alike by "weights" or "activations".
-    adapter_budget: what a task's low-rank adapter beside a shared layer may take, as a share of the layer's bytes;
-    0: no adapters (only "adaptive" has them).
+    adapter_budget: what a task's low-rank adapters beside shared layers may take together, as a share of these layers'
+    bytes; 0: no adapters (only "adaptive" has them).
     num_threads: that torch computes with on a CPU (default: as many as there are idle cores when the merge begins, or
     as in the run that is resumed).
     num_workers: loader processes per task (default: none on a CPU; with CUDA eight, or the usable cores, in all).

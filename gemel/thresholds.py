@@ -162,6 +162,8 @@ class FillThresholds:
     worth_adapters: float = 0.03
     # Of the possible saving: if less is missing, no training (unmeasured).
     worth_training: float = 0.002
+    # The power of predicted error per byte that adapters are in proportion to ("2026-11-27 Adapters where it hurts").
+    adapter_exponent: float = 0.25
 
 
 @dataclass(frozen=True)

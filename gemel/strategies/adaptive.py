@@ -1,15 +1,15 @@
 """The adaptive strategy: what is expected to save most, by the accuracies that were measured so far.
 
-   Where trials take long, and after a failure that kept little, what is least sensitive comes first.
 1. Search: of several configurations, from cautious to everything, try the one that is expected to save most, as long
    as that is worth a trial. Of each task the most sensitive layers per byte are released first (a group splits: the
    other tasks still share it); how many, follows from what the task reached with more and with less tied (curves.py).
+   Where trials take long, and after a failure that kept little, what is least sensitive comes first.
    A first layer, which reads the images and which no one set of weights can serve, takes the weights of the most
    sensitive task (the donor), and what follows it in the other tasks is fitted to that.
 2. Fill in: try what is missing, the largest savings first, in parts that are halved when they nearly work; parts with
    which a task is predicted to fail are not tried.
-3. Fill in with adapters: if much is missing, try the same with a low-rank adapter per task (gemel/sharing/adapters.py),
-   then with smaller ones. Up to here shared weights are fitted in closed form; a task may be trained in what it holds.
+3. Fill in with adapters: if much is missing, try the same with a low-rank adapter per task, of higher rank where tying
+   hurts more, then with smaller ones. Up to here shared weights are fitted; a task may be trained in what it holds.
 4. Fill in with training: first with adapters, then without, in parts that are halved when they fail.
 
 With a memory goal the search begins with configurations that just reach it (goal.py): one that spares all tasks alike,
@@ -20,6 +20,7 @@ trial is made twice.
 """
 
 import hashlib
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
@@ -35,11 +36,12 @@ from gemel.sharing.groups import (
     saved_bytes,
     to_plain,
 )
-from gemel.strategies.adapted_groups import with_adapters
+from gemel.strategies.adapted_groups import AdaptedGroups
 from gemel.strategies.base import NONE, Ratios, Sensitivity, Strategy
 from gemel.strategies.curves import Curve, ExpectedLoss, expected_saving
 from gemel.strategies.donors import Donors
 from gemel.strategies.goal import just_enough, least_sensitive
+from gemel.strategies.parts import Part, by_tasks, halves
 from gemel.strategies.phases import (
     ABOUT_TO_DO,
     DONE,
@@ -57,8 +59,6 @@ from gemel.thresholds import THRESHOLDS
 ALL_ALIKE = ""  # spared in the first trial that just reaches the goal
 RISKS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # each task's probability to meet its target
 
-Part = dict[int, tuple[str, ...]]  # what is tried as one: index of a group -> tasks that would join it
-
 
 class Adaptive(Strategy):
     """See the header of this file; benchmarks/LOG.md has what was measured."""
@@ -69,8 +69,7 @@ class Adaptive(Strategy):
         self, models: Mapping[str, nn.Module], groups: Configuration | None = None, adapter_budget: float = 0.0
     ):
         self.groups = find_groups(models) if groups is None else groups
-        self.adapted = with_adapters(self.groups, models, adapter_budget)
-        self.smaller = with_adapters(self.groups, models, adapter_budget / 2)
+        self.adapted = AdaptedGroups(self.groups, models, adapter_budget)
         self.sensitivity: dict[tuple[int, str], float] = {}  # (index of a group, task) -> error at the outputs
         self.donors = Donors(models, self.groups)
         self.curves = {name: Curve() for name in models}
@@ -219,7 +218,7 @@ class Adaptive(Strategy):
         least = saved_bytes(self.groups) * (search.small_step if self.tried else search.first_step)
         if not is_due or self.goal_saving is not None or saved_bytes(self.kept) >= least:
             return None
-        density = [max(self._sensitivity_of(i, t) for t in g.tasks) / g.bytes for i, g in enumerate(self.groups)]
+        density = [self._density(i) for i in range(len(self.groups))]
         step = joined(self.base, least_sensitive(self.groups, density, least))
         return step if self._is_new(step) else None
 
@@ -230,17 +229,16 @@ class Adaptive(Strategy):
         return max(new, key=self._worth, default=None)
 
     def _worth(self, trial: Configuration) -> float:
-        """Its expected saving, less what one more trial counts where it leaves something out."""
-        leaves_out = saved_bytes(trial) < saved_bytes(joined(self.base, self.groups))
-        return self._expected_saving(trial) - leaves_out * THRESHOLDS.search.one_more_trial * saved_bytes(self.groups)
+        """Its expected saving, less what one more trial counts, times the probability that one will be needed."""
+        everything, one_more = saved_bytes(self.groups), THRESHOLDS.search.one_more_trial
+        ties_everything = saved_bytes(trial) == saved_bytes(joined(self.base, self.groups))
+        is_last = math.prod(self._probabilities(trial).values()) if ties_everything else 0.0
+        return self._expected_saving(trial) - (1 - is_last) * one_more * everything
 
     def _at_risk(self, risk: float) -> Configuration:
         """What is kept, and as much of all groups as each task bears with this probability."""
         released = {(i, task) for task in self.curves for i in self._released(task, risk)}
-        left = (
-            self.groups[i].restricted_to({task for task in self.groups[i].tasks if (i, task) not in released})
-            for i in range(len(self.groups))
-        )
+        left = (g.restricted_to({t for t in g.tasks if (i, t) not in released}) for i, g in enumerate(self.groups))
         return joined(self.base, ordered(group for group in left if len(group.occurrences) > 1))
 
     def _released(self, task: str, risk: float) -> list[int]:
@@ -264,7 +262,7 @@ class Adaptive(Strategy):
 
     def _promises_little(self, trial: Configuration) -> bool:
         """Whether adapters, with tasks that learn quickly in what they hold alone, promise far more than the trial."""
-        possible = saved_bytes(self._filled(self._missing(WITH_ADAPTERS), self.adapted)) - saved_bytes(self.kept)
+        possible = saved_bytes(self._filled(self._missing(WITH_ADAPTERS), self.adapted.full)) - saved_bytes(self.kept)
         gain = self._expected_saving(trial) - saved_bytes(self.kept)
         is_much = possible >= max(THRESHOLDS.search.much * saved_bytes(self.groups), gain / THRESHOLDS.search.little)
         return is_much and bool(self.kept) and len(self.learn_quickly) > 1
@@ -277,6 +275,10 @@ class Adaptive(Strategy):
         """As predicted; where it was not, in proportion to the bytes."""
         group = self.groups[index]
         return self.sensitivity.get((index, task), group.bytes / max(1, saved_bytes(self.groups)))
+
+    def _density(self, index: int) -> float:
+        """How much tying a group is expected to hurt the task that it hurts most, per byte."""
+        return max(self._sensitivity_of(index, task) for task in self.groups[index].tasks) / self.groups[index].bytes
 
     def _total_sensitivity(self, task: str) -> float:
         return sum(self._sensitivity_of(i, task) for i, group in enumerate(self.groups) if task in group.tasks)
@@ -346,11 +348,11 @@ class Adaptive(Strategy):
         """One part with all that is missing; with adapters only where enough is missing."""
         self._build_on_part()
         part = self._missing(phase)
+        if phase == WITH_ADAPTERS and not any(group.rank for group in self.kept):
+            self.adapted.allocate({i: self._density(i) for i in part})
         self.phase, self.parts, self.working = phase, [part] if part else [], ()
-        self.smallest = max(
-            THRESHOLDS.fill.worth_a_fit * saved_bytes(self.groups), THRESHOLDS.fill.smallest_part * self._gain(part)
-        )
         limits, has_adapters = THRESHOLDS.fill, phase in WITH_ANY_ADAPTERS
+        self.smallest = max(limits.worth_a_fit * saved_bytes(self.groups), limits.smallest_part * self._gain(part))
         least = limits.worth_adapters if has_adapters else limits.worth_training
         if self._gain(part) < least * saved_bytes(self.groups):
             self.parts = []
@@ -361,12 +363,12 @@ class Adaptive(Strategy):
         if phase == SMALLER_ADAPTERS:
             larger = {o for group in self.kept if group.rank for o in group.occurrences}
             parts = {i: tuple(o.task for o in g.occurrences if o in larger) for i, g in enumerate(self.groups)}
-            return {i: tasks for i, tasks in parts.items() if tasks and self.smaller[i].rank}
+            return {i: tasks for i, tasks in parts.items() if tasks and self.adapted.smaller[i].rank}
         settled = [group for group in self.kept if phase != TRAIN or not group.rank]
         tied = {occurrence for group in settled for occurrence in group.occurrences}
         missing = {i: tuple(o.task for o in group.occurrences if o not in tied) for i, group in enumerate(self.groups)}
         needs_adapter = phase in WITH_ANY_ADAPTERS
-        return {i: tasks for i, tasks in missing.items() if tasks and (self.adapted[i].rank or not needs_adapter)}
+        return {i: tasks for i, tasks in missing.items() if tasks and (self.adapted.full[i].rank or not needs_adapter)}
 
     def _give_up_part(self, met: Collection[str], ratios: Ratios = NONE) -> None:
         """Replaces the first part by two smaller ones: tasks at target and below it, or half of the groups each.
@@ -377,17 +379,12 @@ class Adaptive(Strategy):
         is_far = any(ratio < THRESHOLDS.fill.far for ratio in ratios.values())
         if self.phase in UNTRAINED and (is_far or self._gain(part) < self.smallest):
             return
-        good, bad = (
-            {i: left for i, tasks in part.items() if (left := tuple(t for t in tasks if (t in met) == is_good))}
-            for is_good in (True, False)
-        )
+        good, bad = by_tasks(part, met)
         if not bad or self._gain(good) <= 0:  # the tasks at target share nothing without the others
             if len(part) < 2:
                 self.parts += [bad] if good and bad else []
                 return
-            indices = sorted(part)  # the largest savings first
-            half = (len(indices) + 1) // 2
-            good, bad = ({i: part[i] for i in chosen} for chosen in (indices[:half], indices[half:]))
+            good, bad = halves(part)
         self.parts = [good, *self.parts, bad]
 
     def _gain(self, part: Part) -> int:
@@ -397,8 +394,8 @@ class Adaptive(Strategy):
         """What is kept, and the part: its tasks join the tasks of each group that are tied or in the part."""
         tied = {occurrence for group in self.kept for occurrence in group.occurrences}
         if groups is None:
-            groups = self.adapted if self.phase in WITH_ANY_ADAPTERS else self.groups
-            groups = self.smaller if self.phase == SMALLER_ADAPTERS else groups
+            groups = self.adapted.full if self.phase in WITH_ANY_ADAPTERS else self.groups
+            groups = self.adapted.smaller if self.phase == SMALLER_ADAPTERS else groups
         added = [
             groups[i].restricted_to({o.task for o in groups[i].occurrences if o in tied or o.task in tasks})
             for i, tasks in part.items()
@@ -429,6 +426,7 @@ class Adaptive(Strategy):
             "part": to_plain(self.part),
             "phase": self.phase,
             "adapters_first": self.adapters_first,
+            "ranks": self.adapted.ranks,
             "working": to_plain(self.working),
             "parts": [[[index, list(tasks)] for index, tasks in part.items()] for part in self.parts],
             "smallest": self.smallest,
@@ -443,7 +441,8 @@ class Adaptive(Strategy):
         self.curves = {task: Curve.of(curve) for task, curve in state["curves"].items()}
         self.own, self.part, self.working = (from_plain(state[key]) for key in ("own", "part", "working"))
         self.phase, self.smallest = state["phase"], state["smallest"]
-        self.adapters_first = state.get("adapters_first")  # earlier versions have none
+        self.adapters_first = state.get("adapters_first")  # earlier versions have neither this nor ranks
+        self.adapted.set_ranks(state.get("ranks", self.adapted.ranks))
         self.parts = [{index: tuple(tasks) for index, tasks in part} for part in state["parts"]]
         self.tried, self.adopted = set(state["tried"]), from_plain(state["adopted"])
         goal = state["goal"]
