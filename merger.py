@@ -345,15 +345,14 @@ class Merger:
             return self.evaluator.standings(trained)
         improve = partial(self.private_training.improve, proposal) if self.strategy.trains_alone_shortly else None
         saving = partial(saving_of_part, self.state, proposal) if self.strategy.keeps_verified_part else None
-        fitter = WeightFitter(self.state, self.evaluator, self.images, self.strategy.donor_of, improve, saving)
+        screens = self.strategy.chance(proposal) < THRESHOLDS.fit.no_screening_from
+        fitter = WeightFitter(self.state, self.evaluator, self.images, self.strategy.donor_of, improve, saving, screens)
         if self.record.has_trained or not self.strategy.refits_all_changes:
             new = tuple(group for group in proposal if group not in set(self.state.kept))
-            fitted = fitter.fit(new, trained, number, max_fits=2)
-        else:
-            groups = tuple(group for group in proposal if set(group.tasks) <= set(trained))
-            self.state.reset_to_unmerged(groups, trained)
-            fitted = fitter.fit(groups, trained, number, max_fits=THRESHOLDS.fit.max_fits)
-        return fitted
+            return fitter.fit(new, trained, number, max_fits=2)
+        groups = tuple(group for group in proposal if set(group.tasks) <= set(trained))
+        self.state.reset_to_unmerged(groups, trained)
+        return fitter.fit(groups, trained, number, max_fits=THRESHOLDS.fit.max_fits)
 
     def _retrain(self, proposal: Configuration, trained: Mapping[str, Task], fitted: dict[str, Standing]) -> Outcome:
         """Judges the trial, and trains it as far as the strategy asks for that."""
@@ -361,6 +360,7 @@ class Merger:
         if self.strategy.releases_before_training:
             options = replace(options, max_epochs=0)
         freezes = options.freeze_prefix and options.max_epochs > 0
+        is_judged = fitted and not options.max_epochs and all(s.accuracy is not None for s in fitted.values())
         teachers = teachers_of(self.state, trained, proposal, options)
         context = RoundContext(
             device=self.state.device,
@@ -368,7 +368,7 @@ class Merger:
             purpose=("round", len(self.record.rounds)),
             clock=self.clock,
             fitted=fitted,
-            screen_targets=self.evaluator.screen_targets(trained),
+            screen_targets={} if is_judged else self.evaluator.screen_targets(trained),
             precision=self.record.precision,
             prefixes=self.prefixes.of_round(trained, proposal, resumed) if freezes else {},
             save=throttled(self._save_checkpoint),

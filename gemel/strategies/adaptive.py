@@ -232,8 +232,7 @@ class Adaptive(Strategy):
         """Its expected saving, less what one more trial counts, times the probability that one will be needed."""
         everything, one_more = saved_bytes(self.groups), THRESHOLDS.search.one_more_trial
         ties_everything = saved_bytes(trial) == saved_bytes(joined(self.base, self.groups))
-        is_last = math.prod(self._probabilities(trial).values()) if ties_everything else 0.0
-        return self._expected_saving(trial) - (1 - is_last) * one_more * everything
+        return self._expected_saving(trial) - (1 - ties_everything * self.chance(trial)) * one_more * everything
 
     def _at_risk(self, risk: float) -> Configuration:
         """What is kept, and as much of all groups as each task bears with this probability."""
@@ -255,6 +254,9 @@ class Adaptive(Strategy):
     def _probabilities(self, trial: Configuration) -> dict[str, float]:
         """Task -> the probability that it meets its target in an untrained trial without adapters."""
         return {task: curve.probability(self._tied_share(trial, task)) for task, curve in self.curves.items()}
+
+    def chance(self, proposal: Configuration) -> float:
+        return math.prod(self._probabilities(proposal).values()) if self.sensitivity and self.phase == SEARCH else 0.0
 
     def _expected_saving(self, trial: Configuration) -> float:
         tied = {o for group in self.kept for o in group.occurrences}
@@ -422,17 +424,14 @@ class Adaptive(Strategy):
             "sensitivity": [[index, task, value] for (index, task), value in self.sensitivity.items()],
             **self.donors.state(),
             "curves": {task: curve.state() for task, curve in self.curves.items()},
-            "own": to_plain(self.own),
-            "part": to_plain(self.part),
+            **{key: to_plain(getattr(self, key)) for key in ("own", "part", "working", "adopted")},
             "phase": self.phase,
             "adapters_first": self.adapters_first,
             "ranks": self.adapted.ranks,
-            "working": to_plain(self.working),
             "parts": [[[index, list(tasks)] for index, tasks in part.items()] for part in self.parts],
             "smallest": self.smallest,
             "tried": sorted(self.tried),
             "goal": {"saving": self.goal_saving, "ratios": self.goal_ratios},
-            "adopted": to_plain(self.adopted),
         }
 
     def load_state(self, state: dict) -> None:

@@ -61,6 +61,10 @@ class Strategy(ABC):
         tasks whose weights the trial changed, before a short training that followed a fit.
         """
 
+    def chance(self, proposal: Configuration) -> float:
+        """The probability that all tasks meet their targets once weights are fitted; 0 where nothing is known."""
+        return 0.0
+
     @abstractmethod
     def state(self) -> dict:
         """Everything that the next proposals depend on, as JSON values."""

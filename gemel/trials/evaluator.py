@@ -124,10 +124,13 @@ class Evaluator:
 
     # ---- the merged models -----------------------------------------------------------------------------------
 
-    def standings(self, names: Iterable[str]) -> dict[str, Standing]:
-        """Where each task is on the screening subset and, if all are near their targets there, on all of val."""
+    def standings(self, names: Iterable[str], screens: bool = True) -> dict[str, Standing]:
+        """Where each task is on the screening subset and, if all are near their targets there, on all of val.
+
+        screens: whether there is such a subset; else all of val is evaluated.
+        """
         names = list(names)
-        targets = self.screen_targets(names)
+        targets = self.screen_targets(names) if screens else {}
 
         models = {name: self.tasks[name].model for name in names}
         first_on = {n: (models[n], self.data[n].screen if n in targets else self.data[n].val) for n in names}

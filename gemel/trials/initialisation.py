@@ -39,7 +39,8 @@ class WeightFitter:
 
     donor_of: the task whose weights a group takes as they are; None: it is fitted. improve: what may follow a fit that
     misses targets, given where tasks are and on how many images each was fitted; returns where they are then.
-    saving_of: bytes that are saved where only these tasks meet their targets; None: nothing is.
+    saving_of: bytes that are saved where only these tasks meet their targets; None: nothing is. screens: whether a fit
+    is evaluated on the screening subset first.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class WeightFitter:
         donor_of: Callable[[Group], str | None],
         improve: Improve | None = None,
         saving_of: Callable[[Collection[str]], int] | None = None,
+        screens: bool = True,
     ):
         self.state, self.evaluator, self.images, self.donor_of = state, evaluator, images, donor_of
-        self.improve, self.saving_of = improve, saving_of
+        self.improve, self.saving_of, self.screens = improve, saving_of, screens
 
     def fit(self, groups: Configuration, names: Collection[str], number: int, max_fits: int) -> dict[str, Standing]:
         """Fits tied groups; returns where each of the named tasks, whose models the trial changes, then is.
@@ -101,7 +103,7 @@ class WeightFitter:
                 models, unmerged, groups, images, teacher_samples=teacher_samples, task_weights=balance.weights
             )
             emit("doing", what="evaluating the fitted weights")
-            found = self.evaluator.standings(container)
+            found = self.evaluator.standings(container, self.screens)
             ratios = {name: standing.ratio for name, standing in found.items()}
             emit("fit", round=number + 1, attempt=attempt, ratios=ratios)
             log.debug("round %d, fit %d with weights %s: %s of the targets", number, attempt, balance.weights, ratios)

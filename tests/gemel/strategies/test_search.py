@@ -43,6 +43,16 @@ def test_without_a_budget_no_trial_has_adapters():
     assert len(trials) > 2 and not [group for trial in trials for group in trial if group.rank]
 
 
+def test_the_chance_of_a_trial_is_that_of_all_its_tasks_and_is_known_in_the_search_alone(monkeypatch):
+    strategy = Adaptive(models())
+    monkeypatch.setattr(strategy, "_probabilities", lambda trial: dict(zip(NAMES, (0.9, 0.5, 0.2), strict=True)))
+    assert strategy.chance(strategy.groups) == 0, "before anything is predicted"
+    strategy.sensitivity = {(0, NAMES[0]): 1.0}
+    assert strategy.chance(strategy.groups) == pytest.approx(0.09)
+    strategy.phase = WITH_ADAPTERS
+    assert strategy.chance(strategy.groups) == Stem(models()).chance(strategy.groups) == 0
+
+
 @pytest.mark.parametrize("num_kept", [0, 1])
 def test_the_expected_saving_is_the_mean_over_who_meets_the_target(num_kept, monkeypatch):
     strategy = Adaptive(models())

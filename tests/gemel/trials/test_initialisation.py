@@ -106,6 +106,19 @@ def test_where_fits_take_long_a_merge_ties_the_largest_layers_first(classifiers,
     assert not classifiers.strategy.needs_sensitivity, "which is predicted after that"
 
 
+@pytest.mark.parametrize("chance, is_screened", [(0.9, False), (0.1, True)])
+def test_what_is_expected_to_succeed_is_not_screened(classifiers, monkeypatch, chance, is_screened):
+    """Neither are the unmerged models, of which it would be asked what they reach on the subset."""
+    subset = {name: replace(data, screen=data.plain) for name, data in classifiers.data.items()}
+    classifiers.data = classifiers.evaluator.data = subset
+    monkeypatch.setattr(classifiers.strategy, "chance", lambda proposal: chance)
+    monkeypatch.setattr(classifiers.strategy, "begins_small", True)
+    classifiers.preflight()
+    classifiers.evaluator.screening = True
+    classifiers.play_round(classifiers.strategy.propose())
+    assert bool(classifiers.evaluator.unmerged_on_screen) == is_screened
+
+
 def test_fitted_weights_come_near_to_what_each_task_could(run, fit):
     tie_all(run)
     mean = run.evaluator.standings(run.tasks)
@@ -159,7 +172,7 @@ def test_the_better_of_two_fits_is_kept(run, fit, monkeypatch):
         with torch.no_grad():
             models["north_pico"].conv2.weight += len(given)
 
-    def standings(names):
+    def standings(names, *_):
         first.setdefault("state", state_of(run))
         return {name: Standing(ratio) for name, ratio in next(answers).items()}
 
@@ -177,7 +190,9 @@ def test_there_is_no_other_fit_where_tasks_have_hardly_more_to_spare_than_others
     fits = []
     reached = {"north_pico": 0.9, "south_pico": 1.1, "east_pico": 1.02}
     monkeypatch.setattr(initialisation, "fit_sequentially", lambda *more, **options: fits.append(1))
-    monkeypatch.setattr(run.evaluator, "standings", lambda names: {name: Standing(r) for name, r in reached.items()})
+    monkeypatch.setattr(
+        run.evaluator, "standings", lambda names, *_: {name: Standing(r) for name, r in reached.items()}
+    )
     fit(run.record.groups)
     assert len(fits) == 1, "1.0067 of the targets are expected of all"
     reached["east_pico"] = 1.03
@@ -196,7 +211,7 @@ def test_the_fit_is_kept_whose_tasks_at_target_save_most(run, monkeypatch):
         ]
     )
 
-    def standings(names):
+    def standings(names, *_):
         return {name: Standing(ratio, ratio) for name, ratio in next(answers).items()}
 
     monkeypatch.setattr(initialisation, "fit_sequentially", lambda *args, **options: None)
@@ -213,7 +228,7 @@ def test_targets_that_no_weights_of_tasks_are_expected_to_meet_are_not_fitted_ag
     fits = []
     monkeypatch.setattr(initialisation, "fit_sequentially", lambda *args, **options: fits.append(1))
     found = {"north_pico": 0.98, "south_pico": 1.01, "east_pico": 0.99}
-    monkeypatch.setattr(run.evaluator, "standings", lambda names: {name: Standing(found[name]) for name in names})
+    monkeypatch.setattr(run.evaluator, "standings", lambda names, *_: {name: Standing(found[name]) for name in names})
     assert fit(run.record.groups)["north_pico"].ratio == 0.98
     assert len(fits) == 1
 
@@ -343,3 +358,6 @@ def test_models_are_judged_on_all_of_val_only_where_the_subset_is_met(run, monke
     found = run.evaluator.standings(run.tasks)
     assert found["south_pico"] == Standing(0.5 / run.tasks["south_pico"].target_acc, 0.5)
     assert found["north_pico"].accuracy == 1.0
+    looked_at.clear()
+    assert run.evaluator.standings(run.tasks, screens=False) == found
+    assert not any(on_screen for _, on_screen in looked_at), "and no subset where none is asked for"
