@@ -154,12 +154,13 @@ class PrivateTraining:
         """Steps that are expected to bring a task to its target; infinite where its unmerged model is not above it.
 
         Each step is expected to close the same share of the gap that is left to the accuracy of the unmerged model: as
-        expected at first, corrected by what tasks that are trained alike gained in this run.
+        expected at first, corrected by what tasks that are trained alike gained in this run, up to their targets. Beyond
+        that gaps are as small as what one evaluation shows by chance, and say nothing.
         """
         kind, limits = self._kind(name), THRESHOLDS.private
         done = [one for one in [*self.earlier, *self.now] if one.task in self.tasks and self._kind(one.task) == kind]
         closed = limits.steps * getattr(limits, f"{kind}_rate") + sum(
-            math.log(self._gap(one.task, one.before) / self._gap(one.task, one.after)) for one in done
+            math.log(self._gap(one.task, one.before) / self._gap(one.task, min(1.0, one.after))) for one in done
         )
         rate = closed / (limits.steps + sum(one.steps for one in done))
         wanted = math.log(self._gap(name, standing.ratio) / self._gap(name, 1.0))
