@@ -17,7 +17,8 @@ Ranks = Sequence[Sequence[int]]  # of each group: of its adapters in `full` and 
 class AdaptedGroups:
     """The groups of a search, each with an adapter per task; without, where none is that small.
 
-    full: adapters of at most a budget, a share of their layer's bytes. smaller: of half of that.
+    full: adapters that take at most a budget, a share of their layer's bytes, or, once `allocate` shared out what
+    several take together, as many bytes in other parts. smaller: the same with half of the budget.
     """
 
     def __init__(self, groups: Configuration, models: Mapping[str, nn.Module], budget: float):

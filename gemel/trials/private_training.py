@@ -154,8 +154,8 @@ class PrivateTraining:
         """Steps that are expected to bring a task to its target; infinite where its unmerged model is not above it.
 
         Each step is expected to close the same share of the gap that is left to the accuracy of the unmerged model: as
-        expected at first, corrected by what tasks that are trained alike gained in this run, up to their targets. Beyond
-        that gaps are as small as what one evaluation shows by chance, and say nothing.
+        expected at first, corrected by what tasks that are trained alike gained in this run, up to their targets.
+        Beyond these, gaps are as small as what one evaluation shows by chance, and say nothing.
         """
         kind, limits = self._kind(name), THRESHOLDS.private
         done = [one for one in [*self.earlier, *self.now] if one.task in self.tasks and self._kind(one.task) == kind]
