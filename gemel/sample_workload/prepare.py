@@ -96,11 +96,16 @@ def _work_in_processes(stages: list[list[Callable[..., None]]], processes: int) 
     """Runs the stages one after the other, the jobs of a stage in parallel."""
     context = multiprocessing.get_context("spawn")  # a forked process may inherit locks that are never released
     lock = context.RLock()
-    with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(lock,)) as pool:
+    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(lock,))
+    is_done = False
+    try:
         for stage in stages:
             futures = [pool.submit(job, position=number % processes) for number, job in enumerate(stage)]
             for future in futures:
                 future.result()
+        is_done = True
+    finally:
+        pool.shutdown(wait=not is_done)  # workers that are done take a second to end
 
 
 def _start_worker(lock: Any) -> None:

@@ -41,7 +41,7 @@ class SampleTask(NamedTuple):
 class Plan(NamedTuple):
     """How much is drawn and trained; tuples are for train, val and test."""
 
-    scenes: tuple[int, int, int] = (240, 70, 25)  # per camera, one frame each
+    scenes: tuple[int, int, int] = (228, 70, 25)  # per camera, one frame each
     crops: tuple[int, int, int] = (240, 60, 20)  # at most, per camera and class, cut out of the scenes
     epochs: float = 1.0  # factor for the epochs of every task
 
