@@ -46,9 +46,11 @@ def merge(entries, results, datasets, **options) -> dict:
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("strategy", ["adaptive", pytest.param("gemel", marks=pytest.mark.exhaustive)])
 def test_a_merge_is_the_same_with_any_number_of_ranks(entries, datasets, tmp_path, strategy, num_ranks):
-    options = {"strategy": strategy, "tolerance": 0.85, "learning_rate": 0.02, "max_epochs": 6}
+    rate = 0.02 if strategy == "adaptive" else 0.001  # large steps make much of the last bit of a gradient's sum
+    options = {"strategy": strategy, "tolerance": 0.85, "learning_rate": rate, "max_epochs": 6}
     several = on_ranks(num_ranks, lambda: merge(entries, tmp_path / "several", datasets, **options))
     one = merge(entries, tmp_path / "one", datasets, **options)
+    assert any(steps for _, _, steps, _ in one["rounds"]) or strategy == "adaptive"
     for found in several:
         assert found["shared"] == one["shared"] != []
         assert [row[0] for row in found["rounds"]] == [row[0] for row in one["rounds"]]
