@@ -30,7 +30,8 @@ class FitThresholds:
     max_fits: int = 3
     # Of the targets on the screening subset ("2026-11-26 The last thousandth").
     full_validation_from: float = 0.97
-    # Of a trial that all tasks meet their targets: from here on nothing is screened ("2026-11-27 Screening").
+    # The probability that all tasks meet their targets in a trial, from which on nothing is screened; its worth:
+    # "2026-11-27 Screening" (a half itself is unmeasured).
     no_screening_from: float = 0.5
     # Of the targets, predicted for the next task weights ("2026-11-27 Fitting again, from a margin on").
     refit_from: float = 1.008
