@@ -10,17 +10,17 @@ from typing import NamedTuple
 
 from gemel.datasets.layouts import num_outputs
 from gemel.datasets.records import (
+    NO_IMAGE,
     NO_TEST,
     NOT_DATA,
     Fault,
+    files_below,
     image_files,
-    images_below,
     is_image,
     names_by_id,
     passed_over,
     split_folder,
     visible,
-    walk,
 )
 from gemel.workload import Task
 
@@ -66,18 +66,19 @@ def read_split(task: Task, folder: Path, split: str) -> ClassSplit:
     """The samples of one split; train images without labels may lie in any folder below train and get NO_LABEL."""
     place = split_folder(folder, split)
     if split == "train" and not task.labels:
-        samples = [(path, NO_LABEL) for path in images_below(place)]
-        return ClassSplit(samples, [], _others(path for _, paths in walk(place) for path in paths))
+        images, others = files_below(place)
+        return ClassSplit([(path, NO_LABEL) for path in images], [], passed_over(others, NO_IMAGE))
     labels = class_labels(task, folder)
     found = ClassSplit([], list(_unknown_folders(task, folder, split, labels)), Counter())
     for name, label in sorted(labels.items(), key=lambda item: item[1]):
-        images = images_below(place / name)
+        images, others = files_below(place / name)
         found.samples.extend((path, label) for path in images)
-        found.repairs.update(_others(path for _, paths in walk(place / name) for path in paths))
+        found.repairs.update(passed_over(others, NO_IMAGE))
         if not images and split != "test":
             found.repairs[EMPTY_CLASS.format(name, place.name)] += 1
     found.repairs.update(passed_over(image_files(place), "as it lies in no class folder"))
-    found.repairs.update(_others(path for path in visible(place) if path.is_file()))
+    others = [path for path in visible(place) if path.is_file() and not is_image(path)]
+    found.repairs.update(passed_over(others, NO_IMAGE))
     found.repairs.update(_elsewhere(task, folder, split, labels))
     return found
 
@@ -86,7 +87,7 @@ def has_test(task: Task, folder: Path) -> bool:
     """Whether there is a test split: a folder test with an image of some class."""
     place = split_folder(folder, "test")
     names = class_labels(task, folder)
-    return any(images_below(place / name) for name in names)
+    return any(files_below(place / name)[0] for name in names)
 
 
 def left_out_test(task: Task, folder: Path) -> Counter:
@@ -97,10 +98,6 @@ def left_out_test(task: Task, folder: Path) -> Counter:
 
 def _class_folders(split: Path) -> list[str]:
     return [path.name for path in visible(split) if path.is_dir() and path.name != NOT_DATA]
-
-
-def _others(paths: Iterator[Path]) -> Counter:
-    return passed_over((path for path in paths if not is_image(path)), "as it is no image")
 
 
 def _unknown_folders(task: Task, folder: Path, split: str, labels: Mapping[str, int]) -> Iterator[Fault]:

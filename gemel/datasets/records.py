@@ -27,6 +27,7 @@ WINDOWS_LINES = "Windows line ends were read as line ends"
 COPIES = "an object that stands twice in an image, with the same class and box, was taken once"
 NO_FILE = "an image without an annotation file was taken as one without objects"
 NO_CLASS = "N/A"  # the name of a class id without a class, as in torchvision
+NO_IMAGE = "as it is no image"  # why a file was passed over
 NO_TEST = "the test split was left out, as it has no image with {}"
 AREA = "boxes with a width and a height above 0"
 MAX_TEXT_BYTES = 256 << 20  # a list of a million images
@@ -120,7 +121,12 @@ def visible(folder: Path) -> list[Path]:
 
 def is_image(path: Path) -> bool:
     """Whether the name is that of an image file that is not hidden."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and not path.is_dir()
+    return has_image_name(path) and not path.is_dir()
+
+
+def has_image_name(path: Path) -> bool:
+    """The same of what is known to be a file."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -141,13 +147,18 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
         yield Path(parent), [Path(parent, name) for name in sorted(files) if name[0] != "."]
 
 
-def images_below(folder: Path) -> list[Path]:
-    """The images in the folder and in all folders below it."""
-    return [path for _, files in walk(folder) for path in files if is_image(path)]
+def files_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(images, other files) in the folder and in all folders below it."""
+    images: list[Path] = []
+    others: list[Path] = []
+    for _, files in walk(folder):
+        for path in files:
+            (images if has_image_name(path) else others).append(path)
+    return images, others
 
 
 def passed_over(paths: Iterable[Path], why: str) -> Counter:
-    """How many files of each suffix were passed over, each named by its first; why: such as "as it is no image"."""
+    """How many files of each suffix were passed over, each named by its first; why: such as NO_IMAGE."""
     by_suffix: dict[str, list[Path]] = {}
     for path in paths:
         by_suffix.setdefault(path.suffix.lower(), []).append(path)

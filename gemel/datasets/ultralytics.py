@@ -19,11 +19,13 @@ from yaml.constructor import SafeConstructor
 
 from gemel.datasets.records import (
     NO_FILE,
+    NO_IMAGE,
     SPLIT_FOLDERS,
     Fault,
     Layout,
     Split,
     file_exists,
+    has_image_name,
     is_image,
     passed_over,
     read_text,
@@ -297,13 +299,13 @@ def _folder_images(folder: Path, split: Split) -> list[Path]:
     images = []
     others: list[Path] = []
     for parent, files in walk(folder):
-        here = [path for path in files if is_image(path)]
+        here = [path for path in files if has_image_name(path)]
         labels = label_file(parent / "any.jpg").parent
         split.faults += stem_faults(here)
         split.faults += orphan_faults(annotation_files(labels), here) if labels != parent else []
         images += here
-        others += [path for path in files if not is_image(path) and path.suffix.lower() != ".txt"]
-    split.repairs += passed_over(others, "as it is no image")
+        others += [path for path in files if not has_image_name(path) and path.suffix.lower() != ".txt"]
+    split.repairs += passed_over(others, NO_IMAGE)
     return images
 
 

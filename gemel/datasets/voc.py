@@ -23,6 +23,7 @@ from gemel.datasets.records import (
     AREA,
     BYTE_ORDER_MARK,
     NO_FILE,
+    NO_IMAGE,
     SPLIT_FOLDERS,
     Box,
     Corners,
@@ -31,9 +32,9 @@ from gemel.datasets.records import (
     Objects,
     Split,
     clip_box,
+    files_below,
     header_size,
     image_files,
-    images_below,
     is_empty,
     is_image,
     is_number,
@@ -42,7 +43,6 @@ from gemel.datasets.records import (
     read_text,
     shown,
     visible,
-    walk,
     without_copies,
 )
 from gemel.datasets.yolo import orphan_faults, path_below, stem_faults
@@ -142,14 +142,13 @@ def _folder_pairs(folder: Path, split: str, found: Split) -> list[tuple[Path, Pa
         found.faults.append(Fault(folder, "", f"{len(there) or 'no'} folders {names}", f"one folder {names}"))
     if not there:
         return []
-    images = images_below(there[0])
-    others = [path for _, paths in walk(there[0]) for path in paths if not is_image(path)]
+    images, others = files_below(there[0])
     files = [path for path in others if path.suffix.lower() == ".xml"]
     key = path_below(there[0])
     found.faults += [*stem_faults(images, key), *orphan_faults(files, images, key, key)]
     by_key = {key(path): path for path in files}
     found.repairs += Counter({NO_FILE: sum(key(image) not in by_key for image in images)})
-    found.repairs += passed_over((path for path in others if path.suffix.lower() != ".xml"), "as it is no image")
+    found.repairs += passed_over((path for path in others if path.suffix.lower() != ".xml"), NO_IMAGE)
     return [(image, by_key.get(key(image))) for image in images]
 
 
@@ -164,7 +163,7 @@ def _listed_pairs(folder: Path, split: str, found: Split) -> list[tuple[Path, Pa
     found.faults += faults
     images = {path.stem: path for path in image_files(folder / "JPEGImages")}
     others = [path for path in visible(folder / "JPEGImages") if not is_image(path)]
-    found.repairs += passed_over(others, "as it is no image")
+    found.repairs += passed_over(others, NO_IMAGE)
     files = {path.stem: path for path in visible(folder / "Annotations") if path.suffix.lower() == ".xml"}
     pairs: list[tuple[Path, Path | None]] = []
     seen: set[str] = set()

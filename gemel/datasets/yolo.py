@@ -14,13 +14,14 @@ from gemel.datasets.records import (
     AREA,
     MIN_SIDE,
     NO_FILE,
+    NO_IMAGE,
     Box,
     Fault,
     Layout,
     Objects,
     Split,
     clip_box,
-    images_below,
+    files_below,
     is_image,
     passed_over,
     read_text,
@@ -161,15 +162,14 @@ def open_layout(folder: Path) -> Layout:
 
 def _split(split: Path) -> Split:
     """Images and annotation files of a split, at any depth, paired by their paths without suffix."""
-    images = images_below(split / "images")
+    images, others = files_below(split / "images")
     files = [path for parent, _ in walk(split / "annotations") for path in annotation_files(parent)]
     image_key, file_key = path_below(split / "images"), path_below(split / "annotations")
     by_key = {file_key(path): path for path in files}
     found = Split(faults=[*stem_faults(images, image_key), *orphan_faults(files, images, file_key, image_key)])
     found.samples = [(image, TextFile(by_key.get(image_key(image)))) for image in images]
     found.repairs[NO_FILE] += sum(image_key(image) not in by_key for image in images)
-    others = [path for _, paths in walk(split / "images") for path in paths if not is_image(path)]
-    found.repairs += passed_over(others, "as it is no image")
+    found.repairs += passed_over(others, NO_IMAGE)
     return found
 
 
