@@ -27,7 +27,7 @@ def test_leftovers_of_a_killed_process_do_not_count_and_do_not_stay(tmp_path, mo
     leftover = tmp_path / "datasets" / "main_2nd_traffic_OD" / f"{artifacts.PARTIAL}1-train"
     (leftover / "images").mkdir(parents=True)
     assert not sample_datasets.is_drawn(tmp_path, "main_2nd", "train", TINY)
-    monkeypatch.setattr(prepare_module, "_work_in_processes", lambda stages, processes: None)
+    monkeypatch.setattr(prepare_module, "_work_with", lambda num_workers, stages: None)
     prepare(METHODS, tmp_path, TINY)
     assert leftover.exists()  # its process may be alive
     monkeypatch.setattr(artifacts, "PARTIAL_SECONDS", -1.0)
@@ -85,10 +85,10 @@ def test_another_recipe_is_made_again(prepared, monkeypatch):
 def test_no_other_process_is_needed(prepared, monkeypatch):
     """A script without a guard around its main part cannot start processes: then this one does the work."""
 
-    def broken(stages, processes):
+    def broken(num_workers, stages):
         raise BrokenProcessPool
 
-    monkeypatch.setattr(prepare_module, "_work_in_processes", broken)
+    monkeypatch.setattr(prepare_module, "_work_with", broken)
     stamp = sample_tasks.stamp_path(CLASSIFIER, prepared)
     stamp.unlink()
     torch.set_num_threads(2)
