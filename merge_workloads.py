@@ -56,7 +56,6 @@ from gemel.merging.retry import measured_anew, retry_text, with_new_data
 from gemel.merging.unmerged_store import unmerged_problems, write_unmerged
 from gemel.options import MergeOptions, read_options
 from gemel.report.check_page import check_page
-from gemel.report.page import write_report
 from gemel.report.plan_page import writable_problems, write_plan
 from gemel.results_store import files
 from gemel.results_store.files import ResultsError, lock
@@ -261,6 +260,8 @@ def _paths(model_dict: object, datasets: Any, results_path: Any) -> tuple[list[P
 def _write_report(results_path: Path) -> None:
     """results/report.html. A report that cannot be made is a warning: the result is complete without it."""
     try:
+        from gemel.report.page import write_report  # with matplotlib, half a second that the first saving need not wait
+
         write_report(results_path)
     except Exception as error:
         log.warning("no report: %s: %s (python -m gemel report makes it later)", type(error).__name__, error)

@@ -9,9 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import scipy  # which imports scipy.optimize, half a second, when it is first used
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from gemel.alignment.activations import INPUT, OUTPUT, Moments, compare
@@ -33,6 +34,7 @@ from gemel.sharing.memory import distinct_bytes
 # Set by hand; benchmarks/LOG.md has no measurement of other values.
 MARGIN = 0.1  # a space is permuted only if that raises its score by at least this share of the score it then has
 MAX_SWEEPS = 50
+LIKE = 0.5  # cosine of weights: layers of one ancestor had .37 to 1, others -.06 to .01 (2026-11-27 Fewer seconds)
 TOLERANCE = 1e-3  # of the output's scale, when a permuted model is checked on its own images
 
 log = logging.getLogger(__name__)
@@ -87,7 +89,8 @@ def align(
     """Permutes channels in place so that the layers of `groups` agree channel by channel; no model's function changes.
 
     Models are aligned one by one, those of `fixed` first, then the largest first, each to all those before it. The
-    first one and those of `fixed` stay as they are. images: per task, batches of images without labels as its loader
+    first one and those of `fixed` stay as they are, and so do those whose layers are all alike already, as after
+    fine-tuning of one ancestor. images: per task, batches of images without labels as its loader
     gives them; needed by "activations", and used by both methods to check that each model still computes the same (else
     its permutations are undone and it is listed as unaligned). seed: of the order in which "weights" visits the spaces.
     Models must not share parameters yet. Raises ValueError.
@@ -105,6 +108,8 @@ def align(
         if position == 0 or task in fixed:
             continue
         sites = find_sites(groups, task, order[:position])
+        if _are_alike(models[task], _targets(models, sites)):
+            continue
         own = (images or {}).get(task) or ()
         found[task] = find_channel_spaces(models[task], own[0][:2] if own and torch.is_tensor(own[0]) else None)
         done, left = _align_one(models, task, found[task], sites, images, method, seed)
@@ -167,16 +172,20 @@ def _check(models: Models, groups: Configuration, images: Mapping | None, method
 def _align_one(models, task: str, found: ChannelSpaces, sites: list[Site], images, method: str, seed: int):
     """(SpaceAlignment of each space, (layer, reason) of each layer that is not aligned) of one task."""
     model, own = models[task], (images or {}).get(task) or ()
-    before = _outputs(model, own)
     tied = {site.layer for site in sites}
     touched = [s for s in found.spaces if any(m.key.rpartition(".")[0] in tied for m in s.members)]
     done = METHODS[method](models, task, touched, sites, images, seed) if touched else []
     unaligned = [(layer, reason) for layer, reason in found.unaligned if layer in tied]
-    if not _are_close(before, _outputs(model, own)):
-        for space, result in zip(touched, done, strict=True):
-            permute(model, space, inverse(result.permutation))
-        log.warning("%s: its output changed when its channels were permuted; the permutations are undone", task)
-        return [], [*unaligned, ("", "the model's output changed when its channels were permuted")]
+    moved = [(space, result.permutation) for space, result in zip(touched, done, strict=True) if result.num_moved]
+    if moved:
+        after = _outputs(model, own)
+        for space, permutation in moved:
+            permute(model, space, inverse(permutation))
+        if not _are_close(_outputs(model, own), after):
+            log.warning("%s: its output changed when its channels were permuted; the permutations are undone", task)
+            return [], [*unaligned, ("", "the model's output changed when its channels were permuted")]
+        for space, permutation in moved:
+            permute(model, space, permutation)
     return done, unaligned
 
 
@@ -280,6 +289,12 @@ def _targets(models: Models, sites: list[Site]) -> dict[str, Tensor]:
     return {key: torch.stack([value.to(values[0]) for value in values]).mean(0) for key, values in found.items()}
 
 
+def _are_alike(model: nn.Module, targets: Mapping[str, Tensor]) -> bool:
+    """Whether every layer to be tied has weights much like those that it is to be tied to, channel by channel."""
+    pairs = [(tensor_at(model, key).detach(), target) for key, target in targets.items() if target.ndim > 1]
+    return all(F.cosine_similarity(a.flatten().float(), b.flatten().float(), dim=0) >= LIKE for a, b in pairs)
+
+
 def _weight_similarity(model: nn.Module, space: Space, targets: Mapping[str, Tensor]) -> Tensor:
     """[channels of the target, channels of the model]: inner products, so that the trace is the mean cosine."""
     members = [member for member in space.members if member.key in targets]
@@ -299,7 +314,7 @@ METHODS = {"activations": _by_activations, "weights": _by_weights}
 
 def best_order(scores: Tensor) -> list[int]:
     """permutation[i]: the column assigned to row i, for the largest sum; the identity unless that is MARGIN better."""
-    permutation = linear_sum_assignment(scores.double().numpy(), maximize=True)[1].tolist()
+    permutation = scipy.optimize.linear_sum_assignment(scores.double().numpy(), maximize=True)[1].tolist()
     best, now = float(scores[range(len(scores)), permutation].sum()), float(scores.trace())
     return permutation if best - now > MARGIN * abs(best) else list(range(len(scores)))
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import numpy as np
+import scipy  # which imports scipy.optimize, half a second, when it is first used
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,7 +96,7 @@ def _assign(candidates: Candidates, anchor: str, task: str, distances: "_Distanc
     if len(others) == 1:
         return in_order
     cost = np.array([[distances.cost((task, a), (anchor, b)) for b in others] for a in own])
-    best = linear_sum_assignment(cost)[1].tolist()
+    best = scipy.optimize.linear_sum_assignment(cost)[1].tolist()
     gain = cost[in_order, in_order].sum() - cost[in_order, best].sum()
     return best if gain > MARGIN * cost[in_order, in_order].sum() else in_order
 

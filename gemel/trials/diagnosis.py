@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import scipy  # which imports scipy.optimize, half a second, when it is first used
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import box_iou
@@ -125,7 +125,7 @@ def _other_numbering(answers: Answers) -> Iterator[str]:
         return
     counts = Counter(pairs)
     table = [[counts[label, answer] for answer in said] for label in labels]
-    rows, columns = linear_sum_assignment(table, maximize=True)
+    rows, columns = scipy.optimize.linear_sum_assignment(table, maximize=True)
     gained = sum(table[row][column] for row, column in zip(rows, columns, strict=True)) / len(answers.pairs)
     changed = [(labels[r], said[c]) for r, c in zip(rows, columns, strict=True) if labels[r] != said[c]]
     if gained < answers.share_right + MIN_GAIN or not changed:
