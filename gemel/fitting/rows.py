@@ -300,7 +300,8 @@ def _windows(layer: _ConvNd, inputs: Tensor, size: Sequence[int], picked: Tensor
         padded, stride = _spread(layer, inputs, size), (1,) * len(size)
     else:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+        padding = layer._reversed_padding_repeated_twice
+        padded = F.pad(inputs, padding, mode=mode) if any(padding) else inputs  # which pad would copy
     image = picked
     position: list[Tensor] = []
     for length in reversed(size):  # not torch.unravel_index, which waits for the device

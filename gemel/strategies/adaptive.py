@@ -275,8 +275,9 @@ class Adaptive(Strategy):
 
     def _sensitivity_of(self, index: int, task: str) -> float:
         """As predicted; where it was not, in proportion to the bytes."""
-        group = self.groups[index]
-        return self.sensitivity.get((index, task), group.bytes / max(1, saved_bytes(self.groups)))
+        if (index, task) in self.sensitivity:
+            return self.sensitivity[index, task]
+        return self.groups[index].bytes / max(1, saved_bytes(self.groups))
 
     def _density(self, index: int) -> float:
         """How much tying a group is expected to hurt the task that it hurts most, per byte."""
