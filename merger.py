@@ -60,7 +60,7 @@ from gemel.trials.matched_groups import matched_groups
 from gemel.trials.out_of_memory import on_fewer_images
 from gemel.trials.private_training import ALONE, PrivateTraining
 from gemel.trials.rounding import Rounding
-from gemel.trials.sensitivity import begins_small, predict_for
+from gemel.trials.sensitivity import predict_for, tell_how_long_fits_take
 from gemel.trials.state import MergeState
 from gemel.trials.teachers import FrozenPrefixes, teachers_of
 from gemel.trials.verified_part import part_to_keep, saving_of_part
@@ -229,7 +229,7 @@ class Merger:
         with self.clock.interruptible():
             emit("doing", what="aligning channels")
             self._align_channels()
-            self.strategy.begins_small = predicts and begins_small(self.state, self.images, self.record.groups)
+            tell_how_long_fits_take(self.strategy, self.state, self.images, self.record.groups)
         self._update_run()  # a killed run goes on in this order of channels
         while True:
             if predicts and self.strategy.needs_sensitivity:
@@ -345,8 +345,8 @@ class Merger:
             return self.evaluator.standings(trained)
         improve = partial(self.private_training.improve, proposal) if self.strategy.trains_alone_shortly else None
         saving = partial(saving_of_part, self.state, proposal) if self.strategy.keeps_verified_part else None
-        screens = self.strategy.chance(proposal) < THRESHOLDS.fit.no_screening_from
-        fitter = WeightFitter(self.state, self.evaluator, self.images, self.strategy.donor_of, improve, saving, screens)
+        how = (self.strategy.chance(proposal) < THRESHOLDS.fit.no_screening_from, self.strategy.trials_take_long)
+        fitter = WeightFitter(self.state, self.evaluator, self.images, self.strategy.donor_of, improve, saving, *how)
         if self.record.has_trained or not self.strategy.refits_all_changes:
             new = tuple(group for group in proposal if group not in set(self.state.kept))
             return fitter.fit(new, trained, number, max_fits=2)

@@ -26,7 +26,8 @@ class Strategy(ABC):
     adopted: Configuration = ()
     learn_quickly: Collection[str] = ()  # tasks that few steps on what they hold alone bring far
     tied_share: float = 0.0  # of what could be saved, that trials which are trained save at least, or as a rule
-    begins_small: bool = False  # whether trials take so long that a small one is to come first
+    trials_take_long: bool = False  # so that some saving is to come early
+    begins_small: bool = False  # whether a small trial is to come first, for that reason
     goal_saving: int | None = None  # bytes; the search is over as soon as what is kept saves as many
 
     @property

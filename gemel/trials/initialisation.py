@@ -40,7 +40,7 @@ class WeightFitter:
     donor_of: the task whose weights a group takes as they are; None: it is fitted. improve: what may follow a fit that
     misses targets, given where tasks are and on how many images each was fitted; returns where they are then.
     saving_of: bytes that are saved where only these tasks meet their targets; None: nothing is. screens: whether a fit
-    is evaluated on the screening subset first.
+    is evaluated on the screening subset first. takes_first: whether a fit that saves something is good enough.
     """
 
     def __init__(
@@ -52,17 +52,19 @@ class WeightFitter:
         improve: Improve | None = None,
         saving_of: Callable[[Collection[str]], int] | None = None,
         screens: bool = True,
+        takes_first: bool = False,
     ):
         self.state, self.evaluator, self.images, self.donor_of = state, evaluator, images, donor_of
-        self.improve, self.saving_of, self.screens = improve, saving_of, screens
+        self.improve, self.saving_of, self.screens, self.takes_first = improve, saving_of, screens, takes_first
 
     def fit(self, groups: Configuration, names: Collection[str], number: int, max_fits: int) -> dict[str, Standing]:
         """Fits tied groups; returns where each of the named tasks, whose models the trial changes, then is.
 
-        The first fit counts all tasks alike. While a task is below its target and the others are above theirs, the
-        groups are fitted again with other weights of the tasks, at most max_fits times; the fit is kept whose tasks at
-        target save most among themselves, of several that save as much the one whose worst task is best. number: of the
-        round, for the log. All rounds fit on the same sample of images.
+        The first fit counts all tasks alike. If `takes_first`, nothing is kept yet and it saves something, that is all.
+        Else, while a task is below its target and the others are above theirs, the groups are fitted again with other
+        weights of the tasks, at most max_fits times; the fit is kept whose tasks at target save most among themselves,
+        of several that save as much the one whose worst task is best. number: of the round, for the log. All rounds fit
+        on the same sample of images.
         """
         groups = donate_weights(self.state.models, self.state.unmerged, groups, self.donor_of)
         container = nn.ModuleDict({name: self.state.models[name] for name in names})
@@ -107,6 +109,8 @@ class WeightFitter:
             ratios = {name: standing.ratio for name, standing in found.items()}
             emit("fit", round=number + 1, attempt=attempt, ratios=ratios)
             log.debug("round %d, fit %d with weights %s: %s of the targets", number, attempt, balance.weights, ratios)
+            if self.takes_first and not self.state.kept and self._saving(found) > 0:
+                return found
             if self.improve is not None and worst(found) < 1:
                 found = self.improve(found, teacher_samples.num_images)
             is_best = not reached or self._value(found) > self._value(reached)
@@ -121,8 +125,13 @@ class WeightFitter:
 
     def _value(self, found: Mapping[str, Standing]) -> tuple[int, float]:
         """What makes one fit better than another: (bytes saved among the tasks at target, ratio of the worst task)."""
-        met = [name for name, standing in found.items() if standing.ratio >= 1 and standing.accuracy is not None]
-        return 0 if self.saving_of is None else self.saving_of(met), worst(found)
+        return self._saving({n: standing for n, standing in found.items() if standing.accuracy is not None}), worst(
+            found
+        )
+
+    def _saving(self, found: Mapping[str, Standing]) -> int:
+        met = [name for name, standing in found.items() if standing.ratio >= 1]
+        return 0 if self.saving_of is None else self.saving_of(met)
 
 
 def donate_weights(

@@ -1,5 +1,6 @@
 """How much each group of a merge is predicted to hurt each of its tasks."""
 
+import math
 from collections.abc import Mapping
 
 from gemel.environment import ranks
@@ -88,20 +89,25 @@ def predict_for(
         strategy.set_sensitivity(*predicted, evaluator.ratios(), expected_losses(evaluator.tasks))
 
 
-def begins_small(state: MergeState, images: ImageSampler, groups: Configuration) -> bool:
-    """Whether fits of everything take so long that something smaller is to be kept before; all ranks call it.
+def tell_how_long_fits_take(strategy: Strategy, state: MergeState, images: ImageSampler, groups: Configuration) -> None:
+    """Tells a strategy that fits before it trains whether fits of everything take so long that some saving is to come
+    early; all ranks call it.
 
-    Not with detectors, of which no layer is safe before sensitivity was predicted.
+    The first trial then is a small one, but not with detectors, of which no layer is safe before sensitivity was
+    predicted.
     """
+    if not strategy.keeps_verified_part:
+        return
     tasks = [task for group in groups for task in group.tasks]
-    if any(images.tasks[task].kind != CLASSIFICATION for task in tasks):
-        return False
     try:
-        return images.of_fits.flops(state.unmerged, tasks, THRESHOLDS.fit.pixels) > THRESHOLDS.search.long_fit
+        flops = images.of_fits.flops(state.unmerged, tasks, THRESHOLDS.fit.pixels)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return True  # then fits are large
+        flops = math.inf  # then fits are large
+    strategy.trials_take_long = flops > THRESHOLDS.search.long_fit
+    classify = all(images.tasks[task].kind == CLASSIFICATION for task in tasks)
+    strategy.begins_small = strategy.trials_take_long and classify
 
 
 def expected_losses(tasks: Mapping[str, Task]) -> dict[str, ExpectedLoss]:

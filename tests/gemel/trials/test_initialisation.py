@@ -14,7 +14,7 @@ from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
 from gemel.trials import evaluator, fit_samples, images, initialisation, sensitivity
 from gemel.trials.initialisation import WeightFitter, refit_frozen_normalisation
-from gemel.trials.sensitivity import begins_small, sensitivity_if_all_were_tied
+from gemel.trials.sensitivity import sensitivity_if_all_were_tied, tell_how_long_fits_take
 from gemel.trials.task_weights import TaskWeights
 from gemel.trials.verified_part import saving_of_part
 from gemel.workload import CLASSIFICATION
@@ -69,7 +69,7 @@ def classifiers(tasks, data, tmp_path):
 
 def test_what_takes_long_is_decided_by_operations_on_the_images_of_a_fit(classifiers, run, monkeypatch):
     groups, tasks = classifiers.record.groups, list(classifiers.tasks)
-    given = (classifiers.state, classifiers.images, groups)
+    given = (classifiers.strategy, classifiers.state, classifiers.images, groups)
     flops = [
         classifiers.images.of_fits.flops(classifiers.state.unmerged, names, THRESHOLDS.fit.pixels)
         for names in (tasks, *([task] for task in tasks))
@@ -77,21 +77,24 @@ def test_what_takes_long_is_decided_by_operations_on_the_images_of_a_fit(classif
     assert flops[0] == sum(flops[1:]) and min(flops) > 0
     for limit, is_long in ((flops[0], False), (flops[0] / 2, True)):
         monkeypatch.setattr(sensitivity, "THRESHOLDS", thresholds(long_fit=limit))
-        assert begins_small(*given) is is_long
-    with_detector = (run.state, run.images, run.record.groups)
-    assert not begins_small(*with_detector), "no layer of a detector is safe without a prediction"
+        tell_how_long_fits_take(*given)
+        assert classifiers.strategy.trials_take_long is classifiers.strategy.begins_small is is_long
+    tell_how_long_fits_take(run.strategy, run.state, run.images, run.record.groups)
+    assert run.strategy.trials_take_long
+    assert not run.strategy.begins_small, "no layer of a detector is safe without a prediction"
 
 
 def test_counting_operations_may_run_out_of_memory(classifiers, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("no memory for counting")
 
-    given = (classifiers.state, classifiers.images, classifiers.record.groups)
+    given = (classifiers.strategy, classifiers.state, classifiers.images, classifiers.record.groups)
     monkeypatch.setattr(classifiers.images.of_fits, "flops", full)
-    assert begins_small(*given)
+    tell_how_long_fits_take(*given)
+    assert classifiers.strategy.trials_take_long
     monkeypatch.setattr(classifiers.images.of_fits, "flops", lambda *_: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
-        begins_small(*given)
+        tell_how_long_fits_take(*given)
 
 
 def test_where_fits_take_long_a_merge_ties_the_largest_layers_first(classifiers, monkeypatch):
@@ -220,6 +223,33 @@ def test_the_fit_is_kept_whose_tasks_at_target_save_most(run, monkeypatch):
     fitter = WeightFitter(run.state, run.evaluator, run.images, run.strategy.donor_of, saving_of=saving_of)
     assert saving_of(["north_pico", "south_pico"]) > saving_of(["south_pico"]) == 0
     assert fitter.fit(run.record.groups, run.tasks, 0, 3)["east_pico"].ratio == 0.9
+
+
+def test_where_fits_take_long_the_first_that_saves_something_is_kept_at_once(run, monkeypatch):
+    """It is neither improved by training nor fitted again; once something is kept, fits may be."""
+    trained, fits = [], []
+
+    def improve(found, num_images):
+        trained.append(found)
+        return found
+
+    def fitted(takes_first):
+        fits.clear()
+        given = (run.state, run.evaluator, run.images, run.strategy.donor_of, improve, len)
+        WeightFitter(*given, takes_first=takes_first).fit(run.record.groups, run.tasks, 0, max_fits=2)
+        return len(fits)
+
+    reached = {"north_pico": 0.9, "south_pico": 1.1, "east_pico": 1.1}
+    monkeypatch.setattr(initialisation, "fit_sequentially", lambda *more, **options: fits.append(1))
+    monkeypatch.setattr(run.evaluator, "standings", lambda names, *_: {n: Standing(r, r) for n, r in reached.items()})
+    tie_all(run)
+    assert fitted(takes_first=True) == 1 and not trained
+    assert fitted(takes_first=False) == 2 and len(trained) == 2
+    run.state.kept = run.record.groups[:1]
+    assert fitted(takes_first=True) == 2
+    run.state.kept = ()
+    reached.update(south_pico=0.9, east_pico=0.9)
+    assert fitted(takes_first=True) == 1 and len(trained) == 5, "trained, as nothing would be saved"
 
 
 def test_targets_that_no_weights_of_tasks_are_expected_to_meet_are_not_fitted_again(run, fit, monkeypatch):
