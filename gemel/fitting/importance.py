@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemel.fitting.batch_norm import channel_moments
 from gemel.forward.batches import Batch, to_device
 from gemel.forward.hooks import hooked
 from gemel.forward.modes import device_of, evaluating
@@ -86,7 +87,7 @@ def _inputs_of(node: Any) -> list[Any]:
 def _share(output: Tensor, gradient: Tensor) -> float:
     """The sum over channels of the variance of the output and the squared gradient; both [N, channels, ...]."""
     dims = [d for d in range(output.dim()) if d != min(1, output.dim() - 1)]
-    variance = output.var(dims, correction=0) if dims else output.square()
+    variance = channel_moments(output).var if dims else output.square()
     return float((variance * gradient.square().sum(dims)).sum())
 
 

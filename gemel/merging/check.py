@@ -1,5 +1,6 @@
 """What is checked of a workload before anything is trained or written, beside the dictionary and the datasets."""
 
+import itertools
 import logging
 from collections.abc import Iterator, Mapping
 
@@ -24,6 +25,7 @@ from gemel.trials.state import MergeState
 from gemel.workload import DETECTION, Problem, Task
 from model_architectures import num_classes_of
 
+FEWEST = 4  # images in a pass: batch normalisation needs several
 MAX_SIZES = 256  # headers that are read of a split, to find the extreme sizes
 log = logging.getLogger(__name__)
 
@@ -86,7 +88,8 @@ def training_error(
             size = min(batch_size_of(train), num_samples(train))
             for start in range(0, len(indices), size):
                 part = indices[start : start + size]
-                part += [i for i in range(num_samples(train)) if i not in part][: size - len(part)]
+                others = (i for i in range(num_samples(train)) if i not in part)
+                part += itertools.islice(others, max(0, min(size, FEWEST) - len(part)))
                 _backward(task, train, part, teacher, autocast)
     except SampleError:
         raise
