@@ -25,7 +25,7 @@ from gemel.trials.state import MergeState
 from gemel.workload import DETECTION, Problem, Task
 from model_architectures import num_classes_of
 
-FEWEST = 4  # images in a pass: batch normalisation needs several
+FEWEST = 2  # images in a pass: batch normalisation needs several
 MAX_SIZES = 256  # headers that are read of a split, to find the extreme sizes
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,21 @@ def training_problems(
     """What keeps a task from being trained: losses and gradients are computed as a step of training computes them.
 
     On images of train that cover its sizes and its classes (`telling_samples`), in float32, and in bfloat16 where steps
-    shall compute in that. Models stay as they are. Every rank tries its own tasks; all get all problems.
+    shall compute in that. Models stay as they are, but for the layout of their weights: it becomes the usual one where
+    a model cannot be trained channels-last (layout.py). Every rank tries its own tasks; all get all problems.
     """
+    problems = _problems_of_all(tasks, data, state, options)
+    if problems and state.channels_last:
+        state.use_layout(False)
+        problems = _problems_of_all(tasks, data, state, options)
+        if not problems:
+            log.info("models cannot be trained channels-last; all keep the usual layout")
+    return problems
+
+
+def _problems_of_all(
+    tasks: Mapping[str, Task], data: Mapping[str, TaskData], state: MergeState, options: MergeOptions
+) -> list[Problem]:
     own = {name: tasks[name] for name in ranks.mine(tasks)}
     found = ranks.gathered([list(problem) for problem in _problems_of(own, data, state, options)])
     return [Problem(*problem) for part in found for problem in part]
@@ -68,23 +81,18 @@ def _problems_of(
 
 
 def training_error(
-    task: Task,
-    data: TaskData,
-    unmerged: nn.Module,
-    seed: int,
-    num_images: int | None = None,
-    autocast: Autocast = IN_FLOAT32,
+    task: Task, data: TaskData, unmerged: nn.Module, seed: int, autocast: Autocast = IN_FLOAT32
 ) -> Exception | None:
     """What a training pass over the task's telling samples raises; None if it works. The model stays as it is.
 
-    num_images: only so many of them. autocast: in what the pass computes.
+    autocast: in what the pass computes.
     """
     train = data.train
     snapshot = take_snapshot(task.model)
     teacher = None if task.labels else Teacher(task.model, unmerged, [])
     try:
         with seeded(seed, "trial", task.name):
-            indices = telling_samples(task, train)[:num_images]
+            indices = telling_samples(task, train)
             size = min(batch_size_of(train), num_samples(train))
             for start in range(0, len(indices), size):
                 part = indices[start : start + size]

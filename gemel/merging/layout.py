@@ -1,10 +1,10 @@
 """The memory layout of the models: convolutions can be quicker channels-last, which some models cannot take.
 
 A model that looks at strides (`view` behind a convolution) fails in another layout than the one it was written for, and
-so does an eval method that does so with what layers of a model put out. So the layout is first tried on a few images,
-in all that a merge runs: a forward pass, the eval method, a step of training. Tied layers are in models of several
-tasks: all have one. On a CPU channels-last is taken if all models can have it; on another device, where it depends on
-the device and on the precision, training steps of all models are measured as well.
+so does an eval method that does so with what layers of a model put out. So the layout is first tried on a few images: a
+forward pass, the eval method, and where it is checked that models can be trained (check.py) a step of training. Tied
+layers are in models of several tasks: all have one. On a CPU channels-last is taken if all models can have it; on
+another device, where it depends on the device and on the precision, training steps of all models are measured as well.
 """
 
 import itertools
@@ -27,7 +27,6 @@ from gemel.forward import FLOAT32
 from gemel.forward.autocast import IN_FLOAT32, Autocast
 from gemel.forward.batches import Batch, run
 from gemel.forward.modes import deep_copy, device_of, set_layout
-from gemel.merging.check import training_error
 from gemel.options import MergeOptions
 from gemel.sharing.tying import restore_snapshot, take_snapshot
 from gemel.training.distillation import Teacher
@@ -58,7 +57,7 @@ def choose_layout(
     seed, precision = options.seed, options.training.precision
     try:
         with clock.interrupts.immediate():
-            wanted = ranks.of_first(lambda: can_be_channels_last(tasks, data, state.unmerged, seed))
+            wanted = ranks.of_first(lambda: can_be_channels_last(tasks, data, seed))
             if wanted and state.device.type != "cpu":
                 wanted = ranks.of_first(lambda: is_quicker(tasks, data, state, seed, precision))
             state.use_layout(wanted)
@@ -67,13 +66,8 @@ def choose_layout(
         raise
 
 
-def can_be_channels_last(
-    tasks: Mapping[str, Task],
-    data: Mapping[str, TaskData],
-    unmerged: Mapping[str, nn.Module] | nn.ModuleDict,
-    seed: int,
-) -> bool:
-    """Whether every model that works as it is also works channels-last: the same outputs, its eval method, training.
+def can_be_channels_last(tasks: Mapping[str, Task], data: Mapping[str, TaskData], seed: int) -> bool:
+    """Whether every model that works as it is also works channels-last: the same outputs, its eval method.
 
     What fails in both layouts is not the layout's fault: it counts as working. The models keep the layout that they
     have.
@@ -88,10 +82,10 @@ def can_be_channels_last(
         try:
             after = _outputs(task.model, images)
             works = after is not None and _are_close(before, after, device_of(task.model))
-            failed = [raised for raised in ERRORS if raised(task, data[name], unmerged[name], seed) is not None]
+            is_evaluated = _evaluation_error(task, data[name], seed) is None
         finally:
             set_layout(task.model, torch.contiguous_format)
-        if not works or any(raised(task, data[name], unmerged[name], seed) is None for raised in failed):
+        if not works or not is_evaluated and _evaluation_error(task, data[name], seed) is None:
             log.info("%s: does not run channels-last; all models keep the usual layout", name)
             return False
     return True
@@ -150,12 +144,7 @@ def _are_close(before: list[Tensor], after: list[Tensor], device: torch.device) 
     return all(float((a - b).abs().max()) <= tolerance * max(1.0, float(a.abs().max())) for a, b in pairs)
 
 
-def _training_error(task: Task, data: TaskData, unmerged: nn.Module, seed: int) -> Exception | None:
-    """What a step of training raises; None if it works."""
-    return training_error(task, data, unmerged, seed, NUM_IMAGES)
-
-
-def _evaluation_error(task: Task, data: TaskData, unmerged: nn.Module, seed: int) -> Exception | None:
+def _evaluation_error(task: Task, data: TaskData, seed: int) -> Exception | None:
     """What the eval method raises on a few samples of val; None if it works. It gets a copy, which it may change."""
     dataset: Any = data.val.dataset
     labelled = (index for index in range(len(dataset)) if dataset.has_labels(index))
@@ -166,6 +155,3 @@ def _evaluation_error(task: Task, data: TaskData, unmerged: nn.Module, seed: int
     except Exception as error:  # a user's eval method may raise anything
         return error
     return None
-
-
-ERRORS = (_evaluation_error, _training_error)  # of all that a merge runs, beside the forward pass

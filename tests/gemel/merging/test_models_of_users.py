@@ -137,9 +137,34 @@ def test_channels_last_is_tried_first(make, works, datasets):
     entries = entries_of(make, datasets, steps=1)
     tasks, _ = read_workload(entries)
     data = {name: open_task(t, [datasets], device=CPU, seed=0, batch_size=6) for name, t in tasks.items()}
-    unmerged = {name: task.model for name, task in tasks.items()}
-    assert can_be_channels_last(tasks, data, unmerged, seed=0) is works
+    assert can_be_channels_last(tasks, data, seed=0) is works
     assert all(p.is_contiguous() for task in tasks.values() for p in task.model.parameters())
+
+
+class TrainedByStrides(PicoNet):
+    """A model that looks at strides when it is trained, or one that cannot be trained in any layout."""
+
+    def __init__(self, num_classes, ever=True):
+        super().__init__(num_classes)
+        self.ever = ever
+
+    def forward(self, images):
+        if self.training:
+            assert self.ever, "never trained"
+            self.conv1(images).view(-1)
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("ever", [True, False])
+def test_models_that_cannot_be_trained_channels_last_get_the_usual_layout(ever, datasets):
+    tasks, _ = read_workload(entries_of(lambda k: TrainedByStrides(k, ever), datasets, steps=0))
+    data = {name: open_task(t, [datasets], device=CPU, seed=0, batch_size=6) for name, t in tasks.items()}
+    state = MergeState(tasks, CPU)
+    state.use_layout(can_be_channels_last(tasks, data, seed=0))
+    assert state.channels_last
+    problems = training_problems(tasks, data, state, MergeOptions())
+    assert not state.channels_last and bool(problems) is not ever
+    assert all("never trained" in problem.got for problem in problems)
 
 
 @pytest.mark.parametrize("seconds, expected", [((2.0, 1.0), True), ((1.0, 1.0), False), ((0.0, 0.0), False)])
@@ -191,8 +216,7 @@ def test_channels_last_is_tried_with_the_eval_method(method, works, datasets):
     tasks, _ = read_workload(entries)
     data = {name: open_task(t, [datasets], device=CPU, seed=0, batch_size=6) for name, t in tasks.items()}
     before = {name: copy.deepcopy(task.model.state_dict()) for name, task in tasks.items()}
-    unmerged = {name: task.model for name, task in tasks.items()}
-    assert can_be_channels_last(tasks, data, unmerged, seed=0) is works
+    assert can_be_channels_last(tasks, data, seed=0) is works
     assert all(same_state(task.model.state_dict(), before[name]) for name, task in tasks.items())
     assert all(p.is_contiguous() and p.dtype == torch.float32 for t in tasks.values() for p in t.model.parameters())
 
@@ -244,6 +268,7 @@ def test_a_training_pass_that_does_not_fit_the_memory_is_no_problem_of_the_model
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("gemel.merging.check.task_losses", crowded)
+    monkeypatch.setattr("gemel.merging.check.FEWEST", 6)
     only = {"north_pico": tasks["north_pico"]}
     assert training_problems(only, data, MergeState(only, CPU), MergeOptions()) == [] and sizes == [6, 3]
     assert "north_pico: out of memory in a training pass" in caplog.text
