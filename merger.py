@@ -1,8 +1,7 @@
 """The search: propose a configuration, tie, initialise, retrain, validate, keep or undo, store.
 
 Until the strategy is done or the time is over. A round depends only on what was kept before it, the seed and its
-number, so an interrupted run that is resumed from the results folder ends as it would have ended. The parts are in
-gemel/trials/: state.py (the live models, and how to undo), evaluator.py, initialisation.py; gemel/merging/: records.py.
+number, so a run that is resumed ends as it would have ended. The parts are in gemel/trials/ and gemel/merging/.
 """
 
 import contextlib
@@ -347,12 +346,13 @@ class Merger:
         saving = partial(saving_of_part, self.state, proposal) if self.strategy.keeps_verified_part else None
         how = (self.strategy.chance(proposal) < THRESHOLDS.fit.no_screening_from, self.strategy.trials_take_long)
         fitter = WeightFitter(self.state, self.evaluator, self.images, self.strategy.donor_of, improve, saving, *how)
+        most = THRESHOLDS.fit.max_fits if self.strategy.releases_before_training else 1  # or it is trained
         if self.record.has_trained or not self.strategy.refits_all_changes:
             new = tuple(group for group in proposal if group not in set(self.state.kept))
-            return fitter.fit(new, trained, number, max_fits=2)
+            return fitter.fit(new, trained, number, min(2, most))
         groups = tuple(group for group in proposal if set(group.tasks) <= set(trained))
         self.state.reset_to_unmerged(groups, trained)
-        return fitter.fit(groups, trained, number, max_fits=THRESHOLDS.fit.max_fits)
+        return fitter.fit(groups, trained, number, most)
 
     def _retrain(self, proposal: Configuration, trained: Mapping[str, Task], fitted: dict[str, Standing]) -> Outcome:
         """Judges the trial, and trains it as far as the strategy asks for that."""

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from gemel.fitting.batch_norm import match_statistics, reestimate_statistics
+from gemel.fitting.batch_norm import channel_moments, match_statistics, reestimate_statistics
 
 CPU = torch.device("cpu")
 
@@ -71,3 +71,15 @@ def test_reestimated_statistics_are_averages_over_batches():
     before = model[1].running_mean.clone()
     reestimate_statistics(model, [], CPU)
     assert torch.equal(model[1].running_mean, before)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(6, 5, 7, 4), (2, 3, 1, 1), (1, 3, 1, 1)])
+def test_moments_are_those_of_each_channel_in_any_layout(layout, shape):
+    values = 50 + 3 * torch.randn(shape)
+    values[:, 1] = 7.0  # a channel that is dead
+    found = channel_moments(values.to(memory_format=layout))
+    var, mean = torch.var_mean(values.double(), (0, 2, 3), correction=0)
+    assert found.num_values == values[:, 0].numel()
+    assert torch.allclose(found.mean.double(), mean) and torch.allclose(found.var.double(), var, atol=1e-4)
+    assert found.var[1] < 1e-6
