@@ -59,7 +59,7 @@ from gemel.trials.matched_groups import matched_groups
 from gemel.trials.out_of_memory import on_fewer_images
 from gemel.trials.private_training import ALONE, PrivateTraining
 from gemel.trials.rounding import Rounding
-from gemel.trials.sensitivity import predict_for, tell_how_long_fits_take
+from gemel.trials.sensitivity import choose_first_step, predict_for
 from gemel.trials.state import MergeState
 from gemel.trials.teachers import FrozenPrefixes, teachers_of
 from gemel.trials.verified_part import part_to_keep, saving_of_part
@@ -228,7 +228,7 @@ class Merger:
         with self.clock.interruptible():
             emit("doing", what="aligning channels")
             self._align_channels()
-            tell_how_long_fits_take(self.strategy, self.state, self.images, self.record.groups)
+            choose_first_step(self.strategy, self.state, self.images, self.record.groups, self.evaluator)
         self._update_run()  # a killed run goes on in this order of channels
         while True:
             if predicts and self.strategy.needs_sensitivity:

@@ -118,6 +118,15 @@ def align(
     return Alignment(tuple(order), tuple(spaces), tuple(unaligned), found)
 
 
+def are_alike(models: Models, groups: Configuration) -> bool:
+    """Whether the models' layers are alike already, as after fine-tuning of one ancestor."""
+    tasks = [task for task in models if any(task in group.tasks for group in groups)]
+    return all(
+        _are_alike(models[task], _targets(models, find_sites(groups, task, tasks[:position])))
+        for position, task in enumerate(tasks)
+    )
+
+
 def permutations_of(alignment: Alignment) -> dict[str, dict[str, list[int]]]:
     """What `align` permuted, as JSON values: task -> {space: permutation}; without the spaces that stayed the same."""
     found: dict[str, dict[str, list[int]]] = {}

@@ -3,9 +3,8 @@
 1. Search: of several configurations, from cautious to everything, try the one that is expected to save most, as long
    as that is worth a trial. Of each task the most sensitive layers per byte are released first (a group splits: the
    other tasks still share it); how many, follows from what the task reached with more and with less tied (curves.py).
-   Where trials take long, and after a failure that kept little, what is least sensitive comes first.
-   A first layer, which reads the images and which no one set of weights can serve, takes the weights of the most
-   sensitive task (the donor), and what follows it in the other tasks is fitted to that.
+   The first trial may come before sensitivity is predicted; after a failure that kept little a small one follows.
+   A first layer that no one set of weights can serve takes those of the most sensitive task (the donor).
 2. Fill in: try what is missing, the largest savings first, in parts that are halved when they nearly work; parts with
    which a task is predicted to fail are not tried.
 3. Fill in with adapters: if much is missing, try the same with a low-rank adapter per task, of higher rank where tying
@@ -19,7 +18,6 @@ Where some tasks met their targets in a failed trial of steps 1 to 3, they keep 
 trial is made twice.
 """
 
-import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 
@@ -41,7 +39,7 @@ from gemel.strategies.base import NONE, Ratios, Sensitivity, Strategy
 from gemel.strategies.curves import Curve, ExpectedLoss, expected_saving
 from gemel.strategies.donors import Donors
 from gemel.strategies.goal import just_enough, least_sensitive
-from gemel.strategies.parts import Part, by_tasks, halves
+from gemel.strategies.parts import Part, by_tasks, digest_of, halves
 from gemel.strategies.phases import (
     ABOUT_TO_DO,
     DONE,
@@ -98,7 +96,8 @@ class Adaptive(Strategy):
 
     @property
     def needs_sensitivity(self) -> bool:
-        return self.phase == SEARCH and bool(self.groups) and not self.sensitivity and self._small_step() is None
+        is_left = self.phase == SEARCH and saved_bytes(self.kept) < saved_bytes(self.groups)
+        return is_left and not self.sensitivity and (bool(self.tried) or self._small_step() is None)
 
     @property
     def refits_all_changes(self) -> bool:
@@ -212,11 +211,12 @@ class Adaptive(Strategy):
     # ---- the search ------------------------------------------------------------------------------------------
 
     def _small_step(self) -> Configuration | None:
-        """What is least sensitive: first of all where trials take long, and after one that failed and kept little."""
-        is_due = any(curve.failed for curve in self.curves.values()) if self.tried else self.begins_small
-        search = THRESHOLDS.search
-        least = saved_bytes(self.groups) * (search.small_step if self.tried else search.first_step)
-        if not is_due or self.goal_saving is not None or saved_bytes(self.kept) >= least:
+        """What is least sensitive: first of all where the first trial is not to wait for sensitivity, and after one
+        that failed and kept little."""
+        has_failed = any(curve.failed for curve in self.curves.values())
+        share = THRESHOLDS.search.small_step * has_failed if self.tried else self.first_share
+        least = saved_bytes(self.groups) * share
+        if self.goal_saving is not None or saved_bytes(self.kept) >= least:
             return None
         density = [self._density(i) for i in range(len(self.groups))]
         step = joined(self.base, least_sensitive(self.groups, density, least))
@@ -256,7 +256,9 @@ class Adaptive(Strategy):
         return {task: curve.probability(self._tied_share(trial, task)) for task, curve in self.curves.items()}
 
     def chance(self, proposal: Configuration) -> float:
-        return math.prod(self._probabilities(proposal).values()) if self.sensitivity and self.phase == SEARCH else 0.0
+        if not self.sensitivity:
+            return 0.0 if self.tried else self.first_chance
+        return math.prod(self._probabilities(proposal).values()) if self.phase == SEARCH else 0.0
 
     def _expected_saving(self, trial: Configuration) -> float:
         tied = {o for group in self.kept for o in group.occurrences}
@@ -323,7 +325,7 @@ class Adaptive(Strategy):
         self.sensitivity = {(index[group.occurrences], task): value for (group, task), value in sensitivity.items()}
         self.donors.learn(misfit)
         for task, curve in self.curves.items():
-            curve.unshared, curve.points = reached.get(task, 1.0), []  # of other shares, as sensitivity was unknown
+            curve.begin(reached.get(task, 1.0))
             if task in losses:
                 curve.expect(losses[task], sum(v for (_, name), v in self.sensitivity.items() if name == task))
 
@@ -415,10 +417,8 @@ class Adaptive(Strategy):
 
     def _key(self, trial: Configuration) -> str:
         """Identifies a trial: what it ties, with which adapters, and whether it is trained."""
-        named = sorted(",".join(f"{o.task}:{o.layer}" for o in g.occurrences) + "+" * bool(g.rank) for g in trial)
-        digest = hashlib.sha256(";".join(named).encode()).hexdigest()[:16]
         how = "" if self.phase in UNTRAINED else " trained"
-        return digest + (" smaller" if self.phase == SMALLER_ADAPTERS else how)
+        return digest_of(trial) + (" smaller" if self.phase == SMALLER_ADAPTERS else how)
 
     def state(self) -> dict:
         return {

@@ -27,7 +27,8 @@ class Strategy(ABC):
     learn_quickly: Collection[str] = ()  # tasks that few steps on what they hold alone bring far
     tied_share: float = 0.0  # of what could be saved, that trials which are trained save at least, or as a rule
     trials_take_long: bool = False  # so that some saving is to come early
-    begins_small: bool = False  # whether a small trial is to come first, for that reason
+    first_share: float = 0.0  # of the possible saving, tried before sensitivity is predicted; 0: nothing
+    first_chance: float = 0.0  # that this succeeds, where it is known
     goal_saving: int | None = None  # bytes; the search is over as soon as what is kept saves as many
 
     @property
@@ -73,6 +74,10 @@ class Strategy(ABC):
     @abstractmethod
     def load_state(self, state: dict) -> None:
         """Continues from what `state` returned."""
+
+    def begin_with(self, share: float, chance: float) -> None:
+        """Says what to try before sensitivity is predicted: `first_share`, `first_chance`."""
+        self.first_share, self.first_chance = share, chance
 
     @property
     def needs_sensitivity(self) -> bool:

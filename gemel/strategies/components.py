@@ -120,14 +120,12 @@ class Components(Strategy):
     def donor_of(self, group: Group) -> str | None:
         return self.current.donor_of(group)
 
-    @property
-    def begins_small(self) -> bool:  # type: ignore[override]
-        return any(part.begins_small for part in self.parts)
+    def chance(self, proposal: Configuration) -> float:
+        return self.current.chance(proposal)
 
-    @begins_small.setter
-    def begins_small(self, value: bool) -> None:
+    def begin_with(self, share: float, chance: float) -> None:
         for part in self.parts:
-            part.begins_small = value
+            part.begin_with(share, chance)
 
     # ---- predictions -----------------------------------------------------------------------------------------
 

@@ -37,9 +37,18 @@ class Curve:
     points: list[Point] = field(default_factory=list)
     exponent: float = 1.0
 
+    def begin(self, unshared: float) -> None:
+        """Begins anew with sensitivities. What all of them cost still holds: other points are of shares of bytes."""
+        self.unshared, self.points = unshared, [point for point in self.points if point[0] == 1.0]
+
     def expect(self, loss: ExpectedLoss, sensitivity: float) -> None:
         """Begins with the loss that is expected of the task's sensitivity to everything."""
         self.slope, self.exponent = loss.factor * sensitivity**loss.exponent, loss.exponent
+
+    @classmethod
+    def expecting(cls, loss: ExpectedLoss, unshared: float) -> "Curve":
+        """That of a task whose sensitivity is not known yet: the loss that is expected of a sensitivity of 1."""
+        return cls(unshared, loss.factor, exponent=loss.exponent)
 
     def add(self, share: float, ratio: float) -> None:
         """Adds what a trial measured."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+from gemel.alignment.align import are_alike
 from gemel.environment import ranks
 from gemel.environment.events import emit
 from gemel.environment.failures import is_out_of_memory
@@ -13,7 +14,7 @@ from gemel.fitting.sensitivity import Sensitivity, predict_sensitivity
 from gemel.sharing.groups import Configuration
 from gemel.sharing.signatures import find_layers
 from gemel.strategies.base import Strategy
-from gemel.strategies.curves import ExpectedLoss
+from gemel.strategies.curves import Curve, ExpectedLoss
 from gemel.thresholds import THRESHOLDS
 from gemel.trials.evaluator import Evaluator
 from gemel.trials.images import ImageSampler
@@ -89,16 +90,18 @@ def predict_for(
         strategy.set_sensitivity(*predicted, evaluator.ratios(), expected_losses(evaluator.tasks))
 
 
-def tell_how_long_fits_take(strategy: Strategy, state: MergeState, images: ImageSampler, groups: Configuration) -> None:
-    """Tells a strategy that fits before it trains whether fits of everything take so long that some saving is to come
-    early; all ranks call it.
+def choose_first_step(
+    strategy: Strategy, state: MergeState, images: ImageSampler, groups: Configuration, evaluator: Evaluator
+) -> None:
+    """Tells a strategy that fits before it trains what comes first; all ranks call it.
 
-    The first trial then is a small one, but not with detectors, of which no layer is safe before sensitivity was
-    predicted.
+    Where fits of everything take long, some saving is to come early: a small step comes first, but not with detectors,
+    of which no layer is safe before sensitivity was predicted. Else classifiers of one ancestor may be likely to bear
+    that everything is tied, so that nothing need be predicted before.
     """
     if not strategy.keeps_verified_part:
         return
-    tasks = [task for group in groups for task in group.tasks]
+    tasks = list(dict.fromkeys(task for group in groups for task in group.tasks))
     try:
         flops = images.of_fits.flops(state.unmerged, tasks, THRESHOLDS.fit.pixels)
     except (RuntimeError, MemoryError) as error:
@@ -106,8 +109,15 @@ def tell_how_long_fits_take(strategy: Strategy, state: MergeState, images: Image
             raise
         flops = math.inf  # then fits are large
     strategy.trials_take_long = flops > THRESHOLDS.search.long_fit
-    classify = all(images.tasks[task].kind == CLASSIFICATION for task in tasks)
-    strategy.begins_small = strategy.trials_take_long and classify
+    if any(images.tasks[task].kind != CLASSIFICATION for task in tasks):
+        return
+    if strategy.trials_take_long:
+        strategy.begin_with(THRESHOLDS.search.first_step, 0.0)
+    elif ranks.of_first(lambda: are_alike(state.unmerged, groups)):
+        losses, ratios = expected_losses(evaluator.tasks), evaluator.ratios()
+        chance = math.prod(Curve.expecting(losses[t], ratios[t]).probability(1.0) for t in tasks)
+        if chance >= THRESHOLDS.fit.no_screening_from:
+            strategy.begin_with(1.0, chance)
 
 
 def expected_losses(tasks: Mapping[str, Task]) -> dict[str, ExpectedLoss]:

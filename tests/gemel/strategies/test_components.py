@@ -107,8 +107,8 @@ def test_what_was_kept_may_connect_tasks_that_no_group_connects():
 def test_every_search_makes_a_small_step_before_one_prediction_for_all():
     models = workload(8, 8, 12, 12)
     groups, strategy = find_groups(models), searched_apart(models)
-    strategy.begins_small = True
-    assert strategy.begins_small and not strategy.needs_sensitivity
+    strategy.begin_with(0.5, 0.6)
+    assert not strategy.needs_sensitivity and strategy.chance(groups) == 0.6
     first = strategy.propose()
     strategy.record(True, tasks_of(first))
     assert strategy.needs_sensitivity, "the next proposals depend on it"

@@ -254,7 +254,7 @@ def step_of(strategy: Adaptive):
 
 def test_where_trials_take_long_the_largest_layers_come_before_the_prediction():
     strategy = Adaptive(models(width=32))
-    strategy.begins_small = True
+    strategy.begin_with(0.9, 0.0)
     assert not strategy.needs_sensitivity, "not before the small step"
     step, share = step_of(strategy)
     largest = sorted(strategy.groups, key=lambda group: -group.bytes)
@@ -272,14 +272,41 @@ def test_where_trials_take_long_the_largest_layers_come_before_the_prediction():
 
 def test_a_small_step_that_fails_is_not_made_again():
     strategy = Adaptive(models(width=32))
-    strategy.begins_small = True
+    strategy.begin_with(0.9, 0.0)
     step, _ = step_of(strategy)
     strategy.record(False, (), dict.fromkeys(NAMES, 0.9))
     assert strategy.needs_sensitivity
     again = Adaptive(models(width=32))
-    again.begins_small = True
+    again.begin_with(0.9, 0.0)
     again.load_state(json.loads(json.dumps(strategy.state())))
     assert again.needs_sensitivity and again.propose() != step
+
+
+def test_what_is_likely_to_succeed_is_tied_at_once_and_nothing_is_predicted_where_it_does():
+    strategy = Adaptive(models(width=32))
+    strategy.begin_with(1.0, 0.8)
+    assert strategy.propose() == strategy.groups and strategy.chance(strategy.groups) == 0.8
+    assert not strategy.needs_sensitivity
+    strategy.record(True, NAMES, dict.fromkeys(NAMES, 1.03))
+    assert not strategy.needs_sensitivity and strategy.propose() is None
+
+
+def test_where_it_fails_sensitivity_is_predicted_and_what_was_reached_counts():
+    strategy = Adaptive(models(width=32))
+    strategy.begin_with(1.0, 0.8)
+    strategy.record(False, NAMES[1:], {NAMES[0]: 0.95})
+    assert strategy.needs_sensitivity and strategy.chance(strategy.groups) == 0.0
+    errors = {(group, task): 0.01 for group in strategy.groups for task in group.tasks}
+    strategy.set_sensitivity(errors, reached=dict.fromkeys(NAMES, 1.05))
+    assert strategy.curves[NAMES[0]].points == [(1.0, 0.95)] and strategy.curves[NAMES[0]].unshared == 1.05
+    assert strategy.propose() != strategy.groups
+
+
+def test_with_a_memory_goal_nothing_is_tied_before_the_prediction():
+    strategy = Adaptive(models(width=32))
+    strategy.goal_saving = saved_bytes(strategy.groups) // 2
+    strategy.begin_with(1.0, 0.8)
+    assert strategy.needs_sensitivity
 
 
 def test_after_a_failure_that_keeps_little_the_least_sensitive_half_comes_next():

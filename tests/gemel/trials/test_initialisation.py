@@ -14,7 +14,7 @@ from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
 from gemel.trials import evaluator, fit_samples, images, initialisation, sensitivity
 from gemel.trials.initialisation import WeightFitter, refit_frozen_normalisation
-from gemel.trials.sensitivity import sensitivity_if_all_were_tied, tell_how_long_fits_take
+from gemel.trials.sensitivity import choose_first_step, sensitivity_if_all_were_tied
 from gemel.trials.task_weights import TaskWeights
 from gemel.trials.verified_part import saving_of_part
 from gemel.workload import CLASSIFICATION
@@ -69,7 +69,7 @@ def classifiers(tasks, data, tmp_path):
 
 def test_what_takes_long_is_decided_by_operations_on_the_images_of_a_fit(classifiers, run, monkeypatch):
     groups, tasks = classifiers.record.groups, list(classifiers.tasks)
-    given = (classifiers.strategy, classifiers.state, classifiers.images, groups)
+    given = (classifiers.strategy, classifiers.state, classifiers.images, groups, classifiers.evaluator)
     flops = [
         classifiers.images.of_fits.flops(classifiers.state.unmerged, names, THRESHOLDS.fit.pixels)
         for names in (tasks, *([task] for task in tasks))
@@ -77,24 +77,48 @@ def test_what_takes_long_is_decided_by_operations_on_the_images_of_a_fit(classif
     assert flops[0] == sum(flops[1:]) and min(flops) > 0
     for limit, is_long in ((flops[0], False), (flops[0] / 2, True)):
         monkeypatch.setattr(sensitivity, "THRESHOLDS", thresholds(long_fit=limit))
-        tell_how_long_fits_take(*given)
-        assert classifiers.strategy.trials_take_long is classifiers.strategy.begins_small is is_long
-    tell_how_long_fits_take(run.strategy, run.state, run.images, run.record.groups)
+        choose_first_step(*given)
+        assert classifiers.strategy.trials_take_long is is_long
+        assert classifiers.strategy.first_share == (THRESHOLDS.search.first_step if is_long else 0.0)
+    choose_first_step(run.strategy, run.state, run.images, run.record.groups, run.evaluator)
     assert run.strategy.trials_take_long
-    assert not run.strategy.begins_small, "no layer of a detector is safe without a prediction"
+    assert not run.strategy.first_share, "no layer of a detector is safe without a prediction"
+
+
+def test_classifiers_of_one_ancestor_are_tied_at_once_where_that_is_likely_to_succeed(classifiers, monkeypatch):
+    """Whether they are, is seen by their weights; whether it is, by what tolerance and unmerged accuracy leave."""
+    classifiers.preflight()
+    given = (classifiers.state, classifiers.images, classifiers.record.groups, classifiers.evaluator)
+
+    def first_step(ratio=1.05):
+        monkeypatch.setattr(classifiers.evaluator, "ratios", lambda: dict.fromkeys(classifiers.tasks, ratio))
+        classifiers.strategy.begin_with(0.0, 0.0)
+        choose_first_step(classifiers.strategy, *given)
+        return classifiers.strategy.first_share, classifiers.strategy.first_chance
+
+    assert first_step() == (0.0, 0.0), "trained apart"
+    first, *others = classifiers.state.unmerged.values()
+    for other in others:
+        own = other.state_dict()
+        like = {key: value for key, value in first.state_dict().items() if key in own and own[key].shape == value.shape}
+        other.load_state_dict(like, strict=False)
+    share, chance = first_step()
+    assert share == 1.0 and 0.5 <= chance < 1
+    assert first_step(ratio=1.01) == (0.0, 0.0), "hardly any accuracy to lose"
 
 
 def test_counting_operations_may_run_out_of_memory(classifiers, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("no memory for counting")
 
-    given = (classifiers.strategy, classifiers.state, classifiers.images, classifiers.record.groups)
+    own = classifiers
+    given = (own.strategy, own.state, own.images, own.record.groups, own.evaluator)
     monkeypatch.setattr(classifiers.images.of_fits, "flops", full)
-    tell_how_long_fits_take(*given)
+    choose_first_step(*given)
     assert classifiers.strategy.trials_take_long
     monkeypatch.setattr(classifiers.images.of_fits, "flops", lambda *_: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
-        tell_how_long_fits_take(*given)
+        choose_first_step(*given)
 
 
 def test_where_fits_take_long_a_merge_ties_the_largest_layers_first(classifiers, monkeypatch):
@@ -115,7 +139,7 @@ def test_what_is_expected_to_succeed_is_not_screened(classifiers, monkeypatch, c
     subset = {name: replace(data, screen=data.plain) for name, data in classifiers.data.items()}
     classifiers.data = classifiers.evaluator.data = subset
     monkeypatch.setattr(classifiers.strategy, "chance", lambda proposal: chance)
-    monkeypatch.setattr(classifiers.strategy, "begins_small", True)
+    classifiers.strategy.begin_with(0.9, chance)
     classifiers.preflight()
     classifiers.evaluator.screening = True
     classifiers.play_round(classifiers.strategy.propose())
