@@ -44,6 +44,7 @@ from gemel.environment.device import pick_device
 from gemel.environment.events import Listener, emit, listening, warnings_as_events
 from gemel.environment.imports import CHECKOUT, imported_from
 from gemel.environment.interrupts import Interrupts
+from gemel.environment.memory import keep_some_unused
 from gemel.environment.processes import raise_in_a_loader_process
 from gemel.environment.threads import choose_num_threads, num_threads_set
 from gemel.merging import earlier_merges
@@ -374,6 +375,7 @@ def check_workload(
 def main(arguments: list[str] | None = None) -> int:
     """The script with these arguments (None: those of the shell); returns its exit code."""
     flags = parse_arguments(arguments)
+    keep_some_unused()
     with ranks.joined(), watched():
         try:
             code = _run(flags)

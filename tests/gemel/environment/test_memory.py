@@ -39,3 +39,26 @@ def test_what_is_used_grows_with_what_is_held():
     held = torch.ones(64 << 20)
     assert held.nbytes * 0.9 < memory_used(CPU) - before < held.nbytes * 1.5
     assert peak_memory(CPU) >= memory_used(CPU) * 0.99
+
+
+class Library:
+    """A C library that notes what it is told, or one without that function (musl)."""
+
+    def __init__(self, has_it=True):
+        self.told: dict[int, int] = {}
+        if has_it:
+            self.mallopt = self.told.__setitem__
+
+
+def told(monkeypatch, library, **environment) -> dict[int, int]:
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(memory.os, "environ", environment)
+    memory.keep_some_unused()
+    return library.told
+
+
+def test_freed_memory_is_kept_for_later_unless_the_user_decided_that(monkeypatch):
+    assert told(monkeypatch, Library()) == {-3: 32 << 20, -1: 128 << 20}
+    assert told(monkeypatch, Library(), MALLOC_TRIM_THRESHOLD_="0") == {}
+    assert told(monkeypatch, Library(), GLIBC_TUNABLES="glibc.malloc.hugetlb=1") == {}
+    assert told(monkeypatch, Library(has_it=False)) == {}
