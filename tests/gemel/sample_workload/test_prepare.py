@@ -1,7 +1,9 @@
 """The embedded default: a dictionary that is ready to merge, interruptions, other recipes."""
 
 import json
+import threading
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ def test_leftovers_of_a_killed_process_do_not_count_and_do_not_stay(tmp_path, mo
     leftover = tmp_path / "datasets" / "main_2nd_traffic_OD" / f"{artifacts.PARTIAL}1-train"
     (leftover / "images").mkdir(parents=True)
     assert not sample_datasets.is_drawn(tmp_path, "main_2nd", "train", TINY)
-    monkeypatch.setattr(prepare_module, "_work_with", lambda num_workers, stages: None)
+    monkeypatch.setattr(prepare_module, "_work_with", lambda num_workers, jobs: None)
     prepare(METHODS, tmp_path, TINY)
     assert leftover.exists()  # its process may be alive
     monkeypatch.setattr(artifacts, "PARTIAL_SECONDS", -1.0)
@@ -73,19 +75,68 @@ def test_an_interrupted_training_is_done_again_with_the_same_result(prepared):
 
 
 def test_another_recipe_is_made_again(prepared, monkeypatch):
-    assert prepare_module._stages(prepared, TINY, METHODS) == []
-    sizes = [2, 1 + 4, 3, 2]  # train of each camera; the first ancestor beside val and test; the others
-    assert [len(stage) for stage in prepare_module._stages(prepared, TINY._replace(epochs=2.0), METHODS)] == sizes
+    assert prepare_module._jobs(prepared, TINY, METHODS) == []
+    number = len(SPLITS) * len(CAMERAS) + len(ANCESTORS) + len(TASKS)
+    assert len(prepare_module._jobs(prepared, TINY._replace(epochs=2.0), METHODS)) == number
     monkeypatch.setattr(artifacts, "RECIPE", artifacts.RECIPE + 1)
-    stages = prepare_module._stages(prepared, TINY, METHODS)
-    assert [len(stage) for stage in stages] == sizes
-    assert sum(map(len, stages)) == len(SPLITS) * len(CAMERAS) + len(ANCESTORS) + len(TASKS)
+    assert len(prepare_module._jobs(prepared, TINY, METHODS)) == number
+
+
+def test_each_job_comes_behind_what_it_needs(tmp_path):
+    done = set()
+    for job in prepare_module._jobs(tmp_path, TINY, METHODS):
+        assert job.needs <= done, job.name
+        done.add(job.name)
+    assert done >= {*ANCESTORS, *TASKS}
+
+
+def jobs_of(needs, run):
+    return [prepare_module.Job(name, frozenset(own), partial(run, name)) for name, own in needs.items()]
+
+
+def test_a_job_waits_for_what_it_needs_and_another_takes_its_turn():
+    """Two threads: b can only end after c has begun, which in the order comes behind d, that waits for both."""
+    begun, ended = {name: threading.Event() for name in "abcd"}, []
+
+    def run(name):
+        begun[name].set()
+        if name == "b":
+            assert begun["c"].wait(10)
+        ended.append(name)
+
+    schedule = prepare_module.Schedule(jobs_of({"a": "", "b": "a", "d": "bc", "c": ""}, run))
+    other = threading.Thread(target=schedule.work_off, args=(lambda job: job.run(),))
+    other.start()
+    schedule.work_off(lambda job: job.run())
+    other.join(10)
+    assert sorted(ended) == list("abcd") and ended[-1] == "d" and ended.index("a") < ended.index("b")
+
+
+def test_where_a_job_fails_no_other_begins_and_nobody_waits_for_ever():
+    ran, fails = [], threading.Event()
+
+    def run(name):
+        ran.append(name)
+        if name == "a":
+            fails.wait(10)
+            raise OSError("disk full")
+
+    schedule = prepare_module.Schedule(jobs_of({"a": "", "b": "a"}, run))
+    other = threading.Thread(target=schedule.work_off, args=(lambda job: job.run(),))
+    taken = schedule.next()
+    other.start()  # waits, as b needs a
+    schedule.left.insert(0, taken)
+    fails.set()
+    with pytest.raises(OSError, match="disk full"):
+        schedule.work_off(lambda job: job.run())
+    other.join(10)
+    assert not other.is_alive() and ran == ["a"]
 
 
 def test_no_other_process_is_needed(prepared, monkeypatch):
     """A script without a guard around its main part cannot start processes: then this one does the work."""
 
-    def broken(num_workers, stages):
+    def broken(num_workers, jobs):
         raise BrokenProcessPool
 
     monkeypatch.setattr(prepare_module, "_work_with", broken)
