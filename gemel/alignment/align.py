@@ -300,7 +300,7 @@ def _targets(models: Models, sites: list[Site]) -> dict[str, Tensor]:
 
 def _are_alike(model: nn.Module, targets: Mapping[str, Tensor]) -> bool:
     """Whether every layer to be tied has weights much like those that it is to be tied to, channel by channel."""
-    pairs = [(tensor_at(model, key).detach(), target) for key, target in targets.items() if target.ndim > 1]
+    pairs = [(tensor_at(model, key).detach().to(target), target) for key, target in targets.items() if target.ndim > 1]
     return all(F.cosine_similarity(a.flatten().float(), b.flatten().float(), dim=0) >= LIKE for a, b in pairs)
 
 

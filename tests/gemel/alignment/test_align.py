@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from gemel.alignment import align as align_module
 from gemel.alignment.activations import INPUT, OUTPUT, Moments, adapt_images, compare, record_activations
-from gemel.alignment.align import METHODS, align, best_order
+from gemel.alignment.align import METHODS, align, are_alike, best_order
 from gemel.alignment.permutation import find_channel_spaces, permute
 from gemel.sharing.groups import Group, Occurrence, find_groups
 from gemel.sharing.tying import tie
@@ -70,8 +70,11 @@ def test_the_order_of_shuffled_channels_is_found(method):
     assert all(space.after > 0.99 > space.before and space.num_moved > 1 for space in done.spaces)
 
 
+@pytest.mark.parametrize("like", [0.5, 2.0])
 @pytest.mark.parametrize("method", METHODS)
-def test_models_of_one_ancestor_stay_as_they_are(method):
+def test_models_of_one_ancestor_stay_as_they_are(method, like, monkeypatch):
+    """As their weights show at once; and an order that is looked for nevertheless is the one that they have."""
+    monkeypatch.setattr(align_module, "LIKE", like)
     first, second = net(0), net(0)
     with torch.no_grad():
         for parameter in second.parameters():
@@ -79,6 +82,7 @@ def test_models_of_one_ancestor_stay_as_they_are(method):
     before = copy.deepcopy(second)
     models = {"a_x": first, "b_x": second}
     done = align(models, find_groups(models), images_of(models), method=method, seed=SEED)
+    assert are_alike(models, find_groups(models)) == (not done.spaces) == (like < 1)
     assert unlike(before, second) == 0 and all(space.num_moved == 0 for space in done.spaces)
     assert all(space.before == pytest.approx(space.after) for space in done.spaces)
 
@@ -87,7 +91,9 @@ def test_models_of_one_ancestor_need_no_images_to_be_compared(monkeypatch):
     """Measured: by correlation alone, fine-tuned models of one ancestor are reordered, and are worse when tied."""
     models = {"a_x": net(0), "b_x": net(0)}
     monkeypatch.setattr(align_module, "compare", None)
-    assert not any(s.num_moved for s in align(models, find_groups(models), images_of(models), seed=SEED).spaces)
+    monkeypatch.setattr(align_module, "LIKE", 2.0)
+    spaces = align(models, find_groups(models), images_of(models), seed=SEED).spaces
+    assert spaces and not any(space.num_moved for space in spaces)
 
 
 @pytest.mark.parametrize("method", METHODS)
