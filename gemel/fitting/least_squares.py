@@ -47,7 +47,7 @@ ROWS_PER_INPUT, MIN_ROWS = 4, 512
 AFFINE_SHARE = 0.125  # of a layer's bytes, what the scale and bias of a task may take; as an adapter's budget
 # Limits of memory
 MAX_SYSTEM = 5000  # unknowns of the largest system that is solved
-MAX_ROWS_BYTES = 1 << 30  # of the rows that are held at a time
+MAX_ROWS_BYTES = 2 << 30  # of the rows that are held at a time, were there as many as are asked for
 
 
 @dataclass(frozen=True)
