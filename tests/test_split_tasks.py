@@ -175,11 +175,13 @@ def without_bias(model: nn.Module) -> None:
 def test_a_merge_is_that_of_one_process(entries, datasets, tmp_path, monkeypatch, strategy):
     for entry in entries.values():
         without_bias(entry["model"])
-    options = {"strategy": strategy, "tolerance": 0.85, "learning_rate": 0.02, "max_epochs": 6}
+    rate = 0.02 if strategy == "adaptive" else 0.001  # large steps make much of the last bit of a gradient's sum
+    options = {"strategy": strategy, "tolerance": 0.85, "learning_rate": rate, "max_epochs": 6}
     monkeypatch.setattr(placement, "spread", lambda work, num_ranks, apart: {name: PARTS[name] for name in work})
     monkeypatch.setattr(placement, "evaluation_seconds", lambda task, data, device: (0.0, 1.0))
     several = on_ranks(2, lambda: merge(entries, tmp_path / "several", datasets, **options))
     one = merge(entries, tmp_path / "one", datasets, **options)
+    assert any(steps for _, _, steps, _ in one["rounds"]) or strategy == "adaptive"
     for found in several:
         assert found["shared"] == one["shared"] != []
         assert found["rounds"] == one["rounds"]
