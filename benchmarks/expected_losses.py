@@ -58,13 +58,13 @@ def manifests(folders: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 
 def outcomes_of(manifest: Mapping[str, Any], kind: str) -> Iterator[Outcome]:
-    """Of the trials of a merge by `adaptive`; none of another strategy."""
+    """Of the trials of a merge by `adaptive`; none of another strategy, or where sensitivity was never predicted."""
     state = manifest["run"].get("strategy_state") or {}
     for search in state.get("components", [state]):
         for task, plain in search.get("curves", {}).items():
             curve = Curve.of(plain)
             total = sum(value for _, name, value in search["sensitivity"] if name == task)
-            if manifest["tasks"][task]["task"] == kind:
+            if total and manifest["tasks"][task]["task"] == kind:
                 yield from (Outcome(total * share, curve.unshared - ratio) for share, ratio in curve.points)
 
 

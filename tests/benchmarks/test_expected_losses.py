@@ -39,6 +39,16 @@ def test_outcomes_are_read_of_every_workload_once(tmp_path):
     assert set(collect([tmp_path], "object_detection")) == {"d"}
 
 
+def test_a_merge_that_needed_no_prediction_says_nothing(tmp_path):
+    write_result(tmp_path / "predicted", ["a"], ExpectedLoss(0.2, 0.5))
+    write_result(tmp_path / "at_once", ["b"], ExpectedLoss(0.2, 0.5))
+    file = tmp_path / "at_once" / "merged.json"
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    manifest["run"]["strategy_state"]["sensitivity"] = []
+    file.write_text(json.dumps(manifest), encoding="utf-8")
+    assert set(collect([tmp_path], "image_classification")) == {"a"}
+
+
 def test_surprise_is_the_negative_logarithm_of_a_normal_density():
     search = THRESHOLDS.search
     spread = math.hypot(search.noise, search.uncertainty * 0.1)
