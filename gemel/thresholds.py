@@ -30,8 +30,9 @@ class FitThresholds:
     max_fits: int = 3
     # Of the targets on the screening subset ("2026-11-26 The last thousandth").
     full_validation_from: float = 0.97
-    # The probability that all tasks meet their targets in a trial, from which on nothing is screened; its worth:
-    # "2026-11-27 Screening" (a half itself is unmeasured).
+    # The probability that all tasks meet their targets in a trial, from which on nothing is screened, and everything is
+    # tied before sensitivity is predicted: "2026-11-27 Screening", "2026-11-27 Everything at once" (a half itself is
+    # unmeasured).
     no_screening_from: float = 0.5
     # Of the targets, predicted for the next task weights ("2026-11-27 Fitting again, from a margin on").
     refit_from: float = 1.008
@@ -90,8 +91,8 @@ class SearchThresholds:
     classifier_exponent: float = 0.3
     # The same of a detector, per unit of its sensitivity ("2026-11-26 A search by").
     detector_loss: float = 2.0
-    # Floating-point operations of classifiers on the images of a fit: from here on, large and late layers come first
-    # ("2026-11-27 A small step first").
+    # Floating-point operations on the images of a fit: from here on, large and late layers of classifiers come first
+    # ("2026-11-27 A small step first"), and the first fit that saves something is kept ("2026-11-27 Fewer seconds").
     long_fit: float = 1.3e11
     # Of the possible saving, that they save ("2026-11-27 A small step first").
     first_step: float = 0.9

@@ -97,9 +97,10 @@ def choose_first_step(
 
     Where fits of everything take long, some saving is to come early: a small step comes first, but not with detectors,
     of which no layer is safe before sensitivity was predicted. Else classifiers of one ancestor may be likely to bear
-    that everything is tied, so that nothing need be predicted before.
+    that everything is tied, so that nothing need be predicted before. With a memory goal nothing of this holds: what
+    its first trials reach is to be the same with other targets.
     """
-    if not strategy.keeps_verified_part:
+    if not strategy.keeps_verified_part or strategy.goal_saving is not None:
         return
     tasks = list(dict.fromkeys(task for group in groups for task in group.tasks))
     try:

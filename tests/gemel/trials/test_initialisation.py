@@ -80,6 +80,9 @@ def test_what_takes_long_is_decided_by_operations_on_the_images_of_a_fit(classif
         choose_first_step(*given)
         assert classifiers.strategy.trials_take_long is is_long
         assert classifiers.strategy.first_share == (THRESHOLDS.search.first_step if is_long else 0.0)
+    with_goal = merger_of(run.tasks, run.data, run.results_path / "goal", strategy="adaptive", memory=1)
+    choose_first_step(with_goal.strategy, with_goal.state, with_goal.images, with_goal.record.groups, run.evaluator)
+    assert with_goal.strategy.goal_saving and not with_goal.strategy.trials_take_long
     choose_first_step(run.strategy, run.state, run.images, run.record.groups, run.evaluator)
     assert run.strategy.trials_take_long
     assert not run.strategy.first_share, "no layer of a detector is safe without a prediction"
