@@ -1,4 +1,4 @@
-"""How much each group of a merge is predicted to hurt each of its tasks."""
+"""How much each group of a merge is predicted to hurt each of its tasks, and what is tried before that is predicted."""
 
 import math
 from collections.abc import Mapping
