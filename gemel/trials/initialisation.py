@@ -40,7 +40,8 @@ class WeightFitter:
     donor_of: the task whose weights a group takes as they are; None: it is fitted. improve: what may follow a fit that
     misses targets, given where tasks are and on how many images each was fitted; returns where they are then.
     saving_of: bytes that are saved where only these tasks meet their targets; None: nothing is. screens: whether a fit
-    is evaluated on the screening subset first. takes_first: whether a fit that saves something is good enough.
+    is evaluated on the screening subset first. takes_first: whether, while nothing is kept, the
+    first fit is good enough if it saves something.
     """
 
     def __init__(
@@ -125,9 +126,8 @@ class WeightFitter:
 
     def _value(self, found: Mapping[str, Standing]) -> tuple[int, float]:
         """What makes one fit better than another: (bytes saved among the tasks at target, ratio of the worst task)."""
-        return self._saving({n: standing for n, standing in found.items() if standing.accuracy is not None}), worst(
-            found
-        )
+        on_val = {name: standing for name, standing in found.items() if standing.accuracy is not None}
+        return self._saving(on_val), worst(found)
 
     def _saving(self, found: Mapping[str, Standing]) -> int:
         met = [name for name, standing in found.items() if standing.ratio >= 1]
