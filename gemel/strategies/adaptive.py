@@ -35,7 +35,7 @@ from gemel.sharing.groups import (
     to_plain,
 )
 from gemel.strategies.adapted_groups import AdaptedGroups
-from gemel.strategies.base import NONE, Ratios, Sensitivity, Strategy
+from gemel.strategies.base import NONE, FirstStep, Ratios, Sensitivity, Strategy
 from gemel.strategies.curves import Curve, ExpectedLoss, expected_saving
 from gemel.strategies.donors import Donors
 from gemel.strategies.goal import just_enough, least_sensitive
@@ -52,6 +52,7 @@ from gemel.strategies.phases import (
     WITH_ANY_ADAPTERS,
     following,
 )
+from gemel.strategies.predicted import Predicted
 from gemel.thresholds import THRESHOLDS
 
 ALL_ALIKE = ""  # spared in the first trial that just reaches the goal
@@ -68,7 +69,7 @@ class Adaptive(Strategy):
     ):
         self.groups = find_groups(models) if groups is None else groups
         self.adapted = AdaptedGroups(self.groups, models, adapter_budget)
-        self.sensitivity: dict[tuple[int, str], float] = {}  # (index of a group, task) -> error at the outputs
+        self.sensitivity = Predicted(self.groups)
         self.donors = Donors(models, self.groups)
         self.curves = {name: Curve() for name in models}
         self.own: Configuration = ()
@@ -96,8 +97,11 @@ class Adaptive(Strategy):
 
     @property
     def needs_sensitivity(self) -> bool:
-        is_left = self.phase == SEARCH and saved_bytes(self.kept) < saved_bytes(self.groups)
-        return is_left and not self.sensitivity and (bool(self.tried) or self._small_step() is None)
+        if self.phase != SEARCH or self.sensitivity.errors:
+            return False
+        missing = saved_bytes(self.groups) - saved_bytes(self.kept)
+        is_worth_it = missing > 0 and missing >= THRESHOLDS.fill.worth_training * saved_bytes(self.groups)
+        return is_worth_it and (bool(self.tried) or self._small_step() is None)
 
     @property
     def refits_all_changes(self) -> bool:
@@ -128,9 +132,12 @@ class Adaptive(Strategy):
     def effort(self) -> int:
         return list(ABOUT_TO_DO).index(self.phase)
 
+    def begin_with(self, step: FirstStep) -> None:
+        if not self.tried:  # else something came first
+            self.first_step = step
+
     def predicted_sensitivity(self) -> dict[Occurrence, float]:
-        every = ((i, o) for i, group in enumerate(self.groups) for o in group.occurrences)
-        return {o: self.sensitivity[i, o.task] for i, o in every if (i, o.task) in self.sensitivity}
+        return self.sensitivity.by_occurrence()
 
     def keep_part(self, kept: Configuration) -> None:
         """The search does not build on a part, since what serves some tasks can be in the way of all together."""
@@ -214,13 +221,21 @@ class Adaptive(Strategy):
         """What is least sensitive: first of all where the first trial is not to wait for sensitivity, and after one
         that failed and kept little."""
         has_failed = any(curve.failed for curve in self.curves.values())
-        share = THRESHOLDS.search.small_step * has_failed if self.tried else self.first_share
-        least = saved_bytes(self.groups) * share
-        if self.goal_saving is not None or saved_bytes(self.kept) >= least:
+        share = THRESHOLDS.search.small_step * has_failed if self.tried else self.first_step.share
+        if self.goal_saving is not None or saved_bytes(self.kept) >= share * saved_bytes(self.groups):
             return None
-        density = [self._density(i) for i in range(len(self.groups))]
-        step = joined(self.base, least_sensitive(self.groups, density, least))
+        step = self._least_sensitive(range(len(self.groups)), share) if self.tried else self._first_step()
         return step if self._is_new(step) else None
+
+    def _first_step(self) -> Configuration:
+        """What is tried before sensitivity is predicted, if anything is."""
+        among = [i for i, is_stem in enumerate(self.donors.stems) if self.first_step.ties_stems or not is_stem]
+        return self._least_sensitive(among, self.first_step.share)
+
+    def _least_sensitive(self, among: Sequence[int], share: float) -> Configuration:
+        """What is kept, and the least sensitive of these groups, as many as save this share of what all of them do."""
+        groups, density = tuple(self.groups[i] for i in among), [self.sensitivity.density(i) for i in among]
+        return joined(self.base, least_sensitive(groups, density, share * saved_bytes(groups)))
 
     def _most_promising(self) -> Configuration | None:
         """Of several configurations, from cautious to everything, the new one with the largest expected saving."""
@@ -243,21 +258,22 @@ class Adaptive(Strategy):
     def _released(self, task: str, risk: float) -> list[int]:
         """The most sensitive groups per byte of the task, until it meets its target with this probability."""
         own = [i for i, group in enumerate(self.groups) if task in group.tasks]
-        own.sort(key=lambda i: -self._sensitivity_of(i, task) / self.groups[i].bytes)
-        tied = total = sum(self._sensitivity_of(i, task) for i in own)
+        own.sort(key=lambda i: -self.sensitivity.of(i, task) / self.groups[i].bytes)
+        tied = total = sum(self.sensitivity.of(i, task) for i in own)
         for number, i in enumerate(own):
             if self.curves[task].probability(tied / total if total else 1.0) >= risk:
                 return own[:number]
-            tied -= self._sensitivity_of(i, task)
+            tied -= self.sensitivity.of(i, task)
         return own
 
     def _probabilities(self, trial: Configuration) -> dict[str, float]:
         """Task -> the probability that it meets its target in an untrained trial without adapters."""
-        return {task: curve.probability(self._tied_share(trial, task)) for task, curve in self.curves.items()}
+        tied_share = self.sensitivity.tied_share
+        return {task: curve.probability(tied_share(trial, task)) for task, curve in self.curves.items()}
 
     def chance(self, proposal: Configuration) -> float:
-        if not self.sensitivity:
-            return 0.0 if self.tried else self.first_chance
+        if not self.sensitivity.errors:
+            return 0.0 if self.tried else self.first_step.chance
         return math.prod(self._probabilities(proposal).values()) if self.phase == SEARCH else 0.0
 
     def _expected_saving(self, trial: Configuration) -> float:
@@ -275,40 +291,21 @@ class Adaptive(Strategy):
         gain = self._expected_saving(trial) - saved_bytes(self.kept)
         return gain >= THRESHOLDS.search.worth_a_trial * saved_bytes(self.groups)
 
-    def _sensitivity_of(self, index: int, task: str) -> float:
-        """As predicted; where it was not, in proportion to the bytes."""
-        if (index, task) in self.sensitivity:
-            return self.sensitivity[index, task]
-        return self.groups[index].bytes / max(1, saved_bytes(self.groups))
-
-    def _density(self, index: int) -> float:
-        """How much tying a group is expected to hurt the task that it hurts most, per byte."""
-        return max(self._sensitivity_of(index, task) for task in self.groups[index].tasks) / self.groups[index].bytes
-
-    def _total_sensitivity(self, task: str) -> float:
-        return sum(self._sensitivity_of(i, task) for i, group in enumerate(self.groups) if task in group.tasks)
-
     def _expected_loss(self, index: int, task: str) -> float:
         """Of the task by one group: as much of the loss by all of them as it has of their sensitivity."""
         slope = self.curves[task].slope
-        return self._sensitivity_of(index, task) * (slope / self._total_sensitivity(task) if slope else 1.0)
-
-    def _tied_share(self, trial: Configuration, task: str) -> float:
-        """The share of a task's sensitivity that the trial ties without an adapter."""
-        tied = {o for group in trial if not group.rank for o in group.occurrences if o.task == task}
-        total = self._total_sensitivity(task)
-        among = (i for i, group in enumerate(self.groups) if tied.intersection(group.occurrences))
-        return sum(self._sensitivity_of(i, task) for i in among) / total if total else 0.0
+        return self.sensitivity.of(index, task) * (slope / self.sensitivity.of_task(task) if slope else 1.0)
 
     def _observe(self, trial: Configuration, met: Collection[str], ratios: Ratios) -> None:
         """Adds what an untrained trial without adapters measured to the curves."""
         if self.phase not in (SEARCH, FILL):
             return
         for task in sorted({task for group in trial for task in group.tasks}):
+            share = self.sensitivity.tied_share(trial, task)
             if task in met:
-                self.curves[task].add(self._tied_share(trial, task), max(1.0, ratios.get(task, 1.0)))
+                self.curves[task].add(share, max(1.0, ratios.get(task, 1.0)))
             elif task in ratios or not ratios:
-                self.curves[task].add(self._tied_share(trial, task), min(ratios.get(task, 0.9), 1 - 1e-6))
+                self.curves[task].add(share, min(ratios.get(task, 0.9), 1 - 1e-6))
 
     def donor_of(self, group: Group) -> str | None:
         return self.donors.of(group)
@@ -320,14 +317,15 @@ class Adaptive(Strategy):
         reached: Ratios = NONE,
         losses: Mapping[str, ExpectedLoss] = NONE,
     ) -> None:
-        """Begins the curve of each task."""
-        index = {group.occurrences: i for i, group in enumerate(self.groups)}
-        self.sensitivity = {(index[group.occurrences], task): value for (group, task), value in sensitivity.items()}
+        """Begins the curve of each task; what the first step reached is of another share of its sensitivity now."""
+        first = self._first_step()
+        by_bytes = {task: self.sensitivity.tied_share(first, task) for task in self.curves}
+        self.sensitivity.learn(sensitivity)
         self.donors.learn(misfit)
         for task, curve in self.curves.items():
-            curve.begin(reached.get(task, 1.0))
+            curve.begin(reached.get(task, 1.0), {by_bytes[task]: self.sensitivity.tied_share(first, task)})
             if task in losses:
-                curve.expect(losses[task], sum(v for (_, name), v in self.sensitivity.items() if name == task))
+                curve.expect(losses[task], self.sensitivity.predicted_for(task))
 
     def record(self, kept: bool, met: Collection[str], ratios: Ratios = NONE) -> None:
         trial = self.propose()
@@ -354,7 +352,7 @@ class Adaptive(Strategy):
         self._build_on_part()
         part = self._missing(phase)
         if phase == WITH_ADAPTERS and not any(group.rank for group in self.kept):
-            self.adapted.allocate({i: self._density(i) for i in part})
+            self.adapted.allocate({i: self.sensitivity.density(i) for i in part})
         self.phase, self.parts, self.working = phase, [part] if part else [], ()
         limits, has_adapters = THRESHOLDS.fill, phase in WITH_ANY_ADAPTERS
         self.smallest = max(limits.worth_a_fit * saved_bytes(self.groups), limits.smallest_part * self._gain(part))
@@ -422,7 +420,8 @@ class Adaptive(Strategy):
 
     def state(self) -> dict:
         return {
-            "sensitivity": [[index, task, value] for (index, task), value in self.sensitivity.items()],
+            "sensitivity": self.sensitivity.state(),
+            "first_step": self.first_step._asdict(),
             **self.donors.state(),
             "curves": {task: curve.state() for task, curve in self.curves.items()},
             **{key: to_plain(getattr(self, key)) for key in ("own", "part", "working", "adopted")},
@@ -436,7 +435,8 @@ class Adaptive(Strategy):
         }
 
     def load_state(self, state: dict) -> None:
-        self.sensitivity = {(index, task): value for index, task, value in state["sensitivity"]}
+        self.sensitivity.load_state(state["sensitivity"])
+        self.first_step = FirstStep(**state.get("first_step", {}))  # earlier versions have none
         self.donors.load_state(state)
         self.curves = {task: Curve.of(curve) for task, curve in state["curves"].items()}
         self.own, self.part, self.working = (from_plain(state[key]) for key in ("own", "part", "working"))

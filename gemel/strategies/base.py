@@ -9,6 +9,7 @@ what an earlier run over some of these tasks kept.
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 from gemel.sharing.groups import Configuration, Group, Occurrence, joined
 from gemel.strategies.curves import ExpectedLoss
@@ -20,6 +21,19 @@ Sensitivity = Mapping[
 ]  # (group, task) -> how much tying the group is predicted to hurt the task
 
 
+class FirstStep(NamedTuple):
+    """What is tried before sensitivity is predicted.
+
+    share: of what can be saved; 0: nothing is tried. chance: that it succeeds, where that is known. ties_stems: whether
+    first layers are among it; those of models trained apart have no weights that serve all, and who gives them its own
+    follows from predicted sensitivity.
+    """
+
+    share: float = 0.0
+    chance: float = 0.0
+    ties_stems: bool = True
+
+
 class Strategy(ABC):
     """What the merger asks of a strategy; what an earlier run kept (`adopted`) is part of every proposal."""
 
@@ -27,8 +41,7 @@ class Strategy(ABC):
     learn_quickly: Collection[str] = ()  # tasks that few steps on what they hold alone bring far
     tied_share: float = 0.0  # of what could be saved, that trials which are trained save at least, or as a rule
     trials_take_long: bool = False  # so that some saving is to come early
-    first_share: float = 0.0  # of the possible saving, tried before sensitivity is predicted; 0: nothing
-    first_chance: float = 0.0  # that this succeeds, where it is known
+    first_step: FirstStep = FirstStep()
     goal_saving: int | None = None  # bytes; the search is over as soon as what is kept saves as many
 
     @property
@@ -75,9 +88,9 @@ class Strategy(ABC):
     def load_state(self, state: dict) -> None:
         """Continues from what `state` returned."""
 
-    def begin_with(self, share: float, chance: float) -> None:
-        """Says what to try before sensitivity is predicted: `first_share`, `first_chance`."""
-        self.first_share, self.first_chance = share, chance
+    def begin_with(self, step: FirstStep) -> None:
+        """Says what to try before sensitivity is predicted."""
+        self.first_step = step
 
     @property
     def needs_sensitivity(self) -> bool:

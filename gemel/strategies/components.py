@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from gemel.sharing.groups import Configuration, Group, Occurrence, ordered, restrict, saved_bytes
-from gemel.strategies.base import NONE, Ratios, Sensitivity, Strategy
+from gemel.strategies.base import NONE, FirstStep, Ratios, Sensitivity, Strategy
 from gemel.strategies.curves import ExpectedLoss
 
 KEY = "components"  # of the state of a search by components
@@ -123,9 +123,9 @@ class Components(Strategy):
     def chance(self, proposal: Configuration) -> float:
         return self.current.chance(proposal)
 
-    def begin_with(self, share: float, chance: float) -> None:
+    def begin_with(self, step: FirstStep) -> None:
         for part in self.parts:
-            part.begin_with(share, chance)
+            part.begin_with(step)
 
     # ---- predictions -----------------------------------------------------------------------------------------
 

@@ -37,9 +37,10 @@ class Curve:
     points: list[Point] = field(default_factory=list)
     exponent: float = 1.0
 
-    def begin(self, unshared: float) -> None:
-        """Begins anew with sensitivities. What all of them cost still holds: other points are of shares of bytes."""
-        self.unshared, self.points = unshared, [point for point in self.points if point[0] == 1.0]
+    def begin(self, unshared: float, shares: Mapping[float, float]) -> None:
+        """Begins anew with sensitivities, with the points whose shares of bytes (keys) are known in sensitivity."""
+        self.unshared = unshared
+        self.points = [(shares[share], ratio) for share, ratio in self.points if share in shares]
 
     def expect(self, loss: ExpectedLoss, sensitivity: float) -> None:
         """Begins with the loss that is expected of the task's sensitivity to everything."""

@@ -48,6 +48,5 @@ def least_sensitive(groups: Configuration, density: Sequence[float], saving: flo
     density: of each group, how much tying it is expected to hurt, per byte.
     """
     order = sorted(range(len(groups)), key=lambda i: (density[i], -groups[i].saved_bytes, -i))
-    savings = itertools.accumulate(groups[i].saved_bytes for i in order)
-    count = 1 + next(number for number, saved in enumerate(savings) if saved >= saving)
-    return ordered(groups[i] for i in order[:count])
+    saved = itertools.accumulate((groups[i].saved_bytes for i in order), initial=0)  # by those that come before each
+    return ordered(groups[i] for i, before in zip(order, saved, strict=False) if before < saving)

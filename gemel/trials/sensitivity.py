@@ -13,7 +13,7 @@ from gemel.fitting.importance import importance_of_layers
 from gemel.fitting.sensitivity import Sensitivity, predict_sensitivity
 from gemel.sharing.groups import Configuration
 from gemel.sharing.signatures import find_layers
-from gemel.strategies.base import Strategy
+from gemel.strategies.base import FirstStep, Strategy
 from gemel.strategies.curves import Curve, ExpectedLoss
 from gemel.thresholds import THRESHOLDS
 from gemel.trials.evaluator import Evaluator
@@ -95,10 +95,11 @@ def choose_first_step(
 ) -> None:
     """Tells a strategy that fits before it trains what comes first; all ranks call it.
 
-    Where fits of everything take long, some saving is to come early: a small step comes first, but not with detectors,
-    of which no layer is safe before sensitivity was predicted. Else classifiers of one ancestor may be likely to bear
-    that everything is tied, so that nothing need be predicted before. With a memory goal nothing of this holds: what
-    its first trials reach is to be the same with other targets.
+    All of them are to keep something early where fits take long. Classifiers are likely to bear that everything is tied
+    where their targets leave enough: so nothing need be predicted before, but first layers are left out if the models
+    were trained apart. Where that is not likely and fits take long, a small step comes first. No layer of a detector is
+    safe before sensitivity was predicted. With a memory goal nothing of this holds: what its first trials reach is to
+    be the same with other targets.
     """
     if not strategy.keeps_verified_part or strategy.goal_saving is not None:
         return
@@ -112,13 +113,12 @@ def choose_first_step(
     strategy.trials_take_long = flops > THRESHOLDS.search.long_fit
     if any(images.tasks[task].kind != CLASSIFICATION for task in tasks):
         return
-    if strategy.trials_take_long:
-        strategy.begin_with(THRESHOLDS.search.first_step, 0.0)
-    elif ranks.of_first(lambda: are_alike(state.unmerged, groups)):
-        losses, ratios = expected_losses(evaluator.tasks), evaluator.ratios()
-        chance = math.prod(Curve.expecting(losses[t], ratios[t]).probability(1.0) for t in tasks)
-        if chance >= THRESHOLDS.fit.no_screening_from:
-            strategy.begin_with(1.0, chance)
+    losses, ratios = expected_losses(evaluator.tasks), evaluator.ratios()
+    chance = math.prod(Curve.expecting(losses[t], ratios[t]).probability(1.0) for t in tasks)
+    is_likely = chance >= THRESHOLDS.fit.no_screening_from
+    if is_likely or strategy.trials_take_long:
+        share, chance = (1.0, chance) if is_likely else (THRESHOLDS.search.first_step, 0.0)
+        strategy.begin_with(FirstStep(share, chance, ranks.of_first(lambda: are_alike(state.unmerged, groups))))
 
 
 def expected_losses(tasks: Mapping[str, Task]) -> dict[str, ExpectedLoss]:

@@ -89,7 +89,7 @@ def test_layers_that_cannot_have_an_adapter_have_none():
 def test_they_are_stored_with_the_search():
     models = {name: Wide() for name in NAMES}
     strategy = Adaptive(models, adapter_budget=BUDGET)
-    strategy.sensitivity = {(i, name): 10.0 ** -(3 - i) for i in range(3) for name in NAMES}
+    strategy.sensitivity.errors = {(i, name): 10.0 ** -(3 - i) for i in range(3) for name in NAMES}
     strategy._begin_filling(WITH_ADAPTERS)
     uneven = strategy.adapted.ranks
     assert uneven != AdaptedGroups(strategy.groups, models, BUDGET).ranks
@@ -102,7 +102,7 @@ def test_they_are_stored_with_the_search():
 def test_what_is_kept_with_adapters_keeps_their_ranks():
     models = {name: Wide() for name in NAMES}
     strategy = Adaptive(models, adapter_budget=BUDGET)
-    strategy.sensitivity = {(i, name): 10.0 ** -(3 - i) for i in range(3) for name in NAMES}
+    strategy.sensitivity.errors = {(i, name): 10.0 ** -(3 - i) for i in range(3) for name in NAMES}
     strategy.own = (strategy.adapted.full[0],)
     before = strategy.adapted.ranks
     strategy._begin_filling(WITH_ADAPTERS)

@@ -8,6 +8,7 @@ from pico import PicoNet
 
 from gemel.sharing.groups import affected_tasks, find_groups, restrict, saved_bytes
 from gemel.strategies.adaptive import Adaptive
+from gemel.strategies.base import FirstStep
 from gemel.strategies.components import Components, components_of
 from gemel.strategies.curves import ExpectedLoss
 
@@ -107,7 +108,7 @@ def test_what_was_kept_may_connect_tasks_that_no_group_connects():
 def test_every_search_makes_a_small_step_before_one_prediction_for_all():
     models = workload(8, 8, 12, 12)
     groups, strategy = find_groups(models), searched_apart(models)
-    strategy.begin_with(0.5, 0.6)
+    strategy.begin_with(FirstStep(0.5, 0.6))
     assert not strategy.needs_sensitivity and strategy.chance(groups) == 0.6
     first = strategy.propose()
     strategy.record(True, tasks_of(first))

@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 from pico import PicoNet
 
 from gemel.sharing.groups import restrict, saved_bytes
 from gemel.strategies.adaptive import Adaptive
+from gemel.strategies.base import FirstStep
 from gemel.strategies.curves import ExpectedLoss
 
 NAMES = ("task0_x", "task1_x", "task2_x")
@@ -23,7 +25,7 @@ def step_of(strategy: Adaptive):
 
 def test_where_trials_take_long_the_largest_layers_come_before_the_prediction():
     strategy = Adaptive(models(width=32))
-    strategy.begin_with(0.9, 0.0)
+    strategy.begin_with(FirstStep(0.9))
     assert not strategy.needs_sensitivity, "not before the small step"
     step, share = step_of(strategy)
     largest = sorted(strategy.groups, key=lambda group: -group.bytes)
@@ -35,25 +37,28 @@ def test_where_trials_take_long_the_largest_layers_come_before_the_prediction():
     strategy.set_sensitivity(
         errors, reached=dict.fromkeys(NAMES, 1.03), losses=dict.fromkeys(NAMES, ExpectedLoss(0.01))
     )
-    assert not any(curve.points for curve in strategy.curves.values()), "shares of bytes are none of sensitivity"
+    tied = len(step) / len(strategy.groups)
+    assert tied < share, "of sensitivity, which is the same for all groups here"
+    for curve in strategy.curves.values():
+        assert curve.points == [(pytest.approx(tied), 1.03)], "what was reached with that share of sensitivity"
     assert strategy.propose() == strategy.groups
 
 
 def test_a_small_step_that_fails_is_not_made_again():
     strategy = Adaptive(models(width=32))
-    strategy.begin_with(0.9, 0.0)
+    strategy.begin_with(FirstStep(0.9))
     step, _ = step_of(strategy)
     strategy.record(False, (), dict.fromkeys(NAMES, 0.9))
     assert strategy.needs_sensitivity
     again = Adaptive(models(width=32))
-    again.begin_with(0.9, 0.0)
+    again.begin_with(FirstStep(0.9))
     again.load_state(json.loads(json.dumps(strategy.state())))
     assert again.needs_sensitivity and again.propose() != step
 
 
 def test_what_is_likely_to_succeed_is_tied_at_once_and_nothing_is_predicted_where_it_does():
     strategy = Adaptive(models(width=32))
-    strategy.begin_with(1.0, 0.8)
+    strategy.begin_with(FirstStep(1.0, 0.8))
     assert strategy.propose() == strategy.groups and strategy.chance(strategy.groups) == 0.8
     assert not strategy.needs_sensitivity
     strategy.record(True, NAMES, dict.fromkeys(NAMES, 1.03))
@@ -62,7 +67,7 @@ def test_what_is_likely_to_succeed_is_tied_at_once_and_nothing_is_predicted_wher
 
 def test_where_it_fails_sensitivity_is_predicted_and_what_was_reached_counts():
     strategy = Adaptive(models(width=32))
-    strategy.begin_with(1.0, 0.8)
+    strategy.begin_with(FirstStep(1.0, 0.8))
     strategy.record(False, NAMES[1:], {NAMES[0]: 0.95})
     assert strategy.needs_sensitivity and strategy.chance(strategy.groups) == 0.0
     errors = {(group, task): 0.01 for group in strategy.groups for task in group.tasks}
@@ -71,10 +76,53 @@ def test_where_it_fails_sensitivity_is_predicted_and_what_was_reached_counts():
     assert strategy.propose() != strategy.groups
 
 
+def stem_of(strategy: Adaptive):
+    (stem,) = (group for group, is_stem in zip(strategy.groups, strategy.donors.stems, strict=True) if is_stem)
+    return stem
+
+
+def test_first_layers_of_models_trained_apart_wait_for_a_donor():
+    strategy = Adaptive(models(width=8))
+    strategy.begin_with(FirstStep(1.0, 0.8, ties_stems=False))
+    stem = stem_of(strategy)
+    assert set(strategy.propose()) == {*strategy.groups} - {stem} and strategy.chance(strategy.propose()) == 0.8
+    strategy.record(True, NAMES, dict.fromkeys(NAMES, 1.03))
+    assert strategy.needs_sensitivity, "which says who gives it"
+    errors = {(group, task): 0.01 for group in strategy.groups for task in group.tasks}
+    strategy.set_sensitivity(errors, misfit={**dict.fromkeys(errors, 0.1), (stem, NAMES[1]): 0.5})
+    assert strategy.propose() == strategy.groups and strategy.donor_of(stem) == NAMES[1]
+
+
+def test_nothing_is_predicted_for_a_first_layer_that_saves_next_to_nothing():
+    strategy = Adaptive(models(width=128, extra=16))
+    strategy.begin_with(FirstStep(1.0, 0.8, ties_stems=False))
+    assert stem_of(strategy).saved_bytes < 0.002 * saved_bytes(strategy.groups)
+    strategy.record(True, NAMES, dict.fromkeys(NAMES, 1.03))
+    assert not strategy.needs_sensitivity and strategy.propose() is None
+
+
+def test_where_a_first_step_without_first_layers_fails_what_it_reached_counts():
+    """Also in a search that goes on from its state."""
+    strategy = Adaptive(models(width=8))
+    strategy.begin_with(FirstStep(1.0, 0.8, ties_stems=False))
+    step = strategy.propose()
+    strategy.record(False, NAMES[1:], {NAMES[0]: 0.95})
+    again = Adaptive(models(width=8))
+    again.load_state(json.loads(json.dumps(strategy.state())))
+    again.begin_with(FirstStep(0.5))  # by what is reached when it goes on: too late
+    for search in (strategy, again):
+        stem = stem_of(search)
+        errors = {(group, task): 1.0 if group == stem else 0.1 for group in search.groups for task in group.tasks}
+        search.set_sensitivity(errors, reached=dict.fromkeys(NAMES, 1.05))
+        ((share, ratio),) = search.curves[NAMES[0]].points
+        assert ratio == 0.95 and share == pytest.approx(0.1 * len(step) / (1 + 0.1 * len(step)))
+        assert search.propose() not in (step, search.groups)
+
+
 def test_with_a_memory_goal_nothing_is_tied_before_the_prediction():
     strategy = Adaptive(models(width=32))
     strategy.goal_saving = saved_bytes(strategy.groups) // 2
-    strategy.begin_with(1.0, 0.8)
+    strategy.begin_with(FirstStep(1.0, 0.8))
     assert strategy.needs_sensitivity
 
 

@@ -47,7 +47,7 @@ def test_the_chance_of_a_trial_is_that_of_all_its_tasks_and_is_known_in_the_sear
     strategy = Adaptive(models())
     monkeypatch.setattr(strategy, "_probabilities", lambda trial: dict(zip(NAMES, (0.9, 0.5, 0.2), strict=True)))
     assert strategy.chance(strategy.groups) == 0, "before anything is predicted"
-    strategy.sensitivity = {(0, NAMES[0]): 1.0}
+    strategy.sensitivity.errors = {(0, NAMES[0]): 1.0}
     assert strategy.chance(strategy.groups) == pytest.approx(0.09)
     strategy.phase = WITH_ADAPTERS
     assert strategy.chance(strategy.groups) == Stem(models()).chance(strategy.groups) == 0
@@ -217,7 +217,7 @@ def test_sensitivity_that_is_known_is_looked_up_and_otherwise_in_proportion_to_b
     strategy = Adaptive(models())
     assert strategy.needs_sensitivity and strategy.predicted_sensitivity() == {}
     first, second = strategy.groups[:2]
-    bytes_of = [strategy._sensitivity_of(i, "task0_x") / group.bytes for i, group in enumerate(strategy.groups)]
+    bytes_of = [strategy.sensitivity.of(i, "task0_x") / group.bytes for i, group in enumerate(strategy.groups)]
     assert bytes_of == pytest.approx([1 / saved_bytes(strategy.groups)] * len(bytes_of))
     known = {(first, "task0_x"): 0.7, (second, "task1_x"): 0.5}
     strategy.set_sensitivity(known, losses={"task0_x": ExpectedLoss(2.0)}, reached={"task0_x": 1.1})
@@ -239,8 +239,8 @@ def test_a_task_that_nothing_is_predicted_to_hurt_is_judged_as_if_all_were_tied(
 def test_the_share_that_is_tied_leaves_out_layers_with_adapters():
     strategy = Adaptive(models(width=32), adapter_budget=0.5)
     assert all(group.rank for group in strategy.adapted.full[:2])
-    whole = strategy._tied_share(strategy.groups, "task0_x")
-    without = strategy._tied_share((strategy.adapted.full[0], *strategy.groups[1:]), "task0_x")
+    whole = strategy.sensitivity.tied_share(strategy.groups, "task0_x")
+    without = strategy.sensitivity.tied_share((strategy.adapted.full[0], *strategy.groups[1:]), "task0_x")
     assert whole == pytest.approx(1.0)
     own = [group for group in find_groups(models(width=32)) if "task0_x" in group.tasks]
     assert without == pytest.approx(1 - own[0].bytes / sum(group.bytes for group in own))

@@ -10,6 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from gemel.sharing.tying import is_tied, retie
 from gemel.strategies import adaptive
+from gemel.strategies.base import FirstStep
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
 from gemel.trials import evaluator, fit_samples, images, initialisation, sensitivity
@@ -57,8 +58,8 @@ def test_predicting_changes_nothing_and_scores_every_group_and_task(run):
     predict(run)
     assert same(before, state_of(run)) and not any(is_tied(run.state.models, group) for group in run.record.groups)
     pairs = {(i, task) for i, group in enumerate(run.record.groups) for task in group.tasks}
-    assert set(run.strategy.sensitivity) == pairs and not run.strategy.needs_sensitivity
-    assert all(value >= 0 for value in run.strategy.sensitivity.values())
+    assert set(run.strategy.sensitivity.errors) == pairs and not run.strategy.needs_sensitivity
+    assert all(value >= 0 for value in run.strategy.sensitivity.errors.values())
 
 
 @pytest.fixture
@@ -75,39 +76,41 @@ def test_what_takes_long_is_decided_by_operations_on_the_images_of_a_fit(classif
         for names in (tasks, *([task] for task in tasks))
     ]
     assert flops[0] == sum(flops[1:]) and min(flops) > 0
+    monkeypatch.setattr(classifiers.evaluator, "ratios", lambda: dict.fromkeys(tasks, 1.01))  # little to lose
     for limit, is_long in ((flops[0], False), (flops[0] / 2, True)):
         monkeypatch.setattr(sensitivity, "THRESHOLDS", thresholds(long_fit=limit))
         choose_first_step(*given)
         assert classifiers.strategy.trials_take_long is is_long
-        assert classifiers.strategy.first_share == (THRESHOLDS.search.first_step if is_long else 0.0)
+        assert classifiers.strategy.first_step.share == (THRESHOLDS.search.first_step if is_long else 0.0)
     with_goal = merger_of(run.tasks, run.data, run.results_path / "goal", strategy="adaptive", memory=1)
     choose_first_step(with_goal.strategy, with_goal.state, with_goal.images, with_goal.record.groups, run.evaluator)
     assert with_goal.strategy.goal_saving and not with_goal.strategy.trials_take_long
     choose_first_step(run.strategy, run.state, run.images, run.record.groups, run.evaluator)
     assert run.strategy.trials_take_long
-    assert not run.strategy.first_share, "no layer of a detector is safe without a prediction"
+    assert not run.strategy.first_step.share, "no layer of a detector is safe without a prediction"
 
 
-def test_classifiers_of_one_ancestor_are_tied_at_once_where_that_is_likely_to_succeed(classifiers, monkeypatch):
-    """Whether they are, is seen by their weights; whether it is, by what tolerance and unmerged accuracy leave."""
+def test_classifiers_are_tied_at_once_where_that_is_likely_to_succeed(classifiers, monkeypatch):
+    """By what tolerance and unmerged accuracy leave; with first layers, if weights show that they have one ancestor."""
     classifiers.preflight()
     given = (classifiers.state, classifiers.images, classifiers.record.groups, classifiers.evaluator)
 
     def first_step(ratio=1.05):
         monkeypatch.setattr(classifiers.evaluator, "ratios", lambda: dict.fromkeys(classifiers.tasks, ratio))
-        classifiers.strategy.begin_with(0.0, 0.0)
+        classifiers.strategy.begin_with(FirstStep())
         choose_first_step(classifiers.strategy, *given)
-        return classifiers.strategy.first_share, classifiers.strategy.first_chance
+        return classifiers.strategy.first_step
 
-    assert first_step() == (0.0, 0.0), "trained apart"
+    apart = first_step()
+    assert not apart.ties_stems
     first, *others = classifiers.state.unmerged.values()
     for other in others:
         own = other.state_dict()
         like = {key: value for key, value in first.state_dict().items() if key in own and own[key].shape == value.shape}
         other.load_state_dict(like, strict=False)
-    share, chance = first_step()
-    assert share == 1.0 and 0.5 <= chance < 1
-    assert first_step(ratio=1.01) == (0.0, 0.0), "hardly any accuracy to lose"
+    alike = first_step()
+    assert alike == apart._replace(ties_stems=True) and alike.share == 1.0 and 0.5 <= alike.chance < 1
+    assert first_step(ratio=1.01) == FirstStep(), "hardly any accuracy to lose"
 
 
 def test_counting_operations_may_run_out_of_memory(classifiers, monkeypatch):
@@ -115,6 +118,7 @@ def test_counting_operations_may_run_out_of_memory(classifiers, monkeypatch):
         raise torch.OutOfMemoryError("no memory for counting")
 
     own = classifiers
+    own.preflight()
     given = (own.strategy, own.state, own.images, own.record.groups, own.evaluator)
     monkeypatch.setattr(classifiers.images.of_fits, "flops", full)
     choose_first_step(*given)
@@ -142,7 +146,7 @@ def test_what_is_expected_to_succeed_is_not_screened(classifiers, monkeypatch, c
     subset = {name: replace(data, screen=data.plain) for name, data in classifiers.data.items()}
     classifiers.data = classifiers.evaluator.data = subset
     monkeypatch.setattr(classifiers.strategy, "chance", lambda proposal: chance)
-    classifiers.strategy.begin_with(0.9, chance)
+    classifiers.strategy.begin_with(FirstStep(0.9, chance))
     classifiers.preflight()
     classifiers.evaluator.screening = True
     classifiers.play_round(classifiers.strategy.propose())
