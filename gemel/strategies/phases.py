@@ -4,7 +4,7 @@ SEARCH, FILL, TRAIN, DONE = "search", "fill in", "fill in with training", "done"
 WITH_ADAPTERS, TRAIN_WITH_ADAPTERS = "fill in with adapters", "fill in with adapters and training"
 SMALLER_ADAPTERS = "make adapters smaller"
 ABOUT_TO_DO = {  # in the next rounds; short enough for one line
-    SEARCH: "predicts how much sharing hurts, then ties what saves most",
+    SEARCH: "ties what is expected to save most",
     FILL: "ties what is missing, in smaller parts",
     WITH_ADAPTERS: "ties what is missing, with small private adapters",
     SMALLER_ADAPTERS: "makes the private adapters smaller",
