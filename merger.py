@@ -228,7 +228,7 @@ class Merger:
         with self.clock.interruptible():
             emit("doing", what="aligning channels")
             self._align_channels()
-            choose_first_step(self.strategy, self.state, self.images, self.record.groups, self.evaluator)
+            choose_first_step(self.strategy, self.state, self.images, self.evaluator)
         self._update_run()  # a killed run goes on in this order of channels
         while True:
             if predicts and self.strategy.needs_sensitivity:

@@ -31,8 +31,8 @@ class FitThresholds:
     # Of the targets on the screening subset ("2026-11-26 The last thousandth").
     full_validation_from: float = 0.97
     # The probability that all tasks meet their targets in a trial, from which on nothing is screened, and everything is
-    # tied before sensitivity is predicted: "2026-11-27 Screening", "2026-11-27 Everything at once" (a half itself is
-    # unmeasured).
+    # tied before sensitivity is predicted: "2026-11-27 Screening", "2026-11-27 Everything at once", also on workloads
+    # left out (a half itself is unmeasured).
     no_screening_from: float = 0.5
     # Of the targets, predicted for the next task weights ("2026-11-27 Fitting again, from a margin on").
     refit_from: float = 1.008

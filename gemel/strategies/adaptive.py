@@ -19,7 +19,7 @@ trial is made twice.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import nn
 
@@ -132,9 +132,9 @@ class Adaptive(Strategy):
     def effort(self) -> int:
         return list(ABOUT_TO_DO).index(self.phase)
 
-    def begin_with(self, step: FirstStep) -> None:
+    def begin_with(self, choose: Callable[[Configuration], FirstStep]) -> None:
         if not self.tried:  # else something came first
-            self.first_step = step
+            self.first_step = choose(self.groups)
 
     def predicted_sensitivity(self) -> dict[Occurrence, float]:
         return self.sensitivity.by_occurrence()
@@ -221,10 +221,11 @@ class Adaptive(Strategy):
         """What is least sensitive: first of all where the first trial is not to wait for sensitivity, and after one
         that failed and kept little."""
         has_failed = any(curve.failed for curve in self.curves.values())
-        share = THRESHOLDS.search.small_step * has_failed if self.tried else self.first_step.share
+        is_first = not self.tried and not self.sensitivity.errors
+        share = self.first_step.share if is_first else THRESHOLDS.search.small_step * has_failed
         if self.goal_saving is not None or saved_bytes(self.kept) >= share * saved_bytes(self.groups):
             return None
-        step = self._least_sensitive(range(len(self.groups)), share) if self.tried else self._first_step()
+        step = self._first_step() if is_first else self._least_sensitive(range(len(self.groups)), share)
         return step if self._is_new(step) else None
 
     def _first_step(self) -> Configuration:

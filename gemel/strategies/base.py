@@ -7,7 +7,7 @@ what an earlier run over some of these tasks kept.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -26,12 +26,13 @@ class FirstStep(NamedTuple):
 
     share: of what can be saved; 0: nothing is tried. chance: that it succeeds, where that is known. ties_stems: whether
     first layers are among it; those of models trained apart have no weights that serve all, and who gives them its own
-    follows from predicted sensitivity.
+    follows from predicted sensitivity. trials_take_long: whether some saving is to come early for that.
     """
 
     share: float = 0.0
     chance: float = 0.0
     ties_stems: bool = True
+    trials_take_long: bool = False
 
 
 class Strategy(ABC):
@@ -40,7 +41,6 @@ class Strategy(ABC):
     adopted: Configuration = ()
     learn_quickly: Collection[str] = ()  # tasks that few steps on what they hold alone bring far
     tied_share: float = 0.0  # of what could be saved, that trials which are trained save at least, or as a rule
-    trials_take_long: bool = False  # so that some saving is to come early
     first_step: FirstStep = FirstStep()
     goal_saving: int | None = None  # bytes; the search is over as soon as what is kept saves as many
 
@@ -88,9 +88,14 @@ class Strategy(ABC):
     def load_state(self, state: dict) -> None:
         """Continues from what `state` returned."""
 
-    def begin_with(self, step: FirstStep) -> None:
-        """Says what to try before sensitivity is predicted."""
-        self.first_step = step
+    def begin_with(self, choose: Callable[[Configuration], FirstStep]) -> None:
+        """Says, by the groups of a search, what to try before sensitivity is predicted; here: nothing."""
+        self.first_step = FirstStep()
+
+    @property
+    def trials_take_long(self) -> bool:
+        """Whether fits take long, so that some saving is to come early."""
+        return self.first_step.trials_take_long
 
     @property
     def needs_sensitivity(self) -> bool:

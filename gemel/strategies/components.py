@@ -123,9 +123,13 @@ class Components(Strategy):
     def chance(self, proposal: Configuration) -> float:
         return self.current.chance(proposal)
 
-    def begin_with(self, step: FirstStep) -> None:
+    def begin_with(self, choose: Callable[[Configuration], FirstStep]) -> None:
         for part in self.parts:
-            part.begin_with(step)
+            part.begin_with(choose)
+
+    @property
+    def trials_take_long(self) -> bool:
+        return self.current.trials_take_long
 
     # ---- predictions -----------------------------------------------------------------------------------------
 

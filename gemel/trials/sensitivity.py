@@ -90,19 +90,22 @@ def predict_for(
         strategy.set_sensitivity(*predicted, evaluator.ratios(), expected_losses(evaluator.tasks))
 
 
-def choose_first_step(
-    strategy: Strategy, state: MergeState, images: ImageSampler, groups: Configuration, evaluator: Evaluator
-) -> None:
+def choose_first_step(strategy: Strategy, state: MergeState, images: ImageSampler, evaluator: Evaluator) -> None:
     """Tells a strategy that fits before it trains what comes first; all ranks call it.
 
-    All of them are to keep something early where fits take long. Classifiers are likely to bear that everything is tied
-    where their targets leave enough: so nothing need be predicted before, but first layers are left out if the models
-    were trained apart. Where that is not likely and fits take long, a small step comes first. No layer of a detector is
-    safe before sensitivity was predicted. With a memory goal nothing of this holds: what its first trials reach is to
-    be the same with other targets.
+    With a memory goal nothing does: what its first trials reach is to be the same with other targets.
     """
-    if not strategy.keeps_verified_part or strategy.goal_saving is not None:
-        return
+    if strategy.keeps_verified_part and strategy.goal_saving is None:
+        strategy.begin_with(lambda groups: _first_step_of(groups, state, images, evaluator))
+
+
+def _first_step_of(groups: Configuration, state: MergeState, images: ImageSampler, evaluator: Evaluator) -> FirstStep:
+    """What a search of these groups tries first.
+
+    Classifiers are likely to bear that everything is tied where their targets leave enough: so nothing need be
+    predicted before, but first layers are left out if the models were trained apart. Where that is not likely and fits
+    take long, a small step comes first. No layer of a detector is safe before sensitivity was predicted.
+    """
     tasks = list(dict.fromkeys(task for group in groups for task in group.tasks))
     try:
         flops = images.of_fits.flops(state.unmerged, tasks, THRESHOLDS.fit.pixels)
@@ -110,15 +113,16 @@ def choose_first_step(
         if not is_out_of_memory(error):
             raise
         flops = math.inf  # then fits are large
-    strategy.trials_take_long = flops > THRESHOLDS.search.long_fit
+    nothing = FirstStep(trials_take_long=flops > THRESHOLDS.search.long_fit)
     if any(images.tasks[task].kind != CLASSIFICATION for task in tasks):
-        return
+        return nothing
     losses, ratios = expected_losses(evaluator.tasks), evaluator.ratios()
     chance = math.prod(Curve.expecting(losses[t], ratios[t]).probability(1.0) for t in tasks)
     is_likely = chance >= THRESHOLDS.fit.no_screening_from
-    if is_likely or strategy.trials_take_long:
-        share, chance = (1.0, chance) if is_likely else (THRESHOLDS.search.first_step, 0.0)
-        strategy.begin_with(FirstStep(share, chance, ranks.of_first(lambda: are_alike(state.unmerged, groups))))
+    if not is_likely and not nothing.trials_take_long:
+        return nothing
+    step = nothing._replace(ties_stems=ranks.of_first(lambda: are_alike(state.unmerged, groups)))
+    return step._replace(share=1.0, chance=chance) if is_likely else step._replace(share=THRESHOLDS.search.first_step)
 
 
 def expected_losses(tasks: Mapping[str, Task]) -> dict[str, ExpectedLoss]:

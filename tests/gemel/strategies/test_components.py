@@ -108,8 +108,9 @@ def test_what_was_kept_may_connect_tasks_that_no_group_connects():
 def test_every_search_makes_a_small_step_before_one_prediction_for_all():
     models = workload(8, 8, 12, 12)
     groups, strategy = find_groups(models), searched_apart(models)
-    strategy.begin_with(FirstStep(0.5, 0.6))
+    strategy.begin_with(lambda own: FirstStep(0.5, 0.6, trials_take_long="task0_x" in tasks_of(own)))
     assert not strategy.needs_sensitivity and strategy.chance(groups) == 0.6
+    assert [part.trials_take_long for part in strategy.parts].count(True) == 1, "each by its own groups"
     first = strategy.propose()
     strategy.record(True, tasks_of(first))
     assert strategy.needs_sensitivity, "the next proposals depend on it"
@@ -117,3 +118,15 @@ def test_every_search_makes_a_small_step_before_one_prediction_for_all():
     strategy.set_sensitivity(errors, errors, dict.fromkeys(models, 1.0))
     assert set(strategy.predicted_sensitivity()) == {o for group in groups for o in group.occurrences}
     assert not strategy.needs_sensitivity
+
+
+def test_where_one_search_waits_for_the_prediction_all_do():
+    models = workload(8, 8, 12, 12)
+    groups, strategy = find_groups(models), searched_apart(models)
+    strategy.begin_with(lambda own: FirstStep(1.0, 0.6) if "task0_x" in tasks_of(own) else FirstStep())
+    assert strategy.needs_sensitivity
+    errors = {(group, o.task): 0.5 for group in groups for o in group.occurrences}
+    losses = dict.fromkeys(models, ExpectedLoss(0.1))
+    strategy.set_sensitivity(errors, errors, dict.fromkeys(models, 1.02), losses)
+    (first,) = (part for part in strategy.parts if "task0_x" in part.curves)
+    assert 0 < saved_bytes(first.propose()) < saved_bytes(first.groups), "as predicted, not everything"

@@ -25,7 +25,7 @@ def step_of(strategy: Adaptive):
 
 def test_where_trials_take_long_the_largest_layers_come_before_the_prediction():
     strategy = Adaptive(models(width=32))
-    strategy.begin_with(FirstStep(0.9))
+    strategy.begin_with(lambda groups: FirstStep(0.9))
     assert not strategy.needs_sensitivity, "not before the small step"
     step, share = step_of(strategy)
     largest = sorted(strategy.groups, key=lambda group: -group.bytes)
@@ -46,19 +46,19 @@ def test_where_trials_take_long_the_largest_layers_come_before_the_prediction():
 
 def test_a_small_step_that_fails_is_not_made_again():
     strategy = Adaptive(models(width=32))
-    strategy.begin_with(FirstStep(0.9))
+    strategy.begin_with(lambda groups: FirstStep(0.9))
     step, _ = step_of(strategy)
     strategy.record(False, (), dict.fromkeys(NAMES, 0.9))
     assert strategy.needs_sensitivity
     again = Adaptive(models(width=32))
-    again.begin_with(FirstStep(0.9))
+    again.begin_with(lambda groups: FirstStep(0.9))
     again.load_state(json.loads(json.dumps(strategy.state())))
     assert again.needs_sensitivity and again.propose() != step
 
 
 def test_what_is_likely_to_succeed_is_tied_at_once_and_nothing_is_predicted_where_it_does():
     strategy = Adaptive(models(width=32))
-    strategy.begin_with(FirstStep(1.0, 0.8))
+    strategy.begin_with(lambda groups: FirstStep(1.0, 0.8))
     assert strategy.propose() == strategy.groups and strategy.chance(strategy.groups) == 0.8
     assert not strategy.needs_sensitivity
     strategy.record(True, NAMES, dict.fromkeys(NAMES, 1.03))
@@ -67,7 +67,7 @@ def test_what_is_likely_to_succeed_is_tied_at_once_and_nothing_is_predicted_wher
 
 def test_where_it_fails_sensitivity_is_predicted_and_what_was_reached_counts():
     strategy = Adaptive(models(width=32))
-    strategy.begin_with(FirstStep(1.0, 0.8))
+    strategy.begin_with(lambda groups: FirstStep(1.0, 0.8))
     strategy.record(False, NAMES[1:], {NAMES[0]: 0.95})
     assert strategy.needs_sensitivity and strategy.chance(strategy.groups) == 0.0
     errors = {(group, task): 0.01 for group in strategy.groups for task in group.tasks}
@@ -83,7 +83,7 @@ def stem_of(strategy: Adaptive):
 
 def test_first_layers_of_models_trained_apart_wait_for_a_donor():
     strategy = Adaptive(models(width=8))
-    strategy.begin_with(FirstStep(1.0, 0.8, ties_stems=False))
+    strategy.begin_with(lambda groups: FirstStep(1.0, 0.8, ties_stems=False))
     stem = stem_of(strategy)
     assert set(strategy.propose()) == {*strategy.groups} - {stem} and strategy.chance(strategy.propose()) == 0.8
     strategy.record(True, NAMES, dict.fromkeys(NAMES, 1.03))
@@ -95,7 +95,7 @@ def test_first_layers_of_models_trained_apart_wait_for_a_donor():
 
 def test_nothing_is_predicted_for_a_first_layer_that_saves_next_to_nothing():
     strategy = Adaptive(models(width=128, extra=16))
-    strategy.begin_with(FirstStep(1.0, 0.8, ties_stems=False))
+    strategy.begin_with(lambda groups: FirstStep(1.0, 0.8, ties_stems=False))
     assert stem_of(strategy).saved_bytes < 0.002 * saved_bytes(strategy.groups)
     strategy.record(True, NAMES, dict.fromkeys(NAMES, 1.03))
     assert not strategy.needs_sensitivity and strategy.propose() is None
@@ -104,12 +104,12 @@ def test_nothing_is_predicted_for_a_first_layer_that_saves_next_to_nothing():
 def test_where_a_first_step_without_first_layers_fails_what_it_reached_counts():
     """Also in a search that goes on from its state."""
     strategy = Adaptive(models(width=8))
-    strategy.begin_with(FirstStep(1.0, 0.8, ties_stems=False))
+    strategy.begin_with(lambda groups: FirstStep(1.0, 0.8, ties_stems=False))
     step = strategy.propose()
     strategy.record(False, NAMES[1:], {NAMES[0]: 0.95})
     again = Adaptive(models(width=8))
     again.load_state(json.loads(json.dumps(strategy.state())))
-    again.begin_with(FirstStep(0.5))  # by what is reached when it goes on: too late
+    again.begin_with(lambda groups: FirstStep(0.5))  # by what is reached when it goes on: too late
     for search in (strategy, again):
         stem = stem_of(search)
         errors = {(group, task): 1.0 if group == stem else 0.1 for group in search.groups for task in group.tasks}
@@ -122,7 +122,7 @@ def test_where_a_first_step_without_first_layers_fails_what_it_reached_counts():
 def test_with_a_memory_goal_nothing_is_tied_before_the_prediction():
     strategy = Adaptive(models(width=32))
     strategy.goal_saving = saved_bytes(strategy.groups) // 2
-    strategy.begin_with(FirstStep(1.0, 0.8))
+    strategy.begin_with(lambda groups: FirstStep(1.0, 0.8))
     assert strategy.needs_sensitivity
 
 

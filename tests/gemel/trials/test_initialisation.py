@@ -69,8 +69,8 @@ def classifiers(tasks, data, tmp_path):
 
 
 def test_what_takes_long_is_decided_by_operations_on_the_images_of_a_fit(classifiers, run, monkeypatch):
-    groups, tasks = classifiers.record.groups, list(classifiers.tasks)
-    given = (classifiers.strategy, classifiers.state, classifiers.images, groups, classifiers.evaluator)
+    tasks = list(classifiers.tasks)
+    given = (classifiers.strategy, classifiers.state, classifiers.images, classifiers.evaluator)
     flops = [
         classifiers.images.of_fits.flops(classifiers.state.unmerged, names, THRESHOLDS.fit.pixels)
         for names in (tasks, *([task] for task in tasks))
@@ -83,9 +83,9 @@ def test_what_takes_long_is_decided_by_operations_on_the_images_of_a_fit(classif
         assert classifiers.strategy.trials_take_long is is_long
         assert classifiers.strategy.first_step.share == (THRESHOLDS.search.first_step if is_long else 0.0)
     with_goal = merger_of(run.tasks, run.data, run.results_path / "goal", strategy="adaptive", memory=1)
-    choose_first_step(with_goal.strategy, with_goal.state, with_goal.images, with_goal.record.groups, run.evaluator)
+    choose_first_step(with_goal.strategy, with_goal.state, with_goal.images, run.evaluator)
     assert with_goal.strategy.goal_saving and not with_goal.strategy.trials_take_long
-    choose_first_step(run.strategy, run.state, run.images, run.record.groups, run.evaluator)
+    choose_first_step(run.strategy, run.state, run.images, run.evaluator)
     assert run.strategy.trials_take_long
     assert not run.strategy.first_step.share, "no layer of a detector is safe without a prediction"
 
@@ -93,11 +93,10 @@ def test_what_takes_long_is_decided_by_operations_on_the_images_of_a_fit(classif
 def test_classifiers_are_tied_at_once_where_that_is_likely_to_succeed(classifiers, monkeypatch):
     """By what tolerance and unmerged accuracy leave; with first layers, if weights show that they have one ancestor."""
     classifiers.preflight()
-    given = (classifiers.state, classifiers.images, classifiers.record.groups, classifiers.evaluator)
+    given = (classifiers.state, classifiers.images, classifiers.evaluator)
 
     def first_step(ratio=1.05):
         monkeypatch.setattr(classifiers.evaluator, "ratios", lambda: dict.fromkeys(classifiers.tasks, ratio))
-        classifiers.strategy.begin_with(FirstStep())
         choose_first_step(classifiers.strategy, *given)
         return classifiers.strategy.first_step
 
@@ -119,7 +118,7 @@ def test_counting_operations_may_run_out_of_memory(classifiers, monkeypatch):
 
     own = classifiers
     own.preflight()
-    given = (own.strategy, own.state, own.images, own.record.groups, own.evaluator)
+    given = (own.strategy, own.state, own.images, own.evaluator)
     monkeypatch.setattr(classifiers.images.of_fits, "flops", full)
     choose_first_step(*given)
     assert classifiers.strategy.trials_take_long
@@ -146,7 +145,7 @@ def test_what_is_expected_to_succeed_is_not_screened(classifiers, monkeypatch, c
     subset = {name: replace(data, screen=data.plain) for name, data in classifiers.data.items()}
     classifiers.data = classifiers.evaluator.data = subset
     monkeypatch.setattr(classifiers.strategy, "chance", lambda proposal: chance)
-    classifiers.strategy.begin_with(FirstStep(0.9, chance))
+    classifiers.strategy.begin_with(lambda groups: FirstStep(0.9, chance))
     classifiers.preflight()
     classifiers.evaluator.screening = True
     classifiers.play_round(classifiers.strategy.propose())
