@@ -91,8 +91,9 @@ class SearchThresholds:
     classifier_exponent: float = 0.3
     # The same of a detector, per unit of its sensitivity ("2026-11-26 A search by").
     detector_loss: float = 2.0
-    # Floating-point operations on the images of a fit: from here on, large and late layers of classifiers come first
-    # ("2026-11-27 A small step first"), and the first fit that saves something is kept ("2026-11-27 Fewer seconds").
+    # Floating-point operations on the images of a fit: from here on, the first fit that saves something is kept
+    # ("2026-11-27 Fewer seconds"), and large and late layers of classifiers come first where not everything does
+    # ("2026-11-27 A small step first").
     long_fit: float = 1.3e11
     # Of the possible saving, that they save ("2026-11-27 A small step first").
     first_step: float = 0.9
