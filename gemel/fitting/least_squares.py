@@ -45,7 +45,6 @@ WIDE, ROWS_PER_IMAGE = 1024, 16
 # 2026-11-25 What a fit matches
 ROWS_PER_INPUT, MIN_ROWS = 4, 512
 AFFINE_SHARE = 0.125  # of a layer's bytes, what the scale and bias of a task may take; as an adapter's budget
-ADAPTER_ROUNDS = 4  # of alternating least squares: 2026-11-27 Adapters and shared weights in turn
 # Limits of memory
 MAX_SYSTEM = 5000  # unknowns of the largest system that is solved
 MAX_ROWS_BYTES = 2 << 30  # of the rows that are held at a time, were there as many as are asked for
@@ -99,7 +98,7 @@ def fit_least_squares(
     every channel of Y_t is brought to the same scale in all tasks and weighted by the square of its gain in the task's
     normalisation; then the gains of channels with a large error are lowered. Where each task has a private scale and
     bias, these are fitted with the shared weights; the errors are then those of centred rows. Adapters are fitted to
-    what the shared weights leave over, and shared weights to what adapters leave over, in turn.
+    what the shared weights leave over.
 
     models: tied already. images: batches per task, without labels. There are more stages than settings.num_stages where
     the rows would exceed MAX_ROWS_BYTES. after_stage(stage) is called after each stage; the statistics of batch
@@ -227,22 +226,18 @@ def fit_group(
     start = matrix_of(layer)
     ridge = ridge * _share_of_ridge(list(sampled.values()), num_images)
     affines = {} if norms else affines_of(models, group)
-    adapters = {o.task: adapter_of(models[o.task].get_submodule(o.layer)) for o in group.occurrences}
-    added: dict[str, Tensor] = {}  # by adapters, to the shared weights
-    for _ in range(ADAPTER_ROUNDS if any(adapters.values()) else 1):
-        left = [own.without(added[task]) if task in added else own for task, own in sampled.items()]
-        if affines:
-            shared, scales, ridge = solve_with_scales(left, start, weights, ridge)
-            fitted = {task: shared * scale.unsqueeze(1) for task, scale in zip(sampled, scales, strict=True)}
-        else:
-            change, ridge = solve_weighted(left, start, shares_of(weights), ridge)
-            shared = start + change
-            fitted = dict.fromkeys(sampled, shared)
-        for task, adapter in adapters.items():
-            if adapter is not None:
-                added[task] = _fit_adapter(adapter, sampled[task], fitted[task], ridge)
+    if affines:
+        shared, scales, ridge = solve_with_scales(list(sampled.values()), start, weights, ridge)
+        fitted = {task: shared * scale.unsqueeze(1) for task, scale in zip(sampled, scales, strict=True)}
+    else:
+        change, ridge = solve_weighted(list(sampled.values()), start, shares_of(weights), ridge)
+        shared = start + change
+        fitted = dict.fromkeys(sampled, shared)
     set_matrix(layer, shared)
-    fitted = {task: matrix + added[task] if task in added else matrix for task, matrix in fitted.items()}
+    for o in group.occurrences:
+        adapter = adapter_of(models[o.task].get_submodule(o.layer))
+        if adapter is not None:
+            fitted[o.task] = fitted[o.task] + _fit_adapter(adapter, sampled[o.task], fitted[o.task], ridge)
     for (task, affine), scale in zip(affines.items(), scales if affines else (), strict=True):
         _set_affine(affine, scale, sampled[task], fitted[task])
     for task, norm in norms.items():

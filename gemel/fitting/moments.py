@@ -46,13 +46,6 @@ class Moments(NamedTuple):
         means = self.means and Rows(self.means.x, self.means.y * factors)
         return self._replace(xy=self.xy * factors, yy=self.yy * factors.squeeze(1).square(), rows=rows, means=means)
 
-    def without(self, matrix: Tensor) -> "Moments":
-        """The moments of what is left of y without x @ matrix, for a matrix [groups, d, o]."""
-        product = self.product(matrix)
-        rows, means = (part and Rows(part.x, part.y - part.x @ matrix) for part in (self.rows, self.means))
-        yy = (self.yy + (matrix * (product - 2 * self.xy)).sum(1)).clamp_min(0)
-        return self._replace(xy=self.xy - product, yy=yy, rows=rows, means=means)
-
     @property
     def is_finite(self) -> bool:
         """Whether the rows are; a sum of squares of what is not finite is not finite."""

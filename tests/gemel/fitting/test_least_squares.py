@@ -12,7 +12,7 @@ from gemel.fitting.moments import moments_of
 from gemel.fitting.ridge import solve_ridge, solve_weighted
 from gemel.fitting.rows import Rows, collect_rows, matrix_of
 from gemel.sharing.groups import find_groups
-from gemel.sharing.tying import is_tied, retie, tie
+from gemel.sharing.tying import is_tied, tie
 
 
 def generator():
@@ -254,25 +254,3 @@ def test_the_gain_of_channels_that_are_hit_badly_is_lowered():
     gains = torch.stack([model[1].weight.detach() for model in models.values()])
     assert (gains <= 1).all() and gains.min() < 0.95 and (gains > 0).all()
     assert all((teacher[1].weight == 1).all() for teacher in teachers.values())
-
-
-@pytest.mark.parametrize("name", ["linear", "conv", "normalised"])
-def test_adapters_and_shared_weights_are_fitted_in_turn(name, monkeypatch):
-    """Each teacher is the common weights and a part of rank 1; shared weights that are fitted alone mix these parts."""
-    torch.manual_seed(0)
-    models, teachers, groups = tied(**{task: LAYERS[name]() for task in ("a_x", "b_x", "c_x")})
-    layer = groups[0].occurrences[0].layer
-    weights = {task: model.get_submodule(layer).weight.detach() for task, model in teachers.items()}
-    common = weights["a_x"].clone()
-    for weight in weights.values():
-        weight.copy_(common + 0.2 * (torch.randn(len(weight), 1) @ torch.randn(1, weight[0].numel())).view_as(weight))
-    images = {task: [torch.randn(32, 4, 6, 6) for _ in range(6)] for task in models}
-    start, with_rank = copy.deepcopy(models.state_dict()), tuple(group.with_adapters(1, 1) for group in groups)
-    errors = []
-    for rounds in (1, 4):
-        monkeypatch.setattr(least_squares, "ADAPTER_ROUNDS", rounds)
-        models.load_state_dict(start, strict=False)
-        retie(models, (), with_rank, teachers)
-        fits = fit_all(models, teachers, with_rank, images, teacher_inputs=True, ridge=0.001)
-        errors.append(max(fits[with_rank[0]].after.values()))
-    assert 0 < errors[1] < 0.7 * errors[0]

@@ -20,18 +20,6 @@ def test_sums_give_what_the_rows_give(num_rows):
 
 
 @pytest.mark.parametrize("num_rows", [40, 5])
-def test_what_a_matrix_leaves_over_has_the_sums_of_its_rows(num_rows):
-    torch.manual_seed(0)
-    x, y, matrix, other = torch.randn(2, num_rows, 8), torch.randn(2, num_rows, 3), *torch.randn(2, 2, 8, 3)
-    rows = Rows(x, y)
-    left = moments_of(rows)._replace(means=rows.means()).without(matrix)
-    expected = moments_of(Rows(x, y - x @ matrix))
-    assert torch.allclose(left.xy, expected.xy, atol=1e-3) and torch.allclose(left.yy, expected.yy, rtol=1e-3)
-    assert torch.allclose(left.errors(other), expected.errors(other), rtol=1e-3)
-    assert torch.allclose(left.means.y, (y - x @ matrix).mean(1, keepdim=True), atol=1e-5)
-
-
-@pytest.mark.parametrize("num_rows", [40, 5])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_rows_that_are_not_finite_are_noticed(num_rows, value):
     for part in range(2):
