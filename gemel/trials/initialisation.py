@@ -40,8 +40,8 @@ class WeightFitter:
     donor_of: the task whose weights a group takes as they are; None: it is fitted. improve: what may follow a fit that
     misses targets, given where tasks are and on how many images each was fitted; returns where they are then.
     saving_of: bytes that are saved where only these tasks meet their targets; None: nothing is. screens: whether a fit
-    is evaluated on the screening subset first. takes_first: whether, while nothing is kept, the
-    first fit is good enough if it saves something.
+    is evaluated on the screening subset first. takes_first: whether, while nothing is kept, the first fit is good
+    enough if it saves something.
     """
 
     def __init__(
