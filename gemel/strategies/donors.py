@@ -11,13 +11,18 @@ from gemel.strategies.base import Sensitivity
 from gemel.thresholds import THRESHOLDS
 
 
+def first_layers(models: Mapping[str, nn.Module], groups: Configuration) -> list[bool]:
+    """Of each group, whether its layer is the first one of every model that holds it."""
+    first = {name: next((layer.name for layer in find_layers(model)), None) for name, model in models.items()}
+    return [all(first[o.task] == o.layer for o in group.occurrences) for group in groups]
+
+
 class Donors:
     """Which task gives a first layer its weights, by the errors that fitted weights are predicted to have."""
 
     def __init__(self, models: Mapping[str, nn.Module], groups: Configuration):
         self.groups, self.names = groups, sorted(models)
-        first = {name: next((layer.name for layer in find_layers(model)), None) for name, model in models.items()}
-        self.stems = [all(first[o.task] == o.layer for o in group.occurrences) for group in groups]
+        self.stems = first_layers(models, groups)
         self.misfit: dict[int, float] = {}  # index of a group -> error of its fitted weights, for the worst task
         self.donor: str | None = None  # the task with the highest sum of errors of fitted weights
 

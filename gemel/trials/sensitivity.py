@@ -1,5 +1,6 @@
 """How much each group of a merge is predicted to hurt each of its tasks, and what is tried before that is predicted."""
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -15,6 +16,7 @@ from gemel.sharing.groups import Configuration
 from gemel.sharing.signatures import find_layers
 from gemel.strategies.base import FirstStep, Strategy
 from gemel.strategies.curves import Curve, ExpectedLoss
+from gemel.strategies.donors import first_layers
 from gemel.thresholds import THRESHOLDS
 from gemel.trials.evaluator import Evaluator
 from gemel.trials.images import ImageSampler
@@ -103,8 +105,9 @@ def _first_step_of(groups: Configuration, state: MergeState, images: ImageSample
     """What a search of these groups tries first.
 
     Classifiers are likely to bear that everything is tied where their targets leave enough: so nothing need be
-    predicted before, but first layers are left out if the models were trained apart. Where that is not likely and fits
-    take long, a small step comes first. No layer of a detector is safe before sensitivity was predicted.
+    predicted before, but first layers are left out if their weights show that the models were trained apart. Where that
+    is not likely and fits take long, a small step comes first. No layer of a detector is safe before sensitivity was
+    predicted.
     """
     tasks = list(dict.fromkeys(task for group in groups for task in group.tasks))
     try:
@@ -121,7 +124,8 @@ def _first_step_of(groups: Configuration, state: MergeState, images: ImageSample
     is_likely = chance >= THRESHOLDS.fit.no_screening_from
     if not is_likely and not nothing.trials_take_long:
         return nothing
-    step = nothing._replace(ties_stems=ranks.of_first(lambda: are_alike(state.unmerged, groups)))
+    stems = tuple(itertools.compress(groups, first_layers(state.unmerged, groups)))
+    step = nothing._replace(ties_stems=ranks.of_first(lambda: are_alike(state.unmerged, stems)))
     return step._replace(share=1.0, chance=chance) if is_likely else step._replace(share=THRESHOLDS.search.first_step)
 
 

@@ -11,6 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from gemel.sharing.tying import is_tied, retie
 from gemel.strategies import adaptive
 from gemel.strategies.base import FirstStep
+from gemel.strategies.donors import first_layers
 from gemel.thresholds import THRESHOLDS
 from gemel.training.outcome import Standing
 from gemel.trials import evaluator, fit_samples, images, initialisation, sensitivity
@@ -102,13 +103,18 @@ def test_classifiers_are_tied_at_once_where_that_is_likely_to_succeed(classifier
 
     apart = first_step()
     assert not apart.ties_stems
-    first, *others = classifiers.state.unmerged.values()
+    unmerged, groups = classifiers.state.unmerged, classifiers.record.groups
+    first, *others = unmerged.values()
     for other in others:
         own = other.state_dict()
         like = {key: value for key, value in first.state_dict().items() if key in own and own[key].shape == value.shape}
         other.load_state_dict(like, strict=False)
     alike = first_step()
     assert alike == apart._replace(ties_stems=True) and alike.share == 1.0 and 0.5 <= alike.chance < 1
+    tied = [group for group, is_first in zip(groups, first_layers(unmerged, groups), strict=True) if not is_first]
+    for occurrence in tied[-1].occurrences[1:]:
+        unmerged[occurrence.task].get_submodule(occurrence.layer).weight.data.neg_()
+    assert first_step() == alike, "only first layers count"
     assert first_step(ratio=1.01) == FirstStep(), "hardly any accuracy to lose"
 
 
