@@ -38,7 +38,7 @@ DEFAULTS_OF: dict[str, dict[str, Any]] = {
         "initial_weights": LEAST_SQUARES,
         "alignment": "weights",
         "matching": BY_WEIGHTS,
-        "adapter_budget": 0.125,
+        "adapter_budget": 0.1875,
     }
 }
 TRAINING_OF: dict[str, dict[str, Any]] = {

@@ -167,6 +167,8 @@ class FillThresholds:
     worth_adapters: float = 0.03
     # Of the possible saving: if less is missing, no training (unmeasured).
     worth_training: float = 0.002
+    # Of the bytes of adapters, when they are made smaller ("2026-11-28 Larger adapters first").
+    smaller_adapters: float = 2 / 3
     # The power of predicted error per byte that adapters are in proportion to ("2026-11-27 Adapters where it hurts").
     adapter_exponent: float = 0.25
 

@@ -18,7 +18,7 @@ class AdaptedGroups:
     """The groups of a search, each with an adapter per task; without, where none is that small.
 
     full: adapters that take at most a budget, a share of their layer's bytes, or, once `allocate` shared out what
-    several take together, as many bytes in other parts. smaller: the same with half of the budget.
+    several take together, as many bytes in other parts. smaller: the same with two thirds of the budget.
     """
 
     def __init__(self, groups: Configuration, models: Mapping[str, nn.Module], budget: float):
@@ -26,7 +26,7 @@ class AdaptedGroups:
         self.groups, self.layers = groups, [models[o.task].get_submodule(o.layer) for o in first]
         self.full, self.smaller = (
             [self._with_rank(i, rank_within(layer, share)) for i, layer in enumerate(self.layers)]
-            for share in (budget, budget / 2)
+            for share in (budget, THRESHOLDS.fill.smaller_adapters * budget)
         )
 
     def allocate(self, density: Mapping[int, float]) -> None:

@@ -11,6 +11,7 @@ from gemel.sharing.groups import find_groups
 from gemel.strategies.adapted_groups import MAX_SHARE, AdaptedGroups
 from gemel.strategies.adaptive import Adaptive
 from gemel.strategies.phases import SEARCH, WITH_ADAPTERS
+from gemel.thresholds import THRESHOLDS
 
 NAMES = ("task0_x", "task1_x")
 BUDGET = 0.125
@@ -37,7 +38,7 @@ def test_at_first_every_adapter_takes_the_same_share_of_its_layer():
     found = adapted_groups()
     for i, layer in enumerate(found.layers):
         own = sum(parameter.nbytes for parameter in layer.parameters())
-        for groups, share in ((found.full, BUDGET), (found.smaller, BUDGET / 2)):
+        for groups, share in ((found.full, BUDGET), (found.smaller, THRESHOLDS.fill.smaller_adapters * BUDGET)):
             assert adapter_bytes(layer, groups[i].rank) <= share * own < adapter_bytes(layer, groups[i].rank + 1)
 
 
