@@ -44,7 +44,7 @@ WIDE, ROWS_PER_IMAGE = 1024, 16
 # Rows of a grouped convolution, per input and at least; there rows are large, and more of them do not improve the fit:
 # 2026-11-25 What a fit matches
 ROWS_PER_INPUT, MIN_ROWS = 4, 512
-AFFINE_SHARE = 0.125  # of a layer's bytes, what the scale and bias of a task may take; as an adapter's budget
+AFFINE_SHARE = 0.125  # of a layer's bytes, what the scale and bias of a task may take
 # Limits of memory
 MAX_SYSTEM = 5000  # unknowns of the largest system that is solved
 MAX_ROWS_BYTES = 2 << 30  # of the rows that are held at a time, were there as many as are asked for
