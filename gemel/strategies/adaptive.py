@@ -345,7 +345,7 @@ class Adaptive(Strategy):
             self._give_up_part(met, ratios)
             while self.phase not in (TRAIN, DONE) and not self.parts:
                 self._begin_filling(following(self.phase, self.adapters_first))
-            if self.phase not in UNTRAINED and self.parts and self._filled(self.parts[0]) == trial:
+            if self.parts and self._is_new(trial) and self._filled(self.parts[0]) == trial:
                 self.working = trial  # training continues from the fitted weights
 
     def _begin_filling(self, phase: str) -> None:

@@ -340,6 +340,19 @@ def test_training_goes_on_from_a_small_part_that_was_fitted(monkeypatch):
     assert not strategy.continues_failed_trial
 
 
+def test_a_failed_trial_is_continued_only_if_it_comes_next():
+    """Not one that was trained before, in another part: what is stored of it would stay."""
+    continued = []
+    for seed in range(12):
+        rng, strategy = random.Random(seed), Adaptive(workload(3, 1, 2, width=24), adapter_budget=0.3)
+        while (proposal := strategy.propose()) is not None:
+            met = {task for task in tasks_in(proposal) if rng.random() < 0.6}
+            strategy.record(met == tasks_in(proposal), met)
+            if strategy.continues_failed_trial:
+                continued.append(strategy.propose() == proposal)
+    assert continued and all(continued)
+
+
 def test_the_search_releases_more_each_time_until_a_task_shares_nothing():
     strategy = Adaptive(workload(3, 3, 3))
     shares = []
