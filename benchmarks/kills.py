@@ -144,8 +144,10 @@ def kill_once(instant: float, sent: signal.Signals, results: Path, workload: Pat
         what = f"killed after {instant:5.2f} s, ended {seconds:4.2f} s later"
     valid, after = is_valid(results, workload, datasets), saved(results)
     line = f"{what}: {'valid' if valid else 'INVALID'}, saved {before} -> {after} bytes"
+    if failed := process.returncode not in (0, -sent, 130):
+        line += f", EXIT CODE {process.returncode}"
     in_time = sent == signal.SIGKILL or seconds <= MAX_SECONDS_TO_END
-    return line, valid and after >= before and in_time and process.returncode in (0, -sent, 130)
+    return line, valid and after >= before and in_time and not failed
 
 
 def main() -> int:

@@ -5,13 +5,14 @@ from typing import Any
 
 from torch import nn
 
+from gemel.forward.modes import Models
 from gemel.sharing.groups import Configuration, Group
 from gemel.sharing.signatures import find_layers
 from gemel.strategies.base import Sensitivity
 from gemel.thresholds import THRESHOLDS
 
 
-def first_layers(models: Mapping[str, nn.Module], groups: Configuration) -> list[bool]:
+def first_layers(models: Models, groups: Configuration) -> list[bool]:
     """Of each group, whether its layer is the first one of every model that holds it."""
     first = {name: next((layer.name for layer in find_layers(model)), None) for name, model in models.items()}
     return [all(first[o.task] == o.layer for o in group.occurrences) for group in groups]
