@@ -45,9 +45,9 @@ MAX_SECONDS_TO_END = 2.0  # after Ctrl-C
 MERGE = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
-from merge_workloads import merge_workload
-from gemel.workload import load_model_dict
 try:
+    from merge_workloads import merge_workload  # Ctrl-C may come while modules are read
+    from gemel.workload import load_model_dict
     merge_workload(load_model_dict(sys.argv[1]), sys.argv[2], datasets=sys.argv[3], device="cpu", strategy="gemel",
                    tolerance=0.85, learning_rate=0.005, max_epochs=60, patience_epochs=10)
 except KeyboardInterrupt:
