@@ -285,7 +285,7 @@ class Merger:
             self.strategy.keep_part(part)
         elif outcome.success:
             self.state.keep(self.strategy.kept)
-        elif not self.strategy.continues_failed_trial:
+        elif not self.strategy.continues_failed_trial or outcome.reason == OUT_OF_MEMORY:  # half of it may be fitted
             self.state.undo()
         kept_for = list(outcome.accuracies) if outcome.success else list(outcome.verified) if part else []
         seconds = time.monotonic() - began
