@@ -18,7 +18,7 @@ class AdaptedGroups:
     """The groups of a search, each with an adapter per task; without, where none is that small.
 
     full: adapters that take at most a budget, a share of their layer's bytes, or, once `allocate` shared out what
-    several take together, as many bytes in other parts. smaller: the same with two thirds of the budget.
+    several take together, as many bytes in other parts. smaller: the same with a part of the budget.
     """
 
     def __init__(self, groups: Configuration, models: Mapping[str, nn.Module], budget: float):
