@@ -18,7 +18,7 @@ from gemel.alignment.matching import match_groups
 from gemel.environment.seeds import generator
 from gemel.fitting.batch_norm import averaged_statistics, reestimate_statistics
 from gemel.fitting.coroutines import current, run_coroutines, wait
-from gemel.fitting.least_squares import FitSettings, fit_least_squares, quotas, why_unfit
+from gemel.fitting.least_squares import FitSettings, fit_least_squares, quotas, why_unfit, with_affine
 from gemel.fitting.rows import (
     Samples,
     collect_rows,
@@ -37,7 +37,7 @@ from gemel.forward.hooks import hooked
 from gemel.forward.modes import Models
 from gemel.sharing.adapters import LinearMap
 from gemel.sharing.groups import Configuration, Group, find_groups
-from gemel.sharing.tying import tie
+from gemel.sharing.tying import retie, tie
 from gemel.strategies.adaptive import Adaptive
 from gemel.thresholds import THRESHOLDS
 from gemel.trials.initialisation import donate_weights
@@ -73,9 +73,12 @@ Inputs = dict[tuple[str, str], Tensor]  # (task, layer) -> x [groups, n, d]
 @torch.no_grad()
 def ours(case: Case) -> None:
     """The first fit of `adaptive`, all tasks counting alike: layers matched and channels aligned by weights, first
-    layers that no one set of weights serves taken from one task, then the sequential fit.
+    layers that no one set of weights serves taken from one task, then the sequential fit, with a private scale and bias
+    of each task where no normalisation is behind a layer.
     """
     groups, teachers = _prepared(case)
+    groups, plain = tuple(with_affine(case.models, group) for group in groups), groups
+    retie(case.models, plain, groups, teachers)
     strategy = Adaptive(dict(case.models.items()), groups)
     some = {task: batches[: max(1, len(batches) // ONE_IN)] for task, batches in case.images.items()}
     method, drawn = THRESHOLDS.sensitivity.method, generator(case.seed, "misfit")

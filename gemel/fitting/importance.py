@@ -1,52 +1,83 @@
-"""How much of an error in the output of a layer arrives at the outputs of its model, without labels."""
+"""How much of an error in the output of a layer arrives at the outputs of its model, without labels.
+
+To first order, for random vectors v at the outputs of the model: the mean of (e . J'v)^2 is ||J e||^2, for an error e
+and the Jacobian J, so one backward pass serves all layers (Hutchinson, "A stochastic estimator of the trace of the
+influence matrix", 1989).
+"""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gemel.fitting.batch_norm import channel_moments
+from gemel.fitting.rows import is_linear_map, linear_map_at, output_rows
 from gemel.forward.batches import Batch, to_device
 from gemel.forward.hooks import hooked
 from gemel.forward.modes import device_of, evaluating
 
 IMAGES_AT_A_TIME = 4  # a backward pass holds the activations of these
-NUM_IMAGES = 16  # of a task
+# benchmarks/LOG.md, 2026-11-28 Errors count by what arrives at the outputs
+MAX_IMAGES, PIXELS = 32, 2**18
 
 
-def importance_of_layers(
-    model: nn.Module, names: Collection[str], batches: Sequence[Batch], generator: torch.Generator
-) -> dict[str, float]:
-    """Layer -> relative squared error of the model's outputs, per relative squared error of the layer's outputs.
+class OutputMetric(NamedTuple):
+    """How much errors in the outputs of a linear or convolutional layer count.
 
-    To first order, for errors that are independent noise, with the variance of each channel: the mean over random
-    vectors v of ||J'v||^2 is the squared Frobenius norm of the Jacobian J (Hutchinson, "A stochastic estimator of the
-    trace of the influence matrix", 1989), so one backward pass serves all layers. names: those layers, the last ones
-    among them, count as outputs that no other of them depends on (heads before non-maximum suppression). Layers that
-    are never called, or through which no gradient flows, are left out.
+    matrix G [groups, o, o]: an error e [groups, o] at a position changes the outputs of the model by e G e', up to a
+    factor that all errors of the layer have in common. importance: relative squared error of the model's outputs, per
+    relative squared error of the layer's, for errors that are independent noise with the variance of each channel.
     """
-    total: dict[str, float] = {}
-    chunks = list(_chunks(batches))
+
+    matrix: Tensor
+    importance: float
+
+
+def output_metrics(
+    model: nn.Module, batches: Sequence[Batch], generator: torch.Generator, images_at_a_time: int = IMAGES_AT_A_TIME
+) -> dict[str, OutputMetric]:
+    """Linear or convolutional layer -> the metric of its outputs, from MAX_IMAGES images at most, about PIXELS pixels.
+
+    G is the sum of g'g over all calls and positions, g being the gradient J'v there. The last layers, on which no other
+    of them depends, count as outputs of the model (heads before non-maximum suppression). Layers that are never called,
+    through which no gradient flows or whose gradients are not finite are left out. Sources: Martens and Grosse,
+    "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015, for this factor; Tam et al.,
+    "Merging by Matching Models in Task Parameter Subspaces", TMLR 2024, for such factors in merging.
+    """
+    wanted = min(MAX_IMAGES, max(IMAGES_AT_A_TIME, PIXELS // max(1, batches[0][0][0].numel())))
+    chunks = list(_chunks(batches, wanted, images_at_a_time))
+    names = [name for name, module in model.named_modules() if is_linear_map(module)]
+    found: dict[str, OutputMetric] = {}
     for images in chunks:
-        outputs = _outputs(model, names, images)
-        final = _final(outputs)
-        scores = []
-        for name in final:
-            energy = sum(((y - y.mean()).square().sum() for y in outputs[name]), start=torch.zeros(())).sqrt()
+        for name, (output, gradient) in _gradients(model, names, images, generator):
+            g = output_rows(linear_map_at(model, name), gradient)
+            old = found.get(name, OutputMetric(g.new_zeros(()), 0.0))
+            importance = old.importance + _share(output, gradient) / len(chunks)
+            found[name] = OutputMetric(old.matrix + g.mT @ g, importance)
+    return {name: metric for name, metric in found.items() if torch.isfinite(metric.matrix).all()}
+
+
+def _gradients(
+    model: nn.Module, names: Collection[str], images: Batch, generator: torch.Generator
+) -> list[tuple[str, tuple[Tensor, Tensor]]]:
+    """Layer, its output and the gradient of a random projection of the model's outputs there, for each call."""
+    outputs = _outputs(model, names, images)
+    with torch.enable_grad():
+        score = torch.zeros(())
+        for name in _final(outputs):
+            energy = sum(
+                ((y.detach() - y.detach().mean()).square().sum() for y in outputs[name]), start=torch.zeros(())
+            )
             for y in outputs[name]:
                 noise = torch.randn(y.shape, generator=generator).to(y)
-                scores.append((y * noise).sum() / energy.detach().clamp_min(1e-12))
-        watched = [(name, y) for name, values in outputs.items() for y in values]
-        found: dict[str, list[float]] = {}
-        if scores:
-            gradients = torch.autograd.grad(torch.stack(scores).sum(), [y for _, y in watched], allow_unused=True)
-            for (name, y), gradient in zip(watched, gradients, strict=True):
-                if gradient is not None:
-                    found.setdefault(name, []).append(_share(y.detach(), gradient))
-        for name, shares in found.items():
-            total[name] = total.get(name, 0.0) + sum(shares) / len(chunks)
-    return total
+                score = score + (y * noise).sum() / energy.sqrt().clamp_min(1e-12)
+    watched = [(name, y) for name, values in outputs.items() for y in values]
+    if not watched:
+        return []
+    gradients = torch.autograd.grad(score, [y for _, y in watched], allow_unused=True)
+    pairs = zip(watched, gradients, strict=True)
+    return [(name, (y.detach(), gradient)) for (name, y), gradient in pairs if gradient is not None]
 
 
 def _outputs(model: nn.Module, names: Iterable[str], images: Batch) -> dict[str, list[Tensor]]:
@@ -91,11 +122,11 @@ def _share(output: Tensor, gradient: Tensor) -> float:
     return float((variance * gradient.square().sum(dims)).sum())
 
 
-def _chunks(batches: Sequence[Batch]) -> Iterator[Batch]:
-    left = NUM_IMAGES
+def _chunks(batches: Sequence[Batch], num_images: int, at_a_time: int) -> Iterator[Batch]:
+    left = num_images
     for batch in batches:
-        for begin in range(0, min(len(batch), left), IMAGES_AT_A_TIME):
-            yield batch[begin : min(begin + IMAGES_AT_A_TIME, left)]
+        for begin in range(0, min(len(batch), left), at_a_time):
+            yield batch[begin : min(begin + at_a_time, left)]
         left -= len(batch)
         if left <= 0:
             return

@@ -15,7 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gemel.fitting.batch_norm import is_frozen
 from gemel.fitting.moments import Moments, moments_of
-from gemel.fitting.ridge import shares_of, solve_weighted, solve_with_scales
+from gemel.fitting.ridge import (
+    factor_of,
+    floored,
+    shares_of,
+    solve_in_metrics,
+    solve_weighted,
+    solve_with_scales,
+)
 from gemel.fitting.rows import (
     Rows,
     collect_rows,
@@ -44,6 +51,8 @@ WIDE, ROWS_PER_IMAGE = 1024, 16
 # Rows of a grouped convolution, per input and at least; there rows are large, and more of them do not improve the fit:
 # 2026-11-25 What a fit matches
 ROWS_PER_INPUT, MIN_ROWS = 4, 512
+# Of the errors of a layer, what counts by where they go: 2026-11-28 Errors count by what arrives at the outputs
+METRIC_SHARE = 0.9
 AFFINE_SHARE = 0.125  # of a layer's bytes, what the scale and bias of a task may take
 # Limits of memory
 MAX_SYSTEM = 5000  # unknowns of the largest system that is solved
@@ -226,18 +235,24 @@ def fit_group(
     start = matrix_of(layer)
     ridge = ridge * _share_of_ridge(list(sampled.values()), num_images)
     affines = {} if norms else affines_of(models, group)
+    metrics = _metrics(list(sampled.values()), weights)
     if affines:
-        shared, scales, ridge = solve_with_scales(list(sampled.values()), start, weights, ridge)
+        of_errors = weights if metrics is None else metrics
+        shared, scales, ridge = solve_with_scales(list(sampled.values()), start, of_errors, ridge)
         fitted = {task: shared * scale.unsqueeze(1) for task, scale in zip(sampled, scales, strict=True)}
     else:
-        change, ridge = solve_weighted(list(sampled.values()), start, shares_of(weights), ridge)
+        if metrics is None:
+            change, ridge = solve_weighted(list(sampled.values()), start, shares_of(weights), ridge)
+        else:
+            change, ridge = solve_in_metrics(list(sampled.values()), start, metrics, ridge)
         shared = start + change
         fitted = dict.fromkeys(sampled, shared)
     set_matrix(layer, shared)
-    for o in group.occurrences:
+    for i, o in enumerate(group.occurrences):
         adapter = adapter_of(models[o.task].get_submodule(o.layer))
         if adapter is not None:
-            fitted[o.task] = fitted[o.task] + _fit_adapter(adapter, sampled[o.task], fitted[o.task], ridge)
+            metric = None if metrics is None else metrics[i]
+            fitted[o.task] = fitted[o.task] + _fit_adapter(adapter, sampled[o.task], fitted[o.task], metric, ridge)
     for (task, affine), scale in zip(affines.items(), scales if affines else (), strict=True):
         _set_affine(affine, scale, sampled[task], fitted[task])
     for task, norm in norms.items():
@@ -246,15 +261,15 @@ def fit_group(
     return Fit("", ridge, _relative_errors(dict.fromkeys(sampled, start), sampled), _relative_errors(fitted, sampled))
 
 
-def sums_of(models: Models, group: Group, rows: Rows) -> Moments:
+def sums_of(models: Models, group: Group, rows: Rows, metric: Tensor | None = None) -> Moments:
     """The sums that `fit_group` needs of the rows of one task: centred where the means of the outputs are free, since
-    every task normalises them or has a private bias."""
+    every task normalises them or has a private bias. metric: of the task's outputs, if it is known."""
     if normalisations(models, group):
-        return moments_of(rows.centred())
+        return moments_of(rows.centred(), metric)
     affines = affines_of(models, group).values()
     if affines and all(affine.bias is not None for affine in affines):
-        return moments_of(rows.centred())._replace(means=rows.means())
-    return moments_of(rows)
+        return moments_of(rows.centred(), metric)._replace(means=rows.means())
+    return moments_of(rows, metric)
 
 
 def affines_of(models: Models, group: Group) -> dict[str, Affine]:
@@ -300,18 +315,50 @@ def _relative_errors(matrices: Mapping[str, Tensor], sampled: Mapping[str, Momen
     return {t: float(s.errors(matrices[t]).sum() / s.yy.sum().clamp_min(1e-12)) for t, s in sampled.items()}
 
 
-def _fit_adapter(adapter: Adapter, sums: Moments, shared: Tensor, ridge: float) -> Tensor:
+def _metrics(sums: list[Moments], weights: Tensor) -> Tensor | None:
+    """[tasks, groups, o, o]: METRIC_SHARE of the metric of each task, and the rest by its weights [tasks, groups, o].
+
+    An error as large as the outputs counts as much by both. None where a task has no metric, or each output of the
+    layer has inputs of its own (depthwise convolutions).
+    """
+    if weights.shape[2] == 1 and weights.shape[1] > 1:
+        return None
+    found = []
+    for s, own in zip(sums, floored(weights), strict=True):
+        if s.metric is None:
+            return None
+        variance = s.yy / s.num_rows
+        of_metric = (s.metric.diagonal(dim1=1, dim2=2) * variance).sum()
+        metric = s.metric * ((own * variance).sum() / of_metric.clamp_min(torch.finfo(own.dtype).tiny))
+        found.append(METRIC_SHARE * metric + (1 - METRIC_SHARE) * torch.diag_embed(own))
+    return torch.stack(found)
+
+
+def _fit_adapter(adapter: Adapter, sums: Moments, shared: Tensor, metric: Tensor | None, ridge: float) -> Tensor:
     """Fits a task's adapter to what the shared matrix leaves over; returns the matrix that the adapter adds to it.
 
     Reduced-rank regression: the ridge regression R of the residual on x, projected onto the directions in which x R is
-    largest. Source: Izenman, "Reduced-rank regression for the multivariate linear model", J. Multivariate Analysis 5,
-    1975.
+    largest, measured in the metric [groups, o, o] of the outputs if there is one. Source: Izenman, "Reduced-rank
+    regression for the multivariate linear model", J. Multivariate Analysis 5, 1975.
     """
     matrix, _ = solve_weighted([sums], shared, torch.ones_like(sums.yy).unsqueeze(0), ridge)
-    directions = torch.linalg.eigh(matrix.mT @ sums.product(matrix)).eigenvectors[:, :, -adapter.rank :]
-    set_matrix(adapter.down, matrix @ directions)
-    set_matrix(adapter.up, directions.mT)
-    return matrix @ directions @ directions.mT
+    if metric is None:
+        up = _largest_directions(matrix, sums, adapter.rank)
+        down = matrix @ up
+    else:
+        factor = factor_of(metric)
+        directions = _largest_directions(matrix @ factor, sums, adapter.rank)
+        # orthonormal again, as training takes steps of one size in both parts
+        up, triangular = torch.linalg.qr(torch.linalg.solve_triangular(factor.mT, directions, upper=True))
+        down = matrix @ factor @ directions @ triangular.mT
+    set_matrix(adapter.down, down)
+    set_matrix(adapter.up, up.mT)
+    return down @ up.mT
+
+
+def _largest_directions(matrix: Tensor, sums: Moments, rank: int) -> Tensor:
+    """[groups, o, rank]: orthonormal directions in which x @ matrix is largest."""
+    return torch.linalg.eigh(matrix.mT @ sums.product(matrix)).eigenvectors[:, :, -rank:]
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ class Footprint(NamedTuple):
     layers: Mapping[str, LayerFootprint]  # in the order in which they are called
     peak: float  # bytes at the worst moment of the pass
     flops: float = 0.0  # floating-point operations of the pass
+    total: float = 0.0  # bytes of all that its operations return, which a backward pass needs
 
 
 @torch.no_grad()
@@ -60,7 +61,7 @@ def footprint_of(model: nn.Module, names: Iterable[str], images: Batch) -> Footp
     alive, counter = LiveBytes([*model.parameters(), *model.buffers()]), Flops()
     with evaluating(model), hooked(model, names, arrive, before=True), hooked(model, names, leave), alive, counter:
         model(_copied(to_device(images, device)))
-    return Footprint(layers, alive.peak / num_images, counter.total / num_images)
+    return Footprint(layers, alive.peak / num_images, counter.total / num_images, alive.total / num_images)
 
 
 def _copied(images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
@@ -72,7 +73,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor]):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.total = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -88,6 +89,7 @@ class LiveBytes(TorchDispatchMode):
             return
         self._known.add(address)
         self.now += num_bytes
+        self.total += num_bytes
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._release, address, num_bytes)
 
@@ -154,6 +156,11 @@ class FitMemory(NamedTuple):
         most = max((layer.waiting for layer in footprint.layers.values()), default=0.0)
         batches = (self.moving / max(footprint.peak, 1.0), self.waiting(self.moving) / max(most, 1.0))
         return max(FEWEST_IMAGES, math.floor(min(batches)))
+
+    def images_with_gradients(self, footprint: Footprint, wanted: int) -> int:
+        """Images that go through a forward and a backward pass at a time while nothing waits: at most those wanted, and
+        at least one."""
+        return int(max(1, min(wanted, self.in_flight / max(footprint.total + footprint.peak, 1.0))))
 
     def batches_that_wait(self, footprint: Footprint, layers: Iterable[str], sizes: Sequence[int]) -> dict[str, int]:
         """Layer -> how many of the task's first batches may wait there together, one at least.

@@ -18,6 +18,7 @@ class Moments(NamedTuple):
     xx: Tensor | None  # [groups, d, d]: x'x; None: the rows are kept
     rows: Rows | None  # None: x'x is kept
     means: Rows | None = None  # single rows; of what the rows were before they were centred, where that matters
+    metric: Tensor | None = None  # [groups, o, o]: how much errors of y count (importance.OutputMetric), if known
 
     def gram(self) -> Tensor:
         """x'x [groups, d, d]."""
@@ -41,10 +42,12 @@ class Moments(NamedTuple):
 
     def scaled(self, factors: Tensor) -> "Moments":
         """The moments with every output multiplied by a factor [groups, o]."""
+        metric = None if self.metric is None else self.metric / (factors.unsqueeze(2) * factors.unsqueeze(1))
         factors = factors.unsqueeze(1)
         rows = self.rows and Rows(self.rows.x, self.rows.y * factors)
         means = self.means and Rows(self.means.x, self.means.y * factors)
-        return self._replace(xy=self.xy * factors, yy=self.yy * factors.squeeze(1).square(), rows=rows, means=means)
+        squares = self.yy * factors.squeeze(1).square()
+        return self._replace(xy=self.xy * factors, yy=squares, rows=rows, means=means, metric=metric)
 
     @property
     def is_finite(self) -> bool:
@@ -58,7 +61,8 @@ class Moments(NamedTuple):
         for name, rows in (("rows", self.rows), ("means", self.means)):
             if rows is not None:
                 found |= {f"{name}.x": rows.x, f"{name}.y": rows.y}
-        return found if self.xx is None else {**found, "xx": self.xx}
+        others = {"xx": self.xx, "metric": self.metric}
+        return found | {name: tensor for name, tensor in others.items() if tensor is not None}
 
     @classmethod
     def of_tensors(cls, found: Mapping[str, Tensor]) -> "Moments":
@@ -66,11 +70,11 @@ class Moments(NamedTuple):
         rows, means = (
             Rows(found[f"{name}.x"], found[f"{name}.y"]) if f"{name}.x" in found else None for name in ("rows", "means")
         )
-        return cls(int(found["num_rows"]), found["xy"], found["yy"], found.get("xx"), rows, means)
+        return cls(int(found["num_rows"]), found["xy"], found["yy"], found.get("xx"), rows, means, found.get("metric"))
 
 
-def moments_of(rows: Rows) -> Moments:
-    """The sums over the rows of one task."""
+def moments_of(rows: Rows, metric: Tensor | None = None) -> Moments:
+    """The sums over the rows of one task, with the metric of its outputs."""
     x, y = rows
     has_few = x.shape[1] < x.shape[2]
     return Moments(
@@ -79,4 +83,5 @@ def moments_of(rows: Rows) -> Moments:
         yy=y.square().sum(1),
         xx=None if has_few else x.mT @ x,
         rows=rows if has_few else None,
+        metric=metric,
     )

@@ -148,8 +148,8 @@ def input_rows(layer: LinearMap, inputs: Tensor, shape: Sequence[int], picked: T
     return rows if layer.bias is None else torch.cat([rows, torch.ones_like(rows[..., :1])], 2)
 
 
-def output_rows(layer: LinearMap, outputs: Tensor, picked: Tensor) -> Tensor:
-    """[groups, n, o]: the layer's outputs at the picked positions, `solvable`."""
+def output_rows(layer: LinearMap, outputs: Tensor, picked: Tensor | slice = slice(None)) -> Tensor:
+    """[groups, n, o]: the layer's outputs at the picked positions, or at all of them, `solvable`."""
     groups, _, width = shape_of(layer)
     if not isinstance(layer, nn.Linear):
         outputs = _batched(layer, outputs).movedim(1, -1)

@@ -235,7 +235,8 @@ class _SequentialFit:
             if number not in kept.seen:
                 kept.put(number, [self.inputs_of_teacher(task, name, number)])
         assert kept.x is not None
-        self.sums[task, name] = sums_of(self.models, group, Rows(kept.x, samples.outputs()))
+        metric = None if samples.metric is None else samples.metric.load()
+        self.sums[task, name] = sums_of(self.models, group, Rows(kept.x, samples.outputs()), metric)
 
     def fit(self, group: Group) -> None:
         """Fits a group; rows of passes that have not come to it are those of their teachers' inputs.

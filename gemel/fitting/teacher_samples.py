@@ -1,6 +1,6 @@
 """What the unmerged models put out at the layers of a fit: sampled once, kept in memory or in a file."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gemel.environment import ranks
 from gemel.environment.seeds import generator as generator_of
 from gemel.fitting.batch_norm import ChannelMoments, batch_norms, channel_moments
+from gemel.fitting.importance import IMAGES_AT_A_TIME, output_metrics
 from gemel.fitting.least_squares import quotas
 from gemel.fitting.memory import UNBOUNDED, FitMemory, Footprint, footprint_of
 from gemel.fitting.rows import (
@@ -57,6 +58,13 @@ class StoredMoments(NamedTuple):
         return ChannelMoments(self.num_values, *self.values.load())
 
 
+class StoredMetric(NamedTuple):
+    """As importance.OutputMetric, with its matrix in a store."""
+
+    matrix: Stored
+    importance: float
+
+
 @dataclass
 class WaitingBatches:
     """The batches that wait at one layer of one task: its first ones."""
@@ -86,6 +94,7 @@ class LayerSamples(WaitingBatches):
     calls: list[list[StoredSample]] = field(default_factory=list)
     inputs: dict[int, Stored] = field(default_factory=dict)  # on regions, which are fitted on the teacher's inputs
     later_inputs: dict[int, Stored] = field(default_factory=dict)  # of all calls but the first
+    metric: Stored | None = None  # the matrix of importance.OutputMetric, if it is known
 
     @property
     def is_always_called(self) -> bool:
@@ -157,6 +166,7 @@ class TeacherSampler:
         self.store = TensorStore(memory.samples) if store is None else store
         self.footprints: dict[str, Footprint] = {}
         self._known: dict[tuple, LayerSamples] = {}
+        self._metrics: dict[tuple[str, int], dict[str, StoredMetric]] = {}
         self._norms: dict[tuple, dict[int, dict[str, list[StoredMoments]]]] = {}
         self._images: list[Sequence[Batch]] = []  # of what is known: while they are here, their ids name them
 
@@ -199,14 +209,14 @@ class TeacherSampler:
     ) -> TeacherSamples:
         """The samples of all layers of the groups; draws those that are not known of these images.
 
-        positions: rows per layer and task.
+        positions: rows per layer and task. With the metrics of layers that were asked for before.
         """
         linear, found, tied = self._linear(groups), TeacherSamples(), self._layers(groups, images)
         found.waiting = self.waiting(groups, images)
         found.num_batches = {task: len(images[task]) for task in tied}
         found.num_images = {task: sum(sizes_of(images[task])) for task in tied}
         for task, layers in found.waiting.items():
-            version = sum(tensor._version for tensor in self.teachers[task].state_dict().values())
+            version = self._version(task)
             wanted = quotas(self.teachers, linear, task, positions, self.memory.rows)
             drawn_from = (task, id(images[task]), version)
             names = [name for name in layers if name in tied[task]]
@@ -218,6 +228,9 @@ class TeacherSampler:
             norms = dict(self._norms.get(drawn_from, {}))
             if new:
                 self._draw(task, {name: found[task, name] for name in new}, new, images[task], norms)
+                metrics = self._metrics.get((task, version), {})
+                for name in metrics.keys() & new.keys():
+                    found[task, name].metric = metrics[name].matrix
                 self._images.append(images[task])
             self._known |= {keys[name]: found[task, name] for name in names}  # not before: memory may have run out
             self._norms[drawn_from] = norms
@@ -226,6 +239,27 @@ class TeacherSampler:
                 if calls and all(len(own) == 1 for own in calls):
                     found.norms[task, name] = {number: of_batch[name][0] for number, of_batch in norms.items()}
         return found
+
+    def metrics(self, task: str, draw: Callable[[], Sequence[Batch]]) -> dict[str, StoredMetric]:
+        """How much errors at the layers of the task's unmerged model count, on images of which few are enough.
+
+        draw: gives them; asked once, after which the metrics of this model are known. Images run one after another
+        where a backward pass takes much memory.
+        """
+        version = self._version(task)
+        if (task, version) not in self._metrics:
+            images, at_a_time = draw(), IMAGES_AT_A_TIME
+            if self.memory.is_bounded:
+                at_a_time = self.memory.images_with_gradients(self.footprint(task, images[0]), at_a_time)
+            found = output_metrics(self.teachers[task], images, generator_of(self.seed, task, "metrics"), at_a_time)
+            self._metrics[task, version] = {
+                name: StoredMetric(self.store.put(metric.matrix), metric.importance) for name, metric in found.items()
+            }
+        return self._metrics[task, version]
+
+    def _version(self, task: str) -> int:
+        """A number that changes when the unmerged model does, as where its channels are reordered."""
+        return sum(tensor._version for tensor in self.teachers[task].state_dict().values())
 
     def _draw(
         self,
@@ -290,10 +324,12 @@ def sample_teachers(
 ) -> TeacherSamples:
     """Draws rows of the groups' layers and records the teachers' outputs there, of all images and without a bound.
 
-    positions: rows per layer and task.
+    positions: rows per layer and task. The metrics of the layers are taken of the first images.
     """
-    seed = int(torch.randint(2**62, (), generator=generator))
-    return TeacherSampler(teachers, seed).sample(groups, images, positions)
+    sampler = TeacherSampler(teachers, int(torch.randint(2**62, (), generator=generator)))
+    for task in images:
+        sampler.metrics(task, lambda task=task: images[task])  # type: ignore[misc]
+    return sampler.sample(groups, images, positions)
 
 
 def sizes_of(batches: Sequence[Batch]) -> list[int]:

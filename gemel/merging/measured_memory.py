@@ -79,6 +79,7 @@ class FitWork(NamedTuple):
 
     waiting: int  # passes that wait, with all their images in flight
     moving: int  # one pass that runs
+    backward: int  # a forward and a backward pass of one image
     samples: int  # images, and the unmerged model's outputs at drawn positions
     equations: int  # the normal equations of the largest layer
 
@@ -102,6 +103,7 @@ def work_of_fits(
         found[name] = FitWork(
             waiting=int(waiting * count),
             moving=int(footprint.peak * min(size, count)),
+            backward=int(footprint.total + footprint.peak),
             samples=batch[0].nbytes * count + ROW_BYTES * outputs,
             equations=ROW_BYTES * equations,
         )
@@ -113,10 +115,11 @@ def bytes_of_fit(work: Sequence[FitWork], memory: FitMemory) -> int:
 
     With what the allocator leaves unused between tensors that come and go, which has a share of that memory as well.
     """
-    in_flight = sum(one.waiting for one in work) + max((one.moving for one in work), default=0)
+    waiting = sum(one.waiting for one in work) + max((one.moving for one in work), default=0)
+    in_flight = max(min(waiting, memory.in_flight), *(one.backward for one in work), 0)
     samples, equations = sum(one.samples for one in work), sum(one.equations for one in work)
-    limited = ((in_flight, memory.in_flight), (samples, memory.samples), (equations, memory.rows))
-    return int(sum(min(size, limit) for size, limit in limited) / (IN_FLIGHT_SHARE + SAMPLES_SHARE + ROWS_SHARE))
+    limited = in_flight + min(samples, memory.samples) + min(equations, memory.rows)
+    return int(limited / (IN_FLIGHT_SHARE + SAMPLES_SHARE + ROWS_SHARE))
 
 
 def bytes_of_samples(data: TaskData, limit: int) -> int:

@@ -12,9 +12,10 @@ import torch
 from gemel.environment import ranks
 from gemel.environment.device import total_memory
 from gemel.environment.seeds import derive_seed
+from gemel.fitting.importance import PIXELS
 from gemel.fitting.memory import FitMemory, predicted_peak
 from gemel.fitting.store import TensorStore
-from gemel.fitting.teacher_samples import StoredBatches, TeacherSampler, TeacherSamples
+from gemel.fitting.teacher_samples import StoredBatches, StoredMetric, TeacherSampler, TeacherSamples
 from gemel.forward.batches import Batch
 from gemel.forward.modes import Models
 from gemel.sharing.groups import Configuration
@@ -68,8 +69,14 @@ class FitSamples:
                 break
         self._report(sampler, groups, images)
         with ranks.sharing_memory_errors():
+            for task in tasks:
+                self.metrics(unmerged, task)
             samples = sampler.sample(groups, images, positions)
         return images, samples.with_other_ranks()
+
+    def metrics(self, unmerged: Models, task: str) -> dict[str, StoredMetric]:
+        """How much errors at the layers of the task's unmerged model count, of a task of any rank."""
+        return self._sampler_of(unmerged).metrics(task, lambda: self._draw(task, 2 * PIXELS, math.inf))
 
     def flops(self, unmerged: Models, tasks: Iterable[str], num_pixels: int) -> float:
         """Floating-point operations of the unmerged models on the images of a fit; all ranks call it."""

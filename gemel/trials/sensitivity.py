@@ -10,10 +10,8 @@ from gemel.environment.events import emit
 from gemel.environment.failures import is_out_of_memory
 from gemel.environment.seeds import generator
 from gemel.environment.threads import threads_of_waiting_ranks
-from gemel.fitting.importance import importance_of_layers
 from gemel.fitting.sensitivity import Sensitivity, predict_sensitivity
 from gemel.sharing.groups import Configuration
-from gemel.sharing.signatures import find_layers
 from gemel.strategies.base import FirstStep, Strategy
 from gemel.strategies.curves import Curve, ExpectedLoss
 from gemel.strategies.donors import first_layers
@@ -69,13 +67,10 @@ def _sensitivity(
         misfit = predict_sensitivity(
             state.models, state.unmerged, groups, drawn, method=limits.method, generator=source
         )
-    importance = {}
-    for task in drawn:
-        model = state.unmerged[task]
-        names = [layer.name for layer in find_layers(model)]
-        importance[task] = importance_of_layers(model, names, drawn[task], source)
+    metrics = {task: images.of_fits.metrics(state.unmerged, task) for task in drawn}
+    importance = {(task, name): metric.importance for task, own in metrics.items() for name, metric in own.items()}
     errors = {
-        (group, o.task): min(1.0, misfit[group, o.task] * importance[o.task].get(o.layer, 1.0))
+        (group, o.task): min(1.0, misfit[group, o.task] * importance.get((o.task, o.layer), 1.0))
         for group in groups
         for o in group.occurrences
     }

@@ -133,7 +133,10 @@ def fit_within(limit, positions=500, **models):
 def test_few_batches_wait_near_the_input_and_the_others_join_behind(monkeypatch):
     counted = Waiting(monkeypatch)
     models, fits, samples, sampler = fit_within(MIB, a_x=Shrinking(), b_x=Shrinking())
-    assert all(fit.fitted and sum(fit.after.values()) < sum(fit.before.values()) for fit in fits.values())
+    assert all(fit.fitted for fit in fits.values())
+    assert sum(sum(fit.after.values()) for fit in fits.values()) < sum(
+        sum(fit.before.values()) for fit in fits.values()
+    )
     counts = {layer: samples["a_x", layer].num_batches for layer in ("conv1", "conv2", "fc")}
     assert 1 <= counts["conv1"] < counts["fc"] and [*counts.values()] == sorted(counts.values())
     assert counted.most == {(task, name): count for task in models for name, count in samples.waiting[task].items()}
@@ -189,6 +192,35 @@ def test_samples_are_drawn_once_and_do_not_depend_on_what_else_is_sampled():
     changed = sampler.sample(groups, images)
     assert not torch.equal(changed["a_x", "conv1"].outputs(), both["a_x", "conv1"].outputs()), "another teacher"
     assert torch.equal(changed["b_x", "conv1"].outputs(), both["b_x", "conv1"].outputs())
+
+
+def test_metrics_are_computed_once_for_a_model_and_go_to_all_samples_of_its_layers():
+    models, teachers, groups = tied(a_x=Shrinking(), b_x=Shrinking())
+    images = images_of(models)
+    calls = []
+    sampler = TeacherSampler(teachers, 0)
+
+    def metrics():
+        return sampler.metrics("a_x", lambda: calls.append(1) or images["a_x"])
+
+    assert sampler.sample(groups[:1], images)["a_x", groups[0].occurrences[0].layer].metric is None
+    first = metrics()
+    assert metrics() is first and len(calls) == 1
+    samples = sampler.sample(groups[1:], images)
+    for group in groups[1:]:
+        layer = group.occurrences[0].layer
+        assert torch.equal(samples["a_x", layer].metric.load(), first[layer].matrix.load())
+        assert samples["b_x", layer].metric is None, "that was not asked for"
+    with torch.no_grad():
+        teachers["a_x"].conv1.weight.mul_(2)
+    assert metrics() is not first and len(calls) == 2, "another model"
+
+
+def test_images_go_through_a_backward_pass_one_by_one_where_memory_is_short():
+    footprint = Footprint({}, peak=10.0, total=90.0)
+    assert FitMemory().images_with_gradients(footprint, 4) == 4
+    for limit, count in ((10_000, 4), (500, 2), (100, 1)):
+        assert FitMemory(limit).images_with_gradients(footprint, 4) == count
 
 
 def storages() -> set[int]:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gemel.fitting.moments import moments_of
+from gemel.fitting.moments import Moments, moments_of
 from gemel.fitting.rows import Rows
 
 
@@ -27,3 +27,18 @@ def test_rows_that_are_not_finite_are_noticed(num_rows, value):
         assert moments_of(Rows(*rows)).is_finite
         rows[part][0, 1, 2] = value
         assert not moments_of(Rows(*rows)).is_finite
+
+
+def test_a_metric_measures_the_same_errors_after_scaling_and_in_another_process():
+    torch.manual_seed(0)
+    rows, factors, error = (
+        Rows(torch.randn(1, 9, 8), torch.randn(1, 9, 3)),
+        torch.rand(1, 3) + 0.5,
+        torch.randn(1, 1, 3),
+    )
+    metric = torch.randn(1, 3, 3)
+    metric = metric @ metric.mT
+    scaled = Moments.of_tensors(moments_of(rows, metric).scaled(factors).tensors())
+    of_scaled = error * factors.unsqueeze(1)
+    assert torch.allclose(of_scaled @ scaled.metric @ of_scaled.mT, error @ metric @ error.mT, rtol=1e-4)
+    assert Moments.of_tensors(moments_of(rows).tensors()).metric is None

@@ -101,10 +101,15 @@ def test_a_trial_takes_what_the_tasks_take_that_can_share(tasks, data, state):
 
 
 def test_a_fit_stays_within_its_shares():
-    work = [FitWork(waiting=100, moving=30, samples=50, equations=20), FitWork(50, 60, 10, 5)]
+    work = [
+        FitWork(waiting=100, moving=30, backward=25, samples=50, equations=20),
+        FitWork(waiting=50, moving=60, backward=40, samples=10, equations=5),
+    ]
     assert bytes_of_fit(work, FitMemory(10_000)) == int((150 + 60 + 60 + 25) / 0.8), "and what the allocator leaves"
     assert bytes_of_fit(work, FitMemory(100)) == pytest.approx(100, abs=1), "all of it"
     assert bytes_of_fit([], FitMemory(100)) == 0
+    large = [work[0]._replace(backward=1000)]
+    assert bytes_of_fit(large, FitMemory(100)) == int((1000 + 20 + 20) / 0.8), "one image at a time, but that"
 
 
 def test_the_manifest_has_what_was_predicted_and_used(entries, datasets, tmp_path, capsys):
