@@ -7,9 +7,9 @@ from torch import Tensor
 
 from gemel.fitting.moments import Moments
 
-ITERATIONS = 3  # of conjugate gradients; 8 gave the same accuracies (benchmarks/LOG.md, 2026-11-25 What a fit matches)
-# The same with matrices of weights: LOG, 2026-11-28 Errors count by what arrives at the outputs
-ITERATIONS_OF_MATRICES = 8
+# Of conjugate gradients; 8 gave the same accuracies: benchmarks/LOG.md, 2026-11-25 What a fit matches, and with metrics
+# 2026-11-28 Errors count by what arrives at the outputs
+ITERATIONS = 3
 LEAST_WEIGHT = 1e-6  # of the mean weight, that matrices get in all directions, so that they can be factored
 # Of alternating least squares, and the limits of a scale: benchmarks/LOG.md, 2026-11-26 Private scale and bias
 ROUNDS = 3
@@ -84,7 +84,7 @@ def solve_in_metrics(sums: list[Moments], start: Tensor, metrics: Tensor, ridge:
     def condition(left: Tensor) -> Tensor:
         return torch.cholesky_solve(torch.cholesky_solve(left, of_inputs).mT, of_outputs).mT
 
-    return _conjugate_gradients(apply, target, condition, ITERATIONS_OF_MATRICES, dims=(1, 2)), ridge
+    return _conjugate_gradients(apply, target, condition, dims=(1, 2)), ridge
 
 
 def solve_with_scales(
@@ -156,7 +156,6 @@ def _conjugate_gradients(
     apply: Callable[[Tensor], Tensor],
     target: Tensor,
     condition: Callable[[Tensor], Tensor],
-    iterations: int = ITERATIONS,
     dims: int | tuple[int, int] = 1,
 ) -> Tensor:
     """Solves apply(D) = target from 0, column by column, or of a group at once with dims (1, 2).
@@ -166,7 +165,7 @@ def _conjugate_gradients(
     solution, left = torch.zeros_like(target), target
     step = conditioned = condition(left)
     size = (left * conditioned).sum(dims, keepdim=True)
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         applied = apply(step)
         length = size / (step * applied).sum(dims, keepdim=True).clamp_min(1e-30)
         solution, left = solution + length * step, left - length * applied

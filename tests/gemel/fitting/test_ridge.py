@@ -33,7 +33,7 @@ def error(rows, matrices, metrics):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_it_is_the_minimum_in_the_metrics(monkeypatch, groups):
-    monkeypatch.setattr(ridge, "ITERATIONS_OF_MATRICES", 40)
+    monkeypatch.setattr(ridge, "ITERATIONS", 40)
     torch.manual_seed(0)
     rows, metrics = drawn_rows(3, 50, 6, 4, groups), drawn_metrics(3, 4, groups)
     start = torch.randn(groups, 6, 4)
