@@ -318,11 +318,8 @@ def _relative_errors(matrices: Mapping[str, Tensor], sampled: Mapping[str, Momen
 def _metrics(sums: list[Moments], weights: Tensor) -> Tensor | None:
     """[tasks, groups, o, o]: METRIC_SHARE of the metric of each task, and the rest by its weights [tasks, groups, o].
 
-    An error as large as the outputs counts as much by both. None where a task has no metric, or each output of the
-    layer has inputs of its own (depthwise convolutions).
+    An error as large as the outputs counts as much by both. None where a task has no metric.
     """
-    if weights.shape[2] == 1 and weights.shape[1] > 1:
-        return None
     found = []
     for s, own in zip(sums, floored(weights), strict=True):
         if s.metric is None:
