@@ -97,6 +97,8 @@ def measure_fit(workload: Workload, num_images: int, fit_memory: int) -> dict[st
 
     images = {task: StoredBatches(batches(), store) for task in models}
     sampler = TeacherSampler(teachers, 0, memory, store)
+    for task in models:
+        sampler.metrics(task, functools.partial(images.__getitem__, task))
     samples = sampler.sample(groups, images, THRESHOLDS.fit.positions)
     fits = fit_sequentially(models, teachers, groups, images, teacher_samples=samples)
     assert all(fit.fitted for fit in fits.values())
