@@ -66,9 +66,8 @@ def _gradients(
     with torch.enable_grad():
         score = torch.zeros(())
         for name in _final(outputs):
-            energy = sum(
-                ((y.detach() - y.detach().mean()).square().sum() for y in outputs[name]), start=torch.zeros(())
-            )
+            values = [y.detach() for y in outputs[name]]
+            energy = sum(((y - y.mean()).square().sum() for y in values), start=torch.zeros(()))
             for y in outputs[name]:
                 noise = torch.randn(y.shape, generator=generator).to(y)
                 score = score + (y * noise).sum() / energy.sqrt().clamp_min(1e-12)

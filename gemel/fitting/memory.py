@@ -21,7 +21,7 @@ from gemel.forward.modes import device_of, evaluating
 IN_FLIGHT_SHARE = 0.4  # activations
 SAMPLES_SHARE = 0.2  # images and the teachers' outputs; what is more goes to a file
 ROWS_SHARE = 0.2  # sums over the rows of one group
-FEWEST_IMAGES = 2  # in a batch: batch normalisation needs more than one value a channel
+FEWEST_IMAGES = 2  # in a batch: normalisation and variances need more than one value a channel
 
 
 class LayerFootprint(NamedTuple):
@@ -159,8 +159,8 @@ class FitMemory(NamedTuple):
 
     def images_with_gradients(self, footprint: Footprint, wanted: int) -> int:
         """Images that go through a forward and a backward pass at a time while nothing waits: at most those wanted, and
-        at least one."""
-        return int(max(1, min(wanted, self.in_flight / max(footprint.total + footprint.peak, 1.0))))
+        at least FEWEST_IMAGES, as a single one says nothing of how much a channel of a linear layer varies."""
+        return int(max(FEWEST_IMAGES, min(wanted, self.in_flight / max(footprint.total + footprint.peak, 1.0))))
 
     def batches_that_wait(self, footprint: Footprint, layers: Iterable[str], sizes: Sequence[int]) -> dict[str, int]:
         """Layer -> how many of the task's first batches may wait there together, one at least.

@@ -62,7 +62,7 @@ def solve_in_metrics(sums: list[Moments], start: Tensor, metrics: Tensor, ridge:
     """(D, ridge used): D minimises sum_t trace(e_t metrics[t] e_t') / n_t + the ridge, e_t = x_t (start + D) - y_t.
 
     As `solve_weighted`, with a symmetric matrix [groups, o, o] of each task in the place of its weights of single
-    columns; metrics [tasks, groups, o, o], in any unit. The ridge counts in the sum of the matrices.
+    columns; metrics [tasks, groups, o, o], in any unit. The ridge measures D in the sum of the matrices.
     """
     diagonals = floored(metrics.diagonal(dim1=2, dim2=3))
     means = (diagonals / diagonals.sum(0)).mean(2)  # [tasks, groups]

@@ -243,8 +243,8 @@ class TeacherSampler:
     def metrics(self, task: str, draw: Callable[[], Sequence[Batch]]) -> dict[str, StoredMetric]:
         """How much errors at the layers of the task's unmerged model count, on images of which few are enough.
 
-        draw: gives them; asked once, after which the metrics of this model are known. Images run one after another
-        where a backward pass takes much memory.
+        draw: gives them; asked once, after which the metrics of this model are known. Fewer images run at a time where
+        a backward pass takes much memory.
         """
         version = self._version(task)
         if (task, version) not in self._metrics:

@@ -10,7 +10,15 @@ from torch.utils._pytree import tree_leaves
 
 from gemel.datasets.loaders import MAX_PLAIN_IMAGES, TaskData, batch_size_of, num_samples
 from gemel.environment.seeds import seeded
-from gemel.fitting.memory import IN_FLIGHT_SHARE, ROWS_SHARE, SAMPLES_SHARE, FitMemory, LiveBytes, footprint_of
+from gemel.fitting.memory import (
+    FEWEST_IMAGES,
+    IN_FLIGHT_SHARE,
+    ROWS_SHARE,
+    SAMPLES_SHARE,
+    FitMemory,
+    LiveBytes,
+    footprint_of,
+)
 from gemel.fitting.rows import is_linear_map, linear_map_at, shape_of
 from gemel.forward.modes import Models
 from gemel.options import MergeOptions
@@ -79,7 +87,7 @@ class FitWork(NamedTuple):
 
     waiting: int  # passes that wait, with all their images in flight
     moving: int  # one pass that runs
-    backward: int  # a forward and a backward pass of one image
+    backward: int  # a forward and a backward pass of the fewest images
     samples: int  # images, and the unmerged model's outputs at drawn positions
     equations: int  # the normal equations of the largest layer
 
@@ -103,7 +111,7 @@ def work_of_fits(
         found[name] = FitWork(
             waiting=int(waiting * count),
             moving=int(footprint.peak * min(size, count)),
-            backward=int(footprint.total + footprint.peak),
+            backward=int(FEWEST_IMAGES * (footprint.total + footprint.peak)),
             samples=batch[0].nbytes * count + ROW_BYTES * outputs,
             equations=ROW_BYTES * equations,
         )

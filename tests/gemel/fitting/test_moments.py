@@ -31,11 +31,8 @@ def test_rows_that_are_not_finite_are_noticed(num_rows, value):
 
 def test_a_metric_measures_the_same_errors_after_scaling_and_in_another_process():
     torch.manual_seed(0)
-    rows, factors, error = (
-        Rows(torch.randn(1, 9, 8), torch.randn(1, 9, 3)),
-        torch.rand(1, 3) + 0.5,
-        torch.randn(1, 1, 3),
-    )
+    rows = Rows(torch.randn(1, 9, 8), torch.randn(1, 9, 3))
+    factors, error = torch.rand(1, 3) + 0.5, torch.randn(1, 1, 3)
     metric = torch.randn(1, 3, 3)
     metric = metric @ metric.mT
     scaled = Moments.of_tensors(moments_of(rows, metric).scaled(factors).tensors())

@@ -109,7 +109,7 @@ def test_a_fit_stays_within_its_shares():
     assert bytes_of_fit(work, FitMemory(100)) == pytest.approx(100, abs=1), "all of it"
     assert bytes_of_fit([], FitMemory(100)) == 0
     large = [work[0]._replace(backward=1000)]
-    assert bytes_of_fit(large, FitMemory(100)) == int((1000 + 20 + 20) / 0.8), "one image at a time, but that"
+    assert bytes_of_fit(large, FitMemory(100)) == int((1000 + 20 + 20) / 0.8), "no fewer images"
 
 
 def test_the_manifest_has_what_was_predicted_and_used(entries, datasets, tmp_path, capsys):
