@@ -13,7 +13,7 @@ class FitThresholds:
     """How many images weights are fitted on, and how often they are fitted again."""
 
     # Of the images per classifier ("2026-11-24 Initial weights", more images help).
-    pixels: int = FIT_PIXELS
+    pixels: int = FIT_PIXELS // 2
     # Of these pixels, for a detector ("2026-11-25 Detectors").
     detection_share: float = 0.5
     # Bytes of a fit on a CPU ("2026-11-26 Fits in bounded memory").
@@ -169,6 +169,8 @@ class FillThresholds:
     worth_training: float = 0.002
     # Of the bytes of adapters, when they are made smaller ("2026-11-28 Larger adapters first").
     smaller_adapters: float = 2 / 3
+    # Of the possible saving: if they would save less, they are not made smaller ("2026-11-28 Adapters smaller still").
+    worth_smaller_adapters: float = 0.015
     # The power of predicted error per byte that adapters are in proportion to ("2026-11-27 Adapters where it hurts").
     adapter_exponent: float = 0.25
 

@@ -6,6 +6,7 @@ the model rebuilt from its architecture are made by the same code.
 """
 
 import difflib
+import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -105,12 +106,21 @@ def architecture_of(model: nn.Module) -> dict[str, Any] | None:
     if not isinstance(architecture, dict):
         return None
     try:
-        with torch.device("meta"):
-            fresh = rebuild(architecture)
-    except ValueError:
+        expected = _shapes_when_built(json.dumps(architecture))
+    except (TypeError, ValueError, RecursionError):  # no JSON, or nothing can be built from it
         return None
-    shapes, expected = ({key: value.shape for key, value in m.state_dict().items()} for m in (model, fresh))
-    return architecture if shapes == expected else None
+    return architecture if _shapes(model) == expected else None
+
+
+@functools.lru_cache(maxsize=256)
+def _shapes_when_built(architecture: str) -> dict[str, torch.Size]:
+    """The shapes of all tensors of a model that is built from this JSON text; as `rebuild`, without memory for them."""
+    with torch.device("meta"):
+        return _shapes(rebuild(json.loads(architecture)))
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in model.state_dict().items()}
 
 
 def _find(name: Any) -> Builder:

@@ -79,7 +79,7 @@ def run_coroutines(
             if not met:
                 if everywhere is not None:
                     waiting, num_late = everywhere(waiting, num_late)
-                met = (everywhere and _complete(waiting, members)) or _most_complete(waiting, members)
+                met = (everywhere and _complete(waiting, members)) or most_complete(waiting, members)
             for key, present in met.items():
                 meet(key, present)
             if not met and not num_late:
@@ -103,7 +103,7 @@ def _complete(
     return {key: names for key, names in here.items() if len(names) >= len(members[key])}
 
 
-def _most_complete(waiting: Mapping[Key, list[Name]], members: Mapping[Key, Collection[Name]]) -> dict[Key, list[Name]]:
+def most_complete(waiting: Mapping[Key, list[Name]], members: Mapping[Key, Collection[Name]]) -> dict[Key, list[Name]]:
     """The key of which the largest share of the members waits, of equal ones the first; none if nobody waits."""
     key = max(waiting, key=lambda key: len(waiting[key]) / len(members[key]), default=None)
     return {} if key is None else {key: waiting[key]}

@@ -5,6 +5,7 @@ and the Jacobian J, so one backward pass serves all layers (Hutchinson, "A stoch
 influence matrix", 1989).
 """
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,9 +18,8 @@ from gemel.forward.batches import Batch, to_device
 from gemel.forward.hooks import hooked
 from gemel.forward.modes import device_of, evaluating
 
-IMAGES_AT_A_TIME = 4  # a backward pass holds the activations of these
-# benchmarks/LOG.md, 2026-11-28 Errors count by what arrives at the outputs
-MAX_IMAGES, PIXELS = 32, 2**18
+# Of each task, about PIXELS values of images: benchmarks/LOG.md, 2026-11-28 Errors count by what arrives at the outputs
+LEAST_IMAGES, MAX_IMAGES, PIXELS = 4, 32, 2**18
 
 
 class OutputMetric(NamedTuple):
@@ -35,17 +35,18 @@ class OutputMetric(NamedTuple):
 
 
 def output_metrics(
-    model: nn.Module, batches: Sequence[Batch], generator: torch.Generator, images_at_a_time: int = IMAGES_AT_A_TIME
+    model: nn.Module, batches: Sequence[Batch], generator: torch.Generator, images_at_a_time: int = MAX_IMAGES
 ) -> dict[str, OutputMetric]:
-    """Linear or convolutional layer -> the metric of its outputs, from MAX_IMAGES images at most, about PIXELS pixels.
+    """Linear or convolutional layer -> the metric of its outputs, from MAX_IMAGES images at most.
 
+    images_at_a_time: in a backward pass, which holds all their activations.
     G is the sum of g'g over all calls and positions, g being the gradient J'v there. The last layers, on which no other
     of them depends, count as outputs of the model (heads before non-maximum suppression). Layers that are never called,
     through which no gradient flows or whose gradients are not finite are left out. Sources: Martens and Grosse,
     "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015, for this factor; Tam et al.,
     "Merging by Matching Models in Task Parameter Subspaces", TMLR 2024, for such factors in merging.
     """
-    wanted = min(MAX_IMAGES, max(IMAGES_AT_A_TIME, PIXELS // max(1, batches[0][0][0].numel())))
+    wanted = min(MAX_IMAGES, max(LEAST_IMAGES, PIXELS // max(1, batches[0][0][0].numel())))
     chunks = list(_chunks(batches, wanted, images_at_a_time))
     names = [name for name, module in model.named_modules() if is_linear_map(module)]
     found: dict[str, OutputMetric] = {}
@@ -122,10 +123,8 @@ def _share(output: Tensor, gradient: Tensor) -> float:
 
 
 def _chunks(batches: Sequence[Batch], num_images: int, at_a_time: int) -> Iterator[Batch]:
-    left = num_images
-    for batch in batches:
-        for begin in range(0, min(len(batch), left), at_a_time):
-            yield batch[begin : min(begin + at_a_time, left)]
-        left -= len(batch)
-        if left <= 0:
-            return
+    """The first images, as many as that, in batches of one image size that do not depend on those they come in."""
+    images = itertools.islice(itertools.chain.from_iterable(batches), num_images)
+    for _, same in itertools.groupby(images, key=lambda image: image.shape):
+        while part := list(itertools.islice(same, at_a_time)):
+            yield torch.stack(part) if torch.is_tensor(batches[0]) else part

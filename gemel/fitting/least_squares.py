@@ -65,7 +65,7 @@ class Fit:
 
     reason: str = ""
     ridge: float = 0.0  # the one that was used
-    before: Mapping[str, float] | None = None  # task -> ||X W0 - Y||^2 / ||Y||^2 over the sampled rows
+    before: Mapping[str, float] | None = None  # task -> ||X W0 - Y||^2 / ||Y||^2 over the sampled rows, if asked for
     after: Mapping[str, float] | None = None  # the same with the fitted weights
 
     @property
@@ -125,7 +125,8 @@ def fit_least_squares(
                 num_images = sum(len(batch) for task in group.tasks for batch in images[task])
                 found = [(o.task, o.layer) for o in group.occurrences if o in rows]
                 sums = {o: sums_of(models, group, rows.pop(o)) for o in found}
-                fits[group] = fit_group(models, group, sums, settings.task_weights, settings.ridge, num_images)
+                how = (settings.task_weights, settings.ridge, num_images)
+                fits[group] = fit_group(models, group, sums, *how, reports_errors=True)
         if after_stage is not None:
             after_stage(stage)
     return fits
@@ -214,10 +215,12 @@ def fit_group(
     task_weights: Mapping[str, float] | None,
     ridge: float,
     num_images: int,
+    reports_errors: bool = False,
 ) -> Fit:
     """Solves for one group and writes the result into its layer.
 
     sums: what `sums_of` returned for each occurrence. num_images: from which the rows of all its tasks were sampled.
+    reports_errors: whether errors before and after are computed, which takes as long as half of the solution.
     """
     for o in group.occurrences:
         if o not in sums:
@@ -258,6 +261,8 @@ def fit_group(
     for task, norm in norms.items():
         if norm.affine:
             _lower_gains(norm, sampled[task], fitted[task])
+    if not reports_errors:
+        return Fit("", ridge)
     return Fit("", ridge, _relative_errors(dict.fromkeys(sampled, start), sampled), _relative_errors(fitted, sampled))
 
 

@@ -163,15 +163,14 @@ def _conjugate_gradients(
     condition: solves a system that is near to it.
     """
     solution, left = torch.zeros_like(target), target
-    step = conditioned = condition(left)
-    size = (left * conditioned).sum(dims, keepdim=True)
+    step, before = torch.zeros_like(target), torch.ones_like(target.sum(dims, keepdim=True))
     for _ in range(ITERATIONS):
-        applied = apply(step)
-        length = size / (step * applied).sum(dims, keepdim=True).clamp_min(1e-30)
-        solution, left = solution + length * step, left - length * applied
-        conditioned, before = condition(left), size
+        conditioned = condition(left)
         size = (left * conditioned).sum(dims, keepdim=True)
         step = conditioned + size / before.clamp_min(1e-30) * step
+        applied = apply(step)
+        length = size / (step * applied).sum(dims, keepdim=True).clamp_min(1e-30)
+        solution, left, before = solution + length * step, left - length * applied, size
     return solution
 
 

@@ -25,16 +25,18 @@ from gemel.fitting.batch_norm import (
     pooled_moments,
     set_statistics,
 )
-from gemel.fitting.coroutines import current, run_coroutines, wait
+from gemel.fitting.coroutines import current, most_complete, run_coroutines, wait
 from gemel.fitting.least_squares import RIDGE, Fit, fit_group, sums_of, why_unfit
 from gemel.fitting.moments import Moments
-from gemel.fitting.rows import Rows, input_rows, sample_inputs
+from gemel.fitting.rows import Rows, input_rows, linear_map_at, row_itemsize, sample_inputs, shape_of
 from gemel.fitting.teacher_samples import LayerSamples, TeacherSamples
 from gemel.forward.batches import Batch, to_device
 from gemel.forward.hooks import hooked
 from gemel.forward.modes import Models, device_of
 from gemel.sharing.adapters import LinearMap
 from gemel.sharing.groups import Configuration, Group
+
+MAX_LATE_BYTES = 128 << 20  # of inputs in the unmerged model that a pass gives before they are used
 
 PassId = tuple[str, int]  # one forward pass: task, number of its batch
 
@@ -56,12 +58,14 @@ def fit_sequentially(
     teacher_samples: TeacherSamples,
     task_weights: Mapping[str, float] | None = None,
     ridge: float = RIDGE,
+    reports_errors: bool = False,
 ) -> dict[Group, Fit]:
     """As `fit_least_squares` with a stage for every layer, but in one forward pass of each model and batch.
 
     teacher_samples: what `sample_teachers` returned for these groups and images; it says how many batches wait at a
     layer. At batch normalisation they wait as well, until its statistics are set from the inputs of all that wait there
     (batch_norm.set_statistics); where it is called several times in a pass, they are averaged over the batches instead.
+    reports_errors: whether the fits have errors before and after.
 
     With several ranks each runs the forward passes of its own tasks, for which alone it has images; the sums over the
     rows of a group's tasks go to all ranks, and those that have a task of the group solve the same system. The models
@@ -74,7 +78,7 @@ def fit_sequentially(
     the tasks that wait for it there (models may have tied layers in different orders).
     Source: Nguyen et al., "RegMean++", 2025 (inputs of the merged model, layer by layer); targets as in PLeaS.
     """
-    return _SequentialFit(models, teachers, groups, images, teacher_samples, task_weights, ridge).run()
+    return _SequentialFit(models, teachers, groups, images, teacher_samples, task_weights, ridge, reports_errors).run()
 
 
 class _SequentialFit:
@@ -89,9 +93,10 @@ class _SequentialFit:
         teacher_samples: TeacherSamples,
         task_weights: Mapping[str, float] | None,
         ridge: float,
+        reports_errors: bool,
     ):
         self.models, self.teachers, self.images = models, teachers, images
-        self.task_weights, self.ridge = task_weights, ridge
+        self.task_weights, self.ridge, self.reports_errors = task_weights, ridge, reports_errors
         self.samples = teacher_samples
         reasons = {group: why_unfit(models, group) or self.why_without_rows(group) for group in groups}
         self.fits = {group: Fit(reason) for group, reason in reasons.items() if reason}
@@ -104,6 +109,7 @@ class _SequentialFit:
         self.settled: set[Norm] = set()
         self.rows: dict[tuple[str, str], _RowsOfLayer] = {}
         self.sums: dict[tuple[str, str], Moments] = {}
+        self.of_teachers: dict[tuple[str, str, int], Tensor] = {}  # inputs of a batch that are yet to be used
 
     def why_without_rows(self, group: Group) -> str:
         """Why there are no rows of the group in some forward pass; empty if there are."""
@@ -125,9 +131,31 @@ class _SequentialFit:
             own = [pass_id for pass_id in self.passes if ranks.is_mine(pass_id[0])]
             programs = {pass_id: functools.partial(self.forward, pass_id) for pass_id in own}
             everywhere = self.everywhere if ranks.size() > 1 else None
+            self.late = {} if everywhere else self.foreseen_late()
             run_coroutines(programs, self.members(), self.meet, self.starts(own), everywhere)
         missed = {group: Fit("no forward pass of the tied models came to it") for group in self.to_fit}
         return {**missed, **self.fits}
+
+    def foreseen_late(self) -> dict[str, list[str]]:
+        """Task -> its layers whose groups will be fitted before it comes to them, in the order of these fits.
+
+        As if all batches of a task were one that waits for its groups in the order of its layers; where that is not
+        so, the teacher only runs more often.
+        """
+        waiting = self.samples.waiting
+        left = {task: [name for name in waiting[task] if (task, name) in self.group_of] for task in self.tasks}
+        found: dict[str, list[str]] = {task: [] for task in self.tasks}
+        while keys := {task: self.group_of[task, names[0]] for task, names in left.items() if names}:
+            present: dict[Group, list[str]] = {}
+            for task, group in keys.items():
+                present.setdefault(group, []).extend([task] * self.samples.num_batches[task])
+            members = {group: [t for t in group.tasks for _ in range(self.samples.num_batches[t])] for group in present}
+            group = next(iter(most_complete(present, members)))
+            for task, name in group.occurrences:
+                if task not in present[group]:
+                    found[task].append(name)
+                left[task].remove(name)
+        return found
 
     def members(self) -> dict[Group | Norm, list[PassId]]:
         """The forward passes that wait for each group, and for the statistics of each normalisation."""
@@ -255,7 +283,8 @@ class _SequentialFit:
         if not own:
             self.fits[group] = Fit("its tasks belong to other ranks")
             return
-        self.fits[group] = fit_group(self.models, group, sums, self.task_weights, self.ridge, num_images)
+        how = (self.task_weights, self.ridge, num_images, self.reports_errors)
+        self.fits[group] = fit_group(self.models, group, sums, *how)
 
     def is_of_several_ranks(self, group: Group) -> bool:
         return len({ranks.owner_of(task) for task in group.tasks}) > 1
@@ -274,8 +303,27 @@ class _SequentialFit:
         samples = self.samples[task, name]
         if number in samples.inputs:
             return samples.inputs[number].load()
-        batch = self.images[task][number]
-        return sample_inputs(self.teachers[task], {name: samples.calls[number]}, batch, ends_early=True)[name]
+        if (task, name, number) not in self.of_teachers:
+            calls = {other: self.samples[task, other].calls[number] for other in self.also_late(task, name, number)}
+            found = sample_inputs(self.teachers[task], calls, self.images[task][number], ends_early=True)
+            self.of_teachers |= {(task, other, number): rows for other, rows in found.items()}
+        return self.of_teachers.pop((task, name, number))
+
+    def also_late(self, task: str, name: str, number: int) -> list[str]:
+        """The layer, and those of the task that will be fitted on its teacher's inputs as well: one pass gives the
+        inputs of all, those of later fits as long as they take at most MAX_LATE_BYTES."""
+        names, taken = [name], 0
+        late = self.late.get(task, [])
+        for other in late[late.index(name) + 1 :] if name in late else ():
+            samples, layer = self.samples[task, other], linear_map_at(self.models[task], other)
+            groups, inputs, _ = shape_of(layer)
+            rows = sum(len(call.positions) for calls in samples.calls for call in calls)
+            taken += groups * rows * inputs * row_itemsize(layer)
+            if taken > MAX_LATE_BYTES:
+                break
+            if number < samples.num_batches and number not in samples.inputs:
+                names.append(other)
+        return names
 
 
 class _RowsOfLayer:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gemel.environment import ranks
 from gemel.environment.seeds import generator as generator_of
 from gemel.fitting.batch_norm import ChannelMoments, batch_norms, channel_moments
-from gemel.fitting.importance import IMAGES_AT_A_TIME, output_metrics
+from gemel.fitting.importance import MAX_IMAGES, output_metrics
 from gemel.fitting.least_squares import quotas
 from gemel.fitting.memory import UNBOUNDED, FitMemory, Footprint, footprint_of
 from gemel.fitting.rows import (
@@ -248,7 +248,7 @@ class TeacherSampler:
         """
         version = self._version(task)
         if (task, version) not in self._metrics:
-            images, at_a_time = draw(), IMAGES_AT_A_TIME
+            images, at_a_time = draw(), MAX_IMAGES
             if self.memory.is_bounded:
                 at_a_time = self.memory.images_with_gradients(self.footprint(task, images[0]), at_a_time)
             found = output_metrics(self.teachers[task], images, generator_of(self.seed, task, "metrics"), at_a_time)

@@ -18,7 +18,8 @@ class AdaptedGroups:
     """The groups of a search, each with an adapter per task; without, where none is that small.
 
     full: adapters that take at most a budget, a share of their layer's bytes, or, once `allocate` shared out what
-    several take together, as many bytes in other parts. smaller: the same with a part of the budget.
+    several take together, as many bytes in other parts. smaller: the same with a part of the budget, and ever less of
+    it by `make_smaller`.
     """
 
     def __init__(self, groups: Configuration, models: Mapping[str, nn.Module], budget: float):
@@ -44,6 +45,12 @@ class AdaptedGroups:
                 low, high = (factor, high) if is_within else (low, factor)
             for i, group in self._in_proportion(weights, low).items():
                 adapted[i] = group
+
+    def make_smaller(self) -> None:
+        """Takes the same part of the ranks in `smaller` once more. Each adapter keeps rank 1 or more."""
+        share = THRESHOLDS.fill.smaller_adapters
+        ranks = [group.rank and max(1, int(share * group.rank)) for group in self.smaller]
+        self.smaller = [self._with_rank(i, rank) for i, rank in enumerate(ranks)]
 
     def _in_proportion(self, weights: Mapping[int, float], factor: float) -> dict[int, Group]:
         """The groups with adapters of this factor times their weight of the layer's bytes."""

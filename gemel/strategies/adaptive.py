@@ -8,7 +8,7 @@
 2. Fill in: try what is missing, the largest savings first, in parts that are halved when they nearly work; parts with
    which a task is predicted to fail are not tried.
 3. Fill in with adapters: if much is missing, try the same with a low-rank adapter per task, of higher rank where tying
-   hurts more, then with smaller ones. Up to here shared weights are fitted; a task may be trained in what it holds.
+   hurts more, then with ever smaller ones. So far shared weights are fitted; a task may be trained in what it holds.
 4. Fill in with training: first with adapters, then without, in parts that are halved when they fail.
 
 With a memory goal the search begins with configurations that just reach it (goal.py): one that spares all tasks alike,
@@ -105,10 +105,8 @@ class Adaptive(Strategy):
 
     @property
     def refits_all_changes(self) -> bool:
-        """Only for a part that holds all that is missing: smaller ones are fitted behind what is kept.
-
-        That is quicker, and does not move tasks that met their targets.
-        """
+        """Only for a part that holds all that is missing: smaller ones are fitted behind what is kept, which is quicker
+        and does not move tasks that met their targets."""
         return self.phase not in (FILL, WITH_ADAPTERS) or self.parts[:1] == [self._missing(self.phase)]
 
     @property
@@ -337,8 +335,11 @@ class Adaptive(Strategy):
         self.tried.add(self._key(trial))
         self.working = ()
         if kept:
-            self.own, self.part = trial, ()
-            self.parts = self.parts[1:]
+            all_are_smaller = self.phase == SMALLER_ADAPTERS and self.parts == [self._missing(SMALLER_ADAPTERS)]
+            self.own, self.part, self.parts = trial, (), self.parts[1:]
+            if all_are_smaller:
+                self.adapted.make_smaller()
+                self._begin_filling(SMALLER_ADAPTERS)
         elif self.phase == WITH_ADAPTERS and self.adapters_first:  # the search goes on
             self.phase, self.parts, self.adapters_first = SEARCH, [], False
         elif self.phase != SEARCH:
@@ -354,12 +355,12 @@ class Adaptive(Strategy):
         part = self._missing(phase)
         if phase == WITH_ADAPTERS and not any(group.rank for group in self.kept):
             self.adapted.allocate({i: self.sensitivity.density(i) for i in part})
-        self.phase, self.parts, self.working = phase, [part] if part else [], ()
-        limits, has_adapters = THRESHOLDS.fill, phase in WITH_ANY_ADAPTERS
-        self.smallest = max(limits.worth_a_fit * saved_bytes(self.groups), limits.smallest_part * self._gain(part))
-        least = limits.worth_adapters if has_adapters else limits.worth_training
-        if self._gain(part) < least * saved_bytes(self.groups):
-            self.parts = []
+        self.phase, self.working = phase, ()
+        limits, gain, possible = THRESHOLDS.fill, self._gain(part), saved_bytes(self.groups)
+        self.smallest = max(limits.worth_a_fit * possible, limits.smallest_part * gain)
+        least = limits.worth_adapters if phase in WITH_ANY_ADAPTERS else limits.worth_training
+        least = limits.worth_smaller_adapters if phase == SMALLER_ADAPTERS else least
+        self.parts = [part] if part and gain >= least * possible else []
 
     def _missing(self, phase: str) -> Part:
         """What could still be tied: with adapters only layers that can have one, and with training also what is tied
@@ -417,7 +418,7 @@ class Adaptive(Strategy):
     def _key(self, trial: Configuration) -> str:
         """Identifies a trial: what it ties, with which adapters, and whether it is trained."""
         how = "" if self.phase in UNTRAINED else " trained"
-        return digest_of(trial) + (" smaller" if self.phase == SMALLER_ADAPTERS else how)
+        return digest_of(trial) + (f" of {saved_bytes(trial)}" if self.phase == SMALLER_ADAPTERS else how)
 
     def state(self) -> dict:
         return {
@@ -426,11 +427,9 @@ class Adaptive(Strategy):
             **self.donors.state(),
             "curves": {task: curve.state() for task, curve in self.curves.items()},
             **{key: to_plain(getattr(self, key)) for key in ("own", "part", "working", "adopted")},
-            "phase": self.phase,
-            "adapters_first": self.adapters_first,
+            **{key: getattr(self, key) for key in ("phase", "adapters_first", "smallest")},
             "ranks": self.adapted.ranks,
             "parts": [[[index, list(tasks)] for index, tasks in part.items()] for part in self.parts],
-            "smallest": self.smallest,
             "tried": sorted(self.tried),
             "goal": {"saving": self.goal_saving, "ratios": self.goal_ratios},
         }

@@ -126,7 +126,7 @@ def fit_within(limit, positions=500, **models):
     memory = FitMemory(limit, len(models))
     sampler = TeacherSampler(teachers, 0, memory)
     samples = sampler.sample(groups, images, positions)
-    fits = fit_sequentially(models, teachers, groups, images, teacher_samples=samples)
+    fits = fit_sequentially(models, teachers, groups, images, teacher_samples=samples, reports_errors=True)
     return models, fits, samples, sampler
 
 

@@ -24,7 +24,8 @@ def fit(models, teachers, groups, images, positions=2048, has_metrics=True, **op
     samples = sample_teachers(teachers, groups, images, generator=generator(), positions=positions)
     for own in samples.values():
         own.metric = own.metric if has_metrics else None
-    return fit_sequentially(models, teachers, groups, images, teacher_samples=samples, **options)
+    how = {"teacher_samples": samples, "reports_errors": True, **options}
+    return fit_sequentially(models, teachers, groups, images, **how)
 
 
 def tied(groups=None, **models):

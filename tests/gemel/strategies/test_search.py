@@ -13,7 +13,17 @@ from gemel.strategies import STRATEGIES, strategy_class
 from gemel.strategies.adaptive import RISKS, Adaptive
 from gemel.strategies.baselines import Stem
 from gemel.strategies.curves import Curve, ExpectedLoss
-from gemel.strategies.phases import ABOUT_TO_DO, DONE, FILL, SEARCH, SMALLER_ADAPTERS, TRAIN, WITH_ADAPTERS, following
+from gemel.strategies.phases import (
+    ABOUT_TO_DO,
+    DONE,
+    FILL,
+    SEARCH,
+    SMALLER_ADAPTERS,
+    TRAIN,
+    TRAIN_WITH_ADAPTERS,
+    WITH_ADAPTERS,
+    following,
+)
 from gemel.thresholds import THRESHOLDS
 
 NAMES = ("task0_x", "task1_x", "task2_x")
@@ -103,9 +113,9 @@ def test_where_the_next_trial_promises_little_adapters_come_first(quick, num_kep
         assert strategy.phase not in (SEARCH, WITH_ADAPTERS), "all is tied"
 
 
-@pytest.mark.parametrize("least, phase", [(0.03, SMALLER_ADAPTERS), (0.9, TRAIN)])
+@pytest.mark.parametrize("least, phase", [(0.015, SMALLER_ADAPTERS), (0.9, TRAIN)])
 def test_what_is_kept_with_adapters_is_tried_with_smaller_ones_where_that_saves_enough(least, phase, monkeypatch):
-    monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(worth_adapters=least))
+    monkeypatch.setattr("gemel.strategies.adaptive.THRESHOLDS", thresholds(worth_smaller_adapters=least))
     strategy = Adaptive(models(width=32), adapter_budget=0.25)
     strategy.own, strategy.phase = tuple(strategy.adapted.full), WITH_ADAPTERS
     larger = {group.occurrences: group.rank for group in strategy.kept if group.rank}
@@ -117,6 +127,30 @@ def test_what_is_kept_with_adapters_is_tried_with_smaller_ones_where_that_saves_
         assert saved_bytes(trial) > saved_bytes(strategy.kept) and strategy.trains_alone_at_length
         strategy.record(True, NAMES)
         assert strategy.kept == trial
+
+
+@pytest.mark.parametrize("last_is_kept", [True, False])
+def test_adapters_become_ever_smaller_until_that_fails_or_saves_little(last_is_kept):
+    strategy = Adaptive(models(width=64), adapter_budget=0.25)
+    strategy.own, strategy.phase = tuple(strategy.adapted.full), WITH_ADAPTERS
+    saved, sizes = saved_bytes(strategy.kept), []
+    trial = strategy.propose()
+    while strategy.phase == SMALLER_ADAPTERS:
+        least = THRESHOLDS.fill.worth_smaller_adapters * saved_bytes(strategy.groups)
+        assert saved_bytes(trial) - saved >= least
+        sizes.append(sum(group.adapter_bytes for group in trial))
+        resumed = Adaptive(models(width=64), adapter_budget=0.25)
+        resumed.load_state(json.loads(json.dumps(strategy.state())))
+        assert resumed.propose() == trial, "the same size after resuming"
+        if len(sizes) == 2 and not last_is_kept:
+            strategy.record(False, (), dict.fromkeys(NAMES, 0.1))
+            assert strategy.phase in (TRAIN_WITH_ADAPTERS, TRAIN) and saved_bytes(strategy.kept) == saved
+            return
+        strategy.record(True, NAMES)
+        saved = saved_bytes(trial)
+        assert strategy.kept == trial
+        trial = strategy.propose()
+    assert last_is_kept and len(sizes) > 2 and sizes == sorted(sizes, reverse=True)
 
 
 def test_every_phase_follows_once_in_either_order():
