@@ -274,8 +274,7 @@ class Merger:
         if outcome.reason == TIME_OVER:
             return False
         outcome = judged_as_stored(self.state, self.evaluator, self.clock, outcome)
-        self.in_flight = None
-        part = None
+        self.in_flight = part = None
         if self.strategy.keeps_verified_part and not outcome.success:
             part, outcome = part_to_keep(self.state, self.evaluator, self.clock, proposal, outcome)
         ratios = {name: accuracy / self.tasks[name].target_acc for name, accuracy in outcome.accuracies.items()}
@@ -288,9 +287,8 @@ class Merger:
         elif not self.strategy.continues_failed_trial or outcome.reason == OUT_OF_MEMORY:  # half of it may be fitted
             self.state.undo()
         kept_for = list(outcome.accuracies) if outcome.success else list(outcome.verified) if part else []
-        seconds = time.monotonic() - began
         targets = {name: self.tasks[name].target_acc for name in sorted(outcome.accuracies)}
-        kept, now = self.strategy.kept, self.clock.seconds
+        kept, now, seconds = self.strategy.kept, self.clock.seconds, time.monotonic() - began
         row = self.record.add_round(proposal, before, kept, outcome, kept_for, seconds, targets, now)
         emit("kept" if row["kept"] else OUT_OF_MEMORY if row["reason"] == OUT_OF_MEMORY else "undone", row=row)
         if kept_for:
@@ -316,7 +314,8 @@ class Merger:
     def _try(self, proposal: Configuration) -> Outcome:
         """Ties the proposal and recovers accuracy; the state can then be undone or kept."""
         trained = {name: self.tasks[name] for name in affected_tasks(self.state.kept, proposal)}
-        continues = self.state.begin_trial(proposal, rule_of(self.options.initial_weights))
+        needs_copies = self.in_flight is None and self.strategy.fits_to_what_is_kept
+        continues = self.state.begin_trial(proposal, rule_of(self.options.initial_weights), needs_copies)
         self.private_training = self._new_private_training()
         try:
             fitted = {}
@@ -345,7 +344,8 @@ class Merger:
         improve = partial(self.private_training.improve, proposal) if self.strategy.trains_alone_shortly else None
         saving = partial(saving_of_part, self.state, proposal) if self.strategy.keeps_verified_part else None
         how = (self.strategy.chance(proposal) < THRESHOLDS.fit.no_screening_from, self.strategy.trials_take_long)
-        fitter = WeightFitter(self.state, self.evaluator, self.images, self.strategy.donor_of, improve, saving, *how)
+        given = (self.state, self.evaluator, self.images, self.strategy.donor_of, improve, saving, *how)
+        fitter = WeightFitter(*given, self.state.as_kept)
         most = THRESHOLDS.fit.max_fits if self.strategy.releases_before_training else 1  # or it is trained
         if self.record.has_trained or not self.strategy.refits_all_changes:
             new = tuple(group for group in proposal if group not in set(self.state.kept))

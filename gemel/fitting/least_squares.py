@@ -323,7 +323,8 @@ def _relative_errors(matrices: Mapping[str, Tensor], sampled: Mapping[str, Momen
 def _metrics(sums: list[Moments], weights: Tensor) -> Tensor | None:
     """[tasks, groups, o, o]: METRIC_SHARE of the metric of each task, and the rest by its weights [tasks, groups, o].
 
-    An error as large as the outputs counts as much by both. None where a task has no metric.
+    An error as large as the outputs counts as much by both. By the weights alone where no error arrives at the outputs
+    of the model (behind the layer all is zero). None where a task has no metric.
     """
     found = []
     for s, own in zip(sums, floored(weights), strict=True):
@@ -331,8 +332,9 @@ def _metrics(sums: list[Moments], weights: Tensor) -> Tensor | None:
             return None
         variance = s.yy / s.num_rows
         of_metric = (s.metric.diagonal(dim1=1, dim2=2) * variance).sum()
-        metric = s.metric * ((own * variance).sum() / of_metric.clamp_min(torch.finfo(own.dtype).tiny))
-        found.append(METRIC_SHARE * metric + (1 - METRIC_SHARE) * torch.diag_embed(own))
+        factor, by_weights = (own * variance).sum() / of_metric, torch.diag_embed(own)
+        blended = METRIC_SHARE * factor * s.metric + (1 - METRIC_SHARE) * by_weights
+        found.append(torch.where(factor.isfinite(), blended, by_weights))
     return torch.stack(found)
 
 

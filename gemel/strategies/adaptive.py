@@ -11,8 +11,7 @@
    hurts more, then with ever smaller ones. So far shared weights are fitted; a task may be trained in what it holds.
 4. Fill in with training: first with adapters, then without, in parts that are halved when they fail.
 
-With a memory goal the search begins with configurations that just reach it (goal.py): one that spares all tasks alike,
-then, while they fail, one for each of the most sensitive tasks that spares this task above all.
+With a memory goal the search begins with configurations that just reach it, each sparing other tasks most (goal.py).
 
 Where some tasks met their targets in a failed trial of steps 1 to 3, they keep what they share among themselves. No
 trial is made twice.
@@ -51,6 +50,7 @@ from gemel.strategies.phases import (
     WITH_ADAPTERS,
     WITH_ANY_ADAPTERS,
     following,
+    least_gain,
 )
 from gemel.strategies.predicted import Predicted
 from gemel.thresholds import THRESHOLDS
@@ -105,9 +105,14 @@ class Adaptive(Strategy):
 
     @property
     def refits_all_changes(self) -> bool:
-        """Only for a part that holds all that is missing: smaller ones are fitted behind what is kept, which is quicker
-        and does not move tasks that met their targets."""
-        return self.phase not in (FILL, WITH_ADAPTERS) or self.parts[:1] == [self._missing(self.phase)]
+        """Of parts that fill in only where they hold all that is missing: smaller ones are fitted behind what is kept,
+        which is quicker and does not move tasks that met their targets."""
+        fills_in = self.phase in (FILL, WITH_ADAPTERS)
+        return self.parts[:1] == [self._missing(self.phase)] if fills_in else not self.fits_to_what_is_kept
+
+    @property
+    def fits_to_what_is_kept(self) -> bool:
+        return self.phase == SMALLER_ADAPTERS
 
     @property
     def releases_before_training(self) -> bool:
@@ -356,11 +361,9 @@ class Adaptive(Strategy):
         if phase == WITH_ADAPTERS and not any(group.rank for group in self.kept):
             self.adapted.allocate({i: self.sensitivity.density(i) for i in part})
         self.phase, self.working = phase, ()
-        limits, gain, possible = THRESHOLDS.fill, self._gain(part), saved_bytes(self.groups)
-        self.smallest = max(limits.worth_a_fit * possible, limits.smallest_part * gain)
-        least = limits.worth_adapters if phase in WITH_ANY_ADAPTERS else limits.worth_training
-        least = limits.worth_smaller_adapters if phase == SMALLER_ADAPTERS else least
-        self.parts = [part] if part and gain >= least * possible else []
+        gain, possible = self._gain(part), saved_bytes(self.groups)
+        self.smallest = max(THRESHOLDS.fill.worth_a_fit * possible, THRESHOLDS.fill.smallest_part * gain)
+        self.parts = [part] if part and gain >= least_gain(phase, THRESHOLDS.fill) * possible else []
 
     def _missing(self, phase: str) -> Part:
         """What could still be tied: with adapters only layers that can have one, and with training also what is tied
@@ -369,8 +372,7 @@ class Adaptive(Strategy):
             larger = {o for group in self.kept if group.rank for o in group.occurrences}
             parts = {i: tuple(o.task for o in g.occurrences if o in larger) for i, g in enumerate(self.groups)}
             return {i: tasks for i, tasks in parts.items() if tasks and self.adapted.smaller[i].rank}
-        settled = [group for group in self.kept if phase != TRAIN or not group.rank]
-        tied = {occurrence for group in settled for occurrence in group.occurrences}
+        tied = {o for group in self.kept if phase != TRAIN or not group.rank for o in group.occurrences}
         missing = {i: tuple(o.task for o in group.occurrences if o not in tied) for i, group in enumerate(self.groups)}
         needs_adapter = phase in WITH_ANY_ADAPTERS
         return {i: tasks for i, tasks in missing.items() if tasks and (self.adapted.full[i].rank or not needs_adapter)}
@@ -440,9 +442,8 @@ class Adaptive(Strategy):
         self.donors.load_state(state)
         self.curves = {task: Curve.of(curve) for task, curve in state["curves"].items()}
         self.own, self.part, self.working = (from_plain(state[key]) for key in ("own", "part", "working"))
-        self.phase, self.smallest = state["phase"], state["smallest"]
-        self.adapters_first = state.get("adapters_first")  # earlier versions have neither this nor ranks
-        self.adapted.set_ranks(state.get("ranks", self.adapted.ranks))
+        self.phase, self.smallest, self.adapters_first = state["phase"], state["smallest"], state.get("adapters_first")
+        self.adapted.set_ranks(state.get("ranks", self.adapted.ranks))  # neither is in states of earlier versions
         self.parts = [{index: tuple(tasks) for index, tasks in part} for part in state["parts"]]
         self.tried, self.adopted = set(state["tried"]), from_plain(state["adopted"])
         goal = state["goal"]

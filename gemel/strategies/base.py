@@ -108,6 +108,11 @@ class Strategy(ABC):
         return False
 
     @property
+    def fits_to_what_is_kept(self) -> bool:
+        """Whether newly tied layers are fitted to what the kept models do, trained as they are, not the unmerged."""
+        return False
+
+    @property
     def releases_before_training(self) -> bool:
         """Whether a trial whose fitted weights miss a target is not trained; the next one then ties fewer layers."""
         return False

@@ -106,8 +106,16 @@ class Components(Strategy):
         return self.current.refits_all_changes
 
     @property
+    def fits_to_what_is_kept(self) -> bool:
+        return self.current.fits_to_what_is_kept
+
+    @property
     def releases_before_training(self) -> bool:
         return self.current.releases_before_training
+
+    @property
+    def trains_alone_at_length(self) -> bool:
+        return self.current.trains_alone_at_length
 
     @property
     def continues_failed_trial(self) -> bool:

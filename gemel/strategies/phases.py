@@ -1,5 +1,7 @@
 """The phases of the adaptive strategy and their order."""
 
+from gemel.thresholds import FillThresholds
+
 SEARCH, FILL, TRAIN, DONE = "search", "fill in", "fill in with training", "done"
 WITH_ADAPTERS, TRAIN_WITH_ADAPTERS = "fill in with adapters", "fill in with adapters and training"
 SMALLER_ADAPTERS = "make adapters smaller"
@@ -23,3 +25,10 @@ def following(phase: str, adapters_first: bool | None) -> str:
     """The phase after one that is not the last."""
     order = ADAPTERS_FIRST if adapters_first else USUALLY
     return order[order.index(phase) + 1]
+
+
+def least_gain(phase: str, limits: FillThresholds) -> float:
+    """Of the possible saving: a phase whose trials could save less is left out."""
+    if phase == SMALLER_ADAPTERS:
+        return limits.worth_smaller_adapters
+    return limits.worth_adapters if phase in WITH_ANY_ADAPTERS else limits.worth_training

@@ -87,9 +87,11 @@ class FitSamples:
                 counted[task] = sum(sizes) * sampler.footprints[task].flops
         return sum(ranks.united(counted).values())
 
-    def _sampler_of(self, unmerged: Models) -> TeacherSampler:
-        if self._sampler is None or self._sampler.teachers is not unmerged:
-            self._sampler = TeacherSampler(unmerged, derive_seed(self._seed, "fit"), self.memory, self._store)
+    def _sampler_of(self, teachers: Models) -> TeacherSampler:
+        """That of these models; what is known of others is forgotten, so that the memory is enough."""
+        if self._sampler is None or self._sampler.teachers is not teachers:
+            self._images, self._store = {}, TensorStore(self.memory.samples)
+            self._sampler = TeacherSampler(teachers, derive_seed(self._seed, "fit"), self.memory, self._store)
         return self._sampler
 
     def _images_of(self, sampler: TeacherSampler, task: str, num_pixels: int) -> StoredBatches:

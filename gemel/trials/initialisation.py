@@ -35,13 +35,13 @@ def rule_of(initial_weights: str) -> str:
 
 
 class WeightFitter:
-    """Fits shared weights in closed form to what each task's unmerged layer does.
+    """Fits shared weights in closed form to what each task's layer does in its unmerged model, or in another one.
 
     donor_of: the task whose weights a group takes as they are; None: it is fitted. improve: what may follow a fit that
     misses targets, given where tasks are and on how many images each was fitted; returns where they are then.
     saving_of: bytes that are saved where only these tasks meet their targets; None: nothing is. screens: whether a fit
     is evaluated on the screening subset first. takes_first: whether, while nothing is kept, the first fit is good
-    enough if it saves something.
+    enough if it saves something. teachers: the models that are fitted to; None: the unmerged ones.
     """
 
     def __init__(
@@ -54,9 +54,11 @@ class WeightFitter:
         saving_of: Callable[[Collection[str]], int] | None = None,
         screens: bool = True,
         takes_first: bool = False,
+        teachers: nn.ModuleDict | None = None,
     ):
         self.state, self.evaluator, self.images, self.donor_of = state, evaluator, images, donor_of
         self.improve, self.saving_of, self.screens, self.takes_first = improve, saving_of, screens, takes_first
+        self.teachers = state.unmerged if teachers is None else teachers
 
     def fit(self, groups: Configuration, names: Collection[str], number: int, max_fits: int) -> dict[str, Standing]:
         """Fits tied groups; returns where each of the named tasks, whose models the trial changes, then is.
@@ -67,13 +69,14 @@ class WeightFitter:
         of several that save as much the one whose worst task is best. number: of the round, for the log. All rounds fit
         on the same sample of images.
         """
-        groups = donate_weights(self.state.models, self.state.unmerged, groups, self.donor_of)
+        if self.teachers is self.state.unmerged:
+            groups = donate_weights(self.state.models, self.teachers, groups, self.donor_of)
         container = nn.ModuleDict({name: self.state.models[name] for name in names})
         before = state_on_cpu(container)
         num_pixels = THRESHOLDS.fit.pixels
         while True:
             try:
-                samples = self.images.of_fits.of(self.state.unmerged, groups, num_pixels)
+                samples = self.images.of_fits.of(self.teachers, groups, num_pixels)
                 reached = self._best_fit(groups, container, before, samples, number, max_fits)
                 synchronise(container)
                 return reached
@@ -94,7 +97,6 @@ class WeightFitter:
     ) -> dict[str, Standing]:
         """The best of several fits of the container's models, each from the state `before`."""
         images, teacher_samples = samples
-        models, unmerged = self.state.models, self.state.unmerged
         best: dict = {}  # the state of the best fit, where the models hold another one
         reached: dict[str, Standing] = {}
         is_best = False  # whether the models hold the best fit
@@ -103,7 +105,12 @@ class WeightFitter:
             container.load_state_dict(before)
             emit("doing", what="fitting weights in closed form" if not attempt else f"fitting again ({attempt + 1})")
             fit_sequentially(
-                models, unmerged, groups, images, teacher_samples=teacher_samples, task_weights=balance.weights
+                self.state.models,
+                self.teachers,
+                groups,
+                images,
+                teacher_samples=teacher_samples,
+                task_weights=balance.weights,
             )
             emit("doing", what="evaluating the fitted weights")
             found = self.evaluator.standings(container, self.screens)

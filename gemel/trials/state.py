@@ -87,6 +87,7 @@ class MergeState:
         self.shared_norms: Configuration = ()  # groups of normalisation layers, which no trial of the search ties
         self.tied: Configuration = ()  # tied now: more than `kept` within a trial, and where the next one continues it
         self.order = ChannelOrder()
+        self.as_kept: nn.ModuleDict | None = None  # copies of the models that a trial changes, as they were before it
         self._undo: Snapshot | None = None  # of what is kept, while the models hold something else
         self._before_look: Snapshot | None = None  # of what the models hold, within `all_tied`
         self.waiting = Waiting(self.models, self.unmerged, device)
@@ -113,12 +114,17 @@ class MergeState:
 
     # ---- trials ----------------------------------------------------------------------------------------------
 
-    def begin_trial(self, proposal: Configuration, initial: str) -> bool:
-        """Ties the proposal, new ties with the values of a data-free rule; whether it was tied already."""
-        self.waiting.all_but(affected_tasks(self.kept, proposal))
+    def begin_trial(self, proposal: Configuration, initial: str, needs_copies: bool = False) -> bool:
+        """Ties the proposal, new ties with the values of a data-free rule; whether it was tied already.
+
+        needs_copies: whether `as_kept` is to be there in this trial.
+        """
+        changed = affected_tasks(self.kept, proposal)
+        self.waiting.all_but(changed)
         continues = self.continued_trial == proposal
+        self.as_kept = deep_copy(self._container(changed)).eval().requires_grad_(False) if needs_copies else None
         if self._undo is None:
-            self._undo = take_snapshot(self._container(affected_tasks(self.kept, proposal)))
+            self._undo = take_snapshot(self._container(changed))
         retie(self.models, self.tied, proposal, self.unmerged, initial)
         freeze(self.models, self._frozen)
         self.tied = proposal

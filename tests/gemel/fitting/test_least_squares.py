@@ -254,3 +254,15 @@ def test_the_gain_of_channels_that_are_hit_badly_is_lowered():
     gains = torch.stack([model[1].weight.detach() for model in models.values()])
     assert (gains <= 1).all() and gains.min() < 0.95 and (gains > 0).all()
     assert all((teacher[1].weight == 1).all() for teacher in teachers.values())
+
+
+def test_where_no_error_arrives_at_the_outputs_errors_count_by_gains():
+    """Of a task whose metric is zero, as where all is zero behind the layer; the other's counts as it does."""
+    torch.manual_seed(0)
+    rows = [Rows(torch.randn(1, 50, 6), torch.randn(1, 50, 4)) for _ in range(2)]
+    metric = torch.randn(1, 4, 8)
+    sums = [moments_of(rows[0], torch.zeros(1, 4, 4)), moments_of(rows[1], metric @ metric.mT)]
+    weights = torch.rand(2, 1, 4) + 0.5
+    found = least_squares._metrics(sums, weights)
+    assert torch.isfinite(found).all() and torch.allclose(found[0], torch.diag_embed(weights[0]))
+    assert not torch.allclose(found[1], torch.diag_embed(weights[1]))

@@ -5,9 +5,11 @@ import torch
 from pico import PicoDetector, PicoNet
 from torch import nn
 
+from gemel.fitting import sequential_fit
 from gemel.fitting.batch_norm import reestimate_statistics
 from gemel.fitting.least_squares import FitSettings, by_depth, fit_least_squares
-from gemel.fitting.rows import matrix_of
+from gemel.fitting.memory import FitMemory
+from gemel.fitting.rows import matrix_of, sample_inputs
 from gemel.fitting.sequential_fit import fit_sequentially
 from gemel.fitting.teacher_samples import TeacherSampler, sample_teachers
 from gemel.sharing.groups import Group, Occurrence, find_groups
@@ -105,7 +107,7 @@ class Crossed(nn.Module):
     def __init__(self, names: str):
         super().__init__()
         self.order = names
-        self.p, self.q = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.p, self.q, self.r, self.s = (nn.Linear(4, 4) for _ in range(4))
 
     def forward(self, images):
         for name in self.order:
@@ -121,6 +123,37 @@ def test_tied_layers_in_different_orders_do_not_wait_for_ever():
     images = {t: [torch.rand(20, 4)] for t in models}
     fits = fit(models, teachers, groups, images)
     assert all(fit.fitted for fit in fits.values())
+
+
+@pytest.mark.parametrize("most_bytes", [1 << 20, 0])
+def test_one_pass_of_a_teacher_gives_the_inputs_of_all_layers_that_its_model_comes_to_late(most_bytes, monkeypatch):
+    """ "qrp" comes to q and r before the others are through with p, so it takes part in the fit of p only afterwards:
+    the same weights as where a pass gives the inputs of one layer, and fewer passes."""
+    monkeypatch.setattr(sequential_fit, "MAX_LATE_BYTES", most_bytes)
+    asked, states = [], []
+
+    def counted(model, samples, images, **options):
+        asked.append(list(samples))
+        return sample_inputs(model, samples, images, **options)
+
+    monkeypatch.setattr(sequential_fit, "sample_inputs", counted)
+    names = ("a_x", "b_x", "c_x")
+    groups = tuple(Group(n, 80, tuple(Occurrence(task, n) for task in names)) for n in "pqrs")
+    for how in ("foreseen", "one by one"):
+        if how == "one by one":
+            monkeypatch.setattr(sequential_fit._SequentialFit, "foreseen_late", lambda self: {})
+        models, teachers, _ = tied(groups, a_x=Crossed("pqrs"), b_x=Crossed("srqp"), c_x=Crossed("pqrs"))
+        images = {t: list(torch.rand(2, 20, 4, generator=generator())) for t in models}
+        samples = TeacherSampler(teachers, 0, FitMemory(1 << 30, len(models))).sample(groups, images)
+        fits = fit_sequentially(models, teachers, groups, images, teacher_samples=samples)
+        assert all(fit.fitted for fit in fits.values())
+        states.append(models.state_dict())
+        asked.append(how)
+    together, one_by_one = asked[: asked.index("foreseen")], asked[asked.index("foreseen") + 1 : -1]
+    assert {name for names in together for name in names} == {name for names in one_by_one for name in names}
+    assert one_by_one == [["p"], ["p"], ["q"], ["q"], ["r"], ["r"]]
+    assert len(together) == (2 if most_bytes else len(one_by_one)), "one of each batch"
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
 class Levels(nn.Module):

@@ -8,9 +8,10 @@ from pico import PicoNet
 
 from gemel.sharing.groups import affected_tasks, find_groups, restrict, saved_bytes
 from gemel.strategies.adaptive import Adaptive
-from gemel.strategies.base import FirstStep
+from gemel.strategies.base import FirstStep, Strategy
 from gemel.strategies.components import Components, components_of
 from gemel.strategies.curves import ExpectedLoss
+from gemel.strategies.phases import ABOUT_TO_DO
 
 
 def workload(*widths: int) -> dict:
@@ -130,3 +131,15 @@ def test_where_one_search_waits_for_the_prediction_all_do():
     strategy.set_sensitivity(errors, errors, dict.fromkeys(models, 1.02), losses)
     (first,) = (part for part in strategy.parts if "task0_x" in part.curves)
     assert 0 < saved_bytes(first.propose()) < saved_bytes(first.groups), "as predicted, not everything"
+
+
+def test_what_a_strategy_says_is_what_the_search_whose_turn_it_is_says():
+    """Every property that Adaptive has in place of the one that all strategies have."""
+    own = {name for name, value in vars(Adaptive).items() if isinstance(value, property) and hasattr(Strategy, name)}
+    of_components = {name for name, value in vars(Components).items() if isinstance(value, property)}
+    assert own <= of_components and {"trains_alone_at_length", "fits_to_what_is_kept"} <= own
+    strategy = searched_apart(workload(8, 8, 12, 12))
+    for phase in ABOUT_TO_DO:
+        strategy.current.phase = phase
+        for name in own - {"kept", "needs_sensitivity", "about_to_do"}:
+            assert getattr(strategy, name) == getattr(strategy.current, name), name

@@ -12,7 +12,9 @@ from gemel.sharing.affine import affine_of
 from gemel.sharing.groups import find_groups, verified_part
 from gemel.sharing.tying import is_tied
 from gemel.trials import state as module
+from gemel.trials.initialisation import WeightFitter
 from gemel.trials.state import MergeState
+from gemel.workload import CLASSIFICATION
 
 
 @pytest.fixture
@@ -63,3 +65,45 @@ def test_looking_at_what_tying_all_would_do_leaves_no_trace_even_if_its_end_is_i
         patched.setattr(module, "restore_snapshot", cut_short)
     state.undo()
     assert same_state(state.models.state_dict(), before) and not any(is_tied(state.models, g) for g in groups)
+
+
+def test_smaller_adapters_are_fitted_to_what_is_kept_not_to_the_unmerged_models(tasks, data, tmp_path):
+    """What a task learned while it was trained with larger adapters stays; shared weights begin as they are."""
+    run = merger_of(tasks, data, tmp_path / "results", strategy="adaptive", adapter_budget=0.3)
+    state, groups = run.state, tuple(run.strategy.adapted.full)
+    assert any(group.rank > 1 for group in groups)
+    state.begin_trial(groups, "mean")
+    torch.manual_seed(0)
+    with torch.no_grad():  # trained: something else than the unmerged models do
+        for parameter in state.models.parameters():
+            parameter.add_(0.1 * parameter.std(unbiased=False) * torch.randn_like(parameter))
+    state.keep(groups)
+    smaller = tuple(g.with_adapters(g.rank - 1, g.adapter_bytes) if g.rank > 1 else g for g in groups)
+    new = tuple(group for group in smaller if group not in set(groups))
+    errors = {}
+    for needs_copies in (True, False):
+        kept = copy.deepcopy(state.models)
+        state.begin_trial(smaller, "mean", needs_copies)
+        assert (state.as_kept is not None) == needs_copies
+        if state.as_kept is not None:
+            assert all(is_tied(state.as_kept, group) for group in groups)
+            live = set(map(id, state.models.parameters()))
+            assert not any(p.requires_grad or id(p) in live for p in state.as_kept.parameters())
+        fitter = WeightFitter(state, run.evaluator, run.images, run.strategy.donor_of, teachers=state.as_kept)
+        fitter.fit(new, run.tasks, 1, 1)
+        errors[needs_copies] = difference(run, kept)
+        state.undo()
+        assert same_state(state.models.state_dict(), kept.state_dict())
+    assert errors[True] < 0.5 * errors[False]
+
+
+def difference(run, others) -> float:
+    """Of what live models put out to what others do, of classifiers, relative to that."""
+    found = []
+    for name, task in run.tasks.items():
+        if task.kind == CLASSIFICATION:
+            images = run.images.first_of(name, 16, "test")
+            with torch.no_grad():
+                outputs, wanted = run.state.models[name].eval()(images), others[name].eval()(images)
+            found.append(float((outputs - wanted).square().sum() / wanted.square().sum()))
+    return max(found)
