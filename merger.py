@@ -344,8 +344,7 @@ class Merger:
         improve = partial(self.private_training.improve, proposal) if self.strategy.trains_alone_shortly else None
         saving = partial(saving_of_part, self.state, proposal) if self.strategy.keeps_verified_part else None
         how = (self.strategy.chance(proposal) < THRESHOLDS.fit.no_screening_from, self.strategy.trials_take_long)
-        given = (self.state, self.evaluator, self.images, self.strategy.donor_of, improve, saving, *how)
-        fitter = WeightFitter(*given, self.state.as_kept)
+        fitter = WeightFitter(self.state, self.evaluator, self.images, self.strategy.donor_of, improve, saving, *how)
         most = THRESHOLDS.fit.max_fits if self.strategy.releases_before_training else 1  # or it is trained
         if self.record.has_trained or not self.strategy.refits_all_changes:
             new = tuple(group for group in proposal if group not in set(self.state.kept))

@@ -34,6 +34,8 @@ class FitThresholds:
     # tied before sensitivity is predicted: "2026-11-27 Screening", "2026-11-27 Everything at once", also on workloads
     # left out (a half itself is unmeasured).
     no_screening_from: float = 0.5
+    # The same, from which on the next fit is on twice as many images ("2026-11-28 Half as many images").
+    more_images_from: float = 1.0
     # Of the targets, predicted for the next task weights ("2026-11-27 Fitting again, from a margin on").
     refit_from: float = 1.008
 
@@ -164,7 +166,7 @@ class FillThresholds:
     # Of what was missing at first: the same ("2026-11-26 On a GPU").
     smallest_part: float = 0.25
     # Of the possible saving: if less is missing, no adapters ("2026-11-26 Low-rank").
-    worth_adapters: float = 0.03
+    worth_adapters: float = 0.02
     # Of the possible saving: if less is missing, no training (unmeasured).
     worth_training: float = 0.002
     # Of the bytes of adapters, when they are made smaller ("2026-11-28 Larger adapters first").

@@ -1,6 +1,6 @@
 """Groups with low-rank adapters, larger ones where tying is predicted to hurt more."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
@@ -46,11 +46,17 @@ class AdaptedGroups:
             for i, group in self._in_proportion(weights, low).items():
                 adapted[i] = group
 
-    def make_smaller(self) -> None:
-        """Takes the same part of the ranks in `smaller` once more. Each adapter keeps rank 1 or more."""
+    def make_smaller(self, kept: Collection[Group]) -> bool:
+        """Takes the same part of the ranks in `smaller` once more, if some of these groups are kept; whether it did.
+
+        Each adapter keeps rank 1 or more.
+        """
+        if not any(group.rank > 1 and group in kept for group in self.smaller):
+            return False
         share = THRESHOLDS.fill.smaller_adapters
         ranks = [group.rank and max(1, int(share * group.rank)) for group in self.smaller]
         self.smaller = [self._with_rank(i, rank) for i, rank in enumerate(ranks)]
+        return True
 
     def _in_proportion(self, weights: Mapping[int, float], factor: float) -> dict[int, Group]:
         """The groups with adapters of this factor times their weight of the layer's bytes."""

@@ -169,6 +169,8 @@ class Adaptive(Strategy):
                     return trial
                 self.adapters_first = trial is not None or self.adapters_first
                 self._begin_filling(following(self.phase, self.adapters_first))
+            elif not self.parts and self.phase == SMALLER_ADAPTERS and self.adapted.make_smaller(self.kept):
+                self._begin_filling(SMALLER_ADAPTERS)
             elif not self.parts:
                 self._begin_filling(following(self.phase, self.adapters_first))
             elif not self._is_new(trial := self._filled(self.parts[0])):
@@ -340,11 +342,7 @@ class Adaptive(Strategy):
         self.tried.add(self._key(trial))
         self.working = ()
         if kept:
-            all_are_smaller = self.phase == SMALLER_ADAPTERS and self.parts == [self._missing(SMALLER_ADAPTERS)]
             self.own, self.part, self.parts = trial, (), self.parts[1:]
-            if all_are_smaller:
-                self.adapted.make_smaller()
-                self._begin_filling(SMALLER_ADAPTERS)
         elif self.phase == WITH_ADAPTERS and self.adapters_first:  # the search goes on
             self.phase, self.parts, self.adapters_first = SEARCH, [], False
         elif self.phase != SEARCH:

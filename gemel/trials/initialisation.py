@@ -35,13 +35,13 @@ def rule_of(initial_weights: str) -> str:
 
 
 class WeightFitter:
-    """Fits shared weights in closed form to what each task's layer does in its unmerged model, or in another one.
+    """Fits shared weights in closed form to what each task's layer does in its unmerged model, or in `state.as_kept`.
 
-    donor_of: the task whose weights a group takes as they are; None: it is fitted. improve: what may follow a fit that
-    misses targets, given where tasks are and on how many images each was fitted; returns where they are then.
+    donor_of: the task whose weights a group takes as they are; None: it is fitted. improve: what may follow if the best
+    fit misses targets, given where tasks are and on how many images each was fitted; returns where they are then.
     saving_of: bytes that are saved where only these tasks meet their targets; None: nothing is. screens: whether a fit
     is evaluated on the screening subset first. takes_first: whether, while nothing is kept, the first fit is good
-    enough if it saves something. teachers: the models that are fitted to; None: the unmerged ones.
+    enough if it saves something.
     """
 
     def __init__(
@@ -54,20 +54,19 @@ class WeightFitter:
         saving_of: Callable[[Collection[str]], int] | None = None,
         screens: bool = True,
         takes_first: bool = False,
-        teachers: nn.ModuleDict | None = None,
     ):
         self.state, self.evaluator, self.images, self.donor_of = state, evaluator, images, donor_of
         self.improve, self.saving_of, self.screens, self.takes_first = improve, saving_of, screens, takes_first
-        self.teachers = state.unmerged if teachers is None else teachers
+        self.teachers = state.unmerged if state.as_kept is None else state.as_kept
 
     def fit(self, groups: Configuration, names: Collection[str], number: int, max_fits: int) -> dict[str, Standing]:
         """Fits tied groups; returns where each of the named tasks, whose models the trial changes, then is.
 
         The first fit counts all tasks alike. If `takes_first`, nothing is kept yet and it saves something, that is all.
         Else, while a task is below its target and the others are above theirs, the groups are fitted again with other
-        weights of the tasks, at most max_fits times; the fit is kept whose tasks at target save most among themselves,
-        of several that save as much the one whose worst task is best. number: of the round, for the log. All rounds fit
-        on the same sample of images.
+        weights of the tasks and, from the second fit on, on twice as many images, at most max_fits times; the fit is
+        kept whose tasks at target save most among themselves, of several that save as much the one whose worst task is
+        best. number: of the round, for the log. All rounds fit on the same samples of images.
         """
         if self.teachers is self.state.unmerged:
             groups = donate_weights(self.state.models, self.teachers, groups, self.donor_of)
@@ -76,8 +75,7 @@ class WeightFitter:
         num_pixels = THRESHOLDS.fit.pixels
         while True:
             try:
-                samples = self.images.of_fits.of(self.teachers, groups, num_pixels)
-                reached = self._best_fit(groups, container, before, samples, number, max_fits)
+                reached = self._best_fit(groups, container, before, num_pixels, number, max_fits)
                 synchronise(container)
                 return reached
             except (RuntimeError, MemoryError) as error:
@@ -91,45 +89,56 @@ class WeightFitter:
         groups: Configuration,
         container: nn.ModuleDict,
         before: Mapping,
-        samples: tuple[Mapping[str, StoredBatches], TeacherSamples],
+        num_pixels: int,
         number: int,
         max_fits: int,
     ) -> dict[str, Standing]:
         """The best of several fits of the container's models, each from the state `before`."""
-        images, teacher_samples = samples
+        samples = self.images.of_fits.of(self.teachers, groups, num_pixels)
         best: dict = {}  # the state of the best fit, where the models hold another one
         reached: dict[str, Standing] = {}
         is_best = False  # whether the models hold the best fit
         balance = TaskWeights(dict.fromkeys(task for group in groups for task in group.tasks))
         for attempt in range(max_fits):
             container.load_state_dict(before)
-            emit("doing", what="fitting weights in closed form" if not attempt else f"fitting again ({attempt + 1})")
-            fit_sequentially(
-                self.state.models,
-                self.teachers,
-                groups,
-                images,
-                teacher_samples=teacher_samples,
-                task_weights=balance.weights,
-            )
-            emit("doing", what="evaluating the fitted weights")
-            found = self.evaluator.standings(container, self.screens)
-            ratios = {name: standing.ratio for name, standing in found.items()}
-            emit("fit", round=number + 1, attempt=attempt, ratios=ratios)
-            log.debug("round %d, fit %d with weights %s: %s of the targets", number, attempt, balance.weights, ratios)
+            found = self._fit_once(groups, container, samples, balance.weights, number, attempt)
             if self.takes_first and not self.state.kept and self._saving(found) > 0:
                 return found
-            if self.improve is not None and worst(found) < 1:
-                found = self.improve(found, teacher_samples.num_images)
             is_best = not reached or self._value(found) > self._value(reached)
             reached = found if is_best else reached
-            if worst(reached) >= 1 or balance.update(ratios) < THRESHOLDS.fit.refit_from:
+            if worst(reached) >= 1 or attempt + 1 == max_fits:
                 break
-            if is_best and attempt + 1 < max_fits:
-                best = state_on_cpu(container)
+            level, num_images = balance.update(ratios_of(found)), samples[1].num_images
+            if attempt == 0 and level >= THRESHOLDS.fit.more_images_from:
+                samples = self.images.of_fits.of(self.teachers, groups, 2 * num_pixels)
+            if level < THRESHOLDS.fit.refit_from and samples[1].num_images == num_images:
+                break
+            best = state_on_cpu(container) if is_best else best
         if not is_best:
             container.load_state_dict(best)
+        if self.improve is not None and worst(reached) < 1:
+            reached = self.improve(reached, samples[1].num_images)
         return reached
+
+    def _fit_once(
+        self,
+        groups: Configuration,
+        container: nn.ModuleDict,
+        samples: tuple[Mapping[str, StoredBatches], TeacherSamples],
+        weights: Mapping[str, float],
+        number: int,
+        attempt: int,
+    ) -> dict[str, Standing]:
+        """Fits the groups with these weights of the tasks, and evaluates the container's models."""
+        emit("doing", what="fitting weights in closed form" if not attempt else f"fitting again ({attempt + 1})")
+        images, outputs = samples
+        given = (self.state.models, self.teachers, groups, images)
+        fit_sequentially(*given, teacher_samples=outputs, task_weights=weights)
+        emit("doing", what="evaluating the fitted weights")
+        found = self.evaluator.standings(container, self.screens)
+        emit("fit", round=number + 1, attempt=attempt, ratios=ratios_of(found))
+        log.debug("round %d, fit %d with weights %s: %s of the targets", number, attempt, weights, ratios_of(found))
+        return found
 
     def _value(self, found: Mapping[str, Standing]) -> tuple[int, float]:
         """What makes one fit better than another: (bytes saved among the tasks at target, ratio of the worst task)."""
@@ -176,6 +185,11 @@ def refit_frozen_normalisation(state: MergeState, images: ImageSampler, names: C
         batches = [(batch, None) for batch in drawn[name]]
         match_statistics(state.models[name], state.unmerged[name], batches, state.device, frozen_only=True)
     synchronise({name: state.models[name] for name in names})
+
+
+def ratios_of(found: Mapping[str, Standing]) -> dict[str, float]:
+    """Task -> accuracy / target."""
+    return {name: standing.ratio for name, standing in found.items()}
 
 
 def worst(found: Mapping[str, Standing]) -> float:

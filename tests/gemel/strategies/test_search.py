@@ -153,6 +153,22 @@ def test_adapters_become_ever_smaller_until_that_fails_or_saves_little(last_is_k
     assert last_is_kept and len(sizes) > 2 and sizes == sorted(sizes, reverse=True)
 
 
+def test_adapters_become_smaller_still_where_only_some_of_them_could():
+    strategy = Adaptive(models(width=64), adapter_budget=0.25)
+    strategy.own, strategy.phase = tuple(strategy.adapted.full), WITH_ADAPTERS
+    everything, before = strategy.propose(), strategy.adapted.ranks
+    strategy.record(False, NAMES, dict.fromkeys(NAMES, 0.9))  # none of them alone
+    half = strategy.propose()
+    assert strategy.phase == SMALLER_ADAPTERS and saved_bytes(half) < saved_bytes(everything)
+    strategy.record(True, NAMES)
+    while strategy.adapted.ranks == before and (trial := strategy.propose()) is not None:
+        if strategy.adapted.ranks == before:
+            strategy.record(False, (), dict.fromkeys(NAMES, 0.9))
+    assert strategy.phase == SMALLER_ADAPTERS and saved_bytes(strategy.kept) == saved_bytes(half)
+    assert all(now[1] < then[1] for now, then in zip(strategy.adapted.ranks, before, strict=True) if then[1] > 1)
+    assert saved_bytes(trial) > saved_bytes(half)
+
+
 def test_every_phase_follows_once_in_either_order():
     for adapters_first, second in ((False, FILL), (True, WITH_ADAPTERS)):
         order = [SEARCH]

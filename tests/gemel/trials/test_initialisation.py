@@ -1,5 +1,6 @@
 """What a trial begins with: predicted harm, fitted weights, channels lined up."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +19,6 @@ from gemel.training.outcome import Standing
 from gemel.trials import evaluator, fit_samples, images, initialisation, sensitivity
 from gemel.trials.initialisation import WeightFitter, refit_frozen_normalisation
 from gemel.trials.sensitivity import choose_first_step, sensitivity_if_all_were_tied
-from gemel.trials.task_weights import TaskWeights
 from gemel.trials.verified_part import saving_of_part
 from gemel.workload import CLASSIFICATION
 
@@ -281,12 +281,41 @@ def test_where_fits_take_long_the_first_that_saves_something_is_kept_at_once(run
     monkeypatch.setattr(run.evaluator, "standings", lambda names, *_: {n: Standing(r, r) for n, r in reached.items()})
     tie_all(run)
     assert fitted(takes_first=True) == 1 and not trained
-    assert fitted(takes_first=False) == 2 and len(trained) == 2
+    assert fitted(takes_first=False) == 2 and len(trained) == 1
     run.state.kept = run.record.groups[:1]
     assert fitted(takes_first=True) == 2
     run.state.kept = ()
     reached.update(south_pico=0.9, east_pico=0.9)
-    assert fitted(takes_first=True) == 1 and len(trained) == 5, "trained, as nothing would be saved"
+    assert fitted(takes_first=True) == 1 and len(trained) == 3, "trained, as nothing would be saved"
+
+
+@pytest.mark.parametrize("has_more, spare", [(True, 1.01), (True, 1.001), (False, 1.01)])
+def test_the_second_fit_is_on_twice_as_many_images_and_what_it_leaves_is_trained(run, monkeypatch, has_more, spare):
+    """Where all tasks together have what one lacks; hardly is enough then, where there are more images."""
+    fits, trained, asked, draw = [], [], [], run.images.of_fits.of
+
+    def of(teachers, groups, num_pixels):
+        asked.append(num_pixels)
+        images, samples = draw(teachers, groups, 1)
+        drawn = copy.copy(samples)
+        drawn.num_images = {t: min(n, 2 - (not has_more)) for t, n in samples.num_images.items() for n in [len(asked)]}
+        return images, drawn
+
+    monkeypatch.setattr(run.images.of_fits, "of", of)
+    monkeypatch.setattr(initialisation, "fit_sequentially", lambda *more, **options: fits.append(options))
+    reached = {"north_pico": 2 * spare - 0.995, "south_pico": 0.995, "east_pico": spare}
+    monkeypatch.setattr(run.evaluator, "standings", lambda names, *_: {n: Standing(r, r) for n, r in reached.items()})
+
+    def improve(found, num_images):
+        trained.append(num_images)
+        return found
+
+    tie_all(run)
+    fitter = WeightFitter(run.state, run.evaluator, run.images, run.strategy.donor_of, improve)
+    fitter.fit(run.record.groups, run.tasks, 0, max_fits=2)
+    assert asked == [THRESHOLDS.fit.pixels, 2 * THRESHOLDS.fit.pixels]
+    is_refitted = has_more or spare >= THRESHOLDS.fit.refit_from
+    assert len(fits) == 1 + is_refitted and trained == [dict.fromkeys(run.tasks, 1 + has_more)], "once, at the end"
 
 
 def test_targets_that_no_weights_of_tasks_are_expected_to_meet_are_not_fitted_again(run, fit, monkeypatch):
@@ -345,21 +374,6 @@ def test_a_trial_whose_fit_never_fits_the_memory_is_undone(run, monkeypatch):
     manifest = run.merge()
     assert manifest["memory"]["saved_bytes"] == 0 and all(not record["kept"] for record in manifest["run"]["rounds"])
     assert same(before, state_of(run))
-
-
-def test_balance_moves_weight_to_what_lacks_and_learns_how_much_it_takes():
-    balance = TaskWeights(["a", "b"])
-    assert balance.update({"a": 0.96, "b": 1.04}) == pytest.approx(1.0)
-    assert balance.weights["a"] > 1 > balance.weights["b"] and sum(balance.weights.values()) == pytest.approx(2)
-    before = dict(balance.weights)
-    assert balance.update({"a": 1.0, "b": 1.0}) == pytest.approx(1.0)
-    assert balance.weights == pytest.approx(before), "level already"
-    steep = TaskWeights(["a", "b"])
-    steep.update({"a": 0.9, "b": 1.1})
-    moved = steep.weights["a"]
-    steep.update({"a": 1.1, "b": 0.9})
-    assert max(steep.slopes.values()) <= THRESHOLDS.balance.max_slope
-    assert steep.weights["a"] < moved, "too much was moved, some of it comes back"
 
 
 def test_a_fit_starts_from_the_unmerged_models_whatever_was_tried_before(run):

@@ -89,7 +89,7 @@ def test_smaller_adapters_are_fitted_to_what_is_kept_not_to_the_unmerged_models(
             assert all(is_tied(state.as_kept, group) for group in groups)
             live = set(map(id, state.models.parameters()))
             assert not any(p.requires_grad or id(p) in live for p in state.as_kept.parameters())
-        fitter = WeightFitter(state, run.evaluator, run.images, run.strategy.donor_of, teachers=state.as_kept)
+        fitter = WeightFitter(state, run.evaluator, run.images, run.strategy.donor_of)
         fitter.fit(new, run.tasks, 1, 1)
         errors[needs_copies] = difference(run, kept)
         state.undo()
