@@ -96,7 +96,7 @@ class SearchThresholds:
     # Floating-point operations on the images of a fit: from here on, the first fit that saves something is kept
     # ("2026-11-27 Fewer seconds"), and large and late layers of classifiers come first where not everything does
     # ("2026-11-27 A small step first").
-    long_fit: float = 1.3e11
+    long_fit: float = 6.5e10
     # Of the possible saving, that they save ("2026-11-27 A small step first").
     first_step: float = 0.9
     # Of the possible saving, that the first trial after a failure saves ("2026-11-27 A small step first").
