@@ -12,7 +12,7 @@ FIT_PIXELS = 320 * 96 * 96
 class FitThresholds:
     """How many images weights are fitted on, and how often they are fitted again."""
 
-    # Of the images per classifier ("2026-11-24 Initial weights", more images help).
+    # Of the images per classifier ("2026-11-28 Half as many images").
     pixels: int = FIT_PIXELS // 2
     # Of these pixels, for a detector ("2026-11-25 Detectors").
     detection_share: float = 0.5
@@ -95,7 +95,7 @@ class SearchThresholds:
     detector_loss: float = 2.0
     # Floating-point operations on the images of a fit: from here on, the first fit that saves something is kept
     # ("2026-11-27 Fewer seconds"), and large and late layers of classifiers come first where not everything does
-    # ("2026-11-27 A small step first").
+    # ("2026-11-27 A small step first"; halved with the images in "2026-11-28 Half as many images").
     long_fit: float = 6.5e10
     # Of the possible saving, that they save ("2026-11-27 A small step first").
     first_step: float = 0.9
@@ -165,7 +165,7 @@ class FillThresholds:
     worth_a_fit: float = 0.01
     # Of what was missing at first: the same ("2026-11-26 On a GPU").
     smallest_part: float = 0.25
-    # Of the possible saving: if less is missing, no adapters ("2026-11-26 Low-rank").
+    # Of the possible saving: if they could save less, no adapters ("2026-11-26 Low-rank"; 0.02 itself is unmeasured).
     worth_adapters: float = 0.02
     # Of the possible saving: if less is missing, no training (unmeasured).
     worth_training: float = 0.002

@@ -18,7 +18,7 @@ from gemel.datasets.records import header_size
 from gemel.environment.seeds import derive_seed, generator
 from gemel.forward.batches import Batch
 
-MAX_PLAIN_IMAGES = 480  # more images change neither measurements nor fits enough for what they take
+MAX_PLAIN_IMAGES = 480  # benchmarks/LOG.md, 2026-11-28 Half as many images
 
 log = logging.getLogger(__name__)
 
