@@ -59,20 +59,23 @@ class WeightFitter:
         self.improve, self.saving_of, self.screens, self.takes_first = improve, saving_of, screens, takes_first
         self.teachers = state.unmerged if state.as_kept is None else state.as_kept
 
-    def fit(self, groups: Configuration, names: Collection[str], number: int, max_fits: int) -> dict[str, Standing]:
+    def fit(
+        self, groups: Configuration, names: Collection[str], number: int, max_fits: int, times: int = 1
+    ) -> dict[str, Standing]:
         """Fits tied groups; returns where each of the named tasks, whose models the trial changes, then is.
 
         The first fit counts all tasks alike. If `takes_first`, nothing is kept yet and it saves something, that is all.
         Else, while a task is below its target and the others are above theirs, the groups are fitted again with other
         weights of the tasks and, from the second fit on, on twice as many images, at most max_fits times; the fit is
         kept whose tasks at target save most among themselves, of several that save as much the one whose worst task is
-        best. number: of the round, for the log. All rounds fit on the same samples of images.
+        best. number: of the round, for the log. times: as many images in the first fit. All rounds fit on the same
+        samples of images.
         """
         if self.teachers is self.state.unmerged:
             groups = donate_weights(self.state.models, self.teachers, groups, self.donor_of)
         container = nn.ModuleDict({name: self.state.models[name] for name in names})
         before = state_on_cpu(container)
-        num_pixels = THRESHOLDS.fit.pixels
+        num_pixels = times * THRESHOLDS.fit.pixels
         while True:
             try:
                 reached = self._best_fit(groups, container, before, num_pixels, number, max_fits)
@@ -110,7 +113,8 @@ class WeightFitter:
                 break
             level, num_images = balance.update(ratios_of(found)), samples[1].num_images
             if attempt == 0 and level >= THRESHOLDS.fit.more_images_from:
-                samples = self.images.of_fits.of(self.teachers, groups, 2 * num_pixels)
+                more = 2 * min(num_pixels, THRESHOLDS.fit.pixels)
+                samples = self.images.of_fits.of(self.teachers, groups, more)
             if level < THRESHOLDS.fit.refit_from and samples[1].num_images == num_images:
                 break
             best = state_on_cpu(container) if is_best else best
