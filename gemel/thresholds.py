@@ -24,7 +24,8 @@ class FitThresholds:
     fewest_pixels: int = FIT_PIXELS // 16
     # Rows per layer and task ("2026-11-25 What a fit matches").
     positions: int = 4096
-    # Times as many, where there are fewer rows than half the inputs ("2026-11-26 Rows for wide layers").
+    # Times as many at most, doubled while there are fewer rows than half the inputs: "2026-11-26 Rows for wide layers",
+    # "2026-11-28 Half as many images".
     more_images: int = 4
     # With other task weights ("2026-11-25 What a fit matches").
     max_fits: int = 3

@@ -37,8 +37,8 @@ def rule_of(initial_weights: str) -> str:
 class WeightFitter:
     """Fits shared weights in closed form to what each task's layer does in its unmerged model, or in `state.as_kept`.
 
-    donor_of: the task whose weights a group takes as they are; None: it is fitted. improve: what may follow if the best
-    fit misses targets, given where tasks are and on how many images each was fitted; returns where they are then.
+    donor_of: the task whose weights a group takes as they are; None: it is fitted. improve: what may follow a fit that
+    misses targets, given where tasks are and on how many images each was fitted; returns where they are then.
     saving_of: bytes that are saved where only these tasks meet their targets; None: nothing is. screens: whether a fit
     is evaluated on the screening subset first. takes_first: whether, while nothing is kept, the first fit is good
     enough if it saves something.
@@ -107,11 +107,14 @@ class WeightFitter:
             found = self._fit_once(groups, container, samples, balance.weights, number, attempt)
             if self.takes_first and not self.state.kept and self._saving(found) > 0:
                 return found
+            ratios, num_images = ratios_of(found), samples[1].num_images
+            if self.improve is not None and worst(found) < 1:
+                found = self.improve(found, num_images)
             is_best = not reached or self._value(found) > self._value(reached)
             reached = found if is_best else reached
             if worst(reached) >= 1 or attempt + 1 == max_fits:
                 break
-            level, num_images = balance.update(ratios_of(found)), samples[1].num_images
+            level = balance.update(ratios)
             if attempt == 0 and level >= THRESHOLDS.fit.more_images_from:
                 more = 2 * min(num_pixels, THRESHOLDS.fit.pixels)
                 samples = self.images.of_fits.of(self.teachers, groups, more)
@@ -120,8 +123,6 @@ class WeightFitter:
             best = state_on_cpu(container) if is_best else best
         if not is_best:
             container.load_state_dict(best)
-        if self.improve is not None and worst(reached) < 1:
-            reached = self.improve(reached, samples[1].num_images)
         return reached
 
     def _fit_once(

@@ -65,9 +65,10 @@ def test_more_images_where_rows_are_few(tied, monkeypatch):
     assert sum(images["a_x"].sizes) == 8, "256 rows an image"
     unmerged["a_x"].fc = unmerged["b_x"].fc = nn.Linear(8, 3)
     heads = find_groups(nn.ModuleDict({task: nn.ModuleDict({"fc": model.fc}) for task, model in unmerged.items()}))
-    monkeypatch.setattr("gemel.fitting.teacher_samples.shape_of", lambda layer: (1, 100, 3))
-    images, _ = samples.of(unmerged, heads, 8 * 256)
-    assert sum(images["a_x"].sizes) == 24, "8 rows for 100 inputs"
+    for num_inputs, num_images in ((100, 24), (30, 16)):
+        monkeypatch.setattr("gemel.fitting.teacher_samples.shape_of", lambda layer, d=num_inputs: (1, d, 3))
+        images, _ = samples.of(unmerged, heads, 8 * 256)
+        assert sum(images["a_x"].sizes) == num_images, "8 rows for so many inputs"
 
 
 def test_what_a_fit_is_predicted_to_take_is_logged(tied, caplog):
