@@ -54,8 +54,8 @@ def test_where_memory_is_short_the_others_wait_and_the_result_is_the_same(
     seen = []
     begin = MergeState.begin_trial
 
-    def spied(state, proposal, initial):
-        continues = begin(state, proposal, initial)
+    def spied(state, proposal, *how):
+        continues = begin(state, proposal, *how)
         now = NARROW if set(affected_tasks(state.kept, proposal)) <= NARROW else WIDE
         for model in (state.models, state.unmerged):
             assert all(in_file(model[name]) == {name not in now} for name in NARROW | WIDE)

@@ -128,14 +128,14 @@ def test_layers_that_differ_by_scale_and_bias_alone_are_fitted_exactly(bias):
     assert group.affine_bytes == 24 * (1 + bias)
     retie(models, (), (group,), copy.deepcopy(models))
     sums = {(name, "0"): sums_of(models, group, r) for name, r in rows.items()}
-    fit = fit_group(models, group, sums, None, 1e-6, 800)
+    fit = fit_group(models, group, sums, None, 1e-6, 800, reports_errors=True)
     for name, (x, y) in rows.items():
         left = (models[name](x[..., :10]).detach() - y).square().sum() / y.square().sum()
         assert float(left) < 1e-4 and fit.after[name] < 1e-4
     plain = Group(group.signature, group.bytes, group.occurrences)
     retie(models, (group,), (plain,), models)
     sums = {(name, "0"): sums_of(models, plain, r) for name, r in rows.items()}
-    alone = fit_group(models, plain, sums, None, 1e-6, 800)
+    alone = fit_group(models, plain, sums, None, 1e-6, 800, reports_errors=True)
     assert min(alone.after.values()) > 0.05, "one set of weights does not serve both"
 
 
@@ -150,7 +150,8 @@ def test_an_adapter_is_fitted_to_what_scale_and_bias_leave_over():
         if rank:
             group = replace(group, rank=rank, adapter_bytes=adapter_bytes(models["a"][0], rank))
         retie(models, (), (group,), copy.deepcopy(models))
-        fit = fit_group(models, group, {(n, "0"): sums_of(models, group, r) for n, r in rows.items()}, None, 1e-6, 800)
+        sums = {(n, "0"): sums_of(models, group, r) for n, r in rows.items()}
+        fit = fit_group(models, group, sums, None, 1e-6, 800, reports_errors=True)
         errors.append(sum(fit.after.values()))
         for name, (x, y) in rows.items():
             left = (models[name](x[..., :10]).detach() - y).square().sum()
