@@ -346,7 +346,7 @@ class Merger:
         how = (self.strategy.chance(proposal) < THRESHOLDS.fit.no_screening_from, self.strategy.trials_take_long)
         fitter = WeightFitter(self.state, self.evaluator, self.images, self.strategy.donor_of, improve, saving, *how)
         most = THRESHOLDS.fit.max_fits if self.strategy.releases_before_training else 1  # or it is trained
-        times = 2 if self.strategy.trains_alone_at_length else 1  # as many images where what a fit lacks takes long
+        times = 2 if self.strategy.trains_alone_at_length else 1  # the images of a fit: a better one saves steps
         if self.record.has_trained or not self.strategy.refits_all_changes:
             new = tuple(group for group in proposal if group not in set(self.state.kept))
             return fitter.fit(new, trained, number, min(2, most), times)

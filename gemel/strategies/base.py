@@ -109,7 +109,7 @@ class Strategy(ABC):
 
     @property
     def fits_to_what_is_kept(self) -> bool:
-        """Whether newly tied layers are fitted to what the kept models do, trained as they are, not the unmerged."""
+        """Whether layers are fitted to the kept models, with all that these learned, not to the unmerged ones."""
         return False
 
     @property

@@ -3,7 +3,6 @@
 Within the bytes that a fit may take: see gemel/fitting/memory.py for how they are divided.
 """
 
-import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable
@@ -37,11 +36,6 @@ def memory_of_fits(device: torch.device, given: int | None) -> int:
     return THRESHOLDS.fit.memory if own is None else int(THRESHOLDS.fit.share_of_device * own)
 
 
-def powers_of_two(most: int) -> list[int]:
-    """From 1 on, and the largest number itself."""
-    return [*itertools.takewhile(lambda power: power < most, (1 << i for i in itertools.count())), most]
-
-
 class FitSamples:
     """Draws images and samples of the unmerged models when a fit first needs them, and keeps them for later fits.
 
@@ -67,12 +61,14 @@ class FitSamples:
         sampler = self._sampler_of(unmerged)
         positions = THRESHOLDS.fit.positions
         tasks = ranks.mine(dict.fromkeys(task for group in groups for task in group.tasks))
-        for times in powers_of_two(THRESHOLDS.fit.more_images):
+        times, most = 1, THRESHOLDS.fit.more_images
+        while True:
             with ranks.sharing_memory_errors():
                 images = {task: self._images_of(sampler, task, times * num_pixels) for task in tasks}
                 is_short = sampler.is_short_of_rows(groups, images, positions)
-            if not ranks.any_of(is_short):
+            if times == most or not ranks.any_of(is_short):
                 break
+            times = min(2 * times, most)
         self._report(sampler, groups, images)
         with ranks.sharing_memory_errors():
             for task in tasks:

@@ -68,8 +68,8 @@ class WeightFitter:
         Else, while a task is below its target and the others are above theirs, the groups are fitted again with other
         weights of the tasks and, from the second fit on, on twice as many images, at most max_fits times; the fit is
         kept whose tasks at target save most among themselves, of several that save as much the one whose worst task is
-        best. number: of the round, for the log. times: as many images in the first fit. All rounds fit on the same
-        samples of images.
+        best. number: of the round, for the log. times: how many times the usual number of images the first fit takes.
+        All rounds fit on the same samples of images.
         """
         if self.teachers is self.state.unmerged:
             groups = donate_weights(self.state.models, self.teachers, groups, self.donor_of)

@@ -298,7 +298,7 @@ def test_the_second_fit_is_on_twice_as_many_images(run, monkeypatch, has_more, s
         asked.append(num_pixels)
         images, samples = draw(teachers, groups, 1)
         drawn = copy.copy(samples)
-        drawn.num_images = {t: min(n, 2 - (not has_more)) for t, n in samples.num_images.items() for n in [len(asked)]}
+        drawn.num_images = dict.fromkeys(samples.num_images, len(asked) if has_more else 1)
         return images, drawn
 
     monkeypatch.setattr(run.images.of_fits, "of", of)
