@@ -315,9 +315,9 @@ class Merger:
         """Ties the proposal and recovers accuracy; the state can then be undone or kept."""
         trained = {name: self.tasks[name] for name in affected_tasks(self.state.kept, proposal)}
         needs_copies = self.in_flight is None and self.strategy.fits_to_what_is_kept
-        continues = self.state.begin_trial(proposal, rule_of(self.options.initial_weights), needs_copies)
         self.private_training = self._new_private_training()
         try:
+            continues = self.state.begin_trial(proposal, rule_of(self.options.initial_weights), needs_copies)
             fitted = {}
             if self.in_flight is None:
                 with self.clock.interruptible():
