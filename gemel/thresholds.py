@@ -127,6 +127,8 @@ class PrivateTrainingThresholds:
     detector_rate: float = 0.01
     # Trained to predict what the unmerged model does ("2026-11-27 Imitation").
     imitation_rate: float = 0.015
+    # Of a short training of that kind: fewer lose more than they gain ("2026-11-28 Very short imitation").
+    fewest_imitation_steps: int = 16
     # That count as much as so many measured steps (unmeasured).
     steps: int = 20
     # Of a training at length, also where fewer are expected to be enough (unmeasured).

@@ -125,7 +125,7 @@ class PrivateTraining:
         """Task below its target -> the most steps that it is trained for; empty, if that is not expected to help all.
 
         found: where all tasks of the trial are, on all of val. num_images: that each was fitted on. All steps together
-        cost at most what one more fit and its evaluation would.
+        cost at most what one more fit and its evaluation would; nobody is trained where that is too few for a task.
         """
         below = {name: standing for name, standing in found.items() if standing.ratio < 1}
         if any(standing.accuracy is None for standing in found.values()):
@@ -136,9 +136,15 @@ class PrivateTraining:
             / (STEP_IN_PASSES * self.options.batch_size(self.tasks[name]))
             for name in below
         }
-        if any(self._steps_to_target(name, below[name]) > steps for name, steps in affordable.items()):
+        if any(self._fewest_steps(name, below[name]) > steps for name, steps in affordable.items()):
             return {}
         return {name: int(steps) for name, steps in affordable.items() if int(steps)}
+
+    def _fewest_steps(self, name: str, standing: Standing) -> float:
+        """That a short training needs: as many as are expected to bring the task to its target, and by imitation more
+        than the first ones, which only disturb what the fit gave it."""
+        fewest = THRESHOLDS.private.fewest_imitation_steps if self._kind(name) == IMITATION else 0
+        return max(fewest, self._steps_to_target(name, standing))
 
     def steps_at_length(self, name: str, standing: Standing, spent: int) -> int:
         """As many as are expected to bring the task to its target; 0 where it is there, or where these and what was

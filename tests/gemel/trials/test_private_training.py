@@ -8,11 +8,12 @@ import torch
 from pico import merger_of
 
 from gemel.environment.interrupts import Interrupted
+from gemel.thresholds import THRESHOLDS
 from gemel.training.options import TrainingOptions
 from gemel.training.outcome import Outcome, Standing
 from gemel.training.schedule import Schedule
 from gemel.trials.evaluator import Accuracy
-from gemel.trials.private_training import ALONE, PrivateTraining
+from gemel.trials.private_training import ALONE, IMITATION, PrivateTraining
 from merger import Merger
 
 IMAGES = {"north_pico": 24, "south_pico": 24, "east_pico": 18}
@@ -51,6 +52,17 @@ def test_as_long_as_another_fit_takes_and_no_longer(run, training):
 @pytest.mark.parametrize("far", [{"north": 0.9, "south": 1.0}, {"north": 0.995, "south": 0.9}])
 def test_nobody_is_trained_where_one_task_is_too_far_from_its_target(run, training, far):
     assert training.steps_for(standings(run, **far), IMAGES) == {}
+
+
+def test_an_imitation_that_would_have_to_be_very_short_is_left_out(run, training, monkeypatch):
+    """It loses more than it gains."""
+    found = standings(run, north=0.9995, south=0.9995, east=1.2)
+    steps = training.steps_for(found, IMAGES)
+    assert 0 < min(steps.values()) < THRESHOLDS.private.fewest_imitation_steps
+    monkeypatch.setattr(training, "_kind", lambda name: IMITATION)
+    assert training.steps_for(found, IMAGES) == {}
+    many = {name: 100 * count for name, count in IMAGES.items()}
+    assert min(training.steps_for(found, many).values()) >= THRESHOLDS.private.fewest_imitation_steps
 
 
 def test_nobody_is_trained_where_only_the_screening_subset_was_evaluated(run, training):
