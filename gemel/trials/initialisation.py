@@ -40,8 +40,7 @@ class WeightFitter:
     donor_of: the task whose weights a group takes as they are; None: it is fitted. improve: what may follow a fit that
     misses targets, given where tasks are and on how many images each was fitted; returns where they are then.
     saving_of: bytes that are saved where only these tasks meet their targets; None: nothing is. screens: whether a fit
-    is evaluated on the screening subset first. takes_first: whether, while nothing is kept, the first fit is good
-    enough if it saves something.
+    is evaluated on the screening subset first. takes_first: whether the first saving is to come soon: fits take long.
     """
 
     def __init__(
@@ -64,11 +63,12 @@ class WeightFitter:
     ) -> dict[str, Standing]:
         """Fits tied groups; returns where each of the named tasks, whose models the trial changes, then is.
 
-        The first fit counts all tasks alike. If `takes_first`, nothing is kept yet and it saves something, that is all.
-        Else, while a task is below its target and the others are above theirs, the groups are fitted again with other
-        weights of the tasks and, from the second fit on, on twice as many images, at most max_fits times; the fit is
-        kept whose tasks at target save most among themselves, of several that save as much the one whose worst task is
-        best. number: of the round, for the log. times: how many times the usual number of images the first fit takes.
+        The first fit counts all tasks alike. If `takes_first` and nothing is kept yet, it is the only one where it
+        saves something, and where most tasks miss their targets: a trial that ties less is quicker then. Else, while a
+        task is below its target and the others are above theirs, the groups are fitted again with other weights of the
+        tasks and, from the second fit on, on twice as many images, at most max_fits times; the fit is kept whose tasks
+        at target save most among themselves, of several that save as much the one whose worst task is best. number: of
+        the round, for the log. times: how many times the usual number of images the first fit takes.
         All rounds fit on the same samples of images.
         """
         if self.teachers is self.state.unmerged:
@@ -105,14 +105,15 @@ class WeightFitter:
         for attempt in range(max_fits):
             container.load_state_dict(before)
             found = self._fit_once(groups, container, samples, balance.weights, number, attempt)
-            if self.takes_first and not self.state.kept and self._saving(found) > 0:
+            is_in_a_hurry = self.takes_first and not self.state.kept
+            if is_in_a_hurry and self._saving(found) > 0:
                 return found
             ratios, num_images = ratios_of(found), samples[1].num_images
             if self.improve is not None and worst(found) < 1:
                 found = self.improve(found, num_images)
             is_best = not reached or self._value(found) > self._value(reached)
             reached = found if is_best else reached
-            if worst(reached) >= 1 or attempt + 1 == max_fits:
+            if worst(reached) >= 1 or attempt + 1 == max_fits or (is_in_a_hurry and _most_miss(ratios)):
                 break
             level = balance.update(ratios)
             if attempt == 0 and level >= THRESHOLDS.fit.more_images_from:
@@ -190,6 +191,11 @@ def refit_frozen_normalisation(state: MergeState, images: ImageSampler, names: C
         batches = [(batch, None) for batch in drawn[name]]
         match_statistics(state.models[name], state.unmerged[name], batches, state.device, frozen_only=True)
     synchronise({name: state.models[name] for name in names})
+
+
+def _most_miss(ratios: Mapping[str, float]) -> bool:
+    """Whether most tasks are below their targets."""
+    return sum(ratio < 1 for ratio in ratios.values()) > len(ratios) / 2
 
 
 def ratios_of(found: Mapping[str, Standing]) -> dict[str, float]:

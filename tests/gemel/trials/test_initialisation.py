@@ -287,6 +287,9 @@ def test_where_fits_take_long_the_first_that_saves_something_is_kept_at_once(run
     run.state.kept = ()
     reached.update(south_pico=0.9, east_pico=0.9)
     assert fitted(takes_first=True) == 1 and len(trained) == 5, "trained, as nothing would be saved"
+    reached.update(north_pico=0.99, south_pico=0.99, east_pico=1.1)
+    assert fitted(takes_first=True) == 1, "a trial that ties less comes sooner"
+    assert fitted(takes_first=False) == 2
 
 
 @pytest.mark.parametrize("has_more, spare", [(True, 1.01), (True, 1.001), (False, 1.01)])
