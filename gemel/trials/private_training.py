@@ -77,7 +77,11 @@ class PrivateTraining:
         """
         reached = dict(found)
         for name, steps in self.steps_for(found, num_images).items():
+            fitted = state_on_cpu(self.state.models[name])
             reached[name] = self._trained(name, steps, proposal, reached)
+            if reached[name].ratio < found[name].ratio:
+                self.state.models[name].load_state_dict(fitted)
+                reached[name] = found[name]
         return reached
 
     def at_length(
@@ -85,8 +89,10 @@ class PrivateTraining:
     ) -> dict[str, Standing]:
         """Trains one task after the other, each again and again as `steps_at_length` says; where all are then.
 
-        Ends when fewer than two tasks are at their targets or expected to get there, since one alone shares nothing. A
-        task that twice gains nothing is given up. found: after the fit. save: called as in RoundContext, with what
+        Each training goes on from where the last one ended, also where that was below its beginning: what a task learns
+        shows in how well it predicts what its unmerged model does before it shows in its accuracy. Ends when fewer than
+        two tasks are at their targets or expected to get there, since one alone shares nothing. A task that gains
+        nothing twice in a row is given up. found: after the fit. save: called as in RoundContext, with what
         `saved` must be to go on from there under the key ALONE; several ranks save nothing, and begin the trial again.
         Raises Interrupted or TimeOver.
         """
@@ -195,17 +201,13 @@ class PrivateTraining:
         spent: int = 0,
         resumed: Mapping[str, Any] = MappingProxyType({}),
     ) -> Standing:
-        """Where a task is after a training; one that is worse afterwards gets back what it had before.
+        """Where a task is after a training.
 
         spent: steps of its trainings in this trial before this one, which sees other batches. resumed: of RoundContext.
         """
-        before, fitted = found[name], state_on_cpu(self.state.models[name])
         accuracy, taken = self._train(name, steps, proposal, found, spent, resumed)
         after = Standing(accuracy / self.tasks[name].target_acc, accuracy)
-        self.now.append(Gained(name, before.ratio, after.ratio, taken))
-        if after.ratio < before.ratio:
-            self.state.models[name].load_state_dict(fitted)
-            return before
+        self.now.append(Gained(name, found[name].ratio, after.ratio, taken))
         return after
 
     def _train(
