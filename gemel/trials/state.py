@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gemel.alignment.align import align, apply_permutations, permutations_of
 from gemel.alignment.permutation import ChannelSpaces, inverse
 from gemel.environment import ranks
+from gemel.environment.memory import give_back_unused
 from gemel.environment.threads import threads_of_waiting_ranks
 from gemel.forward.batches import Batch
 from gemel.forward.modes import deep_copy, set_layout, state_on_cpu
@@ -119,6 +120,7 @@ class MergeState:
 
         needs_copies: whether `as_kept` is to be there in this trial.
         """
+        give_back_unused()  # else what earlier trials left in pieces adds up
         changed = affected_tasks(self.kept, proposal)
         self.waiting.all_but(changed)
         continues = self.continued_trial == proposal
