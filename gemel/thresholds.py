@@ -133,7 +133,7 @@ class PrivateTrainingThresholds:
     steps: int = 20
     # Of a training at length, also where fewer are expected to be enough (unmeasured).
     least_steps: int = 40
-    # A smaller gap, in accuracy / target, is within what one evaluation shows (unmeasured).
+    # A smaller gap, in accuracy / target, is what one evaluation shows ("2026-11-28 What a task lacks by chance").
     least_gap: float = 0.005
 
 

@@ -147,10 +147,12 @@ class PrivateTraining:
         return {name: int(steps) for name, steps in affordable.items() if int(steps)}
 
     def _fewest_steps(self, name: str, standing: Standing) -> float:
-        """That a short training needs: as many as are expected to bring the task to its target, and by imitation more
-        than the first ones, which only disturb what the fit gave it."""
-        fewest = THRESHOLDS.private.fewest_imitation_steps if self._kind(name) == IMITATION else 0
-        return max(fewest, self._steps_to_target(name, standing))
+        """That a short training needs: by imitation more than the first ones, which only disturb what the fit gave it;
+        as many as are expected to bring the task to its target, unless what it lacks may be chance."""
+        limits = THRESHOLDS.private
+        fewest = limits.fewest_imitation_steps if self._kind(name) == IMITATION else 0
+        may_be_chance = 1 - standing.ratio < limits.least_gap < self._unmerged_ratio(name) - 1
+        return fewest if may_be_chance else max(fewest, self._steps_to_target(name, standing))
 
     def steps_at_length(self, name: str, standing: Standing, spent: int) -> int:
         """As many as are expected to bring the task to its target; 0 where it is there, or where these and what was

@@ -71,7 +71,8 @@ def test_nobody_is_trained_where_only_the_screening_subset_was_evaluated(run, tr
 
 
 def test_what_was_gained_decides_what_is_tried_next(run, training):
-    found = standings(run, north=0.9995, south=1.0)
+    found = standings(run, north=0.994, south=1.0)
+    many = {name: 100 * count for name, count in IMAGES.items()}
     lost = [{"task": "north_pico", "before": 0.99, "after": 0.985, "steps": 200}]
     gained = [{"task": "north_pico", "before": 0.5, "after": 1.0, "steps": 2}]
 
@@ -80,10 +81,11 @@ def test_what_was_gained_decides_what_is_tried_next(run, training):
             run.state, run.evaluator, run.options.training, training.context, training.recover, earlier
         )
 
-    assert training.steps_for(found, IMAGES) and not after(lost).steps_for(found, IMAGES)
+    assert training.steps_for(found, many) and not after(lost).steps_for(found, many)
     others = [{**lost[0], "task": "east_pico"}]
-    assert after(others).steps_for(found, IMAGES), "what detectors gain says nothing of classifiers"
+    assert after(others).steps_for(found, many), "what detectors gain says nothing of classifiers"
     farther = standings(run, north=0.98, south=1.0)
+    assert after(lost).steps_for(standings(run, north=0.996, south=1.0), IMAGES), "what it lacks may be chance"
     assert not training.steps_for(farther, IMAGES) and after(gained).steps_for(farther, IMAGES)
     beyond = [{**gained[0], "after": 1.05}]
     steps = [after(earlier)._steps_to_target("north_pico", Standing(0.98)) for earlier in (gained, beyond)]
