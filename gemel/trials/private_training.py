@@ -19,6 +19,7 @@ from torch import nn
 from gemel.datasets.loaders import num_samples
 from gemel.environment import ranks
 from gemel.environment.clock import TimeOver
+from gemel.environment.memory import give_back_unused
 from gemel.forward.modes import state_on_cpu
 from gemel.sharing.groups import Configuration
 from gemel.thresholds import THRESHOLDS
@@ -114,6 +115,7 @@ class PrivateTraining:
                     "now": self.of_round(),
                     "models": state_on_cpu(nn.ModuleDict({task: self.state.models[task] for task in reached})),
                 }
+                give_back_unused()  # else what fits and evaluations left in pieces adds up
                 keep = None if ranks.size() > 1 else partial(_save_within, save, begun)
                 resumed, round_state = {"save": keep, "saved": round_state}, None
                 reached[name] = self._trained(name, steps, proposal, reached, spent[name], resumed)
