@@ -11,6 +11,7 @@ from gemel.sharing.adapters import has_additions, own_modules
 from gemel.sharing.affine import affine_of
 from gemel.sharing.groups import find_groups, verified_part
 from gemel.sharing.tying import is_tied
+from gemel.training.outcome import OUT_OF_MEMORY
 from gemel.trials import state as module
 from gemel.trials.initialisation import WeightFitter
 from gemel.trials.state import MergeState
@@ -95,6 +96,27 @@ def test_smaller_adapters_are_fitted_to_what_is_kept_not_to_the_unmerged_models(
         state.undo()
         assert same_state(state.models.state_dict(), kept.state_dict())
     assert errors[True] < 0.5 * errors[False]
+
+
+def test_memory_that_runs_out_while_the_kept_models_are_copied_undoes_the_round(run, monkeypatch):
+    def no_memory(models):
+        raise torch.OutOfMemoryError("no memory for copies")
+
+    run.preflight()
+    run.store()
+    before = copy.deepcopy(run.state.models.state_dict())
+    monkeypatch.setattr(type(run.strategy), "fits_to_what_is_kept", True)
+    monkeypatch.setattr(module, "deep_copy", no_memory)
+    assert run.play_round(run.strategy.propose()), "the search goes on"
+    assert run.record.rounds[-1]["reason"] == OUT_OF_MEMORY
+    assert not run.state.tied and same_state(run.state.models.state_dict(), before)
+
+
+def test_unused_memory_is_given_back_before_each_trial(tasks, monkeypatch):
+    state, given_back = MergeState(tasks, CPU), []
+    monkeypatch.setattr(module, "give_back_unused", lambda: given_back.append(state.tied))
+    state.begin_trial(find_groups(state.models), "mean")
+    assert given_back == [()]
 
 
 def difference(run, others) -> float:
